@@ -128,9 +128,9 @@ def loss(
         label_smoothing: smoothing of the labels in the hard term, in [0, 1], as in
             :func:`torch.nn.functional.cross_entropy`. Default 0.
         class_weight: ``(C,)`` weights of the classes in the hard term, the ``weight`` of
-            :func:`torch.nn.functional.cross_entropy`. As in that function, ``"mean"`` then divides
-            the hard term by the sum of the labels' weights. If labels are probabilities, ``"mean"``
-            still divides by the number of rows.
+            :func:`torch.nn.functional.cross_entropy`. ``"mean"`` then divides the hard term by
+            the sum of the labels' weights, as in that function. If labels are probabilities,
+            ``"mean"`` still divides by the number of rows.
         normalizer: the divisor of ``"mean"`` for both terms, instead of the number of rows. A
             positive number, or a tensor with one element, which is never synchronized on CUDA. Pass
             the global token count under gradient accumulation. 0 is accepted if every row is

@@ -19,9 +19,9 @@ class DistillationLoss(nn.Module):
 
     Args:
         base_criterion: called with the class head's logits and the labels.
-        teacher_model: called with the inputs, without gradient; returns logits ``(N, C)``. As in
-            DeiT, the mode of the teacher is not set, and ``.train()`` of this module reaches the
-            teacher.
+        teacher_model: called with the inputs, without gradient; returns logits ``(N, C)``. The
+            mode of the teacher is not set, and ``.train()`` of this module reaches the teacher, as
+            in DeiT.
         distillation_type: ``"none"``; ``"soft"``, T^2 KL(teacher || student) over all elements; or
             ``"hard"``, the cross entropy with the teacher's most probable class.
         alpha: weight of the **teacher's** term, in [0, 1].

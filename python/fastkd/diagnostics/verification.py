@@ -19,7 +19,7 @@ from fastkd._core.rows import compute_reference_terms, flatten_rows, map_rows
 from fastkd._core.values import Head, TopK
 from fastkd.losses import KDLoss
 
-# The most logits whose gradients are computed in float64. Of a larger tensor, evenly spaced rows
+# The most logits whose gradients are computed in float64. Evenly spaced rows of a larger tensor
 # are checked.
 _MAX_CHECKED_LOGITS = {"cpu": 2**24, "cuda": 2**27}
 # The tolerance of float32 arithmetic. Logits far from zero lost digits before the loss reads them.

@@ -7,7 +7,7 @@ Change one import, and nothing else::
 
 ``pip install fastkd[trl]`` installs what this module needs: TRL 1.16, the only series that is
 supported. The losses are computed from hidden states and heads, so logits as wide as the vocabulary
-exist only for a chunk of tokens. ``GKDTrainer`` makes two exceptions. Its first step computes the
+exist only for a chunk of tokens. ``GKDTrainer`` makes two exceptions. The first step computes the
 logits of one sequence with each model, to check the head. An evaluation that asks for outputs
 computes all logits. Arguments, configurations and logged metrics are TRL's.
 

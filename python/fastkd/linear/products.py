@@ -70,7 +70,7 @@ def write_logits_(out: Tensor, head: Head, slope: Tensor | None = None) -> Tenso
     scale, cap = head.scale or 1.0, head.softcap
     if out.device.type == "cpu" and out.dtype is torch.bfloat16 and hidden.shape[-1] % 2:
         # oneDNN's product for AMX reads one number beyond each row of odd width, and multiplies
-        # that number by 0: the result is NaN if the number is not finite (torch 2.13, 2026-12).
+        # that number by 0. The result is NaN if the number is not finite (torch 2.13, 2026-12).
         hidden = F.pad(hidden, (0, 1))[:, :-1]
     if _is_upcast(out):
         wide = hidden.float()

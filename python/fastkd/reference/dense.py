@@ -2,7 +2,7 @@
 
 Tests and benchmarks compare the kernels with this module in float64. fastkd uses this module where
 no kernel can run: options without a kernel, function transforms, second derivatives, and devices
-without kernels. The module imports torch alone. Its formulas come from the definitions, not from
+without kernels. The module imports torch alone. The formulas come from the definitions, not from
 the kernels, so that this module does not repeat a mistake of a kernel.
 """
 

@@ -150,8 +150,8 @@ class TeacherCache:
             temperature: the teacher's temperature in the loss. A cache of all classes fits every
                 temperature.
             ids: samples that must be in the cache.
-            batch: a batch of the loader, with ids (:class:`WithIds`). Its inputs must equal the
-                inputs of the teacher. Omit ``batch`` if inputs are augmented at random.
+            batch: a batch of the loader, with ids (:class:`WithIds`). The inputs must equal
+                those that the teacher got. Omit ``batch`` if inputs are augmented at random.
 
         Raises:
             ValueError: if an argument does not fit.
