@@ -132,7 +132,7 @@ def _cell(divergence: str, case: dict[str, Any]) -> str:
         call = prepare(student, teacher, labels, Options(**arguments, divergence=divergence))
     except ValueError:
         return "–"
-    missing = dispatch.missing_features(call.student, call.labels, call.objective)
+    missing = dispatch.list_missing_features(call.student, call.labels, call.objective)
     if not missing:
         return "●"
     return "◑" if dispatch.IN_TWO_PASSES.issuperset(missing) else "○"

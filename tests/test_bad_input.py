@@ -154,7 +154,7 @@ MISTAKES: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "mse of probabilities": ({"divergence": "mse", "teacher_form": "probs"}, ValueError, "divergence='mse' compares logits and needs teacher_form=\"logits\"; got teacher_form='probs'"),
     "standardized probabilities": ({"standardize": True, "teacher_form": "probs"}, ValueError, "standardize=True compares logits and needs teacher_form=\"logits\"; got teacher_form='probs'"),
     "mse of a mixture of probabilities": ({"divergence": "mse", "teacher": [Z(3, 5), Z(3, 5)]}, ValueError, "divergence='mse' compares logits: with several teachers it needs ensemble=\"logits\"; got ensemble='probs'"),
-    "no teacher": ({"teacher": []}, ValueError, "teacher must be a tensor, or at least one; got an empty sequence"),
+    "no teacher": ({"teacher": []}, ValueError, "teacher must have at least one tensor; got an empty sequence"),
     "a teacher None": ({"teacher": [Z(3, 5), None]}, TypeError, "teacher[1] must be a tensor; got NoneType"),
     "a teacher of other shape": ({"teacher": [Z(3, 5), Z(4, 5)]}, ValueError, "student and teacher[1] must have the same shape; got (3, 5) and (4, 5)"),
     "a teacher requires grad": ({"teacher": [Z(3, 5), Z(3, 5, requires_grad=True)]}, ValueError, "teacher[1] requires grad, but the loss gives the teacher none: compute it under torch.no_grad(), or .detach() it"),

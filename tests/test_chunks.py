@@ -11,8 +11,8 @@ from support import BF16, FP16, FP32, FP64, make_heads
 
 import fastkd
 from fastkd import Head, TopK
-from fastkd.linear.chunks import sizes_of
-from fastkd.linear.planner import MIB, Plan, Sizes, buffer_bytes, class_chunks, plan_sizes
+from fastkd.linear.chunks import make_sizes
+from fastkd.linear.planner import MIB, Plan, Sizes, compute_buffer_bytes, divide_classes, plan_sizes
 
 
 def plan(
@@ -84,12 +84,12 @@ def test_chunks_of_classes_cover_all_classes(sizes, most, writes):
     grad_row = width * sizes["dtype"].itemsize * sizes["weight_grad"]
     classes = min(classes, 500 * most)  # bounds the test's time
     end = 0
-    for chunk in class_chunks(rows, classes, most, item, grad_row, writes=writes):
+    for chunk in divide_classes(rows, classes, most, item, grad_row, writes=writes):
         assert chunk.start == end and 0 < chunk.size <= most
         end += chunk.size
         if chunk.is_inside:
             written = end * grad_row if writes else 0
-            assert written + buffer_bytes(rows, chunk.size, item) <= classes * grad_row
+            assert written + compute_buffer_bytes(rows, chunk.size, item) <= classes * grad_row
         elif sizes["weight_grad"]:
             assert chunk.size <= 64
     assert end == classes
@@ -123,7 +123,7 @@ def test_the_least_memory_is_two_gradients(sizes, mib):
     assert chosen.chunk_by == "classes" and chosen.accumulate is BF16
     assert chosen.peak_bytes < mib * MIB
     assert chosen.peak_bytes < 1.02 * (2 * classes + 4 * rows) * width
-    pieces = list(class_chunks(rows, classes, chosen.chunk, 4, 2 * width, writes=True))
+    pieces = list(divide_classes(rows, classes, chosen.chunk, 4, 2 * width, writes=True))
     assert len(pieces) == chosen.chunks
     # 9 of 10 classes are in chunks of at least 512.
     assert sum(chunk.size for chunk in pieces if chunk.size >= 512) > 0.9 * classes
@@ -176,7 +176,9 @@ def sizes(inputs: Any, **options: Any) -> Sizes:
     """Return the sizes that a call's plan is made from."""
     seen: list[Sizes] = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fastkd.chunks, "sizes_of", lambda *a: seen.append(sizes_of(*a)) or seen[-1])
+        patch.setattr(
+            fastkd.chunks, "make_sizes", lambda *a: seen.append(make_sizes(*a)) or seen[-1]
+        )
         fastkd.chunks.plan(*inputs, **options)
     return seen[0]
 

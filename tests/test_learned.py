@@ -11,7 +11,7 @@ ROWS, CLASSES = 9, 37
 NAMES = fastkd.divergences()
 
 
-def row_numbers(low, high):
+def make_row_numbers(low, high):
     return torch.linspace(low, high, ROWS, dtype=FP64)
 
 
@@ -19,14 +19,17 @@ def row_numbers(low, high):
 LEARN = {
     "temperature": {"temperature": torch.tensor(2.0, dtype=FP64)},
     "temperatures of rows": {
-        "temperature": row_numbers(1, 4),
+        "temperature": make_row_numbers(1, 4),
         "teacher_temperature": torch.tensor(1.5, dtype=FP64),
     },
     "student's temperature": {
         "temperature": torch.tensor(2.5, dtype=FP64),
         "teacher_temperature": 3.0,
     },
-    "weights": {"hard_weight": row_numbers(0.1, 1), "soft_weight": torch.tensor(0.4, dtype=FP64)},
+    "weights": {
+        "hard_weight": make_row_numbers(0.1, 1),
+        "soft_weight": torch.tensor(0.4, dtype=FP64),
+    },
     "standardize": {"standardize": True, "temperature": 1.5},
     "standardize, temperature": {"standardize": True, "temperature": torch.tensor(1.5, dtype=FP64)},
     "class weights": {
@@ -93,7 +96,7 @@ def test_gradients_are_those_of_float64(name, learn, reduction):
 
 MIXTURES = {
     "two": ({"teacher_temperature": 3.0}, lambda w: [w, 0.5 * w]),
-    "two of rows": ({"teacher_temperature": row_numbers(1, 2)}, lambda w: [w, 0.5 * w]),
+    "two of rows": ({"teacher_temperature": make_row_numbers(1, 2)}, lambda w: [w, 0.5 * w]),
     "two, logits": ({"teacher_temperature": 3.0, "ensemble": "logits"}, lambda w: [w, 0.5 * w]),
     "probs": ({"teacher_form": "probs"}, lambda w: w.softmax(-1)),
 }
@@ -108,7 +111,7 @@ def test_a_mixture_of_teachers(name, which):
         student, teacher, labels = (
             x.to(dtype) if x.is_floating_point() else x for x in make((ROWS, CLASSES))
         )
-        leaf, t = student.requires_grad_(), row_numbers(1, 3).requires_grad_()
+        leaf, t = student.requires_grad_(), make_row_numbers(1, 3).requires_grad_()
         options = {**fixed, "temperature": t, "divergence": name, "reduction": "sum"}
         teachers = teachers_of(teacher)
         if dtype is FP32:

@@ -251,7 +251,7 @@ def test_rows_are_kept_while_a_graph_is_captured(device, monkeypatch):
     """All rows are computed under capture, where nothing may synchronize."""
     heads = make_heads(device=device)
     expected = run(heads, chunks={"chunk_size": 8})
-    monkeypatch.setattr(linear_loss, "counted_rows", lambda labels, ignore_index: None)
+    monkeypatch.setattr(linear_loss, "find_counted_rows", lambda labels, ignore_index: None)
     value, grads = run(heads, chunks={"chunk_size": 8})
     torch.testing.assert_close(value, expected[0])
     for grad, right in zip(grads, expected[1], strict=True):
@@ -390,7 +390,7 @@ def test_the_module_takes_heads(device):
 def test_class_weights_of_labels_out_of_range(monkeypatch):
     """Labels index the weights unchecked on CUDA, where an invalid one is a device-side assert."""
     heads = make_heads()._replace(labels=torch.full((ROWS,), CLASSES))
-    monkeypatch.setattr(checks, "may_look", lambda tensor: False)
+    monkeypatch.setattr(checks, "is_readable", lambda tensor: False)
     assert fastkd.chunks.plan(*heads, class_weight=torch.ones(CLASSES)).rows == ROWS
 
 

@@ -210,7 +210,7 @@ def test_references_of_the_cuda_kernels(temperature):
         "logits", None, "probs", False,
     )  # fmt: skip
     rows = RowStatistics(50, objective, torch.empty(()))
-    rows.student.rounds = rows.teacher.rounds = True
+    rows.student.is_rounding = rows.teacher.is_rounding = True
     logits = (torch.randn(50, 96) * 4 + torch.linspace(-3000, 3000, 50)[:, None]).float()
     log2e = torch.tensor(math.log2(math.e))
     slope = log2e / temperature
@@ -266,7 +266,7 @@ def test_all_rows_ignored_give_zero(device):
 @pytest.mark.parametrize("options", [{}, {"alpha": 1.0}, {"soft_weight": 1.0, "hard_weight": 0.0}])
 def test_labels_out_of_range_are_nan_rows(device, monkeypatch, options):
     """Labels are not checked on CUDA, and not by this path on a CPU."""
-    monkeypatch.setattr(checks, "may_look", lambda tensor: False)
+    monkeypatch.setattr(checks, "is_readable", lambda tensor: False)
     heads = make_heads(device=device, ignored=0.0)
     expected = loss_in_chunks(*heads, chunks=by_classes(64), reduction="none", **options)
     heads.labels[2], heads.labels[4], heads.labels[5] = CLASSES, -5, -100
@@ -286,7 +286,7 @@ def test_an_ignored_class_marks_no_other_chunk(device, ignore_index, captured, m
     heads = heads._replace(labels=heads.labels.masked_fill(heads.labels == -100, ignore_index))
     expected, right = run(heads, chunks=by_rows(64), ignore_index=ignore_index)
     if captured:  # mimics graph capture, where all rows are computed
-        monkeypatch.setattr(linear_loss, "counted_rows", lambda labels, ignore_index: None)
+        monkeypatch.setattr(linear_loss, "find_counted_rows", lambda labels, ignore_index: None)
     value, grads = run(heads, chunks=by_classes(32), ignore_index=ignore_index)
     torch.testing.assert_close(value, expected)
     for grad, other in zip(grads, right, strict=True):
@@ -333,7 +333,7 @@ def test_without_gradients_the_logits_are_computed_once(device):
 def test_rows_are_kept_while_a_graph_is_captured(device, monkeypatch):
     heads = make_heads(device=device)
     expected = run(heads, chunks=by_rows(8))
-    monkeypatch.setattr(linear_loss, "counted_rows", lambda labels, ignore_index: None)
+    monkeypatch.setattr(linear_loss, "find_counted_rows", lambda labels, ignore_index: None)
     value, grads = run(heads, chunks=by_classes(32))
     torch.testing.assert_close(value, expected[0])
     for grad, right in zip(grads, expected[1], strict=True):
@@ -361,7 +361,7 @@ def test_peak_memory_is_what_the_plan_says(dtype, cap):
     classes = len(heads.student.weight)
     chosen = fastkd.chunks.plan(*heads.with_options(cap), **by_classes())
     gradients = (rows * max(4, dtype.itemsize) + classes * dtype.itemsize) * width
-    scratch = products.scratch_bytes(rows, width) if dtype == BF16 else 0
+    scratch = products.compute_scratch_bytes(rows, width) if dtype == BF16 else 0
     assert gradients < chosen.peak_bytes < 1.1 * gradients + scratch
     small = 2**18  # biases
     if dtype == BF16:  # a factor of a product, as oneDNN packs it

@@ -42,7 +42,7 @@ def mixed_logits(teachers: list[Tensor], dtype: torch.dtype = FP32, **options: A
     resolved = objective.resolve(Options(**options), has_labels=False, teachers=len(teachers))
     resolved = check_tensors(resolved, teachers[0], None, dtype)
     call = Call(teachers[0], tuple(teachers), None, resolved, dtype)
-    return dense.mixed_teacher(dense.make_arguments(call, False), dtype)
+    return dense.mix_teachers(dense.make_arguments(call, False), dtype)
 
 
 def mixed(teachers: list[Tensor], dtype: torch.dtype = FP32, **options: Any) -> Tensor:
@@ -327,8 +327,8 @@ def test_statistics_of_rows_mix_teachers(ensemble):
     resolved = objective.resolve(Options(**options), has_labels=False, teachers=2)
     gradient = student.clone()
     call = Call(gradient, tuple(teachers), None, resolved, FP32)
-    divergences, statistics = dispatch.statistics(call)
-    dispatch.gradient_(call, statistics)
+    divergences, statistics = dispatch.compute_statistics(call)
+    dispatch.write_gradient_(call, statistics)
     leaf = student.clone().requires_grad_()
     expected = fastkd.terms(leaf, teachers, **options)
     torch.testing.assert_close(divergences, expected.soft)

@@ -42,7 +42,7 @@ def test_parts_equal_the_whole(monkeypatch, device, options, kind):
     call = prepare(leaf, teachers, labels, Options(teacher_temperature=t, **inputs))
 
     def at_once(call: Call) -> reference.Terms:
-        return rows.reference_terms(call)
+        return rows.compute_reference_terms(call)
 
     def results(compute) -> tuple:
         terms = compute(call)

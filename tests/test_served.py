@@ -470,7 +470,7 @@ MISTAKES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "collate: tails": (lambda: served.collate([LIST, LIST._replace(tail="ignore")]), ValueError, "values must have one tail; got ['ghost', 'ignore']"),
     "collate: length": (lambda: served.collate([LIST, served.collate([ONE])]), TypeError, "got ['Sampled', 'TopK']"),
     "collate: batches": (lambda: served.collate([served.collate([LIST])]), ValueError, "values must have shape (n, k); got [(1, 1, 2)]"),
-    "collate: too long": (lambda: served.collate([served.from_vllm(GOOD)], 1), ValueError, "length must be at least 2, that of a value; got 1"),
+    "collate: too long": (lambda: served.collate([served.from_vllm(GOOD)], 1), ValueError, "length must be at least 2, as the longest value; got 1"),
     "collate: side": (lambda: served.collate([LIST], padding_side="both"), ValueError, "padding_side must be one of 'right', 'left'"),
 }  # fmt: skip
 

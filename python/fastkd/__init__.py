@@ -1,4 +1,4 @@
-"""fastkd: knowledge distillation's loss in one fused pass, on CPUs and GPUs.
+"""Compute the loss of knowledge distillation in one fused pass, on CPUs and GPUs.
 
 >>> import torch, fastkd
 >>> student = torch.randn(8, 10, requires_grad=True)
@@ -6,12 +6,12 @@
 >>> fastkd.loss(student, teacher, labels, temperature=2.0, alpha=0.5).backward()
 
 ``loss``, ``terms`` and ``KDLoss`` compute the loss. Student and teacher are tensors of logits, or a
-``Head``, a linear layer whose logits are never all in memory; a teacher may also be a ``TopK``, the
+``Head``: a linear layer whose logits are never all in memory. A teacher may also be a ``TopK``, the
 log-probabilities of a few classes, or several tensors. ``Trainer``, ``Hint``, ``teachers`` and
-``report`` train a student and measure it; ``export`` and ``deployment`` take it out of PyTorch.
-``explain``, ``verify``, ``check_inputs`` and ``check_logits`` look at a call. ``fastkd.compat`` has
-the names and conventions of other libraries, and ``fastkd.integrations`` works inside their
-trainers.
+``report`` train a student and measure it. ``export`` writes a student as a program for a device,
+and ``deployment`` loads such programs. ``explain``, ``verify``, ``check_inputs`` and
+``check_logits`` describe and check a call. ``fastkd.compat`` has the names and conventions of other
+libraries, and ``fastkd.integrations`` works inside their trainers.
 """
 
 import importlib
@@ -66,7 +66,7 @@ if TYPE_CHECKING:
 else:
 
     def __getattr__(name: str) -> object:
-        """Import a module that ``import fastkd`` does not import."""
+        """Import ``fastkd.compat`` or ``fastkd.integrations`` when it is first used."""
         if name in _LAZY_MODULES:
             return importlib.import_module(f"fastkd.{name}")
         hint = validation.suggest(name, __all__)

@@ -1,4 +1,4 @@
-"""Command line of fastkd: ``fastkd`` and ``python -m fastkd``."""
+"""Run the command line of fastkd: ``fastkd`` and ``python -m fastkd``."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="fastkd", description="Knowledge distillation.")
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("info", help="print versions, kernels and threads for a bug report")
-    # config.run parses their options, and prints their help.
+    # config.run parses the options of these commands, and prints the help.
     commands.add_parser("distill", add_help=False, help="train a student on a teacher's outputs")
     commands.add_parser("sweep", add_help=False, help="compare losses with training alone")
     commands.add_parser("report", add_help=False, help="compare students with their teacher")

@@ -1,4 +1,4 @@
-"""Batches of a loader: their accepted forms, and how to split, move and pass them to a model.
+"""Split the batches of a loader, move them to a device, and pass them to a model.
 
 A batch is one of
 
@@ -6,8 +6,8 @@ A batch is one of
 - ``(inputs, labels, ids)``: a :class:`Labelled`, or any tuple of that form. The ids are those of
   the samples in a :class:`fastkd.teachers.TeacherCache`;
 - an :class:`Unlabelled`, ``(inputs, ids)``;
-- a mapping with ``"labels"`` and ``"ids"``, both optional. All other entries are keyword arguments
-  of the models, as in Hugging Face's libraries.
+- a mapping with ``"labels"`` and ``"ids"``, both optional. The mapping's other entries are keyword
+  arguments of the models, as in Hugging Face's libraries.
 
 :class:`WithIds` adds the ids to a dataset.
 """
@@ -32,7 +32,7 @@ NO_BATCH = (
 
 
 class Labelled(NamedTuple):
-    """A sample of :class:`WithIds`, or a batch of them: ``default_collate`` keeps the type."""
+    """Hold a sample of :class:`WithIds`, or a batch; ``default_collate`` keeps the type."""
 
     inputs: Any
     labels: Any
@@ -40,14 +40,14 @@ class Labelled(NamedTuple):
 
 
 class Unlabelled(NamedTuple):
-    """A sample of :class:`WithIds` without labels, or a batch of them."""
+    """Hold a sample of :class:`WithIds` without labels, or a batch of such samples."""
 
     inputs: Any
     ids: Any
 
 
 class Batch(NamedTuple):
-    """The parts of a batch, as :func:`split` returns them."""
+    """Hold the parts of a batch, as :func:`split` returns them."""
 
     inputs: Any
     """A tensor, a tuple of positional arguments, or a mapping of keyword arguments."""
@@ -57,7 +57,7 @@ class Batch(NamedTuple):
 
 
 class WithIds(Dataset[Any]):
-    """A map-style dataset whose samples also carry their index in it, as their id.
+    """Give each sample of a map-style dataset an id: the sample's index.
 
     ``(x, y)`` becomes ``Labelled(x, y, i)``; ``x`` or ``(x,)`` becomes ``Unlabelled(x, i)``; a
     mapping gets the key ``"ids"``. Wrap the complete dataset first and take subsets of the result,
@@ -142,8 +142,8 @@ def check_ids(ids: object) -> Tensor:
     """Return ids as int64, or raise TypeError unless they are an integer tensor ``(B,)``."""
     description = type(ids).__name__
     if isinstance(ids, Tensor):
-        others = ids.is_floating_point() or ids.is_complex() or ids.dtype is torch.bool
-        if ids.dim() == 1 and not others:
+        is_integer = not (ids.is_floating_point() or ids.is_complex() or ids.dtype is torch.bool)
+        if ids.dim() == 1 and is_integer:
             return ids.long()
         description = f"{ids.dtype} of shape {tuple(ids.shape)}"
     raise TypeError(f"ids must be an integer tensor of shape (B,); got {description}")
@@ -181,10 +181,10 @@ def outputs(model: nn.Module, inputs: Any) -> Any:
 def arguments(model: nn.Module, inputs: Any) -> tuple[Sequence[Any], Mapping[str, Any]]:
     """Make the positional and the keyword arguments of ``model`` from a batch's inputs.
 
-    A mapping becomes keyword arguments; a tuple or list becomes positional ones. A model that takes
-    ``use_cache`` gets ``use_cache=False`` unless the inputs have the key. With a key-value cache,
-    transformers ignores where ``position_ids`` restart, so the sequences of a packed batch would
-    attend to one another.
+    A mapping becomes keyword arguments; a tuple or list becomes positional arguments. A model that
+    takes ``use_cache`` gets ``use_cache=False`` unless the inputs have the key. With a key-value
+    cache, transformers ignores where ``position_ids`` restart, so the sequences of a packed batch
+    would attend to one another.
     """
     positional: Sequence[Any] = ()
     keywords: Mapping[str, Any] = {}
@@ -214,13 +214,13 @@ def logits_of(output: Any, model: nn.Module) -> Tensor:
 
 
 def _has_keyword(model: nn.Module, keyword: str, positional: int) -> bool:
-    """Return True if ``model`` takes ``keyword``, after this number of positional arguments.
+    """Return True if ``model`` takes ``keyword`` after ``positional`` positional arguments.
 
     A wrapper whose forward has ``**keywords`` takes the keywords of the model inside.
     """
     try:
         parameters = inspect.signature(model.forward).parameters
-    except (TypeError, ValueError):  # not a Python function
+    except (TypeError, ValueError):  # forward is not a Python function
         return False
     if keyword in parameters:
         return list(parameters).index(keyword) >= positional
@@ -236,7 +236,7 @@ def _has_keyword(model: nn.Module, keyword: str, positional: int) -> bool:
 
 
 def size(batch: Any, labels: Tensor | None) -> int:
-    """Return the number of samples: the length of the first tensor of a batch or its labels.
+    """Return the number of samples: the length of the first tensor of a batch or of its labels.
 
     Raises:
         TypeError: if the batch contains no tensor, and there are no labels.
@@ -278,7 +278,7 @@ def map_tensors(function: Callable[[Tensor], Tensor], value: Any) -> Any:
 
 
 def to(value: Any, device: torch.device, dtype: torch.dtype | None = None) -> Any:
-    """Move every tensor in a batch to ``device``, and convert floating-point ones to ``dtype``."""
+    """Move all tensors in a batch to ``device``; convert floating-point tensors to ``dtype``."""
 
     def move(tensor: Tensor) -> Tensor:
         return tensor.to(device, dtype if tensor.is_floating_point() else None, non_blocking=True)
@@ -288,9 +288,9 @@ def to(value: Any, device: torch.device, dtype: torch.dtype | None = None) -> An
 
 @contextlib.contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Set ``model`` to evaluation mode without gradients; restore each submodule's mode after.
+    """Set ``model`` to evaluation mode without gradients; restore each submodule's mode afterwards.
 
-    A module that has no modes, such as an exported program's, stays as it is.
+    A module without modes, such as an exported program's, stays as it is.
     """
     modes = [(module, module.training) for module in model.modules()]
     try:

@@ -7,13 +7,13 @@ from typing import Any
 
 
 class MissingPackageError(ImportError):
-    """Error about a package that is not installed; the message names the extra that installs it."""
+    """Report a package that is not installed; the message names the extra that installs it."""
 
 
 def check(extra: str, *modules: str) -> None:
-    """Raise MissingPackageError unless all these modules can be imported.
+    """Raise MissingPackageError unless all ``modules`` can be imported.
 
-    Call it before work that would be lost if a later import failed.
+    Call this function before work that would be lost if a later import failed.
     """
     for module in modules:
         load(module, extra)
@@ -23,7 +23,7 @@ def load(module: str, extra: str) -> Any:
     """Import a module and return it.
 
     Raises:
-        MissingPackageError: if its package is not installed.
+        MissingPackageError: if the module's package is not installed.
     """
     try:
         return importlib.import_module(module)

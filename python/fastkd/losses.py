@@ -1,4 +1,4 @@
-"""The public loss: one function, its terms, and a module with the same options."""
+"""Define the public functions ``loss`` and ``terms``, and the module ``KDLoss``."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from fastkd._core.arguments import (
     Student,
     Teacher,
     check_teacher_has_no_gradient,
+    gather_routed_logits,
     prepare,
     raise_for_kernel_error,
-    routed_logits,
     shift_rows,
 )
 from fastkd._core.mistakes import hide_catch_all, raise_for_call
@@ -77,27 +77,31 @@ def loss(
              + (1 - alpha) * T^2 * KL(softmax(teacher / T) || softmax(student / T))
 
     This is the loss of Hinton, Vinyals and Dean, "Distilling the Knowledge in a Neural Network"
-    (2015); T^2 keeps the size of the soft gradients independent of T. The gradient is written in
-    the same pass that reads the logits. Arithmetic is float32 whatever the dtypes of the inputs
-    (float64 if either is), and does not cancel when the student is close to its teacher.
-    ``divergence`` and the options below it choose other objectives. Those without a kernel are
-    computed by PyTorch operations (docs/objectives.md lists them); :func:`fastkd.explain` describes
-    in words what a set of options computes.
+    (2015). T^2 keeps the size of the soft gradients independent of T. One pass reads the logits and
+    writes the gradient. Arithmetic is float64 if either input is float64, else float32. No digits
+    cancel when the student is close to its teacher. ``divergence`` and the options after it choose
+    other objectives. PyTorch operations compute the objectives without a kernel, which
+    docs/objectives.md lists. :func:`fastkd.explain` describes in words what a set of options
+    computes.
 
     Args:
         student: ``(..., C)`` logits, float64, float32, bfloat16 or float16, or a
             :class:`fastkd.Head`, whose logits are never all in memory. Slices such as
-            ``logits[:, :-1]`` and ``logits[..., :vocab]`` are not copied, nor are ``(N, C, H, W)``
-            and ``(N, C, L)`` with ``dim=1``, whose gradient is laid out like the logits. Other
-            logits whose classes are not adjacent are copied, and so are spatial crops.
-        teacher: ``(..., C)`` logits of any of these dtypes; a sequence of several teachers' logits;
-            a :class:`fastkd.Head`; or a :class:`fastkd.TopK`, the log-probabilities of a few
-            classes; a :class:`fastkd.Sampled`, the log-probability of one sampled class; or a
-            :class:`fastkd.Routed`, one of several teachers for each row. If ``student`` is a Head,
-            any of these but a sequence; if ``student`` is a tensor, the
-            logits of a Head are all computed. The teacher gets no gradient: teacher
-            logits or hidden states that require grad raise an error. Tensors made under
-            ``torch.inference_mode()`` are copied, since autograd cannot save them.
+            ``logits[:, :-1]`` and ``logits[..., :vocab]`` are not copied. ``(N, C, H, W)`` and
+            ``(N, C, L)`` with ``dim=1`` are not copied either; their gradient is laid out like the
+            logits. Spatial crops and other logits whose classes are not adjacent are copied.
+        teacher: one of
+
+            - ``(..., C)`` logits of a dtype that ``student`` may have;
+            - a sequence of several teachers' logits, unless ``student`` is a Head;
+            - a :class:`fastkd.Head`, whose logits are all computed if ``student`` is a tensor;
+            - a :class:`fastkd.TopK`, the log-probabilities of a few classes;
+            - a :class:`fastkd.Sampled`, the log-probability of one sampled class;
+            - a :class:`fastkd.Routed`, one of several teachers for each row.
+
+            The teacher gets no gradient: logits or hidden states that require grad raise an error.
+            Tensors made under ``torch.inference_mode()`` are copied, since autograd cannot save
+            them.
         labels: ``(...)`` class indices of any integer dtype, or ``(..., C)`` probabilities (mixup,
             cutmix), as in :func:`torch.nn.functional.cross_entropy`. None: the soft term alone,
             with weight 1.
@@ -114,80 +118,89 @@ def loss(
             ``soft_weight`` is given.
         soft_weight: weight of the soft term: a number, or a tensor ``(...)`` with one weight for
             each row, which changes no denominator. Default 1 if ``hard_weight`` is given.
-        ignore_index: rows with this label count nothing in **both** terms and get a zero gradient;
-            their logits may hold anything, NaN too. Probabilities as labels ignore no row. Default
-            -100.
-        reduction: ``"mean"`` divides both terms by the number of rows that are not ignored (0 if
-            all are); ``"sum"``; ``"none"`` returns one loss for each row, ``(...)``, and its
-            backward pass reads the logits again instead of keeping a gradient. Default ``"mean"``.
-        label_smoothing: of the hard term, in [0, 1], as in
+        ignore_index: rows with this label add nothing to **either** term and get a zero gradient;
+            their logits may hold anything, NaN too. Labels that are probabilities ignore no row.
+            Default -100.
+        reduction: ``"mean"`` divides both terms by the number of rows that are not ignored, and is
+            0 if every row is ignored. ``"sum"`` adds the rows. ``"none"`` returns one loss for each
+            row, ``(...)``; its backward pass reads the logits again, since it keeps no gradient.
+            Default ``"mean"``.
+        label_smoothing: smoothing of the labels in the hard term, in [0, 1], as in
             :func:`torch.nn.functional.cross_entropy`. Default 0.
         class_weight: ``(C,)`` weights of the classes in the hard term, the ``weight`` of
-            :func:`torch.nn.functional.cross_entropy`. As there, ``"mean"`` then divides the hard
-            term by the sum of the labels' weights (by the rows if labels are probabilities).
-        normalizer: the divisor of ``"mean"`` for both terms, instead of the number of rows: a
-            positive number, or a tensor with one element (never synchronized on CUDA). Pass the
-            global token count under gradient accumulation. 0 is accepted if every row is ignored;
-            the loss is then 0.
+            :func:`torch.nn.functional.cross_entropy`. ``"mean"`` then divides the hard term by
+            the sum of the labels' weights, as in that function. If labels are probabilities,
+            ``"mean"`` still divides by the number of rows.
+        normalizer: the divisor of ``"mean"`` for both terms, instead of the number of rows. A
+            positive number, or a tensor with one element, which is never synchronized on CUDA. Pass
+            the global token count under gradient accumulation. 0 is accepted if every row is
+            ignored; the loss is then 0.
         divergence: the soft term; one of :func:`fastkd.divergences`. Default ``"forward_kl"``.
-        mix: the parameter of some divergences: ``"symmetric_kl"``, weight of the forward KL
-            (default 0.5); ``"jsd"``, weight of the teacher (0.5); ``"skewed_forward_kl"`` and
-            ``"skewed_reverse_kl"``, weight of the other distribution in the mixture (0.1);
-            ``"dkd"``, weight of the classes other than the label (8).
+        mix: the parameter of some divergences, with its default in parentheses here.
+            ``"symmetric_kl"``: weight of the forward KL (0.5). ``"jsd"``: weight of the teacher
+            (0.5). ``"skewed_forward_kl"``: the teacher's share of the mixture (0.1).
+            ``"skewed_reverse_kl"``: the student's share of the mixture (0.1). ``"dkd"``: weight of
+            the classes other than the label (8).
         teacher_form: ``"logits"``, or ``"log_probs"`` or ``"probs"`` of a teacher that is softened
-            already. They need not sum to 1 exactly: rows are renormalized. Default ``"logits"``.
+            already. Probabilities need not sum to 1 exactly: rows are renormalized. Default
+            ``"logits"``.
         teacher_weights: a positive number for each of several teachers, divided by their sum.
             Default: equal weights.
         ensemble: whether several teachers are mixed in ``"probs"`` (after softening) or in
             ``"logits"``. Default ``"probs"``.
         standardize: subtract each row's mean from the logits of student and teacher, and divide by
-            the row's standard deviation (unbiased, + 1e-7), before the soft term (Sun et al.,
-            "Logit Standardization in Knowledge Distillation", CVPR 2024). Default False.
+            the row's standard deviation (unbiased, + 1e-7), before the soft term. From Sun et al.,
+            "Logit Standardization in Knowledge Distillation" (CVPR 2024). Default False.
         dim: the dimension of the classes: -1, or 1 for logits ``(N, C, d1, ...)`` with labels
             ``(N, d1, ...)``. Default -1.
-        shift: how many positions after a row its label lies, for causal language models, whose
+        shift: how many positions after a row its label lies. Causal language models need 1: their
             logits at position i predict the token at position i + 1. With ``shift=1``,
-            ``student``, ``labels`` and the teacher are all ``(..., positions)`` as the model and
-            the data loader return them: row i is compared with label i + 1; with entry i + 1 of a
-            TopK or Sampled, the order of inference servers, but **not** that of ``torch.topk`` of
-            logits, nor of a cached teacher; and with row i of a teacher's logits, Head or Routed.
-            The last row of each sequence has no label and is ignored. Options with
-            one number for each row are indexed like the labels. Logits are
-            not copied. Default 0: labels are aligned with the rows already.
-        inplace: write the gradient over the student's logits, which saves a tensor of their size.
-            They hold no logits afterwards, and using them in a later backward pass is an error.
-            Ignored if no gradient is asked for, under torch.compile and under function transforms.
-            Raises for calls that no single-pass kernel computes. Default False.
-        chunks: how many of a Head's logits are in memory at a time: ``"auto"``, or a result of
-            :func:`fastkd.chunks.plan`, which takes a bound for the memory. Default ``"auto"``.
+            ``student``, ``labels`` and the teacher are all ``(..., positions)``, as the model and
+            the data loader return them. Row i is then compared with
 
-    A TopK supports labels as class indices, the divergences of probabilities except ``"dkd"``, and
-    no option that concerns a teacher's logits: ``teacher_temperature``, ``teacher_form``,
-    ``teacher_weights``, ``ensemble``, ``standardize``; nor ``class_weight``, ``dim`` and
-    ``inplace``. A Sampled teacher supports the same without ``divergence`` and ``mix``. A Head as
-    student gives temperature and weights no gradient, and supports neither ``teacher_form``,
-    ``teacher_weights``, ``ensemble``, ``dim`` nor ``inplace``, nor ``class_weight`` with a Routed
-    teacher. With a Head as student and labels
-    that are class indices, counting the rows that are not ignored synchronizes CUDA once a call.
-    During CUDA graph capture, all rows are computed; the hidden states of ignored rows must then be
-    finite.
+            - label i + 1;
+            - row i of a teacher's logits, Head or Routed;
+            - entry i + 1 of a TopK or Sampled. Inference servers return this order; ``torch.topk``
+              of logits and a cached teacher do **not**.
+
+            The last row of each sequence has no label and is ignored. Options with one number for
+            each row are indexed like the labels. Logits are not copied. Default 0: labels are
+            aligned with the rows already.
+        inplace: write the gradient over the student's logits, which saves a tensor of their size.
+            ``student`` holds no logits afterwards, and using it in a later backward pass is an
+            error. Ignored without gradients, under torch.compile and under function transforms.
+            Calls that no single-pass kernel computes raise an error. Default False.
+        chunks: how many of a Head's logits are in memory at a time: ``"auto"``, or a result of
+            :func:`fastkd.chunks.plan`, which bounds the memory. Default ``"auto"``.
+
+    A TopK supports class indices as labels, and the divergences of probabilities except ``"dkd"``.
+    A TopK supports none of ``teacher_temperature``, ``teacher_form``, ``teacher_weights``,
+    ``ensemble``, ``standardize``, ``class_weight``, ``dim`` and ``inplace``. A Sampled teacher
+    supports the options of a TopK except ``divergence`` and ``mix``.
+
+    With a Head as student, temperature and weights get no gradient. A Head as student supports none
+    of ``teacher_form``, ``teacher_weights``, ``ensemble``, ``dim`` and ``inplace``; with a Routed
+    teacher it does not support ``class_weight`` either. If labels are class indices, a call with
+    a Head as student synchronizes CUDA once, to count the rows that are not ignored. During CUDA
+    graph capture, all rows are computed; the hidden states of ignored rows must then be finite.
 
     Returns:
         A 0-d tensor, or ``(...)`` with ``reduction="none"``, float32 (float64 if either input is
         float64). A logit of -inf masks its class. For the forward KL, a class masked by the teacher
         contributes 0. A class masked only by the student makes the loss +inf with a finite
-        gradient. A row with NaN or +inf among its logits, or of -inf alone, gives
-        NaN. With a TopK, the same
-        holds for listed classes. With ``tail="ghost"``, the teacher's extra class has probability
-        0 if no unmasked class is left for it or the listed probabilities sum to 1 or more; they
-        are then divided by their sum. For the reverse and the symmetric KL, which that would make
-        infinite, its probability is at least 2^-24 (2^-53 in float64).
+        gradient. A row with NaN or +inf among its logits, or of -inf alone, gives NaN.
+
+        With a TopK, these rules hold for the listed classes. With ``tail="ghost"``, the teacher's
+        extra class has probability 0 if no unmasked class remains for it, or if the listed
+        probabilities sum to 1 or more. The listed probabilities are then divided by their sum. The
+        reverse and the symmetric KL would be infinite with probability 0, so the extra class has at
+        least 2^-24 (2^-53 in float64) for these divergences.
 
     Raises:
-        TypeError, ValueError: for arguments that are not as above, before anything is computed; the
+        TypeError, ValueError: for arguments that are not as above, before anything is computed. The
             message names the argument, what was given, and what is accepted. A label or an index
-            out of range, and an invalid list, raise on the CPU. On CUDA, which is not synchronized
-            for this check, they make the row's loss and gradient NaN;
+            out of range, and an invalid list, raise on the CPU. CUDA is not synchronized for this
+            check: a row with such a label, index or list gets a NaN loss and gradient, and
             :func:`fastkd.check_inputs` reports the first invalid label. A list is invalid if a
             class is out of range or listed twice, or if its probabilities sum to more than 1.1.
 
@@ -248,15 +261,15 @@ def terms(
 ) -> Terms:
     """Compute the loss and the quantities worth logging about it; arguments as in :func:`loss`.
 
-    The fused options take one pass over the logits. ``class_weight`` and probabilities as labels
-    need extra passes, and a TopK three more over the student.
+    Options with a kernel take one pass over the logits. ``class_weight`` and probabilities as
+    labels need extra passes, and a TopK needs three extra passes over the student's logits.
 
     Returns:
-        A :class:`fastkd.Terms`, whose fields are reduced like the loss. The entropies are those of
-        the listed classes and the tail if the teacher is a TopK. A Sampled teacher tells neither
-        its entropy nor its most probable class: ``teacher_entropy`` and ``agreement`` are then NaN.
-        Only ``loss`` carries a gradient. CUDA is not synchronized, except once to count rows if the
-        student is a Head with class-index labels.
+        A :class:`fastkd.Terms`, whose fields are reduced like the loss. ``loss`` alone carries a
+        gradient. With a TopK, ``teacher_entropy`` is that of the listed classes and the tail. With
+        a Sampled teacher, ``teacher_entropy`` and ``agreement`` are NaN, because one class does not
+        determine them. CUDA is not synchronized, except once to count rows if the student is a Head
+        with class-index labels.
 
     Example:
         >>> import torch, fastkd
@@ -273,9 +286,9 @@ def terms(
         mix, teacher_form, teacher_weights, ensemble, standardize, dim, shift, inplace, chunks,
     )  # fmt: skip
     total, *logged = packed.unbind(0)
-    if shift and labels is None:  # the labels were made, to mark the rows to ignore
+    if shift and labels is None:  # zero labels were added, only to mark ignored rows
         logged[0] = torch.zeros_like(logged[0])
-    if not isinstance(teacher, (TopK, Sampled)):  # such a teacher tells all classes
+    if not isinstance(teacher, (TopK, Sampled)):  # a dense teacher lists all classes
         rows = student.hidden[..., 0] if isinstance(student, Head) else student.select(dim, 0)
         one, valid = torch.ones_like(rows, dtype=total.dtype), None
         if labels is not None and not labels.is_floating_point():
@@ -292,11 +305,11 @@ def divergences() -> tuple[str, ...]:
 
 
 class KDLoss(nn.Module):
-    """Module form of :func:`fastkd.loss`; ``alpha`` weighs the **hard** term.
+    """Compute :func:`fastkd.loss` as a module; ``alpha`` weighs the **hard** term.
 
     Options are those of :func:`fastkd.loss`, checked when the module is made. ``forward`` and
-    :meth:`terms` take ``(student, teacher, labels=None)``. Options that are tensors are buffers
-    that follow the module to another device, and a ``temperature`` or a weight that is an
+    :meth:`terms` take ``(student, teacher, labels=None)``. Options that are tensors are buffers,
+    which follow the module to another device. A ``temperature`` or a weight that is an
     ``nn.Parameter`` is a parameter of the module and learns. Options are attributes that may be
     assigned: ``criterion.temperature = 2.0``.
 
@@ -343,7 +356,7 @@ class KDLoss(nn.Module):
             reduction, label_smoothing, class_weight, normalizer, divergence, mix, teacher_form,
             teacher_weights, ensemble, standardize, dim, shift, inplace, chunks,
         )  # fmt: skip
-        _check(options)
+        _check_options(options)
         self._static_options = options  # with None in the place of tensors
         for name, value in options._asdict().items():
             if isinstance(value, Tensor):
@@ -359,7 +372,7 @@ class KDLoss(nn.Module):
 
     @property
     def options(self) -> dict[str, Any]:
-        """The options that are not their defaults; tensors are where the module is."""
+        """Return the options that are not defaults; tensors are on the module's device."""
         return self._current_options().nondefault
 
     def _current_options(self) -> Options:
@@ -384,25 +397,25 @@ class KDLoss(nn.Module):
         self._static_options = self._static_options._replace(**change)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """Set an option, checked together with the others; or any other attribute."""
+        """Set an option after checking all options together, or set another attribute."""
         if name not in Options._fields:
             return super().__setattr__(name, value)
-        _check(self._current_options()._replace(**{name: value}))
+        _check_options(self._current_options()._replace(**{name: value}))
         self._set_option(name, value)
 
     def __getattr__(self, name: str) -> Any:
-        """Return an option, or what ``nn.Module`` has by this name."""
+        """Return an option, or the attribute of ``nn.Module`` with this name."""
         if name not in Options._fields or name in self._parameters or name in self._buffers:
             return super().__getattr__(name)
         return getattr(self._static_options, name)
 
     def extra_repr(self) -> str:
-        """Return the options that are not their defaults."""
+        """Return the options that differ from their defaults, as text."""
         return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
 
 
-def _check(options: Options) -> None:
-    """Check options before there are logits."""
+def _check_options(options: Options) -> None:
+    """Check the options as far as that needs no logits."""
     resolve(options, has_labels=True, teachers=None)
     linear.chunks.check_plan(options.chunks)
 
@@ -421,7 +434,7 @@ def _compute(
             return linear.compute_routed(student, teacher, labels, options, with_terms)
         return linear.compute(student, teacher, labels, options, with_terms)
     if isinstance(teacher, Routed):
-        teacher = routed_logits(student, teacher, options.dim)
+        teacher = gather_routed_logits(student, teacher, options.dim)
     if isinstance(teacher, Head):
         check_teacher_has_no_gradient("teacher.hidden", teacher.hidden)
         with torch.no_grad():

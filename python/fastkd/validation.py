@@ -20,9 +20,9 @@ INTEGERS = (
 
 
 def suggest(value: object, accepted: Iterable[str], hints: Mapping[str, str] | None = None) -> str:
-    """Return a sentence that names what a misspelt name may mean, to end a message, or "".
+    """Return ". Did you mean 'name'?" for a misspelled name, or "" if no name is similar.
 
-    ``hints``: sentences for names that are not similar to an accepted one.
+    ``hints``: sentences to return for names that are not similar to an accepted name.
     """
     if not isinstance(value, str):
         return ""
@@ -37,7 +37,7 @@ def suggest(value: object, accepted: Iterable[str], hints: Mapping[str, str] | N
 def check_one_of(
     name: str, value: object, accepted: Sequence[str], hints: Mapping[str, str] | None = None
 ) -> int:
-    """Return the position of ``value`` among the accepted names; raise if it is not one of them.
+    """Return the index of ``value`` in ``accepted``; raise if it is not one of these names.
 
     ``hints``: as in :func:`suggest`.
     """
@@ -57,17 +57,17 @@ def check_number(
     open_low: bool = False,
     open_high: bool = False,
 ) -> float:
-    """Return ``value`` as a finite float in [low, high], without the ends that are open."""
+    """Return ``value`` as a finite float in [low, high]; an open end is excluded."""
     if type(value) is not float:
-        # NumPy's scalars are Real, its booleans and torch's tensors are not.
+        # NumPy's scalars are Real; NumPy's booleans and torch's tensors are not.
         if isinstance(value, bool) or not isinstance(value, (int, float, numbers.Real)):
             raise TypeError(f"{name} must be a number; got {type(value).__name__}")
         try:
             value = float(value)
-        except OverflowError:  # of an int
+        except OverflowError:  # an int above the largest float
             value = -math.inf if isinstance(value, int) and value < 0 else math.inf
-    above = low < value if open_low else low <= value
-    if above and (value < high if open_high else value <= high) and value != math.inf:
+    is_above = low < value if open_low else low <= value
+    if is_above and (value < high if open_high else value <= high) and value != math.inf:
         return value
     if high == math.inf:
         accepted = "positive and finite" if open_low else f"finite and at least {low:g}"

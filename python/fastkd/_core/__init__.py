@@ -1,1 +1,1 @@
-"""Private: from checked arguments to a kernel, and back."""
+"""Check arguments, choose a kernel, and connect kernels to autograd. This package is private."""

@@ -1,4 +1,4 @@
-"""Check the arguments of a call, once, and convert them to what the kernels and formulas take."""
+"""Check the arguments of a call, and convert them to what the kernels and formulas take."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Teacher = Tensor | Sequence[Tensor] | Head | TopK | Sampled | Routed
 
 
 class Listed(NamedTuple):
-    """A sparse teacher as the op takes it: a :class:`TopK`, or a :class:`Sampled` with k = 1."""
+    """Hold a sparse teacher for the op: a :class:`TopK`, or a :class:`Sampled` with k = 1."""
 
     log_probs: Tensor
     indices: Tensor
@@ -31,19 +31,19 @@ class Listed(NamedTuple):
 
     @property
     def name(self) -> str:
-        """The teacher's field that holds the class indices."""
+        """Return the name of the teacher's field that holds the class indices."""
         return "indices" if self.estimator is None else "tokens"
 
 
 class Call(NamedTuple):
-    """A checked call of the loss for logits, with the classes last."""
+    """Hold a checked call of the loss for logits, with the classes last."""
 
     student: Tensor
     teachers: tuple[Tensor, ...]
     labels: Tensor | None
     objective: Objective
     dtype: torch.dtype
-    """The dtype of the arithmetic and of the loss: float64 if any logits are, else float32."""
+    """The dtype of the arithmetic and the loss: float32, or float64 if any logits are float64."""
     listed: Listed | None = None
     """A sparse teacher, instead of ``teachers``."""
     inplace: bool = False
@@ -61,8 +61,8 @@ _DENSE_OPTIONS = (
 )  # fmt: skip
 
 
-def listed_of(teacher: TopK | Sampled) -> Listed:
-    """Return the list of a sparse teacher, with k = 1 for a sampled token."""
+def make_listed(teacher: TopK | Sampled) -> Listed:
+    """Convert a sparse teacher to lists, with k = 1 for a sampled token."""
     if isinstance(teacher, TopK):
         return Listed(*teacher, None)
     log_probs, tokens, estimator = teacher
@@ -99,7 +99,7 @@ def prepare(student: Tensor, teacher: object, labels: Tensor | None, options: Op
         check_fits_rows(sparse, student)
         check_teacher_has_no_gradient("teacher.log_probs", sparse.log_probs)
     elif not teachers:
-        raise ValueError("teacher must be a tensor, or at least one; got an empty sequence")
+        raise ValueError("teacher must have at least one tensor; got an empty sequence")
     else:
         for i, value in enumerate(teachers):
             name = "teacher" if len(teachers) == 1 else f"teacher[{i}]"
@@ -123,7 +123,7 @@ def prepare(student: Tensor, teacher: object, labels: Tensor | None, options: Op
     labels = None if labels is None else checks.to_savable(validation.to_int64(labels))
     checks.check_class_count(objective.divergence, objective.standardize, soft_labels, student)
     objective = check_tensors(objective, student, labels, dtype)
-    listed = None if sparse is None else listed_of(sparse)
+    listed = None if sparse is None else make_listed(sparse)
     return Call(student, tuple(teachers), labels, objective, dtype, listed, inplace)
 
 
@@ -135,7 +135,7 @@ def check_tensors(
     Per-row options become ``(...)`` in ``dtype``; 0-d tensors stay 0-d.
     """
 
-    def rows(name: str, check_data: Callable[[str, Tensor], None]) -> float | Tensor:
+    def convert(name: str, check_data: Callable[[str, Tensor], None]) -> float | Tensor:
         value: float | Tensor = getattr(objective, name)
         if not isinstance(value, Tensor):
             return value
@@ -143,7 +143,7 @@ def check_tensors(
             value = value.to(student.device)
         else:
             checks.check_entries(value, name, student)
-        if checks.may_look(value):
+        if checks.is_readable(value):
             check_data(name, value.detach())
         return checks.to_savable(value.to(dtype))
 
@@ -155,25 +155,25 @@ def check_tensors(
     if class_weight is not None:
         checks.check_entries(class_weight, "class_weight", student, "class")
         class_weight = checks.to_savable(class_weight.detach().to(dtype))
-    temperature = rows("temperature", checks.check_row_temperatures)
+    temperature = convert("temperature", checks.check_row_temperatures)
     teacher_temperature = temperature
     if objective.teacher_temperature is not objective.temperature:
-        teacher_temperature = rows("teacher_temperature", checks.check_row_temperatures)
+        teacher_temperature = convert("teacher_temperature", checks.check_row_temperatures)
     return objective._replace(
         temperature=temperature,
         teacher_temperature=teacher_temperature,
-        hard_weight=rows("hard_weight", checks.check_row_weights),
-        soft_weight=rows("soft_weight", checks.check_row_weights),
+        hard_weight=convert("hard_weight", checks.check_row_weights),
+        soft_weight=convert("soft_weight", checks.check_row_weights),
         normalizer=normalizer,
         class_weight=class_weight,
     )
 
 
 def shift_rows(value: Tensor, n: int, fill: float, dim: int = -1) -> Tensor:
-    """Drop the first ``n`` positions of ``dim``, and append as many that hold ``fill``."""
+    """Drop the first ``n`` positions of ``dim``, and append ``n`` positions that hold ``fill``."""
     n = min(n, value.shape[dim])
-    moved = value.narrow(dim, n, value.shape[dim] - n)
-    return torch.cat((moved, torch.full_like(value.narrow(dim, 0, n), fill)), dim)
+    remaining = value.narrow(dim, n, value.shape[dim] - n)
+    return torch.cat((remaining, torch.full_like(value.narrow(dim, 0, n), fill)), dim)
 
 
 def shift_labels(
@@ -182,7 +182,7 @@ def shift_labels(
     """Move labels, lists and per-row options to the rows that predict them.
 
     The last rows, which have no label, get ``ignore_index``. Values of a wrong shape are returned
-    as they are, to be refused by their own checks.
+    unchanged; later checks raise an error.
     """
     n, rows = options.shift, student.select(options.dim, 0).shape
     if not rows:
@@ -190,7 +190,7 @@ def shift_labels(
             f"shift={n} needs logits (..., positions, C); got the shape {tuple(student.shape)}"
         )
     if labels is None:
-        # Labels that only mark the rows to ignore: the hard term weighs 0.
+        # Zero labels only mark the rows to ignore: the hard term gets weight 0.
         resolve(options, has_labels=False, teachers=None)
         soft_weight = 1.0 if options.soft_weight is None else options.soft_weight
         options = options._replace(alpha=None, hard_weight=0.0, soft_weight=soft_weight)
@@ -208,13 +208,13 @@ def shift_labels(
                 for value, fill in zip(teacher[:2], (-math.inf, -1), strict=True)
             ]
             teacher = type(teacher)._make((*fields, teacher[2]))
-    of_rows = {name: getattr(options, name) for name in PER_ROW_OPTIONS}
-    moved: dict[str, Any] = {
+    per_row = {name: getattr(options, name) for name in PER_ROW_OPTIONS}
+    shifted: dict[str, Any] = {
         name: shift_rows(value, n, 1.0)
-        for name, value in of_rows.items()
+        for name, value in per_row.items()
         if isinstance(value, Tensor) and value.dim()
     }
-    return teacher, labels, options._replace(shift=0, **moved)
+    return teacher, labels, options._replace(shift=0, **shifted)
 
 
 def check_teacher_has_no_gradient(name: str, value: Tensor) -> None:
@@ -247,8 +247,8 @@ def check_tail(tail: str, options: Options) -> None:
     if tail == "ignore" and options.divergence != "forward_kl":
         raise ValueError(
             "divergence must be 'forward_kl' with tail=\"ignore\": a sum over the listed classes "
-            "alone is not a divergence, and falls as the student leaves them; got "
-            f'{options.divergence!r}. Use tail="ghost" or tail="renormalize".'
+            "alone is not a divergence, and that of the reverse KL falls as the student leaves "
+            f'them; got {options.divergence!r}. Use tail="ghost" or tail="renormalize".'
         )
 
 
@@ -299,7 +299,7 @@ def check_fits_rows(teacher: TopK | Sampled, logits: Tensor) -> None:
 # ---- routed teachers
 
 
-def rows_of_teachers(routed: Routed, rows: torch.Size, device: torch.device) -> list[Tensor]:
+def find_teacher_rows(routed: Routed, rows: torch.Size, device: torch.device) -> list[Tensor]:
     """Check a routed teacher, and return the indices of each teacher's rows, flattened."""
     check_routed(routed, "teacher")
     teachers, indices = routed
@@ -323,7 +323,7 @@ def rows_of_teachers(routed: Routed, rows: torch.Size, device: torch.device) -> 
     return [(indices.flatten() == i).nonzero().squeeze(1) for i in range(len(teachers))]
 
 
-def routed_logits(student: Tensor, routed: Routed, dim: int) -> Tensor:
+def gather_routed_logits(student: Tensor, routed: Routed, dim: int) -> Tensor:
     """Return the logits of each row's teacher as one tensor, laid out like the student."""
     check_routed(routed, "teacher")
     checks.check_student(student, dim)
@@ -331,8 +331,8 @@ def routed_logits(student: Tensor, routed: Routed, dim: int) -> Tensor:
         moved = [x if isinstance(x, Head) else x.movedim(dim, -1) for x in routed.teachers]
         routed, student = Routed(tuple(moved), routed.indices), student.movedim(dim, -1)
     classes, parts = student.shape[-1], []
-    owned = rows_of_teachers(routed, student.shape[:-1], student.device)
-    for i, (teacher, rows) in enumerate(zip(routed.teachers, owned, strict=True)):
+    teacher_rows = find_teacher_rows(routed, student.shape[:-1], student.device)
+    for i, (teacher, rows) in enumerate(zip(routed.teachers, teacher_rows, strict=True)):
         name = f"teacher.teachers[{i}]"
         outputs = teacher.hidden if isinstance(teacher, Head) else teacher
         check_teacher_has_no_gradient(name, outputs)
@@ -345,7 +345,7 @@ def routed_logits(student: Tensor, routed: Routed, dim: int) -> Tensor:
             raise ValueError(f"{name} must have {classes} classes; got {parts[-1].shape[-1]}")
     dtype = functools.reduce(torch.promote_types, [part.dtype for part in parts])
     out = torch.empty(student.shape, dtype=dtype, device=student.device)
-    for part, rows in zip(parts, owned, strict=True):
+    for part, rows in zip(parts, teacher_rows, strict=True):
         out.view(-1, classes)[rows] = part.to(dtype)
     return out.movedim(-1, dim)
 
@@ -373,7 +373,7 @@ def _check_inplace(student: Tensor, teachers: Sequence[Tensor], reduction: str) 
             "inplace=True writes the gradient over student, whose memory must hold the logits; got "
             "a view of their negatives (.resolve_neg() it)"
         )
-    if _overlaps(student):
+    if _has_overlap(student):
         raise ValueError(
             "inplace=True writes the gradient over student, whose rows must not share memory; got "
             f"strides {student.stride()} of shape {tuple(student.shape)} (.contiguous() them)"
@@ -383,7 +383,7 @@ def _check_inplace(student: Tensor, teachers: Sequence[Tensor], reduction: str) 
         raise ValueError("inplace=True needs student and teacher in different memory")
 
 
-def _overlaps(tensor: Tensor) -> bool:
+def _has_overlap(tensor: Tensor) -> bool:
     """Return True if entries may share memory: a stride is within the reach of smaller strides."""
     reach = 1
     for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
@@ -399,7 +399,7 @@ def _overlaps(tensor: Tensor) -> bool:
 def raise_for_kernel_error(error: RuntimeError, call: Call) -> None:
     """Raise a Python exception that explains a kernel error; return if unrecognized.
 
-    Recognized causes are a bad label, temperature or list, an unsupported layout, and no memory.
+    Recognized causes: a bad label, temperature or list, an unsupported layout, lack of memory.
     """
     student, labels, objective = call.student, call.labels, call.objective
     tensors: list[Any] = [student, labels, objective.temperature]

@@ -1,10 +1,13 @@
 """Differentiate the fused losses, whose forward pass writes the gradient.
 
-For each loss ``op`` of csrc/torch/library.cpp and topk.cpp, the op ``op_into`` writes the gradient
-in the forward pass, ``op_backward_`` scales or writes the gradient in the backward pass, and
-``op_gradient`` computes the gradient by differentiable operations. All four take the arguments of
-``op``. csrc/torch/eager.cpp implements the same autograd in C++, and replaces this module's if it
-was built with exactly this torch.
+For each loss ``op`` of csrc/torch/library.cpp and topk.cpp, three more ops take its arguments:
+
+- ``op_into`` writes the gradient in the forward pass;
+- ``op_backward_`` scales or writes the gradient in the backward pass;
+- ``op_gradient`` computes the gradient by differentiable operations.
+
+csrc/torch/eager.cpp implements this autograd in C++. The C++ code replaces this module's autograd
+if it was built with exactly this torch.
 """
 
 from __future__ import annotations
@@ -31,14 +34,14 @@ def is_transformed() -> bool:
 
 
 def is_batch(grad_output: Tensor) -> bool:
-    """Return True for a batch of gradients (is_grads_batched=True) and under any transform."""
+    """Return True for a batch of gradients (is_grads_batched=True), or under a transform."""
     return torch._C._functorch.is_legacy_batchedtensor(grad_output) or is_transformed()
 
 
-def needs_formula(grad_output: Tensor) -> bool:
+def is_formula_needed(grad_output: Tensor) -> bool:
     """Return True if a backward pass must consist of differentiable PyTorch operations.
 
-    Either create_graph=True will differentiate the backward pass, or ``grad_output`` is a batch.
+    Either ``create_graph=True`` differentiates the backward pass, or ``grad_output`` is a batch.
     """
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
         return torch.is_grad_enabled()
@@ -65,23 +68,23 @@ def is_writable(tensor: Tensor) -> bool:
 
 
 class Ops(NamedTuple):
-    """A loss, the ops of its gradient, and the layout of their arguments."""
+    """Hold a loss, the ops of its gradient, and the layout of the arguments of these ops."""
 
     loss: Any
-    into: Any
+    loss_into: Any
     backward_: Any
     gradient: Any
     strided: bool
-    """True if ``into`` can write a gradient whose classes are not adjacent."""
+    """True if ``loss_into`` can write a gradient whose classes are not adjacent."""
     has_stats: bool
-    """True if ``into`` returns statistics that ``backward_`` needs."""
+    """True if ``loss_into`` returns statistics that ``backward_`` needs."""
     tensors: tuple[int, ...]
     """Indices of tensors, and of lists of tensors, among the arguments after the student."""
     reduction: int
     """Index of ``reduction`` among the arguments after the student."""
 
-    def autograd(self, student: Tensor, *arguments: Any) -> Tensor:
-        """Compute the loss. Autograd kernel of ``loss`` unless eager.cpp registers its own."""
+    def compute(self, student: Tensor, *arguments: Any) -> Tensor:
+        """Compute the loss: the autograd kernel of ``loss`` unless eager.cpp registers another."""
         if torch.is_grad_enabled() and student.requires_grad:
             return _FusedLoss.apply(student, self, arguments)  # type: ignore[no-any-return,no-untyped-call]
         with torch._C._AutoDispatchBelowAutograd():
@@ -107,21 +110,21 @@ def register(name: str, *, strided: bool, formula: Callable[..., Tensor]) -> Non
 
     suffixes = ("", "_into", "_backward_", "_gradient")
     ops = [getattr(torch.ops.fastkd, name + suffix).default for suffix in suffixes]
-    loss, into, backward_, gradient = ops
+    loss, loss_into, backward_, gradient = ops
     arguments = loss._schema.arguments[1:]
     _LOSSES[name] = Ops(
         loss,
-        into,
+        loss_into,
         backward_,
         gradient,
         strided,
-        len(into._schema.returns) == 2,
+        len(loss_into._schema.returns) == 2,
         tuple(i for i, each in enumerate(arguments) if "Tensor" in str(each.type)),
         [each.name for each in arguments].index("reduction"),
     )
     _LIBRARY.impl(f"{name}_gradient", differentiate, "CompositeImplicitAutograd")
     if native.EAGER is None:
-        _LIBRARY.impl(name, _LOSSES[name].autograd, "Autograd")
+        _LIBRARY.impl(name, _LOSSES[name].compute, "Autograd")
 
 
 _LIBRARY: Any = torch.library.Library("fastkd", "IMPL")  # type: ignore[no-untyped-call]
@@ -134,13 +137,13 @@ def without_cpp() -> Iterator[None]:
     eager, native.EAGER = native.EAGER, None
     for name, ops in _LOSSES.items():
         for key in ("AutogradCPU", "AutogradCUDA") if eager is not None else ():
-            library.impl(name, ops.autograd, key)
+            library.impl(name, ops.compute, key)
     try:
         yield
     finally:
         native.EAGER = eager
         library._destroy()
-        for ops in _LOSSES.values():  # torch caches what traced calls dispatch to
+        for ops in _LOSSES.values():  # torch caches the kernels of traced calls
             ops.loss._dispatch_cache.clear()
 
 
@@ -162,8 +165,8 @@ def prepare_call(
             complete[place] = (tensor,) if in_list else tensor
         student, *others = complete
         if torch.is_grad_enabled() and student.requires_grad:
-            # The dispatcher needs a flat argument list: calling it takes 4.7 instead of 2.9 times
-            # the duration of s.sum().backward(), for 8 x 10 on one thread (2026-12-01).
+            # The dispatcher would flatten the arguments: 4.7 instead of 2.9 times the duration of
+            # s.sum().backward(), for 8 x 10 logits on one CPU thread (2026-12-01).
             return _FusedLoss.apply(student, ops, others)  # type: ignore[no-any-return,no-untyped-call]
         return ops.loss(student, *others)  # type: ignore[no-any-return]
 
@@ -171,7 +174,7 @@ def prepare_call(
 
 
 class _FusedLoss(torch.autograd.Function):
-    """A loss whose forward pass writes the gradient, unless the reduction is "none"."""
+    """Compute a loss; the forward pass writes the gradient, unless the reduction is "none"."""
 
     @staticmethod
     def forward(ctx: Any, student: Tensor, ops: Ops, arguments: Sequence[Any]) -> Any:
@@ -179,12 +182,12 @@ class _FusedLoss(torch.autograd.Function):
         if arguments[ops.reduction] != _NONE:
             grad = _empty_gradient(student, ops.strided)
         if ops.has_stats:
-            out, stats = ops.into(grad, student, *arguments, True)
+            out, stats = ops.loss_into(grad, student, *arguments, True)
         elif grad is not None:
-            out = ops.into(grad, student, *arguments)
+            out = ops.loss_into(grad, student, *arguments)
         else:
             out = ops.loss(student, *arguments)
-        # Kept out of save_for_backward: the first backward pass scales ``grad`` in place.
+        # Not saved by save_for_backward: the first backward pass scales ``grad`` in place.
         ctx.grad = grad
         saved: list[Tensor | None] = [student, stats]
         numbers = list(arguments)
@@ -206,8 +209,8 @@ class _FusedLoss(torch.autograd.Function):
         # With terms, only the loss has a gradient; it is the first term.
         if ops.has_stats and ctx.numbers[-1]:
             grad_output = grad_output[0]
-        formula = needs_formula(grad_output)
-        if grad is not None and not formula:
+        uses_formula = is_formula_needed(grad_output)
+        if grad is not None and not uses_formula:
             if may_write:
                 ctx.grad = None
                 if grad_output.device.type == "cpu" and grad_output.item() == 1.0:
@@ -220,8 +223,8 @@ class _FusedLoss(torch.autograd.Function):
             count = value if isinstance(value, int) else 1
             arguments[place] = tensors[:count] if isinstance(value, int) else tensors[0]
             tensors = tensors[count:]
-        if formula:
-            return _formula(ops, student, arguments, grad_output), None, None
+        if uses_formula:
+            return _compute_gradient(ops, student, arguments, grad_output), None, None
         # A trace computes an fp16 gradient again: grad_output may be a loss scale, which cannot
         # restore numbers that have underflowed. A second backward pass (retain_graph=True) has no
         # cached gradient.
@@ -232,7 +235,9 @@ class _FusedLoss(torch.autograd.Function):
         return grad, None, None
 
 
-def _formula(ops: Ops, student: Tensor, arguments: Sequence[Any], grad_output: Tensor) -> Tensor:
+def _compute_gradient(
+    ops: Ops, student: Tensor, arguments: Sequence[Any], grad_output: Tensor
+) -> Tensor:
     """Compute grad_output times the gradient by differentiable operations.
 
     ``grad_output`` may be a batch.

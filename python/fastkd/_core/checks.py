@@ -1,8 +1,8 @@
 """Check arguments. Every message names the argument, what was given, and what is accepted.
 
-The checks that each call makes are cheap: they read shapes, dtypes and numbers, and the data of
-tensors with one number for each row if that needs no synchronization (:func:`may_look`). They never
-read logits; :func:`fastkd.check_inputs` does.
+The checks that each call makes are cheap: they read shapes, dtypes and numbers. Tensors with one
+number for each row are read if that needs no synchronization (:func:`is_readable`). Only
+:func:`fastkd.check_inputs` reads logits.
 """
 
 from __future__ import annotations
@@ -121,16 +121,16 @@ def to_savable(value: Tensor) -> Tensor:
 def check_class_count(
     divergence: str, standardize: bool, soft_labels: bool, student: Tensor
 ) -> None:
-    """Raise if an option needs more classes, or other labels, than there are."""
+    """Raise if an option needs two classes and there is one, or needs class indices as labels."""
     if divergence == "dkd" and soft_labels:
         raise ValueError('divergence="dkd" needs class indices as labels; got probabilities')
-    what = "standardize=True" if standardize else f"divergence={divergence!r}"
+    option = "standardize=True" if standardize else f"divergence={divergence!r}"
     if (standardize or divergence == "dkd") and student.shape[-1] < 2:
-        raise ValueError(f"{what} needs at least two classes; got {student.shape[-1]}")
+        raise ValueError(f"{option} needs at least two classes; got {student.shape[-1]}")
 
 
 def check_entries(value: Tensor, name: str, student: Tensor, each: str = "row of logits") -> None:
-    """Raise unless ``value`` has one entry for each row of logits or class, on their device."""
+    """Raise unless ``value`` has one entry for each row or class, on the logits' device."""
     shape, logits = student.shape[:-1], f" for logits of shape {tuple(student.shape)}"
     if each == "class":
         shape, logits = student.shape[-1:], ""
@@ -156,7 +156,7 @@ def check_scalar_temperature(name: str, value: object) -> float:
 
 
 def _as_float_tensor(name: str, value: object) -> Tensor | None:
-    """Return a floating-point tensor, None if ``value`` is no tensor; raise for other tensors."""
+    """Return a floating-point tensor, or None if ``value`` is no tensor; raise for other dtypes."""
     if not isinstance(value, Tensor):
         return None
     if not value.is_floating_point():
@@ -170,8 +170,8 @@ def check_temperature(name: str, value: object) -> float | Tensor:
     return check_scalar_temperature(name, value) if tensor is None else tensor
 
 
-def _weight(name: str, value: object) -> float | Tensor:
-    """Return a weight: a number of at least 0, 1 for None, or a floating-point tensor."""
+def _check_weight(name: str, value: object) -> float | Tensor:
+    """Check a weight: a number of at least 0, or a floating-point tensor. None becomes 1."""
     if value is None:
         return 1.0
     tensor = _as_float_tensor(name, value)
@@ -190,7 +190,7 @@ def resolve_weights(
                 "alpha cannot be given together with hard_weight or soft_weight; got "
                 f"alpha={alpha!r}, hard_weight={hard!r}, soft_weight={soft!r}"
             )
-        weights = _weight("hard_weight", hard), _weight("soft_weight", soft)
+        weights = _check_weight("hard_weight", hard), _check_weight("soft_weight", soft)
     elif alpha is None:
         return (0.5, 0.5) if has_labels else (0.0, 1.0)
     else:
@@ -257,7 +257,7 @@ def check_divisor(value: object, name: str = "normalizer") -> float | Tensor:
             f"{name} must be a positive number or a real tensor with one element; got "
             f"{value.dtype} of shape {tuple(value.shape)}"
         )
-    if may_look(value) and not 0 <= value.item() < math.inf:
+    if is_readable(value) and not 0 <= value.item() < math.inf:
         raise ValueError(f"{name} must be positive and finite; got {value.item()}")
     return to_savable(value.detach().reshape(()))
 
@@ -270,16 +270,16 @@ def check_nonzero(
 ) -> float | Tensor:
     """Return the normalizer, or 1 if it is 0 and every row is ignored, so that the mean is 0.
 
-    Raise for another 0. If the labels may not be read (:func:`may_look`), a 0 becomes a tensor:
-    the mean is then 0 if every row is ignored, and the result of a division by 0 otherwise.
+    Raise for a normalizer of 0 if a row is not ignored. If the labels are not readable
+    (:func:`is_readable`), a 0 becomes a tensor, and the mean of ignored rows is still 0.
     """
     if isinstance(normalizer, Tensor):
-        if not may_look(normalizer) or normalizer.item() != 0:
+        if not is_readable(normalizer) or normalizer.item() != 0:
             return normalizer
     elif normalizer != 0:
         return normalizer
     if labels is not None and not labels.is_floating_point():
-        if not may_look(labels):
+        if not is_readable(labels):
             return torch.zeros((), device=labels.device)
         if not bool((labels != ignore_index).any()):
             return 1.0
@@ -291,14 +291,14 @@ def check_nonzero(
 def has_data(*values: object) -> bool:
     """Return True if no tensor among ``values`` has a released storage.
 
-    FSDP, for one, releases storages of tensors that still exist. PyTorch's operations crash on such
-    a tensor, so code that explains an error must not read it.
+    FSDP, for example, releases storages of tensors that still exist. PyTorch's operations crash on
+    such a tensor, so code that explains an error must not read it.
     """
     tensors = [value for value in values if isinstance(value, Tensor) and not value.is_nested]
     return all(tensor.untyped_storage().nbytes() for tensor in tensors if tensor.numel())
 
 
-def may_look(value: Tensor) -> bool:
+def is_readable(value: Tensor) -> bool:
     """Return True if reading the data of ``value`` breaks no trace and synchronizes no device."""
     return (
         not torch.compiler.is_compiling()
@@ -311,7 +311,7 @@ def may_look(value: Tensor) -> bool:
 
 
 def check_row_weights(name: str, value: Tensor) -> None:
-    """Raise if a row's weight is negative or not finite."""
+    """Raise unless all weights are finite and at least 0."""
     bad = ~((value >= 0) & value.isfinite())
     raise_for_first(bad, value, f"{name} must be finite and at least 0")
 
@@ -342,7 +342,7 @@ def check_rows(
 def raise_for_first(
     bad: Tensor, value: Tensor, message: str, hint: Callable[[float], str] = lambda _: ""
 ) -> None:
-    """Raise for the first row that is bad, with the row, its value, and the value's hint."""
+    """Raise for the first bad row; the message has the row, its value, and the value's hint."""
     if bad.any():
         row = int(bad.flatten().nonzero()[0])
         first = value.flatten()[row].item()
@@ -362,7 +362,7 @@ def check_lists(
     if labels is not None:
         counts = labels != ignore_index
     classes, k = student.shape[-1], indices.shape[-1]
-    # A few rows are copied to float64 at a time.
+    # Blocks of rows bound the memory of the copies in float64.
     blocks = (torch.split(x.reshape(-1, k), 1 + 2**14 // k) for x in (log_probs, indices))
     columns = []
     for logs, listed in zip(*blocks, strict=True):
@@ -380,10 +380,10 @@ def check_lists(
     raise_for_first(
         counts & (duplicate >= 0), duplicate, "teacher.indices must not list a class twice"
     )
-    most = reference.topk.MOST_MASS
+    limit = reference.topk.MOST_MASS
     raise_for_first(
-        counts & ~(mass <= most),
+        counts & ~(mass <= limit),
         mass,
         "teacher.log_probs must be logarithms of probabilities at the temperature of the loss, "
-        f"which add up to at most 1 ({most} with rounding) in each row",
+        f"which add up to at most 1 ({limit} with rounding) in each row",
     )

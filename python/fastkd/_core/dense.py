@@ -1,4 +1,4 @@
-"""Describe the dense loss to its op, run the op, in place if asked to, and define its formula."""
+"""Convert a checked call to the arguments of the op ``loss``, and run the op."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _mixture = torch.ops.fastkd.mixture.default
 
 
 class Arguments(NamedTuple):
-    """The arguments of the op ``loss`` after the student (csrc/torch/library.cpp)."""
+    """Hold the arguments of the op ``loss`` after the student (csrc/torch/library.cpp)."""
 
     teachers: tuple[Tensor, ...]
     row_temperatures: Tensor | None = None
@@ -62,7 +62,7 @@ def make_arguments(call: Call, with_terms: bool) -> Arguments:
     if len(teachers) > 1 or o.teacher_form == "probs":
         teachers = tuple(x if x.stride(-1) == 1 else x.contiguous() for x in teachers)
         weights = o.teacher_weights or (1.0,) * len(teachers)
-        temperatures, rows = row_numbers(call, (o.temperature, o.teacher_temperature))
+        temperatures, rows = make_row_numbers(call, (o.temperature, o.teacher_temperature))
         mixing = {
             "row_temperatures": rows,
             "shares": tuple(weight / sum(weights) for weight in weights),
@@ -71,27 +71,28 @@ def make_arguments(call: Call, with_terms: bool) -> Arguments:
             "mixture_temperature": temperatures[0],
             "teachers_temperature": temperatures[1],
         }
-        if call.student.is_cuda:  # these kernels of the loss take one teacher: the mixture
-            teachers, mixing = (mixed_teacher(Arguments(teachers, **mixing), call.dtype),), {}
+        if call.student.is_cuda:  # CUDA kernels of the loss take one teacher: the mixture
+            teachers, mixing = (mix_teachers(Arguments(teachers, **mixing), call.dtype),), {}
         o = o._replace(teacher_temperature=o.temperature)
-    numbers, rows = row_numbers(call, tuple(getattr(o, name) for name in PER_ROW_OPTIONS))
+    numbers, rows = make_row_numbers(call, tuple(getattr(o, name) for name in PER_ROW_OPTIONS))
     return Arguments(
         teachers,
         **mixing,
         labels=call.labels,
         row_settings=rows,
         denominator=o.normalizer if isinstance(o.normalizer, Tensor) else None,
-        **_settings(o, numbers, with_terms),
+        **_make_settings(o, numbers, with_terms),
     )
 
 
-def row_numbers(
+def make_row_numbers(
     call: Call, numbers: tuple[float | Tensor, ...]
 ) -> tuple[tuple[float, ...], Tensor | None]:
-    """Return numbers for all rows; if any is a tensor, also numbers of each row to use instead.
+    """Return numbers for all rows and, if any of ``numbers`` is a tensor, numbers for each row.
 
-    ``numbers`` begins with the two temperatures. If the two returned for all rows are equal, the
-    kernels assume that the two of each row are equal, too (csrc/kernels.h).
+    Numbers for each row replace those for all rows. ``numbers`` begins with the two temperatures.
+    If the temperatures returned for all rows are equal, the kernels assume that both temperatures
+    of each row are equal, too (csrc/kernels.h).
     """
     if not any(isinstance(number, Tensor) for number in numbers):
         return numbers, None  # type: ignore[return-value]
@@ -107,8 +108,10 @@ def row_numbers(
     return (1.0, 1.0 if is_equal else 2.0, 1.0, 1.0)[: len(numbers)], torch.stack(each).flatten()
 
 
-def _settings(objective: Objective, numbers: Iterable[Any], with_terms: bool) -> dict[str, Any]:
-    """Return the arguments that are equal for all rows; ``numbers``: values of PER_ROW_OPTIONS."""
+def _make_settings(
+    objective: Objective, numbers: Iterable[Any], with_terms: bool
+) -> dict[str, Any]:
+    """Return the arguments that hold for all rows; ``numbers``: the values of PER_ROW_OPTIONS."""
     o = objective
     return {
         **dict(zip(PER_ROW_OPTIONS, numbers, strict=True)),
@@ -128,12 +131,12 @@ def prepare_call(objective: Objective, with_terms: bool) -> Callable[..., Tensor
     No option may be a tensor, and the kernels must implement every option.
     """
     numbers = [getattr(objective, name) for name in PER_ROW_OPTIONS]
-    arguments = (None, *Arguments((), **_settings(objective, numbers, with_terms)))
+    arguments = (None, *Arguments((), **_make_settings(objective, numbers, with_terms)))
     labels = 1 + Arguments._fields.index("labels")
     return autograd.prepare_call("loss", arguments, [0, 1, labels])
 
 
-def mixed_teacher(arguments: Arguments, dtype: torch.dtype) -> Tensor:
+def mix_teachers(arguments: Arguments, dtype: torch.dtype) -> Tensor:
     """Return the logits of the teacher, or of the mixture of several, as one tensor."""
     if not arguments.shares:
         return arguments.teachers[0]
@@ -142,10 +145,10 @@ def mixed_teacher(arguments: Arguments, dtype: torch.dtype) -> Tensor:
 
 
 def compute(call: Call, with_terms: bool) -> Tensor:
-    """Compute the loss, or all terms stacked, by one pass of the kernels, in place if asked to."""
+    """Compute the loss, or all terms stacked, by one pass of the kernels."""
     student, arguments = call.student, make_arguments(call, with_terms)
-    differentiated = torch.is_grad_enabled() and student.requires_grad
-    if call.inplace and differentiated and not torch.compiler.is_compiling():
+    needs_gradient = torch.is_grad_enabled() and student.requires_grad
+    if call.inplace and needs_gradient and not torch.compiler.is_compiling():
         out = _InplaceLoss.apply(student, *arguments)  # type: ignore[no-untyped-call]
     else:
         out = _loss(student, *arguments)
@@ -155,7 +158,7 @@ def compute(call: Call, with_terms: bool) -> Tensor:
 
 
 class _InplaceLoss(torch.autograd.Function):
-    """The loss whose forward pass writes the gradient over the student's logits."""
+    """Compute the loss; the forward pass writes the gradient over the student's logits."""
 
     @staticmethod
     def forward(ctx: Any, student: Tensor, *arguments: Any) -> Any:
@@ -171,11 +174,11 @@ class _InplaceLoss(torch.autograd.Function):
     def backward(ctx: Any, grad_output: Tensor) -> Any:
         (stats,) = ctx.saved_tensors
         grad, ctx.grad = ctx.grad, None
-        if autograd.needs_formula(grad_output) or grad is None:
+        if autograd.is_formula_needed(grad_output) or grad is None:
             raise RuntimeError(
-                "inplace=True: the logits were overwritten by their gradient, which can be had "
-                "once. For second derivatives, batches of gradients or a second backward pass use "
-                "inplace=False"
+                "inplace=True: the logits were overwritten by their gradient, which is "
+                "available once. For second derivatives, batches of gradients or a second backward "
+                "pass use inplace=False"
             )
         if ctx.with_terms:
             grad_output = grad_output[0]
@@ -185,7 +188,7 @@ class _InplaceLoss(torch.autograd.Function):
 def scale_(grad: Tensor, factor: Tensor, stats: Tensor | None = None) -> Tensor:
     """Multiply ``grad`` by ``factor`` in place, without synchronizing; a factor of 1 is cheap.
 
-    ``factor``: 0-d. ``stats``: from ``loss_into`` if it wrote ``grad``.
+    ``factor``: 0-d. ``stats``: the statistics from ``loss_into``, if it wrote ``grad``.
     """
     out = grad
     if stats is None:
@@ -198,7 +201,7 @@ def scale_(grad: Tensor, factor: Tensor, stats: Tensor | None = None) -> Tensor:
     return grad
 
 
-def _by_operations(student: Tensor, *flat: Any) -> Tensor:
+def _compute_by_operations(student: Tensor, *flat: Any) -> Tensor:
     """Compute the loss by differentiable PyTorch operations."""
     a = Arguments(*flat)
     name = DIVERGENCES[a.divergence]
@@ -209,7 +212,7 @@ def _by_operations(student: Tensor, *flat: Any) -> Tensor:
         numbers = a.row_settings.reshape(4, *student.shape[:-1]).unbind(0)
     return reference.loss(
         student,
-        mixed_teacher(a, accumulator(student, *a.teachers)),
+        mix_teachers(a, accumulator(student, *a.teachers)),
         a.labels,
         **dict(zip(PER_ROW_OPTIONS, numbers, strict=True)),
         label_smoothing=a.label_smoothing,
@@ -221,4 +224,4 @@ def _by_operations(student: Tensor, *flat: Any) -> Tensor:
     )
 
 
-autograd.register("loss", strided=True, formula=_by_operations)
+autograd.register("loss", strided=True, formula=_compute_by_operations)

@@ -1,7 +1,7 @@
 """Choose how a checked call is computed: by the kernels, or by :mod:`fastkd.reference`.
 
-The reference computes what is not fused, calls under function transforms, and calls on devices
-without kernels.
+The reference computes options without a kernel, calls under function transforms, and calls on
+devices without kernels.
 """
 
 from __future__ import annotations
@@ -17,26 +17,28 @@ from fastkd._core.arguments import Call
 from fastkd._core.autograd import is_transformed
 from fastkd._core.dense import DIVERGENCES, KERNEL_DEVICES, MOST_TEACHERS_ON_CUDA
 from fastkd._core.objective import Objective
-from fastkd._core.rows import compute_checkpointed, divisor_ratio, reference_terms
+from fastkd._core.rows import compute_checkpointed, compute_divisor_ratio, compute_reference_terms
 
 _warned: set[str] = set()
 _loss_into = torch.ops.fastkd.loss_into.default
 _loss_backward_ = torch.ops.fastkd.loss_backward_.default
 
 IN_TWO_PASSES = frozenset({"labels of probabilities", "class_weight= with label_smoothing="})
-"""Features that take a second kernel pass; incompatible with inplace."""
+"""Features that need a second kernel pass, and do not support ``inplace``."""
 
 
-def missing_features(student: Tensor, labels: Tensor | None, objective: Objective) -> list[str]:
+def list_missing_features(
+    student: Tensor, labels: Tensor | None, objective: Objective
+) -> list[str]:
     """Return the features of a call that a single kernel pass lacks, as users write them."""
     o = objective
     if student.device.type not in KERNEL_DEVICES:
         return [f"logits on {student.device.type}"]
     numbers = (o.temperature, o.teacher_temperature, o.hard_weight, o.soft_weight)
-    learns = any(isinstance(x, Tensor) and x.requires_grad for x in numbers)
+    needs_gradient = any(isinstance(x, Tensor) and x.requires_grad for x in numbers)
     lacks = {
         f'divergence="{o.divergence}"': o.divergence not in DIVERGENCES,
-        "gradients of temperatures and of weights": learns and torch.is_grad_enabled(),
+        "gradients of temperatures and of weights": needs_gradient and torch.is_grad_enabled(),
         "class_weight= with label_smoothing=": o.class_weight is not None and o.label_smoothing,
         "labels of probabilities": labels is not None and labels.is_floating_point(),
         "standardize=True": o.standardize,
@@ -45,8 +47,8 @@ def missing_features(student: Tensor, labels: Tensor | None, objective: Objectiv
 
 
 def is_fused(student: Tensor, labels: Tensor | None, objective: Objective) -> bool:
-    """Return True if one pass of the kernels computes the call, so that it may be in place."""
-    return not is_transformed() and not missing_features(student, labels, objective)
+    """Return True if one pass of the kernels computes the call; the call may then be in place."""
+    return not is_transformed() and not list_missing_features(student, labels, objective)
 
 
 def compute(call: Call, with_terms: bool) -> Tensor:
@@ -55,33 +57,37 @@ def compute(call: Call, with_terms: bool) -> Tensor:
     if device not in KERNEL_DEVICES:
         _warn_once(device)
     if call.listed is not None:
-        return _sparse(call, with_terms)
+        return _compute_sparse(call, with_terms)
     transformed = is_transformed()
     if device in KERNEL_DEVICES and not transformed:
-        missing = missing_features(student, call.labels, call.objective)
+        missing = list_missing_features(student, call.labels, call.objective)
         if device == "cuda" and len(call.teachers) > MOST_TEACHERS_ON_CUDA:
             missing.append(f"more than {MOST_TEACHERS_ON_CUDA} teachers on cuda")
         if not missing:
-            return _fused(call, with_terms)
+            return _compute_fused(call, with_terms)
         if call.inplace:
             raise ValueError(
                 f"inplace must be False with {', '.join(missing)}: no single-pass kernel computes "
                 f"this call on {device}"
             )
-        if checks.may_look(student):
+        if checks.is_readable(student):
             objective = call.objective
             checks.check_rows(student, call.labels, objective.ignore_index, objective.temperature)
-            out = _in_two_passes(call, with_terms) if IN_TWO_PASSES.issuperset(missing) else None
+            out = (
+                _compute_in_two_passes(call, with_terms)
+                if IN_TWO_PASSES.issuperset(missing)
+                else None
+            )
             if out is not None:
                 return out
     if transformed or torch.compiler.is_compiling():
-        terms = reference_terms(call)
+        terms = compute_reference_terms(call)
     else:
         terms = compute_checkpointed(call)
     return terms.stacked() if with_terms else terms.loss
 
 
-def _sparse(call: Call, with_terms: bool) -> Tensor:
+def _compute_sparse(call: Call, with_terms: bool) -> Tensor:
     """Compute the loss with a sparse teacher, or all its terms stacked."""
     o, listed = call.objective, call.listed
     assert listed is not None
@@ -93,7 +99,7 @@ def _sparse(call: Call, with_terms: bool) -> Tensor:
         return loss
     with torch.no_grad():
         student = call.student.detach()
-        # The dense op of the student and itself gives the cross entropy and the entropy.
+        # The dense op gives the cross entropy and the entropy; the student is its own teacher.
         dtype, divisor = shapes.accumulator(student), o.normalizer
         self_only = o._replace(
             divergence="forward_kl",
@@ -107,7 +113,7 @@ def _sparse(call: Call, with_terms: bool) -> Tensor:
         soft_only = o._replace(hard_weight=0.0, soft_weight=o.temperature**-2)
         soft = topk.compute(call._replace(objective=soft_only))
         valid = None if call.labels is None else call.labels != o.ignore_index
-        indices, log_probs = topk.lists(call)
+        indices, log_probs = topk.convert_lists(call)
         indices = reference.topk.mark_padding(indices, log_probs)
         log_q = (student / reference.column(o.temperature)).to(call.dtype).log_softmax(-1)
         per_row = reference.topk.describe(
@@ -117,34 +123,36 @@ def _sparse(call: Call, with_terms: bool) -> Tensor:
     return torch.stack((loss, hard, soft, student_entropy, *rest))
 
 
-def _fused(call: Call, with_terms: bool) -> Tensor:
+def _compute_fused(call: Call, with_terms: bool) -> Tensor:
     """Compute a call by one pass of the kernels; class weights become row weights."""
     o, hard = call.objective, None
     if o.class_weight is not None:
         assert call.labels is not None
-        weight = o.class_weight[call.labels.clamp(0, len(o.class_weight) - 1)] * divisor_ratio(call)
+        weight = o.class_weight[
+            call.labels.clamp(0, len(o.class_weight) - 1)
+        ] * compute_divisor_ratio(call)
         o = o._replace(class_weight=None)
-        if with_terms:  # the op's hard term has no weights of classes
+        if with_terms:  # the op's hard term ignores class weights
             hard_only = o._replace(hard_weight=weight, soft_weight=0.0)
             with torch.no_grad():
-                hard = _fused(call._replace(objective=hard_only, inplace=False), False)
+                hard = _compute_fused(call._replace(objective=hard_only, inplace=False), False)
         o = o._replace(hard_weight=o.hard_weight * weight)
     out = dense.compute(call._replace(objective=o), with_terms)
     return out if hard is None else torch.cat((out[:1], hard.unsqueeze(0), out[2:]))
 
 
-def _in_two_passes(call: Call, with_terms: bool) -> Tensor | None:
-    """Compute the divergence, then the cross entropy with probabilities as a second divergence.
+def _compute_in_two_passes(call: Call, with_terms: bool) -> Tensor | None:
+    """Compute the divergence, then the cross entropy with probabilities by another pass.
 
     The cross entropy is the soft cross entropy of a teacher at temperature 1 whose probabilities
-    are the labels. Return None if a target is negative or sums to 0: the kernel cannot take such a
-    teacher.
+    are the labels. Return None if a label is negative or a row of labels sums to 0: the kernel
+    cannot take such a teacher.
     """
     assert call.labels is not None
     labels, o, student = call.labels, call.objective, call.student.to(call.dtype)
     target, indices = labels.to(call.dtype), None
     if not labels.is_floating_point():
-        indices = labels  # which mask rows
+        indices = labels  # class indices also mask rows
         classes = labels.clamp(0, student.shape[-1] - 1).unsqueeze(-1)
         target = torch.zeros_like(student).scatter_(-1, classes, 1.0)
     if o.label_smoothing:
@@ -154,13 +162,13 @@ def _in_two_passes(call: Call, with_terms: bool) -> Tensor | None:
     total = target.sum(-1)
     if target.numel() and not bool((target.amin() >= 0) & (total > 0).all()):
         return None
-    total = total * divisor_ratio(call)
+    total = total * compute_divisor_ratio(call)
     o = o._replace(hard_weight=0.0, class_weight=None, label_smoothing=0.0)
     # The student is in the dtype of the arithmetic, so that the gradients' sum is rounded once.
     divergence = call._replace(student=student, labels=indices, objective=o)
     out = dense.compute(divergence, with_terms)
 
-    def hard(weight: float | Tensor) -> Tensor:
+    def compute_hard(weight: float | Tensor) -> Tensor:
         objective = o._replace(
             temperature=1.0,
             teacher_temperature=1.0,
@@ -175,21 +183,21 @@ def _in_two_passes(call: Call, with_terms: bool) -> Tensor | None:
 
     weight = call.objective.hard_weight
     if not with_terms:
-        return out + hard(weight)
+        return out + compute_hard(weight)
     with torch.no_grad():
-        hard_only = hard(1.0)
-    return torch.cat((out[:1] + hard(weight), hard_only.unsqueeze(0), out[2:]))
+        hard_only = compute_hard(1.0)
+    return torch.cat((out[:1] + compute_hard(weight), hard_only.unsqueeze(0), out[2:]))
 
 
-def statistics(call: Call) -> tuple[Tensor, Tensor]:
+def compute_statistics(call: Call) -> tuple[Tensor, Tensor]:
     """Return each row's divergence, and the statistics for its gradient (Stat in kernels.h)."""
     assert call.objective.reduction == "none"
     terms, stats = _loss_into(None, call.student, *dense.make_arguments(call, True), True)
     return terms[reference.Terms._fields.index("soft")], stats
 
 
-def gradient_(call: Call, stats: Tensor) -> None:
-    """Write the gradient of rows with these statistics over the student's logits."""
+def write_gradient_(call: Call, stats: Tensor) -> None:
+    """Write the gradient over the student's logits; ``stats``: from :func:`compute_statistics`."""
     arguments = dense.make_arguments(call, False)
     _loss_backward_(call.student, stats.new_ones(()), stats, call.student, *arguments, False)
 

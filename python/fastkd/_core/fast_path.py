@@ -1,4 +1,4 @@
-"""Run a call of the loss with cached options if a few cheap checks show that its tensors allow it.
+"""Run a call of the loss with cached options if its tensors pass a few cheap checks.
 
 The slow path (arguments.py, dispatch.py) checks every argument of every call.
 """
@@ -19,7 +19,7 @@ from fastkd._core.shapes import accumulator
 from fastkd._core.values import TAILS, TopK
 
 _TENSORS = (Tensor, torch.nn.Parameter)
-# Each attribute lookup in a module would take time in every call.
+# Looking up these attributes in torch would take time in every call.
 _function_modes = torch._C._len_torch_function_stack
 _is_grad_enabled = torch.is_grad_enabled
 _int64 = torch.int64
@@ -32,18 +32,18 @@ _MAX_BOUND_OPS = 128
 def run(
     with_terms: bool, student: object, teacher: object, labels: object, options: tuple[Any, ...]
 ) -> Tensor | None:
-    """Compute the loss, or all terms stacked; return None if the slow path must do it.
+    """Compute the loss, or all terms stacked; return None if the slow path must compute it.
 
-    ``options``: the fields of :class:`Options`. None is returned for both unsupported and invalid
-    arguments.
+    ``options``: the fields of :class:`Options`. None is returned for unsupported and for
+    invalid arguments.
     """
     try:
         if type(teacher) is TopK:
             log_probs, indices, tail = teacher
-            # A field that _replace() has set was not checked.
+            # _replace() does not check the fields that it sets.
             if with_terms or type(tail) is not str or tail not in TAILS:
                 return None
-            if not _are_lists_eligible(student, log_probs, indices, labels):
+            if not _is_sparse_eligible(student, log_probs, indices, labels):
                 return None
             call = _find_call(tail, False, labels is not None, options)
             return None if call is None else call(student, indices, log_probs, labels)
@@ -52,14 +52,14 @@ def run(
         call = _find_call(None, with_terms, labels is not None, options)
         return None if call is None else call(student, teacher, labels)
     except RuntimeError:
-        # The op refused the tensors. The slow path will fail, too, with an error that explains why.
+        # The op refused the tensors. The slow path raises an error that explains why.
         return None
 
 
 def _find_call(
     tail: str | None, with_terms: bool, has_labels: bool, options: tuple[Any, ...]
 ) -> _BoundOp:
-    """Return the op with these options bound, or None if the fast path lacks one of them."""
+    """Return the op with these options bound, or None if the fast path lacks an option."""
     # The key includes types, because True == 1 == 1.0, and native.EAGER, because tests replace it.
     types = tuple(map(type, options))
     key = (native.EAGER, tail, with_terms, has_labels, types, options)
@@ -78,7 +78,7 @@ def _find_call(
 
 
 def _bind(tail: str | None, with_terms: bool, has_labels: bool, options: Options) -> _BoundOp:
-    """Check the options and bind them to the op; return None if the fast path lacks one of them."""
+    """Check the options and bind them to the op; return None if the fast path lacks an option."""
     if (
         options.chunks != "auto"
         or options.inplace is not False
@@ -107,8 +107,8 @@ def _bind(tail: str | None, with_terms: bool, has_labels: bool, options: Options
 def is_eligible(student: object, teacher: object, labels: object) -> bool:
     """Return True if the kernels may take these logits and class indices as they are.
 
-    ``teacher``: logits, or the log-probabilities of a sparse teacher. Shapes, floating-point dtypes
-    and memory layouts are left to the op, which refuses what it cannot take by a RuntimeError.
+    ``teacher``: logits, or the log-probabilities of a sparse teacher. The op checks shapes,
+    floating-point dtypes and memory layouts, and raises RuntimeError for unsupported ones.
     """
     if type(student) not in _TENSORS or type(teacher) not in _TENSORS:
         return False
@@ -128,7 +128,7 @@ def is_eligible(student: object, teacher: object, labels: object) -> bool:
     return not (_is_grad_enabled() and (teacher.is_inference() or labels.is_inference()))
 
 
-def _are_lists_eligible(student: Any, log_probs: Any, indices: Any, labels: object) -> bool:
+def _is_sparse_eligible(student: Any, log_probs: Any, indices: Any, labels: object) -> bool:
     """Return True if the kernels may take these logits, lists and class indices as they are."""
     return (
         is_eligible(student, log_probs, labels)

@@ -1,4 +1,4 @@
-"""Name the call that works in the messages about frequent mistakes; runs only when a call fails."""
+"""Suggest the call that works, in error messages about frequent mistakes."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def raise_for_call(
 
 
 def hide_catch_all(function: _Function) -> _Function:
-    """Show no ``*extra`` and ``**unknown`` in the signature, which only catch mistakes."""
+    """Hide ``*extra`` and ``**unknown``, which only catch mistakes, from a function's signature."""
     signature = inspect.signature(function)
     hidden = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
     parameters = [p for p in signature.parameters.values() if p.kind not in hidden]

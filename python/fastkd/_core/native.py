@@ -29,7 +29,7 @@ def _load_eager() -> tuple[Any, str]:
     """
     try:
         from fastkd import _eager
-    except ImportError:  # not built, or a symbol that this torch lacks
+    except ImportError:  # the module is not built, or needs a symbol that this torch lacks
         return None, f"off: not built for torch {torch.__version__}: install from source to get it"
     if (built := _eager.torch_version) != torch.__version__:
         return (
@@ -41,4 +41,5 @@ def _load_eager() -> tuple[Any, str]:
 
 
 EAGER, FAST_PATH = _load_eager()
-"""The module of autograd in C++, or None if :mod:`fastkd._core.autograd` is used; and why."""
+"""``EAGER``: the module of autograd in C++, or None if :mod:`fastkd._core.autograd` is used.
+``FAST_PATH``: a description of this choice."""

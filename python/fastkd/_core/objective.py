@@ -15,7 +15,7 @@ PER_ROW_OPTIONS = ("temperature", "teacher_temperature", "hard_weight", "soft_we
 
 
 class Options(NamedTuple):
-    """The options of :func:`fastkd.loss` as passed by the caller, and their defaults."""
+    """Hold the options of :func:`fastkd.loss` as passed by the caller, and their defaults."""
 
     temperature: float | Tensor | None = None
     teacher_temperature: float | Tensor | None = None
@@ -40,7 +40,7 @@ class Options(NamedTuple):
 
     @property
     def nondefault(self) -> dict[str, Any]:
-        """The options that are not their defaults."""
+        """Return the options that differ from their defaults."""
         return {
             name: value
             for name, value in self._asdict().items()
@@ -49,7 +49,7 @@ class Options(NamedTuple):
 
 
 class Objective(NamedTuple):
-    """The options of :func:`fastkd.reference.terms`, with every default filled in."""
+    """Hold the options of :func:`fastkd.reference.terms`, with every default filled in."""
 
     temperature: float | Tensor
     teacher_temperature: float | Tensor
@@ -141,7 +141,7 @@ def resolve(
         o.class_weight,
         normalizer,
         o.divergence,
-        _mix(o.divergence, o.mix),
+        _check_mix(o.divergence, o.mix),
         o.teacher_form,
         checks.check_teacher_weights(o.teacher_weights, teachers),
         o.ensemble,
@@ -151,12 +151,12 @@ def resolve(
     return objective
 
 
-def _mix(divergence: str, mix: object) -> float | None:
-    """Check the mixture weight of a divergence, or return its default."""
-    kind = reference.DIVERGENCES[divergence]
+def _check_mix(divergence: str, mix: object) -> float | None:
+    """Check ``mix`` and return it as a float; None becomes the divergence's default."""
+    definition = reference.DIVERGENCES[divergence]
     if mix is None:
-        return kind.mix
-    if kind.mix is None:
+        return definition.mix
+    if definition.mix is None:
         names = ", ".join(
             repr(name) for name, other in reference.DIVERGENCES.items() if other.mix is not None
         )
@@ -164,7 +164,7 @@ def _mix(divergence: str, mix: object) -> float | None:
             f"mix belongs to the divergences {names}; got mix={mix!r} with "
             f"divergence={divergence!r}. Omit mix."
         )
-    low, high = kind.mix_range
+    low, high = definition.mix_range
     if divergence == "jsd" and mix in (0, 1):
         limit = "reverse_kl" if mix else "forward_kl"
         raise ValueError(
@@ -172,9 +172,9 @@ def _mix(divergence: str, mix: object) -> float | None:
             f"divergence={limit!r}"
         )
     checked = validation.check_number(
-        "mix", mix, low, high, open_low=kind.mix_open, open_high=kind.mix_open
+        "mix", mix, low, high, open_low=definition.mix_open, open_high=definition.mix_open
     )
-    if kind.mix_open and 1 - checked == 1:  # the mixture would equal one of the distributions
+    if definition.mix_open and 1 - checked == 1:  # the mixture would equal a distribution
         raise ValueError(
             f"mix is too small for float64: 1 - mix must be less than 1; got {checked!r}"
         )
@@ -182,18 +182,18 @@ def _mix(divergence: str, mix: object) -> float | None:
 
 
 def _check_compares_logits(objective: Objective, teachers: int | None) -> None:
-    """Raise if an option that compares logits has a teacher without logits."""
+    """Raise if the options compare logits, but the teacher has none."""
     comparing = reference.DIVERGENCES[objective.divergence].compares == "logits"
     if not comparing and not objective.standardize:
         return
-    what = f"divergence={objective.divergence!r}" if comparing else "standardize=True"
+    option = f"divergence={objective.divergence!r}" if comparing else "standardize=True"
     if objective.teacher_form != "logits":
         raise ValueError(
-            f'{what} compares logits and needs teacher_form="logits"; got '
+            f'{option} compares logits and needs teacher_form="logits"; got '
             f"teacher_form={objective.teacher_form!r}"
         )
     if comparing and teachers is not None and teachers > 1 and objective.ensemble != "logits":
         raise ValueError(
-            f'{what} compares logits: with several teachers it needs ensemble="logits"; got '
+            f'{option} compares logits: with several teachers it needs ensemble="logits"; got '
             f"ensemble={objective.ensemble!r}"
         )

@@ -1,4 +1,4 @@
-"""Split a checked call into rows of logits, and run the reference on parts of them."""
+"""Flatten a checked call to rows, and run the reference on parts of the rows."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from fastkd._core.objective import PER_ROW_OPTIONS, Objective
 MAX_LOGITS_PER_PART = 2**24
 
 
-def reference_terms(call: Call) -> reference.Terms:
-    """Compute the terms by the reference, at once."""
+def compute_reference_terms(call: Call) -> reference.Terms:
+    """Compute the terms of all rows at once, by the reference."""
     return reference.terms(call.student, call.teachers, call.labels, **call.objective._asdict())
 
 
@@ -36,7 +36,7 @@ def map_rows(call: Call, function: Callable[[Tensor], Tensor]) -> Call:
     )
 
 
-def as_rows(call: Call) -> tuple[Call, tuple[float | Tensor, float | Tensor]]:
+def flatten_rows(call: Call) -> tuple[Call, tuple[float | Tensor, float | Tensor]]:
     """Flatten the rows; return the call, and the divisors of the hard and the soft term.
 
     A mean becomes a sum, whose weights include the divisors.
@@ -46,13 +46,13 @@ def as_rows(call: Call) -> tuple[Call, tuple[float | Tensor, float | Tensor]]:
     divisors: tuple[float | Tensor, float | Tensor] = (1.0, 1.0)
     o = call.objective
     if o.reduction == "mean":
-        divisors = _divisors(call)
+        divisors = _compute_divisors(call)
         o = o._replace(reduction="sum", normalizer=None)
     hard, soft = o.hard_weight / divisors[0], o.soft_weight / divisors[1]
     return call._replace(objective=o._replace(hard_weight=hard, soft_weight=soft)), divisors
 
 
-def mean_divisors(
+def compute_mean_divisors(
     rows: int, labels: Tensor | None, o: Objective, dtype: torch.dtype
 ) -> tuple[float | Tensor, float | Tensor]:
     """Return the divisors of the hard and the soft term in a mean."""
@@ -70,31 +70,34 @@ def mean_divisors(
     return weight.where(weight != 0, torch.ones_like(weight)), count
 
 
-def _divisors(call: Call) -> tuple[float | Tensor, float | Tensor]:
+def _compute_divisors(call: Call) -> tuple[float | Tensor, float | Tensor]:
     rows = call.student.numel() // call.student.shape[-1]
-    return mean_divisors(rows, call.labels, call.objective, call.dtype)
+    return compute_mean_divisors(rows, call.labels, call.objective, call.dtype)
 
 
-def divisor_ratio(call: Call) -> float | Tensor:
-    """Return the soft term's divisor over the hard term's; kernels divide both by the former."""
+def compute_divisor_ratio(call: Call) -> float | Tensor:
+    """Return the soft term's divisor divided by the hard term's divisor.
+
+    Kernels divide both terms by the soft term's divisor.
+    """
     if call.objective.reduction != "mean" or call.objective.normalizer is not None:
         return 1.0
-    hard_divisor, soft_divisor = _divisors(call)
+    hard_divisor, soft_divisor = _compute_divisors(call)
     return soft_divisor / hard_divisor
 
 
 def compute_checkpointed(call: Call) -> reference.Terms:
     """Compute the terms by the reference, in memory that does not grow with the rows."""
     if call.student.numel() <= MAX_LOGITS_PER_PART:
-        return reference_terms(call)
-    rows, (hard_divisor, soft_divisor) = as_rows(call)
+        return compute_reference_terms(call)
+    rows, (hard_divisor, soft_divisor) = flatten_rows(call)
     step = max(1, MAX_LOGITS_PER_PART // call.student.shape[-1])
     # split() instead of slices: autograd concatenates the gradients of split() once.
     splits: dict[int, tuple[Tensor, ...]] = {}
     map_rows(rows, lambda x: splits.setdefault(id(x), x.split(step))[0])  # type: ignore[no-untyped-call]
     parts = [
         checkpoint(
-            reference_terms,
+            compute_reference_terms,
             map_rows(rows, lambda x, i=i: splits[id(x)][i]),  # type: ignore[misc]
             use_reentrant=False,
             preserve_rng_state=False,

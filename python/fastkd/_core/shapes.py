@@ -14,15 +14,15 @@ from torch import Tensor
 
 from fastkd import reference
 
-REDUCTIONS = reference.REDUCTIONS  # the position of a name is its number in C++
+REDUCTIONS = reference.REDUCTIONS  # the index of a name is its number in C++
 TERMS = len(reference.Terms._fields) - len(reference.Terms._field_defaults)
 STATS = 7  # Stat in csrc/kernels.h
 
 
 def accumulator(*logits: Tensor) -> torch.dtype:
-    """Return the dtype of the arithmetic and of the loss: float64 if any of the logits are."""
-    double = any(tensor.dtype is torch.float64 for tensor in logits)
-    return torch.float64 if double else torch.float32
+    """Return the dtype of the loss: float64 if any of ``logits`` is float64, else float32."""
+    is_double = any(tensor.dtype is torch.float64 for tensor in logits)
+    return torch.float64 if is_double else torch.float32
 
 
 def check_devices(*arguments: Any) -> None:
@@ -38,7 +38,7 @@ def check_devices(*arguments: Any) -> None:
         raise RuntimeError(f"all tensors must be on one device; got tensors on {names}")
 
 
-def _fake_out(
+def _make_fake_out(
     student: Tensor, teachers: Sequence[Tensor], reduction: int, with_terms: bool
 ) -> Tensor:
     shape = [TERMS] if with_terms else []
@@ -47,11 +47,11 @@ def _fake_out(
     return student.new_empty(shape, dtype=accumulator(student, *teachers))
 
 
-def _fake_gradient(student: Tensor, strided: bool) -> Tensor:
+def _make_fake_gradient(student: Tensor, strided: bool) -> Tensor:
     """Return a tensor laid out like a gradient (gradient_strides in csrc/torch/gradient_strides.h).
 
-    If ``strided``, and the student's classes are not adjacent but its other dimensions are in
-    order, as in (N, C, H, W), the tensor has the student's order. Otherwise it is contiguous.
+    The tensor has the student's order if ``strided`` is True, and only the student's classes are
+    out of order, as in (N, C, H, W). Otherwise the tensor is contiguous.
     """
     *shape, classes = student.shape
     place = len(shape)
@@ -65,21 +65,21 @@ def _fake_gradient(student: Tensor, strided: bool) -> Tensor:
     return student.new_empty([*shape[:place], classes, *shape[place:]]).movedim(place, -1)
 
 
-def _fake_stats(student: Tensor, teachers: Sequence[Tensor]) -> Tensor:
+def _make_fake_stats(student: Tensor, teachers: Sequence[Tensor]) -> Tensor:
     rows = student.numel() // student.shape[-1]
     return student.new_empty([STATS * rows + 1], dtype=accumulator(student, *teachers))
 
 
 @torch.library.register_fake("fastkd::empty_gradient")  # type: ignore[untyped-decorator]
 def _(student: Tensor, strided: bool) -> Tensor:
-    return _fake_gradient(student, strided)
+    return _make_fake_gradient(student, strided)
 
 
 @torch.library.register_fake("fastkd::loss")  # type: ignore[untyped-decorator]
 def _(student: Tensor, teachers: Sequence[Tensor], *arguments: Any) -> Tensor:
     check_devices(student, teachers, *arguments)
     *_, reduction, _, with_terms = arguments
-    return _fake_out(student, teachers, reduction, with_terms)
+    return _make_fake_out(student, teachers, reduction, with_terms)
 
 
 @torch.library.register_fake("fastkd::loss_into")  # type: ignore[untyped-decorator]
@@ -88,9 +88,9 @@ def _(
 ) -> tuple[Tensor, Tensor]:
     check_devices(grad, student, teachers, *arguments)
     *_, reduction, _, with_terms, with_stats = arguments
-    out = _fake_out(student, teachers, reduction, with_terms)
+    out = _make_fake_out(student, teachers, reduction, with_terms)
     needs_stats = (with_stats and grad is None) or student.device.type == "cuda"
-    return out, _fake_stats(student, teachers) if needs_stats else out.new_empty([0])
+    return out, _make_fake_stats(student, teachers) if needs_stats else out.new_empty([0])
 
 
 @torch.library.register_fake("fastkd::loss_backward_")  # type: ignore[untyped-decorator]

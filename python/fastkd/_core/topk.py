@@ -1,7 +1,8 @@
 """Register the sparse-teacher op: calls, fake kernels and gradients.
 
 The formula in plain PyTorch, :func:`fastkd.reference.topk.terms`, is used for second derivatives,
-under function transforms and on devices without kernels. docs/maths.md, section 13.
+under function transforms and on devices without kernels. docs/maths.md, section 13, derives the
+loss.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from fastkd import reference
 from fastkd._core import autograd, shapes
 from fastkd._core.arguments import Call
 from fastkd._core.checks import to_savable
-from fastkd._core.dense import DIVERGENCES, KERNEL_DEVICES, row_numbers
+from fastkd._core.dense import DIVERGENCES, KERNEL_DEVICES, make_row_numbers
 from fastkd._core.objective import Objective
 from fastkd._core.values import TAILS
 
@@ -33,12 +34,12 @@ def is_fused(student: Tensor, objective: Objective) -> bool:
         return False
     o = objective
     options = (o.temperature, o.hard_weight, o.soft_weight)
-    learns = any(isinstance(option, Tensor) and option.requires_grad for option in options)
-    return not (learns and torch.is_grad_enabled())
+    needs_gradient = any(isinstance(option, Tensor) and option.requires_grad for option in options)
+    return not (needs_gradient and torch.is_grad_enabled())
 
 
-def _numbers(objective: Objective, tail: str, estimator: str | None) -> tuple[Any, ...]:
-    """Return the denominator, if it is a tensor, and the numbers of the op (_NUMBERS)."""
+def _encode_numbers(objective: Objective, tail: str, estimator: str | None) -> tuple[Any, ...]:
+    """Return the denominator, None unless it is a tensor, and the op's numbers (_NUMBERS)."""
     o = objective
     is_tensor = isinstance(o.normalizer, Tensor)
     rows = (o.temperature, o.hard_weight, o.soft_weight)
@@ -56,34 +57,34 @@ def _numbers(objective: Objective, tail: str, estimator: str | None) -> tuple[An
     )
 
 
-def lists(call: Call) -> tuple[Tensor, Tensor]:
-    """Return indices and log-probabilities in the dtypes of the op."""
+def convert_lists(call: Call) -> tuple[Tensor, Tensor]:
+    """Return the listed indices and log-probabilities, in the dtypes of the op."""
     assert call.listed is not None
     log_probs, indices = call.listed[:2]
     return to_savable(indices.long()), to_savable(log_probs.detach().to(call.dtype))
 
 
-def _arguments(call: Call) -> tuple[Any, ...]:
+def _make_arguments(call: Call) -> tuple[Any, ...]:
     """Return the arguments of the op (csrc/torch/topk.cpp)."""
     assert call.listed is not None
     o = call.objective
-    _, row_settings = row_numbers(
+    _, row_settings = make_row_numbers(
         call, (o.temperature, o.temperature, o.hard_weight, o.soft_weight)
     )
-    numbers = _numbers(o, call.listed.tail, call.listed.estimator)
-    return (call.student, *lists(call), call.labels, row_settings, *numbers)
+    numbers = _encode_numbers(o, call.listed.tail, call.listed.estimator)
+    return (call.student, *convert_lists(call), call.labels, row_settings, *numbers)
 
 
 def compute(call: Call) -> Tensor:
     """Compute the loss of a checked call whose teacher is sparse, by the kernels."""
-    out: Tensor = _topk_loss(*_arguments(call))
+    out: Tensor = _topk_loss(*_make_arguments(call))
     return out.reshape(call.student.shape[:-1]) if call.objective.reduction == "none" else out
 
 
 def compute_by_operations(call: Call) -> reference.Terms:
     """Compute the loss and its terms by differentiable PyTorch operations."""
     assert call.listed is not None
-    o, (indices, log_probs) = call.objective, lists(call)
+    o, (indices, log_probs) = call.objective, convert_lists(call)
     return reference.topk.terms(
         call.student,
         log_probs,
@@ -103,7 +104,7 @@ def compute_by_operations(call: Call) -> reference.Terms:
     )
 
 
-def _formula(
+def _compute_op_by_operations(
     student: Tensor,
     indices: Tensor,
     log_probs: Tensor,
@@ -132,17 +133,17 @@ def prepare_call(objective: Objective, tail: str) -> Callable[..., Tensor]:
 
     No option may be a tensor.
     """
-    arguments = (None, None, None, None, None, *_numbers(objective, tail, None))
+    arguments = (None, None, None, None, None, *_encode_numbers(objective, tail, None))
     return autograd.prepare_call("topk_loss", arguments, [0, 1, 2, 3])
 
 
-autograd.register("topk_loss", strided=False, formula=_formula)
+autograd.register("topk_loss", strided=False, formula=_compute_op_by_operations)
 
 
 # ---- fake kernels
 
 
-def _fake_out(student: Tensor, log_probs: Tensor, reduction: int) -> Tensor:
+def _make_fake_out(student: Tensor, log_probs: Tensor, reduction: int) -> Tensor:
     per_row = shapes.REDUCTIONS[reduction] == "none"
     shape = [student.numel() // student.shape[-1]] if per_row else []
     return student.new_empty(shape, dtype=torch.promote_types(log_probs.dtype, torch.float32))
@@ -151,13 +152,13 @@ def _fake_out(student: Tensor, log_probs: Tensor, reduction: int) -> Tensor:
 @torch.library.register_fake("fastkd::topk_loss")  # type: ignore[untyped-decorator]
 def _(student: Tensor, indices: Tensor, log_probs: Tensor, *arguments: Any) -> Tensor:
     shapes.check_devices(student, indices, log_probs, *arguments)
-    return _fake_out(student, log_probs, arguments[-2])
+    return _make_fake_out(student, log_probs, arguments[-2])
 
 
 @torch.library.register_fake("fastkd::topk_loss_into")  # type: ignore[untyped-decorator]
 def _(grad: Tensor, student: Tensor, indices: Tensor, log_probs: Tensor, *arguments: Any) -> Tensor:
     shapes.check_devices(grad, student, indices, log_probs, *arguments)
-    return _fake_out(student, log_probs, arguments[-2])
+    return _make_fake_out(student, log_probs, arguments[-2])
 
 
 @torch.library.register_fake("fastkd::topk_loss_backward_")  # type: ignore[untyped-decorator]

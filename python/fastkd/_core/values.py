@@ -21,7 +21,7 @@ ESTIMATORS: tuple[Estimator, ...] = get_args(Estimator)
 
 
 class Head(NamedTuple):
-    """A linear layer and its input, in place of the logits, which are then computed in chunks.
+    """Hold a linear layer and its input in place of logits, which are then computed in chunks.
 
     ::
 
@@ -29,8 +29,8 @@ class Head(NamedTuple):
         logits = scale * logits                      # if scale is given (Cohere)
         logits = softcap * tanh(logits / softcap)    # if softcap is given (Gemma 2)
 
-    It is a named tuple, so pytrees, ``torch.compile``, data loaders and Accelerate handle it.
-    docs/linear.md describes the chunks and their memory.
+    A ``Head`` is a named tuple, so pytrees, ``torch.compile``, data loaders and Accelerate handle
+    it. docs/linear.md describes the chunks and their memory.
 
     Args:
         hidden: ``(..., width)`` float64, float32, bfloat16 or float16: the input of the layer.
@@ -55,7 +55,7 @@ class Head(NamedTuple):
     scale: float | None = None
 
     def __repr__(self) -> str:
-        """Describe the tensors by dtype, shape and device, and leave out what was not given."""
+        """Describe the tensors by dtype, shape and device, and omit fields that are None."""
         return _describe(self)
 
     def logits(self) -> Tensor:
@@ -67,7 +67,7 @@ class Head(NamedTuple):
 
 
 class TopK(NamedTuple):
-    """The log-probabilities of a teacher's k most probable classes, in place of all logits.
+    """Hold the log-probabilities of a teacher's k most probable classes, in place of all logits.
 
     The fields are in the order of what ``torch.topk`` returns::
 
@@ -76,36 +76,37 @@ class TopK(NamedTuple):
     With K the listed classes, p_i = exp(log_probs) the teacher's probabilities and
     q = softmax(student / T) the student's, ``tail`` chooses what the divergence compares:
 
-    - ``"ghost"``: all other classes are one more class, for teacher and student, with
-      probabilities p' = 1 - sum over K of p, and q', the student's probability of everything
-      outside K. The student learns how much to leave to the other classes, and not how to divide
-      it. (Model-Optimizer; DistillKit's "symmetric_uniform"; TRL's tail bucket.)
+    - ``"ghost"``: the classes outside K count as one extra class, the ghost. The ghost has the
+      probability 1 - sum over K of p for the teacher, and the sum outside K of q for the student.
+      The student learns the total probability of the classes outside K, but not the probability of
+      each. (As in Model-Optimizer, DistillKit's "symmetric_uniform" and TRL's tail bucket.)
     - ``"renormalize"``: both distributions are divided by their sum over K. The student's
-      probability of other classes has no influence. (TRL without tail.)
-    - ``"ignore"``: the forward KL's sum over K of p log(p / q) as it stands, which may be negative.
-      With ``log_probs - log_probs.logsumexp(-1, keepdim=True)`` for ``log_probs`` it is the KL of
-      the teacher truncated to K and the student over all classes. (DistillKit's "zero".) Other
-      divergences refuse it: their sum over K falls as the student leaves K.
+      probability of other classes has no influence. (As in TRL without tail.)
+    - ``"ignore"``: the sum over K of p log(p / q), which may be negative. If ``log_probs`` minus
+      their ``logsumexp`` over K are passed, the sum is KL(teacher truncated to K || student). (As
+      in DistillKit's "zero".) Only the forward KL supports ``"ignore"``. The sum over K of the
+      reverse KL, for example, falls as the student leaves K.
 
-    The classes may be the teacher's most probable ones, the student's, or any others. Every
+    The listed classes may be the most probable ones of teacher or student, or any others. Every
     divergence that compares probabilities is available (:func:`fastkd.loss` lists them).
 
     vLLM returns log-probabilities at T = 1 unless it runs with ``--logprobs-mode
     processed_logprobs``; SGLang scores generated tokens at the request's temperature. The loss
     cannot re-soften a truncated list. Pass log-probabilities computed at the loss's temperature;
-    the default with a ``TopK`` is 1.
+    the default temperature with a ``TopK`` is 1.
 
-    It is a named tuple, so pytrees, ``torch.compile``, data loaders and Accelerate handle it.
+    A ``TopK`` is a named tuple, so pytrees, ``torch.compile``, data loaders and Accelerate handle
+    it.
 
     Args:
         log_probs: ``(..., k)`` float64, float32, bfloat16 or float16: natural logarithms of the
             teacher's probabilities at the temperature of the loss. The loss does not apply a
-            temperature to them. ``tail="renormalize"`` divides them by their sum; ``"ghost"`` does
-            so only if they sum to more than 1 or no other class is left.
+            temperature to ``log_probs``. ``tail="renormalize"`` divides the probabilities by their
+            sum; ``"ghost"`` does so only if they sum to more than 1 or K has all classes.
         indices: ``(..., k)`` class indices of any integer dtype, in any order, different within a
-            row. An entry is padding if its index is negative or its log-probability is -inf; both
-            forms are in use, by inference servers and by TRL. A padding entry is
-            ignored: with ``"ghost"``, its class belongs to all other classes.
+            row. An entry is padding if its index is negative or its log-probability is -inf;
+            inference servers and TRL use both forms. A padding entry is ignored: its class does not
+            belong to K.
         tail: how classes that are not listed enter the divergence, as above. Default ``"ghost"``.
 
     Raises:
@@ -127,7 +128,7 @@ class TopK(NamedTuple):
 
 
 class Sampled(NamedTuple):
-    """The teacher's log-probability of one sampled token a row, in place of all logits.
+    """Hold the teacher's log-probability of one sampled token per row, in place of all logits.
 
     The tokens must be sampled from q = softmax(student / T), the student at the temperature of the
     loss (on-policy distillation). The soft term, before its weight and T^2, is an estimate of the
@@ -138,13 +139,14 @@ class Sampled(NamedTuple):
         k2:  value d^2 / 2           gradient -d * grad log q(y)
         k3:  value exp(d) - 1 - d    gradient (1 - exp(d)) * grad log q(y)
 
-    (J. Schulman, "Approximating KL Divergence", 2020.) The values of k1 and k3 have the expected
-    value KL(q || p); k1 may be negative and usually has a higher variance than k3, and k2 is
-    biased. The expected gradient of k1 and k2 is the gradient of KL(q || p); that of k3 is the
-    gradient of KL(p || q). The gradient of k1 is the policy gradient whose advantage is d,
-    detached. A token whose student logit is -inf has an infinite value and a gradient of 0.
+    (J. Schulman, "Approximating KL Divergence", 2020.) The expected value of k1 and of k3 is
+    KL(q || p); k2 is biased. k1 may be negative, and usually has a higher variance than k3. The
+    expected gradient of k1 and of k2 is the gradient of KL(q || p); that of k3 is the gradient of
+    KL(p || q). The gradient of k1 is the policy gradient with the advantage d, detached. A token
+    whose student logit is -inf has an infinite value and a gradient of 0.
 
-    It is a named tuple, so pytrees, ``torch.compile``, data loaders and Accelerate handle it.
+    A ``Sampled`` is a named tuple, so pytrees, ``torch.compile``, data loaders and Accelerate
+    handle it.
 
     Args:
         log_probs: ``(...)`` float64, float32, bfloat16 or float16: the natural logarithm of the
@@ -172,17 +174,18 @@ class Sampled(NamedTuple):
 
 
 class Routed(NamedTuple):
-    """Several teachers, of which each row has one: specialists, or one teacher for each task.
+    """Assign one of several teachers to each row, such as a specialist for each task.
 
-    Each teacher is read only in the rows that are assigned to it; a Head computes logits for these
-    rows only.
+    The loss reads each teacher only in the rows that are assigned to it. A Head computes logits
+    for its assigned rows only.
 
-    It is a named tuple, so pytrees, ``torch.compile``, data loaders and Accelerate handle it.
+    A ``Routed`` is a named tuple, so pytrees, ``torch.compile``, data loaders and Accelerate handle
+    it.
 
     Args:
         teachers: a tuple of logits ``(..., C)`` or of :class:`fastkd.Head`, at least one.
         indices: ``(...)`` integers: the position in ``teachers`` of each row's teacher. Checking
-            them synchronizes CUDA.
+            the indices synchronizes CUDA.
 
     Raises:
         TypeError, ValueError: for arguments that are not as above.
@@ -225,7 +228,7 @@ def check_head(head: Head, name: str = "Head") -> None:
 
 
 def check_topk(topk: TopK, name: str = "TopK") -> None:
-    """Raise unless the fields of a sparse teacher fit each other; ``name``: see check_head."""
+    """Raise unless the fields of a TopK fit each other; ``name``: the argument, for the message."""
     _check_listed(name, topk.log_probs, "indices", topk.indices, "(..., k) with k >= 1")
     if topk.indices.dim() == 0 or topk.indices.shape[-1] == 0:
         raise ValueError(
@@ -236,13 +239,13 @@ def check_topk(topk: TopK, name: str = "TopK") -> None:
 
 
 def check_sampled(sampled: Sampled, name: str = "Sampled") -> None:
-    """Raise unless the fields of a sampled teacher fit each other; ``name``: see check_head."""
+    """Raise unless the fields fit each other; ``name``: the argument, for the message."""
     _check_listed(name, sampled.log_probs, "tokens", sampled.tokens, "(...)")
     validation.check_one_of(f"{name}.estimator", sampled.estimator, ESTIMATORS)
 
 
 def check_routed(routed: Routed, name: str = "Routed") -> None:
-    """Raise unless there are teachers of one kind, and indices of them."""
+    """Raise unless all teachers have one type, and the indices have an integer dtype."""
     teachers, indices = routed
     if not isinstance(teachers, (tuple, list)) or not teachers:
         raise TypeError(
@@ -280,16 +283,16 @@ def _check_listed(name: str, log_probs: object, field: str, indices: object, sha
 
 
 def _describe(value: Head | TopK | Sampled) -> str:
-    """Return the repr of a named tuple of tensors, without their numbers."""
+    """Return the repr of a named tuple of tensors, without the tensors' values."""
 
-    def one(field: object) -> str:
+    def describe_field(field: object) -> str:
         if not isinstance(field, Tensor):
             return repr(field)
         dtype = str(field.dtype).removeprefix("torch.")
         return f"{dtype} {tuple(field.shape)} on {field.device}"
 
     fields = ", ".join(
-        f"{name}={one(field)}"
+        f"{name}={describe_field(field)}"
         for name, field in zip(value._fields, value, strict=True)
         if field is not None
     )
@@ -300,14 +303,14 @@ _Value = TypeVar("_Value", Head, TopK, Sampled, Routed)
 
 
 def _from_collated(value: _Value) -> _Value:
-    """Replace a field of strings, which torch's default_collate makes a tuple, by one string."""
+    """Replace the last field by a string if default_collate made it a tuple of equal strings."""
     last: Any = value[-1]
-    same = isinstance(last, (list, tuple)) and len(set(last)) == 1
-    return value._replace(**{value._fields[-1]: last[0]}) if same else value
+    is_collated = isinstance(last, (list, tuple)) and len(set(last)) == 1
+    return value._replace(**{value._fields[-1]: last[0]}) if is_collated else value
 
 
 def _check_when_made(cls: type[_Value], check: Any) -> None:
-    """Make the constructor of a named tuple check its fields: typing.NamedTuple has no hook."""
+    """Make the constructor of a named tuple check its fields; typing.NamedTuple has no hook."""
     make = cls.__new__
 
     def __new__(cls: type[_Value], *args: Any, **kwargs: Any) -> _Value:  # noqa: N807

@@ -181,7 +181,7 @@ def _make_cache(
         temperature = _teacher_temperature(loss, top_k)
         options: Any = {"dtype": torch.float16, "top_k": top_k, "temperature": temperature}
         with raise_as_config_error("teacher_cache"):
-            cache = writing.existing(folder, **options, teacher=teachers.fingerprint(live))
+            cache = writing.open_existing(folder, **options, teacher=teachers.fingerprint(live))
         if cache is not None:  # check before samples are added
             _check_inputs(cache, samples, first_validation, training.batch_size)
         # Each process computes its share of the samples.

@@ -1,8 +1,8 @@
-"""Distillation losses of other libraries, with the same values, computed by fastkd's fused pass.
+"""Compute the distillation losses of other libraries, with equal values, by fastkd's fused pass.
 
 Libraries disagree on which term ``alpha`` weighs, on T squared, on what a mean divides by and on
-which rows are masked. Each module here is named after a library and has that library's names,
-signatures and conventions, so switching means changing an import.
+which rows are masked. Each module of this package is named after a library. The module has the
+library's names, signatures and conventions, so switching means changing an import.
 ``docs/compat.md`` compares the conventions and lists where an adapter differs from its library on
 purpose.
 

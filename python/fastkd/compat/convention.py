@@ -29,8 +29,8 @@ def convert_reduction(
 def choose_divergence(beta: float) -> dict[str, Any]:
     """Return fastkd's options for the generalized Jensen-Shannon divergence of TRL and Liger.
 
-    It is beta KL(p || m) + (1 - beta) KL(q || m) with m = beta p + (1 - beta) q. At 0 and 1 the
-    formula is 0 everywhere, and both libraries use forward and reverse KL instead.
+    The divergence is beta KL(p || m) + (1 - beta) KL(q || m) with m = beta p + (1 - beta) q. For
+    beta = 0 and 1 the formula is 0, and both libraries use forward and reverse KL instead.
     """
     validation.check_number("beta", beta, 0.0, 1.0)
     if beta == 0:
@@ -64,7 +64,7 @@ def check_weight(name: str, value: float) -> float:
 def check_normalizer(
     name: str, value: float | Tensor, labels: Tensor | None, ignore_index: int
 ) -> float | Tensor:
-    """Return the number that divides the sum over rows, or raise unless it is positive.
+    """Return the divisor of the sum over rows, or raise unless it is positive.
 
     ``value`` is a number or a tensor with one element. 0 is accepted if every row is ignored.
     """

@@ -1,4 +1,4 @@
-"""DeiT's DistillationLoss: a base criterion on the class head, the teacher on the other head."""
+"""Compute DeiT's DistillationLoss: a base criterion on one head, the teacher's term on another."""
 
 from __future__ import annotations
 
@@ -12,15 +12,16 @@ from fastkd.compat.convention import check_positive, convert_reduction
 
 
 class DistillationLoss(nn.Module):
-    """DeiT's loss: (1 - alpha) * base_criterion + alpha * the teacher's term.
+    """Compute DeiT's loss: (1 - alpha) * base_criterion + alpha * the teacher's term.
 
     From Touvron et al., "Training data-efficient image transformers & distillation through
     attention" (2021). The two terms have different logits, so the base criterion is not fused.
 
     Args:
         base_criterion: called with the class head's logits and the labels.
-        teacher_model: called with the inputs, without gradient; returns logits ``(N, C)``. As in
-            DeiT, it is not put into evaluation mode, and ``.train()`` of this module reaches it.
+        teacher_model: called with the inputs, without gradient; returns logits ``(N, C)``. The
+            mode of the teacher is not set, and ``.train()`` of this module reaches the teacher, as
+            in DeiT.
         distillation_type: ``"none"``; ``"soft"``, T^2 KL(teacher || student) over all elements; or
             ``"hard"``, the cross entropy with the teacher's most probable class.
         alpha: weight of the **teacher's** term, in [0, 1].

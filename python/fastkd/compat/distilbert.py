@@ -1,4 +1,4 @@
-"""DistilBERT's loss on logits: the sum that ``Distiller.step`` of its research project computes."""
+"""Compute DistilBERT's loss on logits: the sum in ``Distiller.step`` of its research project."""
 
 from __future__ import annotations
 
@@ -26,18 +26,19 @@ def step_loss(
     """Compute alpha_ce T^2 KL + (alpha_mlm or alpha_clm) CE + alpha_mse squared error.
 
     From Sanh et al., "DistilBERT, a distilled version of BERT" (2019); the defaults are those of
-    the project. KL and cross entropy mask different rows, and are still one pass over the logits.
+    the project. KL and cross entropy mask different rows, but take one pass over the logits.
 
     Args:
-        s_logits, t_logits: the student's and the teacher's, ``(batch, tokens, C)``.
-        attention_mask: ``(batch, tokens)``; soft terms count rows where it is not 0.
-        lm_labels: ``(batch, tokens)``; -100 where the hard term counts nothing.
+        s_logits, t_logits: logits of student and teacher, ``(batch, tokens, C)``.
+        attention_mask: ``(batch, tokens)``; soft terms ignore rows where it is 0.
+        lm_labels: ``(batch, tokens)``; the hard term ignores rows where it is -100.
         temperature: T > 0 of the KL.
         alpha_ce: weight of the **soft** term.
         alpha_mlm: weight of the cross entropy of each token with its own label.
-        alpha_clm: weight of the cross entropy of each token with the next one's label.
+        alpha_clm: weight of the cross entropy of each token with the next token's label.
         alpha_mse: weight of the squared error of the logits.
-        restrict_ce_to_mask: soft terms count the rows with a label instead of ``attention_mask``.
+        restrict_ce_to_mask: if True, soft terms ignore rows without a label, instead of rows with
+            ``attention_mask`` 0.
 
     Example:
         >>> import torch
@@ -64,8 +65,8 @@ def step_loss(
     labels = labels.masked_fill(~hard, 0).masked_fill(~(hard | soft), -100)
     total = losses.loss(
         s_logits, t_logits, labels, temperature=check_positive("temperature", temperature),
-        hard_weight=_mean_weights(hard, s_logits) * (alpha_mlm or alpha_clm),
-        soft_weight=_mean_weights(soft, s_logits) * alpha_ce, reduction="sum",
+        hard_weight=_make_mean_weights(hard, s_logits) * (alpha_mlm or alpha_clm),
+        soft_weight=_make_mean_weights(soft, s_logits) * alpha_ce, reduction="sum",
     )  # fmt: skip
     if alpha_mse:
         labels = lm_labels.new_zeros(soft.shape).masked_fill(~soft, -100)
@@ -76,7 +77,7 @@ def step_loss(
     return total
 
 
-def _mean_weights(mask: Tensor, logits: Tensor) -> Tensor:
+def _make_mean_weights(mask: Tensor, logits: Tensor) -> Tensor:
     """Return row weights that turn a sum over rows into the mean over the rows of ``mask``."""
     weights = mask.to(shapes.accumulator(logits))
     return weights / weights.sum().clamp(min=1)

@@ -1,6 +1,6 @@
-"""Keras' LogitsDistillation and Distiller, for models that return torch tensors.
+"""Compute Keras' LogitsDistillation and Distiller, for models that return torch tensors.
 
-Both Keras models on the torch backend and :class:`torch.nn.Module` are such models.
+A model may be a Keras model on the torch backend or a :class:`torch.nn.Module`.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from fastkd.compat.convention import check_none, check_positive
 
 
 class LogitsDistillation:
-    """T^2 times the mean over rows of KL(teacher || student). **The teacher comes first.**
+    """Compute T^2 times the mean over rows of KL(teacher || student). **The teacher comes first.**
 
     Args:
         temperature: T > 0. Default 3.
-        loss: ``"kl_divergence"``, the only one supported.
+        loss: ``"kl_divergence"``, the only supported loss.
 
     Example:
         >>> import torch
@@ -37,12 +37,12 @@ class LogitsDistillation:
     def compute_loss(
         self, teacher_outputs: Tensor, student_outputs: Tensor, **kwargs: Any
     ) -> Tensor:
-        """Compute the loss of logits ``(..., C)``; other keywords are ignored, as by Keras."""
+        """Compute the loss of logits ``(..., C)``; ``kwargs`` are ignored, as by Keras."""
         return losses.loss(student_outputs, teacher_outputs, temperature=self.temperature)
 
 
 class Distiller(nn.Module):
-    """student_loss_weight * CE + (1 - student_loss_weight) * T^2 * KL(teacher || student).
+    """Compute student_loss_weight * CE + (1 - student_loss_weight) * T^2 * KL(teacher || student).
 
     Args:
         teacher: returns logits ``(N, C)``; frozen, and always in evaluation mode.
@@ -104,15 +104,14 @@ class Distiller(nn.Module):
         sample_weight: None = None,
         training: bool = True,
     ) -> Tensor:
-        """Compute the loss for inputs ``x`` and labels ``y``, ids ``(N,)`` or probabilities.
+        """Compute the loss for inputs ``x`` and labels ``y``: class indices or probabilities.
 
-        Without ``y`` the loss is the weighted soft term alone. ``y_pred`` are the student's logits,
-        if they are known already; else the student is called, with ``training`` if it is a Keras
-        model.
+        Without ``y`` the loss is the weighted soft term alone. If ``y_pred``, the student's logits,
+        is None, the student is called, with ``training`` if it is a Keras model.
         """
         check_none("sample_weight", sample_weight, "Keras' Distiller does not use it either")
         student_logits = _call(self.student, x, training) if y_pred is None else y_pred
-        teacher_logits = student_logits.detach()  # any logits: the soft term's weight may be 0
+        teacher_logits = student_logits.detach()  # any logits will do if the soft term has weight 0
         if self.student_loss_weight < 1:
             with torch.no_grad():
                 teacher_logits = _call(self.teacher, x, training=False)
@@ -124,6 +123,6 @@ class Distiller(nn.Module):
 
 
 def _call(model: nn.Module, x: Tensor | None, training: bool | None) -> Tensor:
-    """Call a model; only Keras models, which have ``call``, take ``training``."""
+    """Call a model; Keras models, which have ``call``, take ``training``."""
     logits: Tensor = model(x, training=training) if hasattr(model, "call") else model(x)
     return logits

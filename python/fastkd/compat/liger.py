@@ -1,8 +1,8 @@
-"""Liger's KL, JSD and TVD modules: no temperature, no hard term, probabilities as inputs.
+"""Compute Liger's KL, JSD and TVD: no temperature, no hard term, probabilities as inputs.
 
 Log-probabilities are valid logits, since softmax(log q) = q, so these adapters pass them to
-:func:`fastkd.loss`. Passing the logits to it instead saves the log_softmax, its backward pass, and
-a tensor of the logits' size for each.
+:func:`fastkd.loss`. Calling :func:`fastkd.loss` with the logits saves log_softmax, its backward
+pass, and a tensor of the logits' size for each.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from fastkd.compat.convention import choose_divergence, convert_reduction, mask_
 
 
 class LigerKLDIVLoss(nn.Module):
-    """Forward KL of log-probabilities and a target, as :class:`torch.nn.KLDivLoss` reduces it.
+    """Compute the forward KL of log-probabilities, reduced like :class:`torch.nn.KLDivLoss`.
 
     Args:
         eps: must be 1e-10, Liger's default; nothing is clamped.
@@ -43,7 +43,7 @@ class LigerKLDIVLoss(nn.Module):
         self.log_target = log_target
 
     def forward(self, y_pred: Tensor, y_true: Tensor) -> Tensor:
-        """Compute the loss of student log-probabilities and the teacher's, both ``(..., C)``."""
+        """Compute the loss of the student's log-probabilities and the target, both ``(..., C)``."""
         reduction, factor = convert_reduction(self.reduction, y_pred)
         return losses.loss(
             y_pred, y_true, temperature=1.0, soft_weight=factor, reduction=reduction,
@@ -52,7 +52,7 @@ class LigerKLDIVLoss(nn.Module):
 
 
 class LigerJSD(nn.Module):
-    """Generalized Jensen-Shannon divergence of log-probabilities, mean over rows.
+    """Compute the generalized Jensen-Shannon divergence of log-probabilities, mean over rows.
 
     Args:
         beta: weight of the teacher in the mixture, in [0, 1]; 0 is forward KL, 1 reverse KL.
@@ -83,7 +83,7 @@ class LigerJSD(nn.Module):
 
 
 class LigerTVDLoss(nn.Module):
-    """Total variation distance of probabilities, half the sum of \\|p - q\\|.
+    """Compute the total variation distance of probabilities, half the sum of \\|p - q\\|.
 
     Args:
         reduction: ``"batchmean"`` (over rows not ignored), ``"mean"`` (over classes too) or
@@ -107,7 +107,7 @@ class LigerTVDLoss(nn.Module):
     def forward(self, p: Tensor, q: Tensor, shift_labels: Tensor | None = None) -> Tensor:
         """Compute the loss of ``p``, the student's probabilities, and ``q``, the teacher's."""
         wide = p.to(shapes.accumulator(p))
-        # The gradient of log is infinite at 0, and finite at the smallest normal number.
+        # The gradient of log is infinite at 0, but finite at the smallest normal number.
         log_p = wide.clamp(min=torch.finfo(wide.dtype).tiny).log()
         reduction, factor = convert_reduction(self.reduction, log_p)
         return losses.loss(

@@ -1,4 +1,4 @@
-"""mdistiller's kd_loss and dkd_loss, the soft terms of its KD and DKD distillers."""
+"""Compute mdistiller's kd_loss and dkd_loss, the soft terms of its KD and DKD distillers."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ def dkd_loss(
     """Compute T^2 times the mean over rows of alpha * TCKD + beta * NCKD.
 
     From Zhao et al., "Decoupled Knowledge Distillation" (CVPR 2022). TCKD is the KL of the target
-    class against all other classes; NCKD is the KL among the other classes. mdistiller's default
-    configuration has alpha 1, beta 8 and temperature 4.
+    class against all other classes; NCKD is the KL among the other classes. The default
+    configuration of mdistiller has alpha 1, beta 8 and temperature 4.
 
     Args:
         logits_student, logits_teacher: ``(N, C)``.

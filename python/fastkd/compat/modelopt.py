@@ -1,4 +1,4 @@
-"""Model-Optimizer's LogitsDistillationLoss: forward KL times T squared, reduced as KLDivLoss is."""
+"""Compute Model-Optimizer's LogitsDistillationLoss: T^2 times the forward KL."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from fastkd.compat.convention import check_positive, convert_reduction
 
 
 class LogitsDistillationLoss(nn.Module):
-    """T^2 KL(teacher || student) of logits, reduced as :class:`torch.nn.KLDivLoss` does.
+    """Compute T^2 KL(teacher || student) of logits, reduced like :class:`torch.nn.KLDivLoss`.
 
     Args:
         temperature: T > 0. Default 1.

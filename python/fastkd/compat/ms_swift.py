@@ -1,4 +1,4 @@
-"""ms-swift's gkd_loss: a generalized Jensen-Shannon divergence of logits, or of top-k lists."""
+"""Compute ms-swift's gkd_loss: a generalized Jensen-Shannon divergence of logits or lists."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ def gkd_loss(
 ) -> tuple[Tensor, Tensor]:
     """Return the sum over tokens of a KL or Jensen-Shannon divergence, and the number of tokens.
 
-    There is no T^2 and no shift: the labels are those of the logits at their position.
+    The loss has no T^2 and no shift: label i belongs to row i of the logits.
 
     Args:
         student_logits: ``(batch, length, C)``.
-        teacher_output: ms-swift's ``TeacherOutput``, or an object with its four attributes:
-            ``full_logits`` ``(batch, length, C)``, or ``topk_logprobs`` and ``topk_indices``
-            ``(batch, length, k)``, the others None; and ``labels``, None if they are the student's.
-            Lists are softened by ``temperature`` and renormalized. A token whose list is all -inf
-            does not count.
-        labels: ``(batch, length)``; tokens with -100 are ignored. Where the teacher has labels of
-            its own, its n-th token that counts belongs to the student's n-th.
-        beta: in [0, 1]; 0 is forward KL, 1 reverse KL. With lists, for the divergences that
-            :func:`fastkd.loss` computes of a :class:`fastkd.TopK`.
+        teacher_output: ms-swift's ``TeacherOutput``, or an object with its four attributes. Either
+            ``full_logits`` ``(batch, length, C)`` or ``topk_logprobs`` and ``topk_indices``
+            ``(batch, length, k)`` are not None. ``labels`` is None if student and teacher have
+            equal labels. Lists are softened by ``temperature`` and renormalized. A token whose list
+            is all -inf is ignored.
+        labels: ``(batch, length)``; tokens with -100 are ignored. If the teacher has labels, too,
+            the n-th labeled token of the teacher belongs to the n-th labeled token of the student.
+        beta: in [0, 1]; 0 is forward KL, 1 reverse KL. Lists need a divergence that a
+            :class:`fastkd.TopK` supports.
         temperature: T > 0 of student and teacher.
 
     Example:
@@ -53,7 +53,7 @@ def gkd_loss(
     outputs = [lists, indices] if is_sparse else [teacher_output.full_logits]
     if teacher_output.labels is not None:
         teacher_valid = teacher_output.labels != -100
-        if not torch.equal(teacher_valid, valid):  # other positions, of the same tokens
+        if not torch.equal(teacher_valid, valid):  # equal tokens, at other positions
             student, outputs = student[valid], [each[teacher_valid] for each in outputs]
             valid = valid[valid]
     teacher: Tensor | losses.TopK = outputs[0]

@@ -1,4 +1,4 @@
-"""NeMo AutoModel's KDLoss: forward KL on tokens, T squared, masked by labels, no hard term."""
+"""Compute NeMo AutoModel's KDLoss: T^2 times the forward KL, masked by labels, no hard term."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fastkd.compat.convention import (
 
 
 class KDLoss(nn.Module):
-    """T^2 times the mean over rows of KL(teacher || student).
+    """Compute T^2 times the mean over rows of KL(teacher || student).
 
     Args:
         ignore_index: rows with this label are ignored. Default -100.

@@ -1,4 +1,4 @@
-"""TextBrewer's kd_ce_loss and kd_mse_loss: no T squared, one temperature or one for each row."""
+"""Compute TextBrewer's kd_ce_loss and kd_mse_loss: no T^2, one temperature or one per row."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ def kd_ce_loss(logits_S: Tensor, logits_T: Tensor, temperature: float | Tensor =
     """Compute the mean over rows of -sum p log q, at ``temperature``.
 
     Args:
-        logits_S, logits_T: the student's and the teacher's, ``(..., C)``.
-        temperature: T > 0, a number or a tensor with one entry, or ``(...)`` with one for each row.
-            Default 1.
+        logits_S, logits_T: logits of student and teacher, ``(..., C)``.
+        temperature: T > 0, a number, a tensor with one entry, or a tensor ``(...)`` with one entry
+            for each row. Default 1.
 
     Example:
         >>> import torch

@@ -1,4 +1,4 @@
-"""timm's LogitDistillationTask: student, teacher and weights in, a dictionary of losses out."""
+"""Compute timm's LogitDistillationTask, a module that returns a dictionary of losses."""
 
 from __future__ import annotations
 
@@ -12,15 +12,16 @@ from fastkd.compat.convention import check_none, check_positive, check_weight
 
 
 class LogitDistillationTask(nn.Module):
-    """task_loss_weight * criterion + distill_loss_weight * T^2 * KL(teacher || student).
+    """Compute task_loss_weight * criterion + distill_loss_weight * T^2 * KL(teacher || student).
 
     Args:
         student_model: returns logits ``(N, C)``; the model that is trained.
         teacher_model: returns logits ``(N, C)``; called without gradient, always in evaluation
             mode.
-        criterion: called with logits and targets. Default: cross entropy, in the same pass.
+        criterion: called with logits and targets. Default: cross entropy, in one pass with
+            the soft term.
         criterion_kwargs, teacher_pretrained_path, teacher_pretrained_cfg_overlay: must be None.
-        loss_type: ``"kl"``, the only one supported.
+        loss_type: ``"kl"``, the only supported type.
         distill_loss_weight: weight of the soft term.
         task_loss_weight: weight of the hard term.
         temperature: T > 0. Default 1.

@@ -1,4 +1,4 @@
-"""torchdistill's KDLoss and LogitStdKDLoss, of logits in the dictionaries that its hooks fill."""
+"""Compute torchdistill's KDLoss and LogitStdKDLoss, of logits that its forward hooks store."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from fastkd.compat.convention import check_positive, check_weight, convert_reduc
 
 
 class KDLoss(nn.Module):
-    """alpha * CE + beta * T^2 * KL of logits ``(N, C, ...)`` and targets ``(N, ...)``.
+    """Compute alpha * CE + beta * T^2 * KL of logits ``(N, C, ...)`` and targets ``(N, ...)``.
 
     Args:
-        student_module_path, teacher_module_path: key of the module in the dictionary of the student
-            or the teacher.
+        student_module_path, teacher_module_path: the key of the module in the dictionary of the
+            student or of the teacher.
         student_module_io, teacher_module_io: ``"input"`` or ``"output"`` of that module.
         temperature: T > 0.
         alpha: weight of the **hard** term. With None or 0 the loss is the KL alone.
         beta: weight of the soft term. Default ``1 - alpha``.
-        reduction: ``"batchmean"``, ``"mean"`` or ``"sum"``, as :class:`torch.nn.KLDivLoss` has it;
-            the hard term is averaged over rows with the first two. Default ``"batchmean"``.
+        reduction: ``"batchmean"``, ``"mean"`` or ``"sum"``, as in :class:`torch.nn.KLDivLoss`.
+            The hard term is a mean over rows, or a sum with ``"sum"``. Default ``"batchmean"``.
         weight: class weights of the hard term, ``(C,)``.
         ignore_index: rows with this target are ignored. Default -100.
-        label_smoothing: of the hard term. Default 0.
+        label_smoothing: smoothing of the labels in the hard term. Default 0.
 
     Example:
         >>> import torch
@@ -78,7 +78,7 @@ class KDLoss(nn.Module):
         *args: Any,
         **kwargs: Any,
     ) -> Tensor:
-        """Compute the loss; torchdistill's other arguments are ignored, as by its own class."""
+        """Compute the loss; ``args`` and ``kwargs`` are ignored, as in torchdistill."""
         student = student_io_dict[self.student_module_path][self.student_module_io]
         teacher = teacher_io_dict[self.teacher_module_path][self.teacher_module_io]
         reduction, factor = convert_reduction(self.reduction, student, dim=1)
@@ -97,10 +97,10 @@ class KDLoss(nn.Module):
 
 
 class LogitStdKDLoss(KDLoss):
-    """:class:`KDLoss` whose soft term standardizes each row of logits (mean 0, deviation 1).
+    """Compute :class:`KDLoss` with standardized logits (mean 0, deviation 1) in the soft term.
 
     From Sun et al., "Logit Standardization in Knowledge Distillation" (CVPR 2024). Arguments are
-    those of :class:`KDLoss`, with torchdistill's ``eps`` after ``temperature``; it must be 1e-7.
+    those of :class:`KDLoss`, and ``eps`` after ``temperature``, which must be 1e-7.
 
     Example:
         >>> import torch

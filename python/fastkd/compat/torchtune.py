@@ -1,4 +1,4 @@
-"""torchtune's losses on tokens: temperature 1, no hard term, masked by labels."""
+"""Compute torchtune's losses on tokens: temperature 1, no hard term, masked by labels."""
 
 from __future__ import annotations
 
@@ -13,25 +13,27 @@ from fastkd.compat.convention import mask_rows
 
 
 class _MaskedLoss(nn.Module):
-    """Base of the losses: ignored labels, which may have any shape with one label per row."""
+    """Mask rows by labels, which may have any shape with one label per row."""
 
     def __init__(self, ignore_index: int = -100) -> None:
         super().__init__()
         self.ignore_index = ignore_index
 
-    def _options(self, student_logits: Tensor, labels: Tensor, normalize: bool) -> dict[str, Any]:
+    def _make_options(
+        self, student_logits: Tensor, labels: Tensor, normalize: bool
+    ) -> dict[str, Any]:
         rows = student_logits.shape[:-1]
         if labels.numel() != rows.numel():
             raise ValueError(
-                f"labels must be as many as student_logits of shape {tuple(student_logits.shape)} "
-                f"have rows, {rows.numel()}; got shape {tuple(labels.shape)}"
+                f"labels must have {rows.numel()} entries, one for each row of student_logits of "
+                f"shape {tuple(student_logits.shape)}; got shape {tuple(labels.shape)}"
             )
         mask = mask_rows(labels.reshape(rows), self.ignore_index)
         return {"temperature": 1.0, "reduction": "mean" if normalize else "sum", **mask}
 
 
 class ForwardKLLoss(_MaskedLoss):
-    """Mean over rows of -sum p log q: the forward KL plus the teacher's entropy, a constant.
+    """Compute the mean over rows of -sum p log q: forward KL plus the teacher's entropy.
 
     Args:
         ignore_index: rows with this label are ignored. Default -100.
@@ -49,21 +51,21 @@ class ForwardKLLoss(_MaskedLoss):
         self, student_logits: Tensor, teacher_logits: Tensor, labels: Tensor, normalize: bool = True
     ) -> Tensor:
         """Compute the mean (or, with ``normalize=False``, the sum) of logits ``(..., C)``."""
-        options = self._options(student_logits, labels, normalize)
+        options = self._make_options(student_logits, labels, normalize)
         return losses.loss(student_logits, teacher_logits, divergence=self.divergence, **options)
 
 
 class ReverseKLLoss(ForwardKLLoss):
-    """Mean over rows of KL(q || p), student first; arguments as in :class:`ForwardKLLoss`."""
+    """Compute the mean over rows of KL(q || p); arguments as in :class:`ForwardKLLoss`."""
 
     divergence: losses.DivergenceName = "reverse_kl"
 
 
 class SymmetricKLLoss(_MaskedLoss):
-    """``sym_kd_ratio`` times :class:`ForwardKLLoss` plus the rest times :class:`ReverseKLLoss`.
+    """Compute r times :class:`ForwardKLLoss` plus 1 - r times :class:`ReverseKLLoss`.
 
     Args:
-        sym_kd_ratio: weight of the forward KL, in [0, 1]. Default 0.5.
+        sym_kd_ratio: r, the weight of the forward KL, in [0, 1]. Default 0.5.
         ignore_index: rows with this label are ignored. Default -100.
 
     Example:
@@ -82,21 +84,21 @@ class SymmetricKLLoss(_MaskedLoss):
         self, student_logits: Tensor, teacher_logits: Tensor, labels: Tensor, normalize: bool = True
     ) -> Tensor:
         """Compute the mean (or, with ``normalize=False``, the sum) of logits ``(..., C)``."""
-        options = self._options(student_logits, labels, normalize)
+        options = self._make_options(student_logits, labels, normalize)
         options.update(divergence="symmetric_kl", mix=self.sym_kd_ratio)
         terms = losses.terms(student_logits, teacher_logits, **options)
-        # torchtune's forward half is -sum p log q, which is larger by the teacher's entropy.
+        # torchtune's forward term is -sum p log q, the forward KL plus the teacher's entropy.
         return terms.loss + self.sym_kd_ratio * terms.teacher_entropy
 
 
 class ForwardKLWithChunkedOutputLoss(nn.Module):
-    """:class:`ForwardKLLoss` of logits in a list of chunks ``(batch, tokens / chunks, C)``.
+    """Compute :class:`ForwardKLLoss` of a list of logits ``(batch, tokens / chunks, C)``.
 
-    Logits in one tensor need a single pass: prefer :class:`ForwardKLLoss`.
+    Prefer :class:`ForwardKLLoss` for logits in one tensor, which need a single pass.
 
     Args:
         num_output_chunks: the largest number of chunks. Default 8.
-        arguments, options: those of the loss without chunks.
+        arguments, options: the arguments of the loss without chunks.
 
     Example:
         >>> import torch
@@ -117,7 +119,7 @@ class ForwardKLWithChunkedOutputLoss(nn.Module):
     def forward(
         self, student_logits: Sequence[Tensor], teacher_logits: Sequence[Tensor], labels: Tensor
     ) -> Tensor:
-        """Compute the mean over all rows not ignored; labels are ``(batch, tokens)``."""
+        """Compute the mean over all rows that are not ignored; labels are ``(batch, tokens)``."""
         tokens = [chunk.shape[1] for chunk in student_logits]
         if len(tokens) > self.num_output_chunks or sum(tokens) != labels.shape[1]:
             raise ValueError(
@@ -130,12 +132,12 @@ class ForwardKLWithChunkedOutputLoss(nn.Module):
 
 
 class ReverseKLWithChunkedOutputLoss(ForwardKLWithChunkedOutputLoss):
-    """:class:`ReverseKLLoss` of lists of chunks."""
+    """Compute :class:`ReverseKLLoss` of lists of chunks."""
 
     loss_class = ReverseKLLoss
 
 
 class SymmetricKLWithChunkedOutputLoss(ForwardKLWithChunkedOutputLoss):
-    """:class:`SymmetricKLLoss` of lists of chunks."""
+    """Compute :class:`SymmetricKLLoss` of lists of chunks."""
 
     loss_class = SymmetricKLLoss

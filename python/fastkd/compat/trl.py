@@ -1,4 +1,4 @@
-"""TRL's generalized Jensen-Shannon divergence, of GKDTrainer and the trainers built like it."""
+"""Compute TRL's generalized Jensen-Shannon divergence, the loss of GKDTrainer."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ def generalized_jsd_loss(
 ) -> Tensor:
     """Compute beta KL(p || m) + (1 - beta) KL(q || m), m = beta p + (1 - beta) q; p the teacher.
 
-    From Agarwal et al., "On-Policy Distillation of Language Models" (2023), equation 1. There is no
-    T^2 and no shift: pass logits and labels that belong together, as GKDTrainer does.
+    From Agarwal et al., "On-Policy Distillation of Language Models" (2023), equation 1. The loss
+    has no T^2 and no shift: label i belongs to row i of the logits, as in GKDTrainer.
 
     Args:
         student_logits, teacher_logits: ``(..., C)``.

@@ -1,4 +1,4 @@
-"""TRL's self-distillation losses, of its experimental SDFTTrainer and SDPOTrainer."""
+"""Compute TRL's self-distillation losses, of its experimental SDFTTrainer and SDPOTrainer."""
 
 from __future__ import annotations
 
@@ -47,11 +47,11 @@ def compute_topk_self_distillation_loss(
 
     Args:
         student_logits, teacher_logits: ``(..., C)``.
-        distillation_topk: the number of classes; the student chooses them.
-        distillation_alpha: as in :func:`compute_full_logit_self_distillation_loss`, for the
-            divergences that :func:`fastkd.loss` computes of a :class:`fastkd.TopK`.
-        distillation_add_tail: if True, all other classes are one more class, for student and
-            teacher; if False, both are renormalized over the chosen classes.
+        distillation_topk: the number of classes.
+        distillation_alpha: as in :func:`compute_full_logit_self_distillation_loss`; a
+            :class:`fastkd.TopK` must support the divergence.
+        distillation_add_tail: if True, all other classes count as one extra class; if False,
+            student and teacher are renormalized over the chosen classes.
 
     Example:
         >>> import torch

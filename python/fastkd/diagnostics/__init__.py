@@ -1,4 +1,4 @@
-"""Tools that look at a call of the loss: what it computes, and whether its inputs are right."""
+"""Describe what a call of the loss computes, and check its inputs and its result."""
 
 from fastkd.diagnostics.explanation import explain
 from fastkd.diagnostics.inputs import check_inputs, check_logits

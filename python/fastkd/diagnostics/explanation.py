@@ -14,7 +14,7 @@ from fastkd._core.values import Sampled, TopK
 from fastkd.losses import KDLoss
 
 
-def _number(value: float | Tensor) -> str:
+def _format_number(value: float | Tensor) -> str:
     """Format a number, or describe a tensor."""
     if not isinstance(value, Tensor):
         return f"{value:g}"
@@ -22,64 +22,67 @@ def _number(value: float | Tensor) -> str:
     return f"(one number for each row{learned})" if value.dim() else f"({value.item():g}{learned})"
 
 
-def _kind(objective: Objective) -> reference.Divergence:
+def _get_divergence(objective: Objective) -> reference.Divergence:
     return reference.DIVERGENCES[objective.divergence]
 
 
-def _weights(options: Options, objective: Objective) -> str:
+def _describe_weights(options: Options, objective: Objective) -> str:
     if options.hard_weight is None and options.soft_weight is None:
         share = "alpha" if options.alpha is not None else "alpha, 0.5 by default,"
         text = (
             f"{share} weighs the hard term, the cross entropy; the soft term weighs 1 - alpha = "
-            f"{_number(objective.soft_weight)}."
+            f"{_format_number(objective.soft_weight)}."
         )
-        if _kind(objective).needs_labels or options.alpha:
+        if _get_divergence(objective).needs_labels or options.alpha:
             return text
         return f"{text} Without labels the soft term stands alone, with weight 1."
     return (
-        f"hard_weight {_number(objective.hard_weight)} weighs the cross entropy, soft_weight "
-        f"{_number(objective.soft_weight)} the divergence; they need not sum to 1."
+        f"hard_weight {_format_number(objective.hard_weight)} weighs the cross entropy, "
+        f"soft_weight {_format_number(objective.soft_weight)} the divergence; they need not sum to "
+        "1."
     )
 
 
-def _softens_again(objective: Objective) -> bool:
-    """Return True if the loss softens probabilities of the teacher by another temperature."""
+def _is_softened_again(objective: Objective) -> bool:
+    """Return True if the loss softens the teacher's probabilities again."""
     t = objective.teacher_temperature
     return objective.teacher_form != "logits" and (isinstance(t, Tensor) or t != 1.0)
 
 
-def _distribution(objective: Objective) -> str:
+def _format_distribution(objective: Objective) -> str:
     """Return the formula of the teacher's distribution p."""
     form = objective.teacher_form
-    if form != "logits" and not _softens_again(objective):
+    if form != "logits" and not _is_softened_again(objective):
         return "softmax(w)" if form == "log_probs" else "w / sum w"
     w = "log(w)" if form == "probs" else "w"
     same = objective.teacher_temperature is objective.temperature
     return f"softmax({w} / {'T' if same else 'T_t'})"
 
 
-def _temperatures(objective: Objective) -> str:
-    t = _number(objective.temperature)
+def _describe_temperatures(objective: Objective) -> str:
+    t = _format_number(objective.temperature)
     same = objective.teacher_temperature is objective.temperature
-    symbols = "T = T_t" if same and "T_t" in _kind(objective).formula else "T"
+    symbols = "T = T_t" if same and "T_t" in _get_divergence(objective).formula else "T"
     text = f"{symbols} = {t} softens the student"
     if objective.divergence == "cosine":
         text = f"T = {t}; the cosine has none"
     elif objective.teacher_form != "logits":
         text += f"; the teacher comes as {objective.teacher_form}, softened already"
-        if _softens_again(objective):
-            text += f", and is softened again at T_t = {_number(objective.teacher_temperature)}"
+        if _is_softened_again(objective):
+            text += (
+                f", and is softened again at T_t = {_format_number(objective.teacher_temperature)}"
+            )
     elif same:
         text += " and the teacher"
     else:
-        text += f", T_t = {_number(objective.teacher_temperature)} the teacher"
+        text += f", T_t = {_format_number(objective.teacher_temperature)} the teacher"
     return (
         f"{text}. The cross entropy is that of softmax(z), at temperature 1. T^2, the student's T, "
         "multiplies the soft term alone."
     )
 
 
-def _teacher(options: Options, objective: Objective) -> str:
+def _describe_teacher(options: Options, objective: Objective) -> str:
     weights = options.teacher_weights
     shares = "equal weights"
     if weights:
@@ -88,10 +91,10 @@ def _teacher(options: Options, objective: Objective) -> str:
     return f"A sequence of teachers is mixed with {shares}, in {space}."
 
 
-def _hard(objective: Objective) -> str:
-    needs = _kind(objective).needs_labels
-    what = "class indices, which D needs" if needs else "class indices or probabilities"
-    text = f"Labels are {what}, as in torch's cross_entropy"
+def _describe_labels(objective: Objective) -> str:
+    needs = _get_divergence(objective).needs_labels
+    accepted = "class indices, which D needs" if needs else "class indices or probabilities"
+    text = f"Labels are {accepted}, as in torch's cross_entropy"
     if objective.label_smoothing:
         text += f", smoothed by {objective.label_smoothing:g}"
     if objective.class_weight is not None:
@@ -99,7 +102,7 @@ def _hard(objective: Objective) -> str:
     return text + "."
 
 
-def _reduction(objective: Objective) -> str:
+def _describe_reduction(objective: Objective) -> str:
     if objective.reduction == "none":
         return "One loss for each row, divided by nothing."
     if objective.reduction == "sum":
@@ -109,7 +112,7 @@ def _reduction(objective: Objective) -> str:
         return f"Both terms are summed over the rows and divided by the normalizer, {number}."
     rows = f"the number of rows whose label is not {objective.ignore_index}"
     if objective.class_weight is None:
-        mean = "mean over classes" in _kind(objective).formula
+        mean = "mean over classes" in _get_divergence(objective).formula
         alone = "" if mean else " (never by the classes)"
         return f"Both terms are summed over the rows and divided by {rows}{alone}."
     return (
@@ -121,8 +124,8 @@ def _reduction(objective: Objective) -> str:
 _TAILS = {
     "ghost": (
         "D compares k + 1 classes: those listed, and one class of all others. D is a lower bound "
-        "of the divergence with the whole teacher: how the student divides the others counts "
-        "nothing."
+        "of the divergence with all classes of the teacher: how the student divides the others "
+        "counts nothing."
     ),
     "renormalize": (
         "D compares the listed classes alone, student and teacher divided by their sums over the "
@@ -153,7 +156,7 @@ _ESTIMATORS = {
 }
 
 
-def _sparse(teacher: TopK | Sampled) -> str:
+def _describe_sparse_teacher(teacher: TopK | Sampled) -> str:
     """Describe the classes that a sparse teacher lists, and the treatment of other classes."""
     if isinstance(teacher, Sampled):
         text = _ESTIMATORS[teacher.estimator][1]
@@ -165,9 +168,9 @@ def explain(*, teacher: TopK | Sampled | None = None, show: bool = True, **optio
     """Describe what a set of options computes: weights, T^2, denominators, masks, bias.
 
     Args:
-        teacher: a sparse teacher, of which the kind alone is described. Default: all classes.
-        show: whether to print the text as well.
-        options: those of :func:`fastkd.loss`, checked as there.
+        teacher: a sparse teacher, whose tail or estimator is described. Default: a dense teacher.
+        show: True to print the text as well.
+        options: the options of :func:`fastkd.loss`, which are checked.
 
     Returns:
         The objective as a formula and in words.
@@ -194,30 +197,32 @@ def explain(*, teacher: TopK | Sampled | None = None, show: bool = True, **optio
         teachers=len(weights) if weights else None,
         default_temperature=2.0 if teacher is None else 1.0,
     )
-    kind, p = _kind(objective), _distribution(objective)
-    softened = " " * 7 if kind.compares == "logits" else f"q    = softmax(z / T), p = {p}; "
-    what = {"logits": "logits", "log_probs": "log-probabilities", "probs": "probabilities"}
-    divergence = f"{kind.formula}   [{objective.divergence}: {kind.source}]"
+    definition, p = _get_divergence(objective), _format_distribution(objective)
+    softened = " " * 7 if definition.compares == "logits" else f"q    = softmax(z / T), p = {p}; "
+    form_names = {"logits": "logits", "log_probs": "log-probabilities", "probs": "probabilities"}
+    divergence = f"{definition.formula}   [{objective.divergence}: {definition.source}]"
     if isinstance(teacher, Sampled):
         formula = _ESTIMATORS[teacher.estimator][0]
         divergence = f"{formula}, d = log p(y) - log q(y)   [{teacher.estimator}: Schulman 2020]"
     head = [
-        f"loss = {_number(objective.hard_weight)} CE(softmax(z), y) + "
-        f"{_number(objective.soft_weight)} T^2 D",
+        f"loss = {_format_number(objective.hard_weight)} CE(softmax(z), y) + "
+        f"{_format_number(objective.soft_weight)} T^2 D",
         f"D    = {divergence}",
         f"{softened}z are the student's logits, w the teacher's"
-        + ("" if objective.teacher_form == "logits" else f" {what[objective.teacher_form]}"),
+        + ("" if objective.teacher_form == "logits" else f" {form_names[objective.teacher_form]}"),
     ]
     words = {
-        "weights": _weights(chosen, objective),
-        "temperature": _temperatures(objective),
-        "teacher": _teacher(chosen, objective) if teacher is None else _sparse(teacher),
-        "labels": _hard(objective),
-        "reduction": _reduction(objective),
+        "weights": _describe_weights(chosen, objective),
+        "temperature": _describe_temperatures(objective),
+        "teacher": _describe_teacher(chosen, objective)
+        if teacher is None
+        else _describe_sparse_teacher(teacher),
+        "labels": _describe_labels(objective),
+        "reduction": _describe_reduction(objective),
         "masked rows": (
             f"Rows labeled {objective.ignore_index} count nothing in either term and get a zero "
             "gradient; their logits may hold anything."
-            + ("" if kind.needs_labels else " Probabilities mask no row.")
+            + ("" if definition.needs_labels else " Probabilities mask no row.")
         ),
     }
     if chosen.shift:
@@ -226,12 +231,12 @@ def explain(*, teacher: TopK | Sampled | None = None, show: bool = True, **optio
             f"Row i is compared with label, list or sampled class i + {chosen.shift}, and with row "
             f"i of a teacher's logits; the last {last} of each sequence counts nothing."
         )
-    if kind.mix is not None:
-        words["mix"] = f"{objective.mix:g}, {kind.mix_meaning}."
+    if definition.mix is not None:
+        words["mix"] = f"{objective.mix:g}, {definition.mix_meaning}."
     if objective.standardize:
         words["standardize"] = (
-            "In D, each row of z and of w has its mean taken off and is divided by its standard "
-            "deviation + 1e-7 first."
+            "Before D, each row of z and of w has its mean subtracted and is divided by its "
+            "standard deviation + 1e-7."
         )
     indent = " " * 13
     lines = [

@@ -22,10 +22,10 @@ def check_inputs(
 ) -> None:
     """Raise if the data of a call of :func:`fastkd.loss` with logits is not valid.
 
-    On CUDA the loss never waits for the device, so a label out of range, or a temperature that is
-    not positive, cannot raise there: it makes the loss and the gradient of its row NaN. This
-    function waits, reads the data, and names the first invalid row. Use it when a loss becomes NaN.
-    On the CPU the loss itself checks labels and temperatures.
+    The loss does not synchronize CUDA, so a label or a temperature out of range cannot raise on
+    CUDA. Such a value makes the loss and the gradient of its row NaN. This function synchronizes,
+    reads the data, and names the first invalid row. Use this function when a loss becomes NaN. On
+    the CPU the loss itself checks labels and temperatures.
 
     Args:
         student: ``(..., C)``.
@@ -35,9 +35,9 @@ def check_inputs(
         temperature: a number, or a tensor of shape ``(...)``.
 
     Raises:
-        ValueError: for shapes or devices that differ, a label outside ``[0, C)`` that is not
-            ``ignore_index``, a temperature that is not from 1e-18 to 1e18, or NaN or +inf among the
-            logits of a row that counts.
+        ValueError: for shapes or devices that differ; for a label outside ``[0, C)`` that is not
+            ``ignore_index``; for a temperature that is not from 1e-18 to 1e18.
+        ValueError: for logits that are NaN or +inf, or all -inf, in a row that is not ignored.
         TypeError: for an argument of a wrong type, and for a tensor with a dtype or layout that is
             not accepted.
 
@@ -59,7 +59,7 @@ def check_inputs(
         checks.check_entries(checked, "temperature", student)
     checks.check_rows(student, labels, ignore_index, checked)
     for name, value in (("student", student), ("teacher", teacher)):
-        greatest = value.amax(-1)  # NaN if any is
+        greatest = value.amax(-1)  # NaN if any logit of the row is NaN
         checks.raise_for_first(
             counts & ~(greatest < math.inf), greatest, f"{name} must not hold NaN or +inf"
         )
@@ -82,7 +82,7 @@ def check_logits(logits: Tensor, name: str = "logits") -> bool:
         name: the name of the argument in the warning.
 
     Returns:
-        True if they look like logits.
+        True if ``logits`` look like logits.
 
     Raises:
         TypeError: if ``logits`` is not a dense tensor, or ``name`` is not a str.

@@ -15,36 +15,35 @@ from torch.nn import functional as F
 from fastkd import losses, reference, validation
 from fastkd._core.arguments import Call, prepare
 from fastkd._core.objective import Options
-from fastkd._core.rows import as_rows, map_rows, reference_terms
+from fastkd._core.rows import compute_reference_terms, flatten_rows, map_rows
 from fastkd._core.values import Head, TopK
 from fastkd.losses import KDLoss
 
-# Float64 gradients are computed for at most this many logits; beyond, for rows spread over the
-# tensor.
-_CHECKED = {"cpu": 2**24, "cuda": 2**27}
-# Tolerance for float32 arithmetic alone. Logits far from zero have lost digits before any loss
-# computes with them.
-_FLOOR = 1e-5
+# The most logits whose gradients are computed in float64. Evenly spaced rows of a larger tensor
+# are checked.
+_MAX_CHECKED_LOGITS = {"cpu": 2**24, "cuda": 2**27}
+# The tolerance of float32 arithmetic. Logits far from zero lost digits before the loss reads them.
+_LEAST_TOLERANCE = 1e-5
 
 
 class Verification(NamedTuple):
-    """The result of :func:`verify`. Errors are relative to float64; for gradients in the 2-norm."""
+    """Hold the result of :func:`verify`; errors are relative to float64 (gradients: 2-norm)."""
 
     agrees: bool
     """True if loss and gradient are as accurate as eager PyTorch's, or as their dtype allows."""
     loss_error: float
     gradient_error: float
     eager_loss_error: float | None
-    """None if eager PyTorch ran out of memory, as all fields that begin with ``eager``."""
+    """None if eager PyTorch ran out of memory, like all fields that begin with ``eager``."""
     eager_gradient_error: float | None
     rounding_error: float
-    """The error of the float64 gradient once rounded to the logits' dtype."""
+    """The error of the float64 gradient after rounding to the logits' dtype."""
     seconds: float
     """Median time of a loss and its gradient."""
     eager_seconds: float | None
     speedup: float | None
     rows_checked: int
-    """How many rows' gradients were compared; the loss is compared over all rows."""
+    """The number of rows whose gradients were compared; the loss was compared over all rows."""
 
     def __str__(self) -> str:
         """Return a short table."""
@@ -67,13 +66,15 @@ class Verification(NamedTuple):
         return "\n".join(lines)
 
 
-def _eager(rows: Call) -> Tensor:
+def _compute_eager(rows: Call) -> Tensor:
     """Compute the loss by the usual PyTorch operations, in the student's dtype."""
     o = rows.objective
     soft_labels = rows.labels is not None and rows.labels.is_floating_point()
-    others = soft_labels or o.class_weight is not None or o.standardize or rows.teachers[1:]
-    if others or (o.divergence, o.teacher_form) != ("forward_kl", "logits"):
-        return reference_terms(rows).loss
+    needs_reference = (
+        soft_labels or o.class_weight is not None or o.standardize or rows.teachers[1:]
+    )
+    if needs_reference or (o.divergence, o.teacher_form) != ("forward_kl", "logits"):
+        return compute_reference_terms(rows).loss
     student, teacher = rows.student, rows.teachers[0].to(rows.student.dtype)
     t, t_teacher = (
         reference.column(value.to(student.dtype) if isinstance(value, Tensor) else value)
@@ -106,16 +107,16 @@ def verify(
 ) -> Verification:
     """Compare :func:`fastkd.loss` with float64 and with eager PyTorch on your tensors.
 
-    The tensors are not changed and get no gradient. One gradient needs memory, and eager PyTorch a
-    few times as much; it is left out if it does not fit.
+    The tensors are not changed and get no gradient. The function needs the memory of one gradient,
+    and eager PyTorch a few times as much. If eager PyTorch runs out of memory, it is skipped.
 
     Args:
         student: logits, as for :func:`fastkd.loss`.
         teacher: logits, or a sequence of several teachers' logits.
         labels: as for :func:`fastkd.loss`.
-        repeats: how often each is timed.
-        show: whether to print the result.
-        options: those of :func:`fastkd.loss`; ``inplace`` makes no difference.
+        repeats: how often fastkd and eager PyTorch are timed.
+        show: True to print the result.
+        options: the options of :func:`fastkd.loss`; ``inplace`` makes no difference.
 
     Returns:
         A :class:`Verification`; ``print`` shows it as a table, ``.agrees`` is the verdict.
@@ -138,39 +139,42 @@ def verify(
         )
     options = {**KDLoss(**options).options, "inplace": False}
     call = prepare(student, teacher, labels, Options()._replace(**options))
-    problem, _ = as_rows(call._replace(student=call.student.detach(), dtype=torch.float64))
+    problem, _ = flatten_rows(call._replace(student=call.student.detach(), dtype=torch.float64))
     problem.student.requires_grad_()
     student = student.detach().requires_grad_()
     dim = options.get("dim", -1)
     count, classes = problem.student.shape
-    limit = _CHECKED["cuda" if student.is_cuda else "cpu"]
+    limit = _MAX_CHECKED_LOGITS["cuda" if student.is_cuda else "cpu"]
     checked = min(count, max(1, limit // classes))
     rows = torch.linspace(0, max(0, count - 1), checked, device=student.device).round().long()
-    true_loss, true_gradient = _truth(problem, rows, limit // 8)
+    true_loss, true_gradient = _compute_exact(problem, rows, limit // 8)
 
     def run_ours() -> tuple[Tensor, Tensor]:
         loss = losses.loss(student, teacher, labels, **options)
-        return loss, _gradient(loss, student)
+        return loss, _compute_gradient(loss, student)
 
     def run_eager() -> tuple[Tensor, Tensor]:
-        loss = _eager(problem)
-        return loss, _gradient(loss, problem.student)
+        loss = _compute_eager(problem)
+        return loss, _compute_gradient(loss, problem.student)
 
     loss, gradient = run_ours()
     gradient = gradient.movedim(dim, -1).reshape(count, classes)[rows]
-    loss_error, gradient_error = _distance(loss, true_loss), _distance(gradient, true_gradient)
-    rounding_error = _distance(true_gradient.to(student.dtype), true_gradient)
+    loss_error, gradient_error = (
+        _compute_error(loss, true_loss),
+        _compute_error(gradient, true_gradient),
+    )
+    rounding_error = _compute_error(true_gradient.to(student.dtype), true_gradient)
     eager_loss_error = eager_gradient_error = eager_seconds = None
     try:
         loss, gradient = run_eager()
-        errors = _distance(loss, true_loss), _distance(gradient[rows], true_gradient)
-        seconds, eager_seconds = _time((run_ours, run_eager), repeats, student.is_cuda)
+        errors = _compute_error(loss, true_loss), _compute_error(gradient[rows], true_gradient)
+        seconds, eager_seconds = _time_calls((run_ours, run_eager), repeats, student.is_cuda)
         eager_loss_error, eager_gradient_error = errors
     except torch.OutOfMemoryError:
         torch.cuda.empty_cache()
-        (seconds,) = _time((run_ours,), repeats, student.is_cuda)
+        (seconds,) = _time_calls((run_ours,), repeats, student.is_cuda)
 
-    floor = 1e-11 if student.dtype is torch.float64 else _FLOOR
+    floor = 1e-11 if student.dtype is torch.float64 else _LEAST_TOLERANCE
     agrees = loss_error <= max(floor, eager_loss_error or 0.0) and gradient_error <= max(
         floor + 1.5 * rounding_error, eager_gradient_error or 0.0
     )
@@ -192,41 +196,41 @@ def verify(
     return result
 
 
-def _gradient(loss: Tensor, student: Tensor) -> Tensor:
+def _compute_gradient(loss: Tensor, student: Tensor) -> Tensor:
     return torch.autograd.grad(loss, student, torch.ones_like(loss))[0]
 
 
-def _truth(problem: Call, rows: Tensor, chunk: int) -> tuple[Tensor, Tensor]:
-    """Return the loss of all rows and the gradient of some, in float64, in chunks of rows."""
+def _compute_exact(problem: Call, rows: Tensor, chunk: int) -> tuple[Tensor, Tensor]:
+    """Compute the loss of all rows and the gradient of ``rows``, in float64, by chunks of rows."""
     count, classes = problem.student.shape
     step = max(1, chunk // classes)
 
     def compute(part: Tensor | slice) -> tuple[Tensor, Tensor]:
         call = map_rows(problem, lambda x: x[part].double() if x.is_floating_point() else x[part])
         leaf = call.student.detach().requires_grad_()
-        return reference_terms(call._replace(student=leaf)).loss, leaf
+        return compute_reference_terms(call._replace(student=leaf)).loss, leaf
 
     with torch.no_grad():
         starts = range(0, max(1, count), step)
         loss = torch.cat([compute(slice(at, at + step))[0].reshape(-1) for at in starts])
     if problem.objective.reduction != "none":
         loss = loss.sum()
-    gradients = [_gradient(*compute(part)) for part in rows.split(step)]  # type: ignore[no-untyped-call]
+    gradients = [_compute_gradient(*compute(part)) for part in rows.split(step)]  # type: ignore[no-untyped-call]
     return loss, torch.cat(gradients)
 
 
-def _distance(value: Tensor, exact: Tensor) -> float:
-    """Return ||value - exact|| / ||exact||; equal infinities, and NaN in both, have no distance."""
+def _compute_error(value: Tensor, exact: Tensor) -> float:
+    """Compute ||value - exact|| / ||exact||; equal infinities, and NaN in both, have no error."""
     value = value.detach().double().reshape(exact.shape)
     same = (value == exact) | (value.isnan() & exact.isnan())
-    off = float(torch.linalg.vector_norm((value - exact).masked_fill(same, 0.0)))
+    error = float(torch.linalg.vector_norm((value - exact).masked_fill(same, 0.0)))
     size = float(torch.linalg.vector_norm(exact.masked_fill(~exact.isfinite(), 0.0)))
-    if math.isnan(off):
+    if math.isnan(error):
         return math.inf
-    return off / size if size > 0 else off
+    return error / size if size > 0 else error
 
 
-def _time(calls: tuple[Callable[[], object], ...], repeats: int, cuda: bool) -> list[float]:
+def _time_calls(calls: tuple[Callable[[], object], ...], repeats: int, cuda: bool) -> list[float]:
     """Return the median seconds of each call; the calls take turns."""
     samples: list[list[float]] = [[] for _ in calls]
     for turn in range(repeats + 1):

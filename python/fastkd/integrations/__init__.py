@@ -1,4 +1,4 @@
-"""Use fastkd in other libraries' training loops; each library has its own module."""
+"""Use fastkd in the training loops of other libraries; each library has a module."""
 
 from fastkd.integrations import transformers
 

@@ -1,4 +1,4 @@
-"""fastkd in ``transformers.Trainer``, and the labels of causal language models.
+"""Use fastkd in ``transformers.Trainer``, and shift the labels of causal language models.
 
 ``pip install fastkd[transformers]`` installs what this module needs.
 """
@@ -20,8 +20,8 @@ def causal_labels(batch: Mapping[str, Any]) -> Tensor | None:
     """Return the labels of a causal language model's batch, shifted to align with the logits.
 
     The logits at position i predict token i + 1, so labels ``(B, L)`` are shifted left by one, and
-    the last position gets -100. If the batch has ``shift_labels``, which are shifted already, they
-    are returned unchanged. Pass this function to :class:`fastkd.Trainer` as ``labels=``.
+    the last position gets -100. If the batch has ``shift_labels``, these shifted labels are
+    returned unchanged. Pass this function to :class:`fastkd.Trainer` as ``labels=``.
 
     Example:
         >>> import torch
@@ -37,27 +37,27 @@ def causal_labels(batch: Mapping[str, Any]) -> Tensor | None:
 
 
 class DistillationMixin:
-    """Make a ``transformers.Trainer`` distill: put this class before the trainer among the bases.
+    """Make a ``transformers.Trainer`` distill; put this class before the trainer among the bases.
 
     The loss is :func:`fastkd.loss` of the student's and the teacher's logits and the labels, which
     are shifted by one for causal language models (:func:`causal_labels`). The loss is divided by
-    ``num_items_in_batch``, as the losses of transformers' models are: the number of tokens in all
-    batches of an optimizer step, summed over all processes with
-    ``args.average_tokens_across_devices``. ``args.label_smoothing_factor`` smooths the labels of
-    the hard term. The student gets no labels, so it computes no loss itself. An encoder-decoder
-    gets labels, because they are its decoder's inputs.
+    ``num_items_in_batch``, like the losses of transformers' models: the number of tokens in all
+    batches of an optimizer step. With ``args.average_tokens_across_devices`` this number is summed
+    over all processes. ``args.label_smoothing_factor`` smooths the labels of the hard term. The
+    student gets no labels, so it computes no loss itself. An encoder-decoder gets labels, because
+    they are its decoder's inputs.
 
-    Student and teacher may be any modules that take a batch as keyword arguments. They may return
-    the logits as a tensor, as the entry ``logits`` of an output or mapping, or as the first tensor
-    with a dimension in a tuple. A causal language model of another library needs an attribute
-    ``loss_type = "ForCausalLM"``.
+    Student and teacher may be any modules that take a batch as keyword arguments. A model may
+    return logits as a tensor, as the entry ``logits`` of an output, or as the first tensor of a
+    tuple that is not 0-d. A causal language model of another library needs an
+    attribute ``loss_type = "ForCausalLM"``.
 
     Args:
         teacher: a model called with the student's inputs; frozen, set to evaluation mode and moved
             to the student's device.
         kd_loss: the loss's options: ``reduction="mean"``, no ``normalizer``, ``ignore_index=-100``
             and no learned parameters. Default ``KDLoss()``.
-        arguments, options: those of the trainer; ``compute_loss_func`` must be None.
+        arguments, options: the arguments of the trainer; ``compute_loss_func`` must be None.
 
     Raises:
         TypeError: if ``teacher`` is not a module or ``kd_loss`` is not a :class:`fastkd.KDLoss`.
@@ -93,15 +93,16 @@ class DistillationMixin:
         _check_teacher(teacher)
         super().__init__(*arguments, **options)
         _check_trainer(self, self.kd_loss)
-        # Makes the trainer count the tokens, and not divide by the number of batches.
+        # With this attribute the trainer counts tokens, instead of dividing by the batches.
         self.model_accepts_loss_kwargs = True
         # The trainer drops every input that is in neither the model's signature nor this list.
         self.label_names = self.label_names or ["labels"]
         base = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
         config = getattr(base, "config", None)
         self._encoder_decoder = bool(getattr(config, "is_encoder_decoder", False))
-        # The trainer reads this attribute to count tokens. Its own value is False for causal models
-        # without "ForCausalLM" in their name, such as GPT2LMHeadModel: one token too many.
+        # The trainer reads this attribute to count tokens. The trainer's value is False for causal
+        # models without "ForCausalLM" in their name, such as GPT2LMHeadModel. The count would
+        # then be too large by one token for each sequence.
         self._loss_shifts_labels = not self._encoder_decoder and _is_causal(base)
         self.teacher = teacher.requires_grad_(False).eval().to(self.args.device)
         self.kd_loss.to(self.args.device)
@@ -120,12 +121,12 @@ class DistillationMixin:
         if not self._encoder_decoder:
             arguments.pop("labels", None)
         outputs = batches.outputs(model, arguments)
-        logits = _logits_of(outputs, model)
-        # Floating-point inputs, such as images, have the student's dtype: convert them.
+        logits = _get_logits(outputs, model)
+        # Convert floating-point inputs, such as images, to the teacher's dtype.
         dtype = batches.dtype_of(self.teacher)
         arguments = batches.to(arguments, self.args.device, dtype)
         with torch.no_grad():
-            teacher = _logits_of(batches.outputs(self.teacher, arguments), self.teacher)
+            teacher = _get_logits(batches.outputs(self.teacher, arguments), self.teacher)
         if is_shifted or self._loss_shifts_labels:
             labels = causal_labels(inputs)
         options = self.kd_loss.options
@@ -141,19 +142,19 @@ class DistillationMixin:
                 # Gradients are averaged over processes, but the count is summed over them.
                 scale = self.accelerator.num_processes
             elif self.args.n_gpu > 1:
-                # nn.DataParallel: the trainer has divided the count by the number of GPUs, but the
-                # logits here are those of all GPUs.
+                # nn.DataParallel: the trainer divided the count by the number of GPUs, but these
+                # logits come from all GPUs.
                 scale = 1 / self.args.n_gpu
         total = loss(logits, teacher, labels, **options) * scale
         if not return_outputs:
             return total
-        # The trainer drops the first item of outputs that are not a mapping, taking it for a loss.
-        # The first item of a tensor would be the first sample.
+        # The trainer takes the first item of outputs for the loss and drops it, unless they are a
+        # mapping. The first item of a tensor would be the first sample.
         return total, outputs if isinstance(outputs, dict) else {"logits": logits}
 
 
 def _check_loss(kd_loss: object) -> None:
-    """Raise unless transformers.Trainer can normalize the loss and the loss learns nothing."""
+    """Raise unless transformers.Trainer can normalize the loss and no option is learned."""
     if not isinstance(kd_loss, KDLoss):
         raise TypeError(f"kd_loss must be a fastkd.KDLoss; got {type(kd_loss).__name__}")
     # The trainer computes the normalizer: it counts the labels that are not -100.
@@ -197,10 +198,10 @@ def _check_trainer(trainer: Any, kd_loss: KDLoss) -> None:
         )
 
 
-def _logits_of(output: Any, model: nn.Module) -> Tensor:
+def _get_logits(output: Any, model: nn.Module) -> Tensor:
     """Return the logits in a model's output.
 
-    In a tuple, they are the first tensor that is not 0-d; a 0-d one is a loss.
+    In a tuple, the logits are the first tensor that is not 0-d; a 0-d tensor is a loss.
     """
     if isinstance(output, (tuple, list)):
         tensors = (item for item in output if isinstance(item, Tensor) and item.dim())

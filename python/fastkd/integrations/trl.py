@@ -1,4 +1,4 @@
-"""TRL's ``DistillationTrainer`` and ``GKDTrainer`` with their divergence computed by fastkd.
+"""Compute the divergence of TRL's ``DistillationTrainer`` and ``GKDTrainer`` by fastkd.
 
 Change one import, and nothing else::
 
@@ -7,33 +7,33 @@ Change one import, and nothing else::
 
 ``pip install fastkd[trl]`` installs what this module needs: TRL 1.16, the only series that is
 supported. The losses are computed from hidden states and heads, so logits as wide as the vocabulary
-exist only for a chunk of tokens. ``GKDTrainer`` makes two exceptions: its first step computes the
-logits of one sequence with each model, to check the head, and an evaluation that asks for outputs
-computes all of them. Arguments, configurations and logged metrics are TRL's.
+exist only for a chunk of tokens. ``GKDTrainer`` makes two exceptions. The first step computes the
+logits of one sequence with each model, to check the head. An evaluation that asks for outputs
+computes all logits. Arguments, configurations and logged metrics are TRL's.
 
 The sum over tokens is divided as in TRL:
 
-- ``DistillationTrainer``, training: by the tokens that count in an optimizer step, those of all
-  processes, divided by the number of processes;
+- ``DistillationTrainer``, training: by the tokens of all processes that are not ignored in an
+  optimizer step, divided by the number of processes;
 - ``GKDTrainer``, training: by the ``num_items_in_batch`` of transformers, the labels that are not
   -100 in the data set's batches of an optimizer step;
-- evaluation: by the tokens that count in the batch, or 1 if there are none.
+- evaluation: by the tokens that are not ignored in the batch, or 1 if all are ignored.
 
 The trainers differ from TRL's in these points:
 
-- A logit of -inf masks its class. If student and teacher both mask it, TRL's losses are NaN; here
-  the class contributes 0.
+- A logit of -inf masks its class. If student and teacher both mask a class, TRL's losses are NaN;
+  here the class contributes 0.
 - TRL's ``DistillationTrainer`` computes forward and reverse KL as differences of large sums, which
-  can be negative when the student is close to its teacher; here they are at least 0.
-- TRL's ``GKDTrainer`` divides by the tokens of all processes, and its gradients are averaged over
-  processes, so they are too small by the number of processes. Here the loss is multiplied by that
-  number, as TRL's ``SFTTrainer`` does.
-- An optimizer step of TRL's ``GKDTrainer`` in which no token counts has the loss 0 / 0; here it is
-  0.
-- Logits of 16-bit hidden states are rounded to 16 bits, as by the models themselves; TRL's
-  ``DistillationTrainer`` computes them in float32. The arithmetic after that is float32 in both.
-- Where the teacher's head has more classes than the student's, TRL's ``DistillationTrainer`` drops
-  the others without renormalizing; here different numbers of classes are an error.
+  can be negative. Here both divergences are at least 0.
+- TRL's ``GKDTrainer`` divides by the tokens of all processes, and then averages the gradients over
+  processes, which divides again. Here the loss is multiplied by the number of processes, as TRL's
+  ``SFTTrainer`` does.
+- If all tokens of an optimizer step are ignored, the loss of TRL's ``GKDTrainer`` is 0 / 0; here
+  the loss is 0.
+- Logits of 16-bit hidden states are rounded to 16 bits, as by the models themselves. TRL's
+  ``DistillationTrainer`` computes such logits in float32. Later arithmetic is float32 in both.
+- If the teacher's head has more classes than the student's, TRL's ``DistillationTrainer`` drops
+  the extra classes without renormalizing. Here different numbers of classes are an error.
 
 ``GKDTrainer`` keeps TRL's ``num_items_in_batch`` with ``lmbda > 0`` and ``seq_kd``: the number of
 tokens in the data set's completions, not in the generated ones.
@@ -82,21 +82,21 @@ def chunked_divergence_loss(
     - beta = 1: KL(q || p), the reverse KL.
 
     Args:
-        student_hidden_states, teacher_hidden_states: ``(..., width)``, of either width.
+        student_hidden_states, teacher_hidden_states: ``(..., width)``; the widths may differ.
         student_lm_head_weight, teacher_lm_head_weight: ``(classes, width)``.
-        completion_mask: ``(...)``; tokens where it is 0 are ignored.
+        completion_mask: ``(...)``; tokens with 0 are ignored.
         beta: in [0, 1].
-        num_items_in_batch: divides the sum over tokens. Default: the number of tokens where
-            ``completion_mask`` is not 0, or 1 if there are none.
+        num_items_in_batch: divides the sum over tokens. Default: the number of tokens that are not
+            ignored, or 1 if all are ignored.
         student_lm_head_bias, teacher_lm_head_bias: ``(classes,)`` or None.
         student_logit_scale, teacher_logit_scale: positive factors of the logits.
         student_final_logit_softcapping, teacher_final_logit_softcapping: soft caps, applied after
             the scale, or None.
-        temperature: divides the logits of both; the loss has no T^2.
+        temperature: divides the logits of student and teacher; the loss has no T^2.
 
     Returns:
         The loss, the sum of the student's entropies (nats, no gradient) and the number of tokens
-        that count, all 0-d.
+        that are not ignored, all 0-d.
 
     Example:
         >>> import torch
@@ -147,7 +147,7 @@ def _make_head(
     def convert(parameter: Tensor) -> Tensor:
         if hasattr(parameter, "full_tensor"):  # a DTensor, under FSDP2
             parameter = parameter.full_tensor()
-        # The loss itself casts for autocast, and sums the gradient in the parameter's dtype.
+        # Under autocast the loss casts, and sums the gradient in the parameter's dtype.
         if torch.is_autocast_enabled(hidden.device.type):
             return parameter
         return parameter.to(hidden.dtype)
@@ -157,7 +157,7 @@ def _make_head(
 
 
 class _Distillation:
-    """TRL's ``DistillationTrainer`` with :func:`chunked_divergence_loss`.
+    """Run TRL's ``DistillationTrainer`` with :func:`chunked_divergence_loss`.
 
     Arguments and configuration are those of ``trl.DistillationTrainer`` (TRL 1.16).
 
@@ -178,14 +178,13 @@ class _Distillation:
 
 
 class _GKD:
-    """TRL's ``GKDTrainer`` with :func:`chunked_divergence_loss` in place of two tensors of logits.
+    """Run TRL's ``GKDTrainer`` with :func:`chunked_divergence_loss`, without tensors of all logits.
 
     Arguments and configuration are those of ``trl.experimental.gkd.GKDTrainer`` (TRL 1.16). Student
-    and teacher must be causal language models of transformers. Their logits must be the product of
-    the last hidden state and an ``nn.Linear``, scaled and soft-capped as their configuration says.
-    The first step checks this on the batch's first sequence, whose logits exist for the check, as
-    wide as the vocabulary. Later, such logits exist only if evaluation asks for them, for instance
-    by ``compute_metrics``.
+    and teacher must be causal language models of transformers. Logits must be the product of the
+    last hidden state and an ``nn.Linear``, scaled and soft-capped as the model's configuration
+    says. The first step computes all logits of the batch's first sequence, to check this condition.
+    Later, all logits exist only if evaluation asks for them, for instance by ``compute_metrics``.
 
     Raises:
         ValueError: in the first step, if a model computes its logits in another way.
@@ -216,7 +215,7 @@ class _GKD:
         """Compute the loss of a batch; ``transformers.Trainer`` calls this method."""
         factor = 1
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
-            # The count is that of all processes, and gradients are averaged over processes.
+            # The count is a sum over processes, but gradients are averaged over processes.
             factor = self.accelerator.num_processes // self.get_tp_size()  # type: ignore[attr-defined]
         if return_outputs:
             loss, outputs = super().compute_loss(  # type: ignore[misc]
@@ -238,15 +237,15 @@ class _GKD:
                 _check_head(model, tokens)
             self._has_checked_heads = True
         with torch.no_grad():
-            hidden = _call_inside(self.teacher_model, teacher, _last_hidden_state, teacher, tokens)
+            hidden = _call_inside(self.teacher_model, teacher, _compute_hidden, teacher, tokens)
         loss, _, _ = chunked_divergence_loss(
-            _last_hidden_state(student, tokens)[:, :-1],
+            _compute_hidden(student, tokens)[:, :-1],
             hidden[:, :-1],
             completion_mask=inputs["labels"][:, 1:] != -100,
             beta=self.beta,
             num_items_in_batch=num_items_in_batch,
-            **_head_arguments(student, "student"),
-            **_head_arguments(teacher, "teacher"),
+            **_make_head_arguments(student, "student"),
+            **_make_head_arguments(teacher, "teacher"),
         )
         return loss
 
@@ -254,30 +253,30 @@ class _GKD:
 def _call_inside(wrapper: nn.Module, module: nn.Module, function: Any, *arguments: Any) -> Any:
     """Call a function inside the forward of the wrapper around a module.
 
-    DDP, FSDP and DeepSpeed then prepare the module's parameters as in a forward pass.
+    The wrapper (DDP, FSDP, DeepSpeed) then prepares the module's parameters as in a forward pass.
     """
     redirection = extras.load("trl.models.utils", "trl")._ForwardRedirection()
     return redirection(wrapper, module, function, *arguments)
 
 
-def _last_hidden_state(model: Any, tokens: Mapping[str, Tensor]) -> Tensor:
+def _compute_hidden(model: Any, tokens: Mapping[str, Tensor]) -> Tensor:
     """Return the input of the head, ``(batch, length, width)``."""
     base = model.get_base_model() if hasattr(model, "peft_config") else model
     return base.base_model(**tokens, use_cache=False).last_hidden_state  # type: ignore[no-any-return]
 
 
-def _head_arguments(model: Any, owner: str) -> dict[str, Any]:
-    """Return a head's arguments of ``chunked_divergence_loss``, in the order of ``_make_head``."""
+def _make_head_arguments(model: Any, owner: str) -> dict[str, Any]:
+    """Return the arguments of ``chunked_divergence_loss`` for a head, in ``_make_head``'s order."""
     head, config = model.get_output_embeddings(), model.config.get_text_config()
     return {
         f"{owner}_lm_head_weight": head.weight,
         f"{owner}_lm_head_bias": head.bias,
         f"{owner}_final_logit_softcapping": getattr(config, "final_logit_softcapping", None),
-        f"{owner}_logit_scale": _logit_scale(config),
+        f"{owner}_logit_scale": _get_logit_scale(config),
     }
 
 
-def _logit_scale(config: Any) -> float:
+def _get_logit_scale(config: Any) -> float:
     """Return the factor of a model's logits, under the names that TRL's trainers read."""
     for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):
         scale = getattr(config, name, None)
@@ -301,9 +300,9 @@ def _check_head(model: Any, tokens: Mapping[str, Tensor]) -> None:
     first = {key: value[:1] for key, value in tokens.items()}
     was_training = model.training
     model.eval()
-    expected, hidden = model(**first, use_cache=False).logits, _last_hidden_state(model, first)
+    expected, hidden = model(**first, use_cache=False).logits, _compute_hidden(model, first)
     model.train(was_training)
-    arguments = _head_arguments(model, "any").values()
+    arguments = _make_head_arguments(model, "any").values()
     with _gather(head.weight, head.bias):
         logits = _make_head(hidden, *arguments).logits().to(expected.dtype)
     tolerance = 0.01 * expected.abs().max().item()  # far above rounding, also in bfloat16
@@ -321,7 +320,7 @@ _TRAINERS = {
 
 
 def __getattr__(name: str) -> Any:
-    """Make a trainer when it is first used: TRL takes seconds to import."""
+    """Make a trainer class when it is first used, because TRL takes seconds to import."""
     if name not in _TRAINERS:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     version = extras.load("trl", "trl").__version__
@@ -337,5 +336,5 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    """Return the module's names, with those of the trainers that do not exist yet."""
+    """Return the names of the module and of trainers that are not made yet."""
     return sorted({*globals(), *_TRAINERS})

@@ -16,9 +16,9 @@ from fastkd._core.arguments import (
     prepare,
 )
 from fastkd._core.objective import Options
-from fastkd._core.rows import mean_divisors
+from fastkd._core.rows import compute_mean_divisors
 from fastkd._core.values import Head, Sampled, TopK, check_head
-from fastkd.linear.call import OUTPUTS_OF_ROWS, Inputs, LinearCall, acc_dtype
+from fastkd.linear.call import OUTPUTS_OF_ROWS, Inputs, LinearCall, promote_loss_dtype
 
 _TEACHER_HEAD = ("teacher_hidden", "teacher_weight", "teacher_bias")
 _LOGITS_OPTIONS = ("teacher_form", "teacher_weights", "ensemble", "dim", "inplace")
@@ -27,7 +27,7 @@ _LOGITS_OPTIONS = ("teacher_form", "teacher_weights", "ensemble", "dim", "inplac
 def prepare_heads(
     student: Head, teacher: Teacher, labels: Tensor | None, options: Options, with_terms: bool
 ) -> tuple[Inputs, LinearCall]:
-    """Check all arguments and flatten the rows, without choosing chunks yet."""
+    """Check all arguments and flatten the rows; the call has no chunks yet."""
     device, lead = student.hidden.device, student.hidden.shape[:-1]
     _check_head(student, "student", device)
     check_options_are_default(options, _LOGITS_OPTIONS, "a Head as student")
@@ -38,23 +38,23 @@ def prepare_heads(
             "teacher must be a Head, TopK, Sampled or a tensor of logits if student is a Head; got "
             f"{type(teacher).__name__}"
         )
-    dtype = _logits_dtype(student.hidden)
-    # A zero-stride stand-in for the logits, by which labels, options and lists are checked.
+    dtype = _get_logits_dtype(student.hidden)
+    # A zero-stride stand-in for the logits, to check labels, options and lists against.
     logits = torch.empty((), dtype=dtype, device=device).expand(*lead, len(student.weight))
     stand_in = logits if isinstance(teacher, Head) else teacher
     checked = prepare(logits, stand_in, labels, options._replace(chunks="auto"))
     labels, objective = checked.labels, checked.objective
     data = [x for x in (labels, objective.temperature) if isinstance(x, Tensor)]
-    if all(checks.may_look(x) for x in data):
+    if all(checks.is_readable(x) for x in data):
         checks.check_rows(logits, labels, objective.ignore_index, objective.temperature)
     tensors: dict[str, Tensor | None] = {}
     if isinstance(teacher, Head):
-        teacher_dtype = _logits_dtype(teacher.hidden)
+        teacher_dtype = _get_logits_dtype(teacher.hidden)
         tensors.update(zip(_TEACHER_HEAD, teacher[:3], strict=True))
     elif checked.listed is not None:
         log_probs, indices = checked.listed[:2]
         teacher_dtype = log_probs.dtype
-        if checks.may_look(indices):
+        if checks.is_readable(indices):
             ignored, name = objective.ignore_index, checked.listed.name
             checks.check_lists(logits, log_probs, indices, labels, ignored, name)
         tensors.update(topk_indices=indices, topk_log_probs=log_probs)
@@ -63,8 +63,8 @@ def prepare_heads(
         teacher_dtype = teacher.dtype
         tensors["teacher_logits"] = teacher
     if objective.reduction == "mean":
-        acc = acc_dtype(dtype, teacher_dtype)
-        hard, soft = mean_divisors(math.prod(lead), labels, objective, acc)
+        acc = promote_loss_dtype(dtype, teacher_dtype)
+        hard, soft = compute_mean_divisors(math.prod(lead), labels, objective, acc)
         if not isinstance(soft, Tensor):
             soft = torch.full((), soft, device=device, dtype=acc)
         tensors["denominator"] = soft.to(acc)
@@ -96,7 +96,7 @@ def prepare_heads(
                 x = x.reshape(math.prod(lead), x.shape[-1])
             tensors[name] = checks.to_savable(x)
     tracked = torch.is_grad_enabled()
-    wants = [tracked and x is not None and x.requires_grad for x in student[:3]]
+    needs_grad = [tracked and x is not None and x.requires_grad for x in student[:3]]
     return Inputs(**{name: tensors.get(name) for name in Inputs._fields}), LinearCall(  # type: ignore[arg-type]
         **numbers,
         tail=getattr(teacher, "tail", "ghost"),
@@ -110,9 +110,9 @@ def prepare_heads(
         accumulate=student.weight.dtype,
         chunk=1,
         by_classes=False,
-        hidden_grad=wants[0],
-        weight_grad=wants[1],
-        bias_grad=wants[2],
+        hidden_grad=needs_grad[0],
+        weight_grad=needs_grad[1],
+        bias_grad=needs_grad[2],
         with_terms=with_terms,
     )
 
@@ -129,7 +129,7 @@ def _check_head(head: Head, owner: str, device: torch.device) -> None:
                 f"{owner}.{name} must be on the device of student.hidden, {device}; got "
                 f"{value.device}"
             )
-        if value.dtype != head.hidden.dtype and _autocast_dtype(device) is None:
+        if value.dtype != head.hidden.dtype and _get_autocast_dtype(device) is None:
             raise ValueError(
                 f"{owner}.{name} must have the dtype of {owner}.hidden, {head.hidden.dtype}, "
                 f"unless autocast is on; got {value.dtype}"
@@ -139,26 +139,26 @@ def _check_head(head: Head, owner: str, device: torch.device) -> None:
 def _check_teacher_head(student: Head, teacher: Head) -> None:
     """Raise unless the teacher's head has the student's rows and classes and needs no gradient."""
     _check_head(teacher, "teacher", student.hidden.device)
-    for name, mine, other in (
+    for name, student_size, teacher_size in (
         ("classes", student.weight.shape[:1], teacher.weight.shape[:1]),
         ("rows", student.hidden.shape[:-1], teacher.hidden.shape[:-1]),
     ):
-        if mine != other:
+        if student_size != teacher_size:
             tensor = "weight" if name == "classes" else "hidden"
             raise ValueError(
                 f"teacher.{tensor} and student.{tensor} must have the same {name}; got "
-                f"{tuple(other)} and {tuple(mine)}"
+                f"{tuple(teacher_size)} and {tuple(student_size)}"
             )
     check_teacher_has_no_gradient("teacher.hidden", teacher.hidden)
 
 
-def _autocast_dtype(device: torch.device) -> torch.dtype | None:
-    """Return the dtype of autocast, or None if it is off; tensors on meta stand for CUDA's."""
+def _get_autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """Return the dtype of autocast, or None if it is off; the meta device stands for CUDA."""
     kind = "cuda" if device.type == "meta" else device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
 
 
-def _logits_dtype(hidden: Tensor) -> torch.dtype:
-    """Return the dtype of a head's logits: under autocast, its dtype; it leaves float64 alone."""
-    autocast = _autocast_dtype(hidden.device)
+def _get_logits_dtype(hidden: Tensor) -> torch.dtype:
+    """Return the dtype of a head's logits: autocast's, if on and ``hidden`` is not float64."""
+    autocast = _get_autocast_dtype(hidden.device)
     return hidden.dtype if autocast is None or hidden.dtype is torch.float64 else autocast

@@ -1,4 +1,4 @@
-"""A checked call of the loss of heads: tensors, numbers, results, and helpers of both loops."""
+"""Define a checked call of the loss of heads, its results, and helpers of both loops."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fastkd.linear import products
 
 
 class Inputs(NamedTuple):
-    """The tensors of a call: rows flattened, classes last."""
+    """Hold the tensors of a call: rows flattened, classes last."""
 
     hidden: Tensor
     weight: Tensor
@@ -28,8 +28,8 @@ class Inputs(NamedTuple):
     topk_log_probs: Tensor | None
     labels: Tensor | None
     temperature: Tensor | None
-    """One number for each row; None: ``LinearCall.temperature`` serves all rows. The fields
-    ``teacher_temperature``, ``hard_weight`` and ``soft_weight`` have the same form."""
+    """One number for each row, or None if ``LinearCall.temperature`` serves all rows. The fields
+    ``teacher_temperature``, ``hard_weight`` and ``soft_weight`` have this form, too."""
     teacher_temperature: Tensor | None
     hard_weight: Tensor | None
     soft_weight: Tensor | None
@@ -37,20 +37,20 @@ class Inputs(NamedTuple):
     denominator: Tensor | None
     """The divisor of a mean."""
     grad_rows: Tensor | None
-    """The factor of each row's gradient: the grad_output of reduction="none"."""
+    """The factor of each row's gradient: ``grad_output`` if the reduction is "none"."""
 
 
 OUTPUTS_OF_ROWS = ("hidden", "teacher_hidden", "teacher_logits", "topk_indices", "topk_log_probs")
-"""Fields of ``Inputs`` that are matrices with one line for each row."""
+"""Fields of ``Inputs`` of shape ``(rows, n)``."""
 _ROW_FIELDS = (*OUTPUTS_OF_ROWS, "labels", *PER_ROW_OPTIONS, "grad_rows")
 
 
 class LinearCall(NamedTuple):
-    """The numbers and names of a call, in the order of the op's schema (loss.py)."""
+    """Hold the numbers and names of a call, in the order of the op's schema (loss.py)."""
 
     temperature: float
     teacher_temperature: float | None
-    """None: the student's."""
+    """None: the student's temperature."""
     hard_weight: float
     soft_weight: float
     ignore_index: int
@@ -68,7 +68,7 @@ class LinearCall(NamedTuple):
     student_scale: float
     teacher_scale: float
     dtype: torch.dtype
-    """The dtype of the student's logits: that of its head, or autocast's."""
+    """The dtype of the student's logits: autocast's dtype, or that of the student's head."""
     teacher_dtype: torch.dtype
     accumulate: torch.dtype
     """The dtype in which the gradient of the weight is summed."""
@@ -81,22 +81,22 @@ class LinearCall(NamedTuple):
     with_terms: bool
 
     @property
-    def grads(self) -> bool:
+    def has_grads(self) -> bool:
         """Return True if any gradient is asked for."""
         return self.hidden_grad or self.weight_grad or self.bias_grad
 
 
-def defers_mean_division(call: LinearCall) -> bool:
+def is_mean_division_deferred(call: LinearCall) -> bool:
     """Return True if backward divides the gradients by the denominator of a float16 mean.
 
     Dividing earlier would underflow.
     """
-    # Not a property of LinearCall: Dynamo of torch 2.10 cannot trace one where sizes are dynamic.
+    # Not a property: Dynamo of torch 2.10 cannot trace a property of LinearCall with dynamic sizes.
     return call.reduction == "mean" and call.dtype is torch.float16
 
 
-def objective_of(inputs: Inputs, call: LinearCall) -> Objective:
-    """Build the Objective for a chunk, or for all rows."""
+def make_objective(inputs: Inputs, call: LinearCall) -> Objective:
+    """Make the Objective of a chunk, or of all rows."""
     numbers = {
         name: getattr(call, name) for name in LinearCall._fields if name in Objective._fields
     }
@@ -115,7 +115,7 @@ def objective_of(inputs: Inputs, call: LinearCall) -> Objective:
 
 
 def make_heads(inputs: Inputs, call: LinearCall) -> tuple[Head, Head | None]:
-    """Return the student's head, and the teacher's if it has one."""
+    """Make the student's head, and the teacher's head if the teacher has one."""
     student = Head(
         inputs.hidden, inputs.weight, inputs.bias, call.student_softcap, call.student_scale
     )
@@ -126,29 +126,29 @@ def make_heads(inputs: Inputs, call: LinearCall) -> tuple[Head, Head | None]:
 
 
 class Outputs(NamedTuple):
-    """The results of a call; gradients that are not asked for are empty."""
+    """Hold the results of a call; gradients that are not asked for are empty."""
 
     loss: Tensor
     """The loss, or, with terms, all terms stacked."""
     hidden: Tensor
     weight: Tensor
-    """In ``LinearCall.accumulate``."""
+    """The gradient of the weight, in the dtype ``LinearCall.accumulate``."""
     bias: Tensor
-    """float32 or float64."""
+    """The gradient of the bias, in float32 or float64."""
 
 
-def acc_dtype(*dtypes: torch.dtype) -> torch.dtype:
-    """Return the dtype of losses of logits in these dtypes."""
+def promote_loss_dtype(*dtypes: torch.dtype) -> torch.dtype:
+    """Return the dtype of a loss whose logits have these dtypes."""
     return torch.float64 if torch.float64 in dtypes else torch.float32
 
 
-def empty_outputs(inputs: Inputs, call: LinearCall) -> Outputs:
-    """Allocate the results of a call; tracing needs their shapes alone."""
+def allocate_outputs(inputs: Inputs, call: LinearCall) -> Outputs:
+    """Allocate the results of a call."""
     hidden, weight = inputs.hidden, inputs.weight
-    acc = acc_dtype(call.dtype, call.teacher_dtype)
+    acc = promote_loss_dtype(call.dtype, call.teacher_dtype)
     fields = len(reference.Terms._fields)
     if inputs.topk_indices is None:
-        fields -= len(reference.Terms._field_defaults)  # a sparse teacher's alone
+        fields -= len(reference.Terms._field_defaults)  # fields that need a sparse teacher
     shape = [fields] if call.with_terms else []
     shape += [hidden.shape[0]] if call.reduction == "none" else []
     return Outputs(
@@ -159,11 +159,11 @@ def empty_outputs(inputs: Inputs, call: LinearCall) -> Outputs:
     )
 
 
-def counted_rows(labels: Tensor | None, ignore_index: int) -> Tensor | None:
+def find_counted_rows(labels: Tensor | None, ignore_index: int) -> Tensor | None:
     """Return the indices of the rows that are not ignored, or None to compute all rows.
 
-    None: no row is ignored, labels are None or probabilities, or a CUDA graph is being captured.
-    Counting the rows synchronizes with the GPU, which is an error during the capture.
+    All rows are computed if no row is ignored, if labels are None or probabilities, or during the
+    capture of a CUDA graph. Counting rows synchronizes with the GPU, an error during a capture.
     """
     if labels is None or labels.is_floating_point():
         return None
@@ -174,7 +174,7 @@ def counted_rows(labels: Tensor | None, ignore_index: int) -> Tensor | None:
 
 
 def select_rows(inputs: Inputs, index: slice | Tensor) -> Inputs:
-    """Select rows of all fields that have rows."""
+    """Return the inputs with the rows at ``index`` alone."""
     values = {name: getattr(inputs, name) for name in _ROW_FIELDS}
     has_rows = {name: x for name, x in values.items() if x is not None and x.dim()}
     return inputs._replace(**{name: x[index] for name, x in has_rows.items()})
@@ -183,8 +183,8 @@ def select_rows(inputs: Inputs, index: slice | Tensor) -> Inputs:
 def make_call(
     student: Tensor, teacher: Tensor | None, part: Inputs, objective: Objective, call: LinearCall
 ) -> Call:
-    """Build the core's call for a chunk. If ``teacher`` is None, use the lists."""
-    dtype = acc_dtype(call.dtype, call.teacher_dtype)
+    """Make the core's call for a chunk; if ``teacher`` is None, the teacher is sparse."""
+    dtype = promote_loss_dtype(call.dtype, call.teacher_dtype)
     if teacher is not None:
         return Call(student, (teacher,), part.labels, objective, dtype)
     assert part.topk_indices is not None and part.topk_log_probs is not None
@@ -192,13 +192,13 @@ def make_call(
     return Call(student, (), part.labels, objective, dtype, listed)
 
 
-def power_of(factors: Tensor) -> Tensor:
+def compute_power(factors: Tensor) -> Tensor:
     """Return a power-of-two scale s such that abs(factors) / s <= 1.
 
     Matrix products of larger factors may overflow in float16.
     """
     largest = factors.abs().amax()
-    # 0 / 0 and inf / inf give NaN: use the scale 1, since no scale makes such factors finite.
+    # For factors of 0, inf or NaN the quotient is NaN: use the scale 1.
     return (largest / torch.frexp(largest).mantissa).nan_to_num(1.0)
 
 
@@ -211,9 +211,9 @@ def add_gradients(
     classes: slice,
     first: bool,
 ) -> None:
-    """Add a chunk's part to the gradients of weight and bias; with ``first``, write it.
+    """Add a chunk's part to the gradients of weight and bias; with ``first``, overwrite them.
 
-    If rows have factors, the sums lack the ``power`` of two of :func:`power_of`.
+    If rows have factors, the caller must multiply the sums by ``power`` (:func:`compute_power`).
     """
     hidden, ones = part.hidden.to(call.dtype), grad.new_ones(len(grad), 1)
     if part.grad_rows is not None and power is not None:

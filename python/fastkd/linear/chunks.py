@@ -15,7 +15,7 @@ from fastkd._core.objective import Options
 from fastkd._core.values import Head
 from fastkd.linear import class_loop
 from fastkd.linear.arguments import prepare_heads
-from fastkd.linear.call import Inputs, LinearCall, acc_dtype, objective_of
+from fastkd.linear.call import Inputs, LinearCall, make_objective, promote_loss_dtype
 from fastkd.linear.planner import ChunkBy, Plan, Sizes, check_accumulate_dtype, plan_sizes
 
 __all__ = ["Plan", "plan"]
@@ -48,20 +48,20 @@ def plan(
         chunks = fastkd.chunks.plan(student, teacher, labels, max_workspace=2**30)
         loss = fastkd.loss(student, teacher, labels, chunks=chunks)
 
-    A plan depends on the shapes, dtypes and device of the tensors, on which of them require grad,
-    on autocast, and on the options of the loss; it computes nothing. It serves every call that
-    agrees in these and has at most as many rows. Without a GPU, or before the tensors exist, pass
-    tensors on the meta device: they are planned for a GPU.
+    A plan depends on the shapes, dtypes and device of the tensors, on which tensors require grad,
+    on autocast, and on the options of the loss. The function computes no logits. A plan serves
+    every call that agrees in these properties and has at most as many rows. Without a GPU, or
+    before the tensors exist, pass tensors on the meta device: the plan is then for a GPU.
 
-    By default there is one chunk of rows if its logits fit in 2 GiB on a GPU or 48 MiB on a CPU;
-    otherwise there are the fewest chunks of equal size that fit.
+    By default there is one chunk of rows if its logits fit in 2 GiB on a GPU or 48 MiB on a CPU.
+    Otherwise the plan has the fewest chunks of equal size that fit.
 
     Args:
         student, teacher, labels: the arguments of the call, as in :func:`fastkd.loss`.
         max_workspace: bound for ``peak_bytes``, the memory in use beyond the inputs, which includes
-            the gradients. If it leaves room for only a few rows at a time, chunks of classes are
-            chosen. Chunks of classes compute the logits twice, and need little memory besides the
-            gradients. Default None: as much memory as it takes to be fast.
+            the gradients. If the bound leaves room for only a few rows at a time, the plan has
+            chunks of classes. Chunks of classes compute the logits twice, and need little memory
+            besides the gradients. Default None: the bounds above.
         chunk_by: ``"rows"``, ``"classes"``, or ``"auto"``: chunks of rows unless ``max_workspace``
             is too small for them. docs/linear.md lists the options that chunks of classes support.
             Default ``"auto"``.
@@ -75,7 +75,7 @@ def plan(
 
     Raises:
         TypeError, ValueError: for arguments that are not as above, or that the loss refuses.
-        ValueError: if ``max_workspace`` is too small; the message has the bytes that it takes.
+        ValueError: if ``max_workspace`` is too small; the message has the bytes that are needed.
 
     Example:
         >>> import torch, fastkd
@@ -109,13 +109,13 @@ def plan(
         )
     inputs, call = prepare_heads(student, teacher, labels, Options(**options), with_terms=False)
     check_accumulate_dtype(accumulate_dtype, inputs.weight.dtype)
-    missing = class_loop.missing(inputs, call)
+    missing = class_loop.list_missing_features(inputs, call)
     if missing and chunk_by == "classes":
         raise ValueError(
             f'chunk_by must be "auto" or "rows" with {" and ".join(missing)}; got "classes"'
         )
     return plan_sizes(
-        sizes_of(inputs, call),
+        make_sizes(inputs, call),
         max_workspace=max_workspace,
         chunk_by="rows" if missing else chunk_by,
         chunk_size=chunk_size,
@@ -135,14 +135,14 @@ def choose_plan(chunks: Plan | Literal["auto"], inputs: Inputs, call: LinearCall
     """Return the plan of a call: ``chunks``, checked, or a new plan for ``"auto"``."""
     check_plan(chunks)
     if not isinstance(chunks, Plan):
-        return plan_sizes(sizes_of(inputs, call))
+        return plan_sizes(make_sizes(inputs, call))
     check_accumulate_dtype(chunks.accumulate, inputs.weight.dtype, "chunks.accumulate")
     if not autograd.is_traced() and inputs.hidden.shape[0] > chunks.rows:
         raise ValueError(
             f"chunks must be a plan for at least as many rows as the call has, "
             f"{inputs.hidden.shape[0]}; got one for {chunks.rows}"
         )
-    missing = class_loop.missing(inputs, call) if chunks.chunk_by == "classes" else []
+    missing = class_loop.list_missing_features(inputs, call) if chunks.chunk_by == "classes" else []
     if missing:
         raise ValueError(
             f'chunks must be a plan of rows (chunk_by="rows") with {" and ".join(missing)}; got '
@@ -151,8 +151,8 @@ def choose_plan(chunks: Plan | Literal["auto"], inputs: Inputs, call: LinearCall
     return chunks
 
 
-def sizes_of(inputs: Inputs, call: LinearCall) -> Sizes:
-    """Return the properties of a call that decide its chunks."""
+def make_sizes(inputs: Inputs, call: LinearCall) -> Sizes:
+    """Make the properties of a call that decide its chunks."""
     (classes, width), labels = inputs.weight.shape, inputs.labels
     heads = [(inputs.hidden, inputs.weight, call.dtype)]
     if inputs.teacher_hidden is not None and inputs.teacher_weight is not None:
@@ -160,23 +160,23 @@ def sizes_of(inputs: Inputs, call: LinearCall) -> Sizes:
     ignores = labels is not None and not labels.is_floating_point()
     buffers, teacher_dtype = 2.0, call.teacher_dtype
     if inputs.topk_indices is None:
-        is_fused = dispatch.is_fused(inputs.hidden, labels, objective_of(inputs, call))
+        is_fused = dispatch.is_fused(inputs.hidden, labels, make_objective(inputs, call))
     else:
-        # The student, its gradient, and lists of 8-byte numbers: those of a chunk, and their copies
-        # for the kernel.
+        # A chunk has the student's logits, their gradient, and two lists of 8-byte numbers. The
+        # kernel needs a copy of both lists.
         is_fused, teacher_dtype = (
-            topk.is_fused(inputs.hidden, objective_of(inputs, call)),
+            topk.is_fused(inputs.hidden, make_objective(inputs, call)),
             call.dtype,
         )
         lists = 4 * 8 * inputs.topk_indices.shape[-1]
-        buffers = 1 + call.grads + lists / (classes * call.dtype.itemsize)
-    if call.student_softcap is not None and call.grads:
+        buffers = 1 + call.has_grads + lists / (classes * call.dtype.itemsize)
+    if call.student_softcap is not None and call.has_grads:
         buffers += 1
     if not is_fused:
-        wide = acc_dtype(call.dtype, call.teacher_dtype)
+        wide = promote_loss_dtype(call.dtype, call.teacher_dtype)
         buffers += _REFERENCE_LOGITS * wide.itemsize / call.dtype.itemsize
     return Sizes(
-        _rows(inputs.hidden),
+        _count_rows(inputs.hidden),
         classes,
         width,
         0 if len(heads) == 1 else heads[1][1].shape[1],
@@ -193,11 +193,12 @@ def sizes_of(inputs: Inputs, call: LinearCall) -> Sizes:
     )
 
 
-def _rows(hidden: Tensor) -> int:
-    """Return the number of rows, or a typical one if a trace does not know it (a boolean mask)."""
+def _count_rows(hidden: Tensor) -> int:
+    """Return the number of rows, or a typical number if a trace does not know the number."""
     rows = hidden.shape[0]
     if not autograd.is_traced():
         return rows
+    # The number is unknown if a boolean mask selects the rows.
     from torch.fx.experimental.symbolic_shapes import statically_known_true
 
     return rows if statically_known_true(rows > 0) else _TYPICAL_ROWS

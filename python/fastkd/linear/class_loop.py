@@ -1,10 +1,10 @@
-"""The loop over chunks of classes, which needs the least memory.
+"""Loop over chunks of classes, which need less memory than chunks of rows.
 
-Each chunk has some classes of all rows, so that its rows of the weight's gradient are complete
-after one matrix product, without a sum over chunks. The loss of a row is known only after all
-classes, so the logits are computed twice: once for the loss and the statistics of the rows
-(class_statistics.py), once for the gradients. The logits of a chunk lie in the part of the weight's
-gradient that is not written yet (``planner.class_chunks``).
+Each chunk has some classes of all rows. One matrix product completes the chunk's rows of the
+weight's gradient, without a sum over chunks. The loss of a row is known only after all classes, so
+two passes compute the logits. The first pass gives the loss and the statistics of the rows
+(class_statistics.py), the second pass the gradients. The logits of a chunk lie in the part of the
+weight's gradient that is not written yet (``planner.divide_classes``).
 """
 
 from __future__ import annotations
@@ -23,28 +23,30 @@ from fastkd.linear.call import (
     Inputs,
     LinearCall,
     Outputs,
-    acc_dtype,
     add_gradients,
-    defers_mean_division,
-    empty_outputs,
+    allocate_outputs,
+    is_mean_division_deferred,
     make_call,
     make_heads,
-    objective_of,
+    make_objective,
+    promote_loss_dtype,
     select_rows,
 )
 from fastkd.linear.class_statistics import DIVERGENCES, RowStatistics
 from fastkd.linear.planner import (
     ALIGNMENT,
     PADDING,
-    buffer_bytes,
-    class_chunks,
+    compute_buffer_bytes,
+    divide_classes,
     separate_classes,
 )
 
 
-def missing(inputs: Inputs, call: LinearCall) -> list[str]:
+def list_missing_features(inputs: Inputs, call: LinearCall) -> list[str]:
     """Return the features of a call that chunks of classes lack, as users write them."""
-    names = dispatch.missing_features(inputs.hidden, inputs.labels, objective_of(inputs, call))
+    names = dispatch.list_missing_features(
+        inputs.hidden, inputs.labels, make_objective(inputs, call)
+    )
     if inputs.topk_indices is not None:
         names.append("a TopK as teacher")
     if inputs.class_weight is not None and not call.label_smoothing:
@@ -62,7 +64,7 @@ def missing(inputs: Inputs, call: LinearCall) -> list[str]:
 
 
 class _Loop:
-    """The rows that count, the buffers of their logits, and the two passes over the classes."""
+    """Hold the rows that count and the buffers of their logits, and run both passes."""
 
     def __init__(
         self, inputs: Inputs, call: LinearCall, weight_grad: Tensor, counted: Tensor | None
@@ -77,29 +79,31 @@ class _Loop:
             inputs = inputs._replace(teacher_hidden=teacher_hidden)
         self.inputs = inputs
         self.student, self.teacher = make_heads(inputs, call)
-        self.objective = objective_of(inputs, call)._replace(reduction="none", normalizer=None)
+        self.objective = make_objective(inputs, call)._replace(reduction="none", normalizer=None)
         self.weight_grad = weight_grad.view(-1).view(torch.uint8)
         rows, classes = len(inputs.hidden), len(inputs.weight)
         self.grad_row = self.weight_grad.numel() // classes
-        needs_slope = call.student_softcap is not None and call.grads
+        needs_slope = call.student_softcap is not None and call.has_grads
         self.dtypes = (call.dtype, call.teacher_dtype, *[call.dtype] * needs_slope)
-        self.item = sum(dtype.itemsize for dtype in self.dtypes)
+        self.item_bytes = sum(dtype.itemsize for dtype in self.dtypes)
         separate = separate_classes(min(call.chunk, classes), self.grad_row > 0)
-        self.buffer = self.weight_grad.new_empty(buffer_bytes(rows, separate, self.item))
+        self.buffer = self.weight_grad.new_empty(
+            compute_buffer_bytes(rows, separate, self.item_bytes)
+        )
 
     def chunks(self, *, writes: bool) -> Iterator[tuple[slice, Call, Tensor | None]]:
-        """Yield the logits of all classes, chunk by chunk, in memory that each overwrites.
+        """Yield the logits of all classes, chunk by chunk; the next chunk overwrites the memory.
 
-        Each chunk is (its classes, the core's call, the derivative of the student's soft cap). The
-        call has ``PADDING`` masked classes at the end.
+        The items are the chunk's classes, the core's call, and the derivative of the student's soft
+        cap. The call has ``PADDING`` masked classes at the end.
         """
         call, inputs, rows = self.call, self.inputs, len(self.inputs.hidden)
-        for start, size, is_inside in class_chunks(
-            rows, len(inputs.weight), call.chunk, self.item, self.grad_row, writes=writes
+        for start, size, is_inside in divide_classes(
+            rows, len(inputs.weight), call.chunk, self.item_bytes, self.grad_row, writes=writes
         ):
             part = slice(start, start + size)
             memory = self.weight_grad if is_inside else self.buffer
-            begin = memory.numel() - buffer_bytes(rows, size, self.item)
+            begin = memory.numel() - compute_buffer_bytes(rows, size, self.item_bytes)
             buffers: list[Tensor] = []
             for dtype in self.dtypes:
                 begin = -(-begin // ALIGNMENT) * ALIGNMENT
@@ -108,9 +112,9 @@ class _Loop:
                 begin = end
             slope = buffers[2][:, :size] if len(buffers) > 2 and writes else None
             student, teacher = (buffer[:, :size] for buffer in buffers[:2])
-            products.logits_(student, _select_classes(self.student, part), slope)
+            products.write_logits_(student, _select_classes(self.student, part), slope)
             if self.teacher is not None:
-                products.logits_(teacher, _select_classes(self.teacher, part))
+                products.write_logits_(teacher, _select_classes(self.teacher, part))
             else:
                 assert self.teacher_logits is not None
                 logits = self.teacher_logits[:, part]
@@ -122,41 +126,41 @@ class _Loop:
                 values[:, size:] = -math.inf
             labels, objective = inputs.labels, self.objective._replace(ignore_index=-1)
             if labels is not None:
-                # Labels become positions in the chunk, those of other classes the first masked one.
+                # Labels become positions in the chunk; a label outside it, the first masked class.
                 positions = (labels - start).where(
                     (labels >= start) & (labels < start + size), size
                 )
-                # Ignored rows are still there while a CUDA graph is captured.
+                # Ignored rows were not removed during the capture of a CUDA graph.
                 labels = positions.masked_fill(labels == call.ignore_index, -1)
             chunk = inputs._replace(labels=labels)
             yield part, make_call(buffers[0], buffers[1], chunk, objective, call), slope
 
-    def statistics(self) -> RowStatistics:
-        """Run the first pass over the classes."""
-        acc = acc_dtype(self.call.dtype, self.call.teacher_dtype)
+    def compute_statistics(self) -> RowStatistics:
+        """Run the first pass over the classes, and return the statistics of the rows."""
+        acc = promote_loss_dtype(self.call.dtype, self.call.teacher_dtype)
         like = self.inputs.hidden.new_empty((), dtype=acc)
         rows = RowStatistics(len(self.inputs.hidden), self.objective, like)
         for _, core, _ in self.chunks(writes=False):
             label_logits = None
-            divergence, stats = dispatch.statistics(core)
+            divergence, stats = dispatch.compute_statistics(core)
             if core.labels is not None:
                 positions = core.labels.clamp(min=0).unsqueeze(1)
                 label_logits = core.student.gather(1, positions).squeeze(1)
             rows.add(divergence, stats, label_logits)
         labels = self.inputs.labels
-        if labels is not None:  # labels on a GPU have not been checked yet
+        if labels is not None:  # labels on a GPU are checked only here
             is_class = (labels >= 0) & (labels < len(self.inputs.weight))
             rows.invalidate(~is_class & (labels != self.call.ignore_index))
         return rows
 
-    def gradients(self, stats: Tensor, out: Outputs, power: Tensor | None) -> None:
+    def write_gradients(self, stats: Tensor, out: Outputs, power: Tensor | None) -> None:
         """Run the second pass over the classes, which writes the gradients.
 
         ``out.hidden`` has the rows that are not ignored, in the dtype of the sum.
         """
         call = self.call
         for part, core, slope in self.chunks(writes=True):
-            dispatch.gradient_(core, stats)
+            dispatch.write_gradient_(core, stats)
             grad, first = core.student[:, :-PADDING], part.start == 0
             if slope is not None:
                 grad.mul_(slope)
@@ -174,14 +178,14 @@ def _select_classes(head: Head, part: slice) -> Head:
 
 
 def run(inputs: Inputs, call: LinearCall, counted: Tensor | None, power: Tensor | None) -> Outputs:
-    """Compute the loss of at least one row that counts, and its gradients for a grad_output of 1.
+    """Compute the loss and its gradients for a grad_output of 1; at least one row must count.
 
-    With ``defers_mean_division()`` the gradients lack the division by the denominator. Those of
-    weight and bias lack the ``power`` of :func:`call.add_gradients`.
+    If ``is_mean_division_deferred()``, the caller must divide the gradients by the denominator. The
+    caller must multiply the gradients of weight and bias by ``power``, unless it is None.
     """
-    out = empty_outputs(inputs, call._replace(hidden_grad=False))
+    out = allocate_outputs(inputs, call._replace(hidden_grad=False))
     loop = _Loop(inputs, call, out.weight, counted)
-    rows = loop.statistics()
+    rows = loop.compute_statistics()
     losses = rows.loss(loop.inputs.labels)
     loss, scale = out.loss, rows.like.new_ones(())
     if call.reduction == "none":
@@ -190,16 +194,16 @@ def run(inputs: Inputs, call: LinearCall, counted: Tensor | None, power: Tensor 
         loss = losses.double().sum().to(losses.dtype)
         if call.reduction == "mean" and inputs.denominator is not None:
             loss = loss / inputs.denominator
-            if not defers_mean_division(call):
+            if not is_mean_division_deferred(call):
                 scale = scale / inputs.denominator
-    if not call.grads:
+    if not call.has_grads:
         return out._replace(loss=loss)
     stats = rows.stats(scale, loop.inputs.labels is not None)
     del rows, losses
     if call.hidden_grad:
-        wide, shape = acc_dtype(call.dtype, inputs.hidden.dtype), loop.inputs.hidden.shape
+        wide, shape = promote_loss_dtype(call.dtype, inputs.hidden.dtype), loop.inputs.hidden.shape
         out = out._replace(hidden=inputs.hidden.new_empty(shape, dtype=wide))
-    loop.gradients(stats, out, power)
+    loop.write_gradients(stats, out, power)
     del loop
     hidden = out.hidden
     if call.hidden_grad and counted is not None:

@@ -1,11 +1,11 @@
-"""Combine the statistics of parts of a row's classes to those of the row, and to its loss.
+"""Combine the statistics of parts of a row's classes into the row's statistics and loss.
 
-For some classes, as if there were no others, the kernels return the sums of exponentials and the
-divergence. Sums of parts add up once they are relative to the same maximum. Divergences of parts
-combine by the chain rule (docs/maths.md, section 14): the divergence of all classes is the
-divergence between the parts, plus the mean of the divergences within the parts, weighted by the
-teacher's probability of each part. The formula for the divergence between parts does not cancel.
-Arithmetic is float64, on a few numbers for each row.
+For a part of the classes, the kernels return the sums of exponentials and the divergence, as if
+there were no other classes. Sums of parts are added once they are relative to the same maximum.
+Divergences of parts combine by the chain rule (docs/maths.md, section 14). The divergence of all
+classes is the divergence between the parts, plus the mean of the divergences within the parts. The
+mean weighs each part by the teacher's probability of the part. The formula for the divergence
+between parts does not cancel. Arithmetic is float64, on a few numbers for each row.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor
 from fastkd._core.objective import Objective
 
 DIVERGENCES = ("forward_kl", "reverse_kl", "soft_cross_entropy")
-"""The divergences for which there is a chain rule."""
+"""The divergences that have a chain rule."""
 
 _LOG2E = math.log2(math.e)
 _LN2 = math.log(2)
@@ -26,15 +26,15 @@ _LARGEST_REFERENCE = 2.0**22  # kLargestReference of csrc/cuda
 
 
 class References:
-    """The references of a kernel: log2 of the factor that its sums of exponentials are divided by.
+    """Compute a kernel's references: log2 of the divisors of its sums of exponentials.
 
-    The reference is the row's maximum times log2(e) / t; on CUDA (kLargestReference) it is rounded
-    to the dtype of the statistics.
+    A reference is the row's maximum times log2(e) / t. On CUDA, a reference of at most
+    kLargestReference is rounded to the dtype of the statistics.
     """
 
     def __init__(self, temperature: float | Tensor, objective: Objective, like: Tensor) -> None:
         """Precompute the factors; ``like`` has the dtype and device of the kernel's statistics."""
-        self.rounds = like.is_cuda
+        self.is_rounding = like.is_cuda
         numbers = temperature, objective.hard_weight, objective.soft_weight
         self.t, hard, soft = (
             x.to(like) if isinstance(x, Tensor) else torch.full_like(like, x) for x in numbers
@@ -44,29 +44,29 @@ class References:
         is_precise = (hard <= soft * self.t) | (self.t == 1)
         self.is_power = (self.t == self.t.round()) & (self.t <= 4) & is_precise
         self.log2e = torch.full_like(self.t, _LOG2E)
-        self.slope = self.log2e / self.t  # a number / tensor would round twice
+        self.slope = self.log2e / self.t  # dividing a Python number by a tensor would round twice
         self.limit = _LARGEST_REFERENCE / self.slope.clamp(min=_LOG2E)
 
-    def tempered(self, top: Tensor) -> Tensor:
+    def compute_tempered(self, top: Tensor) -> Tensor:
         """Return the references of sums of exp(z / t), from the rows' maxima."""
-        return self._rounded(top, self.slope)
+        return self._round(top, self.slope)
 
-    def untempered(self, top: Tensor) -> Tensor:
+    def compute_untempered(self, top: Tensor) -> Tensor:
         """Return the references of sums of exp(z), from the rows' maxima."""
-        separate = self._rounded(top, self.log2e)
-        power = self.is_power & self.rounds
-        return torch.where(power, self.t * self.tempered(top), separate)
+        separate = self._round(top, self.log2e)
+        power = self.is_power & self.is_rounding
+        return torch.where(power, self.t * self.compute_tempered(top), separate)
 
-    def _rounded(self, top: Tensor, factor: Tensor) -> Tensor:
-        is_rounded = (top.abs() <= self.limit) & self.rounds
+    def _round(self, top: Tensor, factor: Tensor) -> Tensor:
+        is_rounded = (top.abs() <= self.limit) & self.is_rounding
         return torch.where(is_rounded, (top * factor).double(), top.double() * factor)
 
 
 class RowStatistics:
-    """The statistics of rows, accumulated over parts of their classes."""
+    """Accumulate the statistics of rows over parts of the classes."""
 
     def __init__(self, rows: int, objective: Objective, like: Tensor) -> None:
-        """Start without classes; ``like`` has the dtype and device of the kernel's statistics."""
+        """Start with no class; ``like`` has the dtype and device of the kernel's statistics."""
         o = self.objective = objective
         self.like = like
         self.student = References(o.temperature, o, like)
@@ -79,16 +79,16 @@ class RowStatistics:
         self.label_logit = lowest.double()
 
     def add(self, within: Tensor, stats: Tensor, label_logits: Tensor | None) -> None:
-        """Add some classes, given the kernel's divergence ``within`` these classes and statistics.
+        """Add a part of the classes: the kernel's divergence ``within`` the part, and statistics.
 
-        ``label_logits``: the student's logits of the labels; -inf for labels of other classes.
+        ``label_logits``: the student's logits of the labels; -inf for labels outside the part.
         """
         stats = stats[:-1].view(-1, len(self.student_top))
         student_top, student_scale, hard_scale, teacher_top, teacher_scale, *_ = stats
-        student = self.student.tempered(student_top) - student_scale.double().log2()
-        teacher = self.teacher.tempered(teacher_top) - teacher_scale.double().log2()
+        student = self.student.compute_tempered(student_top) - student_scale.double().log2()
+        teacher = self.teacher.compute_tempered(teacher_top) - teacher_scale.double().log2()
         if label_logits is not None:
-            hard = self.student.untempered(student_top) - hard_scale.double().log2()
+            hard = self.student.compute_untempered(student_top) - hard_scale.double().log2()
             self.hard_mass = torch.logaddexp2(self.hard_mass, hard)
             self.label_logit = torch.maximum(self.label_logit, label_logits.double())
         students = torch.stack([self.student_mass, student])
@@ -118,9 +118,9 @@ class RowStatistics:
         # False for a logit that is NaN or +inf, and for a row whose classes are all masked.
         valid = self.student_mass.isfinite() & self.teacher_mass.isfinite()
         soft_weight = o.soft_weight * o.temperature * o.temperature
-        loss = _weighted(soft_weight, self.divergence.where(valid, math.nan))
+        loss = _apply_weight(soft_weight, self.divergence.where(valid, math.nan))
         if labels is not None:
-            loss = loss + _weighted(o.hard_weight, _LN2 * self.hard_mass - self.label_logit)
+            loss = loss + _apply_weight(o.hard_weight, _LN2 * self.hard_mass - self.label_logit)
             loss = loss.masked_fill(labels == o.ignore_index, 0.0)
         return loss.to(self.like.dtype)
 
@@ -130,13 +130,13 @@ class RowStatistics:
         ``scale`` multiplies the gradient.
         """
         zeros = torch.zeros_like(self.student_mass)
-        student = (self.student.tempered(self.student_top) - self.student_mass).exp2()
-        hard = (self.student.untempered(self.student_top) - self.hard_mass).exp2()
-        teacher = (self.teacher.tempered(self.teacher_top) - self.teacher_mass).exp2()
-        # The sum of slopes is the divergence for the reverse KL, and 0 for the others.
+        student = (self.student.compute_tempered(self.student_top) - self.student_mass).exp2()
+        hard = (self.student.compute_untempered(self.student_top) - self.hard_mass).exp2()
+        teacher = (self.teacher.compute_tempered(self.teacher_top) - self.teacher_mass).exp2()
+        # The sum of slopes is the divergence for the reverse KL, and 0 for other divergences.
         slopes = self.divergence if self.objective.divergence == "reverse_kl" else zeros
         students = [self.student_top, student, hard if has_labels else zeros]
-        # The zeros: classes that count for a mean, which no divergence here takes.
+        # The zeros stand for the number of classes, which only a mean over classes needs.
         rows = [*students, self.teacher_top, teacher, slopes, zeros, scale.reshape(1)]
         return torch.cat([row.to(self.like.dtype) for row in rows])
 
@@ -144,22 +144,23 @@ class RowStatistics:
 def _combine(divergence: str, student: Tensor, teacher: Tensor, within: Tensor) -> Tensor:
     """Return the divergence of two parts of the classes, taken together.
 
-    ``student``, ``teacher``: log2 of the probabilities of each part, ``(2, rows)``; ``within``: the
+    ``student``, ``teacher``: log2 of the probabilities of each part, ``(2, rows)``. ``within``: the
     divergences within each part.
     """
     q, p = student.exp2().nan_to_num(0.0), teacher.exp2().nan_to_num(0.0)
-    gap = _LN2 * (teacher - student)
+    log_ratio = _LN2 * (teacher - student)
     if divergence == "reverse_kl":
-        p, q, gap = q, p, -gap
+        p, q, log_ratio = q, p, -log_ratio
     if divergence == "soft_cross_entropy":
         between = -_LN2 * p * student
     else:
-        between = torch.where(gap.abs() < 0.25, p * (gap + torch.expm1(-gap)), p * gap + (q - p))
+        near = p * (log_ratio + torch.expm1(-log_ratio))
+        between = torch.where(log_ratio.abs() < 0.25, near, p * log_ratio + (q - p))
     weighted = torch.where(p > 0, p * within + between, q if divergence != DIVERGENCES[2] else 0.0)
     return weighted.sum(0).clamp(min=0)  # rounding may make the sum negative
 
 
-def _weighted(weight: float | Tensor, value: Tensor) -> Tensor:
+def _apply_weight(weight: float | Tensor, value: Tensor) -> Tensor:
     """Return weight * value, and 0 for a weight of 0 even if the value is infinite."""
     if isinstance(weight, Tensor):
         return torch.where(weight == 0, 0.0, weight * value)

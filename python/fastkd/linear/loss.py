@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastkd._core import autograd, dense, dispatch, shapes
-from fastkd._core.arguments import Teacher, rows_of_teachers, shift_labels
+from fastkd._core.arguments import Teacher, find_teacher_rows, shift_labels
 from fastkd._core.objective import PER_ROW_OPTIONS, Options
 from fastkd._core.values import Head, Routed, check_head
 from fastkd.linear import chunks, class_loop, products, row_loop
@@ -18,13 +18,13 @@ from fastkd.linear.call import (
     Inputs,
     LinearCall,
     Outputs,
-    counted_rows,
-    defers_mean_division,
-    empty_outputs,
+    allocate_outputs,
+    compute_power,
+    find_counted_rows,
+    is_mean_division_deferred,
     make_call,
     make_heads,
-    objective_of,
-    power_of,
+    make_objective,
 )
 
 
@@ -41,7 +41,7 @@ def compute(
     )
     if autograd.is_transformed():
         out = _compute_by_operations(inputs, call)
-    elif call.grads and not autograd.is_traced():  # a traced op has its own autograd kernel
+    elif call.has_grads and not autograd.is_traced():  # a traced op has its own autograd kernel
         out = _LinearLoss.apply(call, *inputs)  # type: ignore[no-untyped-call]
     else:
         out = _compute_in_chunks(inputs, call).loss
@@ -53,10 +53,10 @@ def compute(
 def compute_routed(
     student: Head, teacher: Routed, labels: Tensor | None, options: Options, with_terms: bool
 ) -> Tensor:
-    """Compute the loss with one teacher for each row: a call for each teacher's rows."""
+    """Compute the loss with one teacher for each row, by one call for the rows of each teacher."""
     check_head(student, "student")
     lead, device = student.hidden.shape[:-1], student.hidden.device
-    rows_of = rows_of_teachers(teacher, lead, device)
+    rows_of = find_teacher_rows(teacher, lead, device)
     if options.class_weight is not None:
         raise ValueError("class_weight must be None with a Routed teacher; got a tensor")
     logits = student.hidden[..., :1]  # a stand-in for the logits: only its rows are read
@@ -71,27 +71,27 @@ def compute_routed(
     for each, rows in zip(teacher.teachers, rows_of, strict=True):
 
         def select_rows(value: Tensor, trailing: int, rows: Tensor = rows) -> Tensor:
-            """Return the teacher's rows of a tensor with ``trailing`` dimensions after the rows."""
+            """Return the rows of the teacher; ``trailing``: number of dimensions after the rows."""
             return value.reshape(-1, *value.shape[value.dim() - trailing :])[rows]
 
-        mine: Any = (
+        teacher_part: Any = (
             select_rows(each, 1)
             if isinstance(each, Tensor)
             else each._replace(hidden=select_rows(each.hidden, 1))
         )
-        of_rows = {name: getattr(options, name) for name in PER_ROW_OPTIONS}
-        moved: dict[str, Any] = {
+        per_row = {name: getattr(options, name) for name in PER_ROW_OPTIONS}
+        selected: dict[str, Any] = {
             name: select_rows(value, 0)
-            for name, value in of_rows.items()
+            for name, value in per_row.items()
             if isinstance(value, Tensor) and value.dim()
         }
         classes = 1 if labels is not None and labels.is_floating_point() else 0
         results.append(
             compute(
                 student._replace(hidden=select_rows(student.hidden, 1)),
-                mine,
+                teacher_part,
                 None if labels is None else select_rows(labels, classes),
-                options._replace(**moved),
+                options._replace(**selected),
                 with_terms,
             )
         )
@@ -111,16 +111,16 @@ def _compute_in_chunks(inputs: Inputs, call: LinearCall) -> Outputs:
 def _run(inputs: Inputs, call: LinearCall) -> Outputs:
     """Compute the loss, and its gradients for a grad_output of 1.
 
-    With ``defers_mean_division()`` the gradients lack the division by the denominator.
+    If ``is_mean_division_deferred()``, the caller must divide the gradients by the denominator.
     """
     with torch.no_grad(), torch.autocast(inputs.hidden.device.type, enabled=False):
-        counted = counted_rows(inputs.labels, call.ignore_index)
+        counted = find_counted_rows(inputs.labels, call.ignore_index)
         rows = inputs.hidden.shape[0] if counted is None else counted.numel()
         if rows == 0:
-            return Outputs(*(value.zero_() for value in empty_outputs(inputs, call)))
+            return Outputs(*(value.zero_() for value in allocate_outputs(inputs, call)))
         power, factors = None, inputs.grad_rows
         if factors is not None:
-            power = power_of(factors if counted is None else factors[counted])
+            power = compute_power(factors if counted is None else factors[counted])
         loop = class_loop.run if call.by_classes else row_loop.run
         out = loop(inputs, call, counted, power)
         if power is not None:
@@ -132,18 +132,18 @@ def _run(inputs: Inputs, call: LinearCall) -> Outputs:
 def _compute_by_operations(inputs: Inputs, call: LinearCall) -> Tensor:
     """Compute the loss, or all terms, by differentiable operations on all rows at once.
 
-    Second derivatives and function transforms need this.
+    Second derivatives and function transforms need this function.
     """
     with torch.autocast(inputs.hidden.device.type, enabled=False):
         labels, teacher = inputs.labels, inputs.teacher_logits
         student_head, teacher_head = make_heads(inputs, call)
         if labels is not None and not labels.is_floating_point():
-            ignored = (labels == call.ignore_index).unsqueeze(1)  # these rows may hold NaN
+            ignored = (labels == call.ignore_index).unsqueeze(1)  # ignored rows may hold NaN
             student_head = student_head._replace(hidden=inputs.hidden.masked_fill(ignored, 0))
         student = _cast(student_head, call.dtype).logits()
         if teacher_head is not None:
             teacher = _cast(teacher_head, call.teacher_dtype).logits()
-        core = make_call(student, teacher, inputs, objective_of(inputs, call), call)
+        core = make_call(student, teacher, inputs, make_objective(inputs, call), call)
         return dispatch.compute(core, call.with_terms)
 
 
@@ -152,15 +152,15 @@ def _cast(head: Head, dtype: torch.dtype) -> Head:
 
 
 class _LinearLoss(torch.autograd.Function):
-    """The loss by a loop over chunks; forward computes the gradients unless reduction is "none"."""
+    """Compute the loss in chunks; forward computes the gradients unless reduction is "none"."""
 
     @staticmethod
     def forward(ctx: Any, call: LinearCall, *tensors: Tensor | None) -> Any:
         """Compute the loss or all terms; ``tensors`` are the fields of ``Inputs``."""
         inputs = Inputs(*tensors)  # type: ignore[arg-type]
         in_backward = call.reduction == "none"
-        without = call._replace(hidden_grad=False, weight_grad=False, bias_grad=False)
-        out, *grads = _compute_in_chunks(inputs, without if in_backward else call)
+        no_grads = call._replace(hidden_grad=False, weight_grad=False, bias_grad=False)
+        out, *grads = _compute_in_chunks(inputs, no_grads if in_backward else call)
         ctx.call = call
         ctx.save_for_backward(*tensors)
         # Not saved by save_for_backward: backward scales the gradients in place and returns them.
@@ -175,7 +175,7 @@ class _LinearLoss(torch.autograd.Function):
         others = [None] * len(inputs[3:])
         if call.with_terms:  # only the loss has a gradient; it is the first term
             grad_output, call = grad_output[0], call._replace(with_terms=False)
-        if autograd.needs_formula(grad_output):
+        if autograd.is_formula_needed(grad_output):
             leaves = [t for t, want in zip(inputs, wanted, strict=False) if want and t is not None]
             with torch.enable_grad():
                 loss = _compute_by_operations(inputs, call)
@@ -192,19 +192,19 @@ class _LinearLoss(torch.autograd.Function):
                 ctx.grads = None
             if grads is None:  # a second backward pass (retain_graph=True)
                 _, *grads = _compute_in_chunks(inputs, call)
-            if defers_mean_division(call):
+            if is_mean_division_deferred(call):
                 assert inputs.denominator is not None
                 divisor = inputs.denominator
                 # The divisor may be 0 if every row is ignored; the gradient is then 0.
                 scale = grad_output / divisor.where(divisor != 0, 1)
         scaled = [
-            _scaled(grad, scale, leaf.dtype) if want and leaf is not None else None
+            _scale_gradient(grad, scale, leaf.dtype) if want and leaf is not None else None
             for grad, leaf, want in zip(grads, inputs, wanted, strict=False)
         ]
         return (None, *scaled, *others)
 
 
-def _scaled(grad: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
+def _scale_gradient(grad: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
     """Return scale * grad in ``dtype``; the memory of ``grad`` may be overwritten."""
     if scale is None:
         return grad.to(dtype)
@@ -220,8 +220,8 @@ def _scaled(grad: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
 _AUTOGRAD_KEYS = ("AutogradFunctionality", "ADInplaceOrView", "AutogradCPU", "AutogradCUDA")
 
 
-def _op(inputs: list[Tensor | None], *call: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Run the loop with autograd, which a chunk's loss needs and the dispatcher switched off."""
+def _run_op(inputs: list[Tensor | None], *call: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Run the loop with autograd, which the dispatcher turned off and a chunk's loss needs."""
     tensors, numbers = Inputs(*inputs), LinearCall(*call)  # type: ignore[arg-type]
     has_teacher = tensors.teacher_logits is not None or tensors.teacher_hidden is not None
     if numbers.chunk < 1 or (numbers.by_classes and not has_teacher):
@@ -236,13 +236,13 @@ def _op(inputs: list[Tensor | None], *call: Any) -> tuple[Tensor, Tensor, Tensor
         return _run(tensors, numbers)
 
 
-def _fake_op(inputs: list[Tensor | None], *call: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _run_fake_op(inputs: list[Tensor | None], *call: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     shapes.check_devices(inputs)
-    return empty_outputs(Inputs(*inputs), LinearCall(*call))  # type: ignore[arg-type]
+    return allocate_outputs(Inputs(*inputs), LinearCall(*call))  # type: ignore[arg-type]
 
 
-def _autograd(inputs: list[Tensor | None], *arguments: Any) -> tuple[Tensor, ...]:
-    """Compute the loss. Autograd kernel of the op ``linear_loss``, for traced programs."""
+def _compute_traced(inputs: list[Tensor | None], *arguments: Any) -> tuple[Tensor, ...]:
+    """Compute the loss, as the autograd kernel of the op ``linear_loss`` in traced programs."""
     tensors, call = Inputs(*inputs), LinearCall(*arguments)  # type: ignore[arg-type]
     needs_grad = [t is not None and t.requires_grad for t in tensors[:3]]
     if torch.is_grad_enabled() and any(needs_grad):
@@ -267,6 +267,6 @@ _SCHEMA = (
 )
 _LIBRARY: Any = torch.library.Library("fastkd", "FRAGMENT")  # type: ignore[no-untyped-call]
 _LIBRARY.define(_SCHEMA)
-_LIBRARY.impl("linear_loss", _op, "CompositeExplicitAutograd")
-torch.library.register_fake("fastkd::linear_loss", _fake_op, lib=_LIBRARY)
-_LIBRARY.impl("linear_loss", _autograd, "Autograd")
+_LIBRARY.impl("linear_loss", _run_op, "CompositeExplicitAutograd")
+torch.library.register_fake("fastkd::linear_loss", _run_fake_op, lib=_LIBRARY)
+_LIBRARY.impl("linear_loss", _compute_traced, "Autograd")

@@ -1,6 +1,6 @@
 """Choose how many logits of a call exist at a time, from sizes alone.
 
-Nothing here reads a tensor or a device: equal sizes give an equal plan on every machine.
+The functions read no tensor and no device, so equal sizes give equal plans on all machines.
 """
 
 from __future__ import annotations
@@ -15,31 +15,30 @@ from fastkd.linear import products
 
 MIB = 2**20
 LOGITS_BYTES = {"cuda": 2048 * MIB, "cpu": 48 * MIB}
-"""Bound for the logits of a chunk of rows, of student and teacher, without ``max_workspace``. The
-matrix products are as fast as one large product from about 2048 rows on a GPU, and from about 256
-rows on a CPU."""
+"""Bound for the logits of student and teacher in a chunk of rows, without ``max_workspace``. Matrix
+products of 2048 rows on a GPU, or 256 on a CPU, are about as fast per row as larger products."""
 LEAST_ROWS = {"cuda": 512, "cpu": 128}
-"""Fewest rows of a chunk without ``max_workspace``: every chunk reads both weights and adds to all
-of the weight's gradient, however few its rows are."""
+"""Fewest rows of a chunk without ``max_workspace``. Even a chunk of one row reads both weights and
+adds to the complete gradient of the weight."""
 FEW_ROWS = {"cuda": 256, "cpu": 32}
-"""Chunks of fewer rows cost more than computing the logits twice, as chunks of classes do."""
+"""Chunks of fewer rows take longer than chunks of classes, which compute the logits twice."""
 CLASSES = {"cuda": 8192, "cpu": 4096}
 """Most classes of a chunk of classes."""
 PADDING = 8
-"""Masked classes at the end of each row of a chunk of classes: 16 bytes keep rows aligned."""
+"""Masked classes at the end of each row of a chunk of classes: 16 bytes, to keep rows aligned."""
 ALIGNMENT = 256
 _FEWEST_CLASSES = 64
-"""Most classes of a chunk whose logits do not fit in the weight's gradient."""
+"""Size of the smallest chunks of classes; their logits may lie outside the weight's gradient."""
 _MULTIPLE = 64
-"""Rows or classes of a tile of the matrix products."""
+"""Large chunks have a multiple of this number of rows or classes: a tile of matrix products."""
 _ROW_STATISTICS_BYTES = 128
-"""Losses, labels and statistics of a row in the loop over chunks of classes."""
+"""Bytes of the losses, labels and statistics of a row in the loop over chunks of classes."""
 
 ChunkBy = Literal["auto", "rows", "classes"]
 
 
 class Plan(NamedTuple):
-    """The chunks of a call, as :func:`fastkd.chunks.plan` returns them; ``print`` it."""
+    """Hold the chunks of a call, as :func:`fastkd.chunks.plan` chooses; ``print`` shows them."""
 
     rows: int
     """Rows of hidden states, including ignored rows."""
@@ -48,7 +47,7 @@ class Plan(NamedTuple):
     logits_bytes: int
     """Size of the logits of a chunk."""
     peak_bytes: int
-    """Bound for the memory in use beyond the inputs; it includes the gradients."""
+    """Bound for the memory in use beyond the inputs, including the gradients."""
     accumulate: torch.dtype
     """The dtype in which the gradient of the student's weight is summed."""
     chunks: int
@@ -69,14 +68,14 @@ class Plan(NamedTuple):
 
 
 class Sizes(NamedTuple):
-    """The properties of a call that decide its chunks."""
+    """Hold the properties of a call that decide its chunks."""
 
     rows: int
     classes: int
     width: int
     """Columns of the student's weight."""
     teacher_width: int
-    """Columns of the teacher's weight; 0 without one."""
+    """Columns of the teacher's weight; 0 without a teacher's head."""
     dtype: torch.dtype
     """The dtype of the student's logits."""
     teacher_dtype: torch.dtype
@@ -94,24 +93,24 @@ class Sizes(NamedTuple):
 
     @property
     def row_bytes(self) -> int:
-        """Size of all logits of a row: student, teacher, and intermediate results."""
-        item = self.dtype.itemsize * (self.logits_per_row - 1) + self.teacher_dtype.itemsize
-        return math.ceil(self.classes * item)
+        """Return the bytes of all logits of a row: student, teacher, and intermediate results."""
+        item_bytes = self.dtype.itemsize * (self.logits_per_row - 1) + self.teacher_dtype.itemsize
+        return math.ceil(self.classes * item_bytes)
 
-    def weight_bytes(self, accumulate: torch.dtype) -> tuple[int, int]:
+    def compute_weight_bytes(self, accumulate: torch.dtype) -> tuple[int, int]:
         """Return the bytes of the weight's summed gradient, and of its copy in the weight's dtype.
 
-        The size of the copy is 0 if the sum has that dtype already.
+        There is no copy if the sum has the weight's dtype already.
         """
         size = self.classes * self.width if self.weight_grad else 0
-        cast = size * self.weight_dtype.itemsize + self.scratch_bytes(0)
+        cast = size * self.weight_dtype.itemsize + self.compute_scratch_bytes(0)
         return size * accumulate.itemsize, 0 if accumulate == self.weight_dtype else cast
 
-    def scratch_bytes(self, rows: int) -> int:
+    def compute_scratch_bytes(self, rows: int) -> int:
         """Return the bytes that matrix products of some rows need besides their factors."""
         if self.device != "cpu" or 2 not in (self.dtype.itemsize, self.teacher_dtype.itemsize):
             return 0
-        return products.scratch_bytes(rows, max(self.width, self.teacher_width))
+        return products.compute_scratch_bytes(rows, max(self.width, self.teacher_width))
 
 
 def plan_sizes(
@@ -123,14 +122,14 @@ def plan_sizes(
     accumulate_dtype: torch.dtype | Literal["auto"] = "auto",
 ) -> Plan:
     """Choose the chunks; the options are those of :func:`fastkd.chunks.plan`, checked."""
-    # Several chunks sum the gradient of a 16-bit weight in float32. A single chunk has nothing to
-    # sum; in float16 its gradient is float32 all the same: backward scales it before rounding it.
+    # Several chunks sum the gradient of a 16-bit weight in float32. A single chunk has no sum, but
+    # the gradient of a float16 weight is still float32: backward scales it before rounding it.
     summed = accumulate_dtype
     if summed == "auto":
         summed = torch.float32 if sizes.weight_dtype.itemsize == 2 else sizes.weight_dtype
     is_rounded = accumulate_dtype == "auto" and sizes.weight_dtype is torch.bfloat16
     single = torch.bfloat16 if is_rounded else summed
-    by_classes = _by_classes(sizes, single, chunk_size, max_workspace)
+    by_classes = _plan_classes(sizes, single, chunk_size, max_workspace)
     fits = max_workspace is not None and by_classes.peak_bytes <= max_workspace
     if chunk_by == "classes":
         if max_workspace is not None and not fits:
@@ -140,7 +139,7 @@ def plan_sizes(
             )
         return by_classes
     try:
-        by_rows = _by_rows(sizes, summed, single, chunk_size, max_workspace)
+        by_rows = _plan_rows(sizes, summed, single, chunk_size, max_workspace)
     except ValueError as error:
         if chunk_by == "rows" or chunk_size != "auto":
             raise
@@ -166,27 +165,29 @@ def check_accumulate_dtype(
         )
 
 
-def _by_rows(
+def _plan_rows(
     sizes: Sizes,
     summed: torch.dtype,
     single: torch.dtype,
     chunk_size: int | Literal["auto"],
     max_workspace: int | None,
 ) -> Plan:
-    """Plan chunks of rows; several sum the weight's gradient in ``summed``, one in ``single``."""
+    """Plan chunks of rows; the weight's gradient has the dtype ``single`` or ``summed``."""
     rows, row_bytes = sizes.rows, sizes.row_bytes
-    throughout = rows * sizes.width * sizes.dtype.itemsize + sizes.classes * sizes.cast_per_class
+    constant_bytes = (
+        rows * sizes.width * sizes.dtype.itemsize + sizes.classes * sizes.cast_per_class
+    )
 
     def make_plan(chunk: int) -> Plan:
         accumulate = single if chunk >= rows else summed
-        total, cast = sizes.weight_bytes(accumulate)
-        scratch = sizes.scratch_bytes(chunk)
+        total, cast = sizes.compute_weight_bytes(accumulate)
+        scratch = sizes.compute_scratch_bytes(chunk)
         peak = total + max(chunk * row_bytes + scratch, cast)
-        if chunk >= rows:  # the teacher's logits are freed before the gradients are made
+        if chunk >= rows:  # the teacher's logits are freed before the gradients exist
             grad = rows * sizes.classes * sizes.dtype.itemsize
             peak = max(rows * row_bytes + scratch, grad + total + scratch, total + cast)
         count = -(-rows // chunk)
-        return Plan(rows, chunk, chunk * row_bytes, throughout + peak, accumulate, count)
+        return Plan(rows, chunk, chunk * row_bytes, constant_bytes + peak, accumulate, count)
 
     if chunk_size != "auto":
         plan = make_plan(min(max(1, rows), chunk_size))
@@ -199,7 +200,7 @@ def _by_rows(
     unchunked = make_plan(max(1, rows))
     if max_workspace is None:
         most = max(LEAST_ROWS[sizes.device], LOGITS_BYTES[sizes.device] // row_bytes)
-        return unchunked if rows <= most else make_plan(_equal_chunk(rows, most))
+        return unchunked if rows <= most else make_plan(_choose_chunk_size(rows, most))
     if unchunked.peak_bytes <= max_workspace:
         return unchunked
     least = make_plan(1)
@@ -211,20 +212,22 @@ def _by_rows(
             + f". accumulate_dtype=torch.bfloat16 takes less than {summed}"
             * can_narrow
         )
-    fixed = throughout + sizes.weight_bytes(summed)[0] + sizes.scratch_bytes(0)
-    scratch_per_row = sizes.scratch_bytes(1) - sizes.scratch_bytes(0)
-    return make_plan(_equal_chunk(rows, (max_workspace - fixed) // (row_bytes + scratch_per_row)))
+    fixed = constant_bytes + sizes.compute_weight_bytes(summed)[0] + sizes.compute_scratch_bytes(0)
+    scratch_per_row = sizes.compute_scratch_bytes(1) - sizes.compute_scratch_bytes(0)
+    return make_plan(
+        _choose_chunk_size(rows, (max_workspace - fixed) // (row_bytes + scratch_per_row))
+    )
 
 
-def _equal_chunk(rows: int, most: int) -> int:
-    """Return the size of the fewest chunks of about equal size, at most ``most`` rows."""
+def _choose_chunk_size(rows: int, most: int) -> int:
+    """Return the rows of a chunk, for the fewest equal chunks of at most ``most`` rows."""
     if most >= _MULTIPLE:
         most -= most % _MULTIPLE
     chunk = -(-rows // -(-rows // most))
     return min(most, -(-chunk // _MULTIPLE) * _MULTIPLE)
 
 
-def _by_classes(
+def _plan_classes(
     sizes: Sizes,
     accumulate: torch.dtype,
     chunk_size: int | Literal["auto"],
@@ -232,8 +235,8 @@ def _by_classes(
 ) -> Plan:
     """Plan chunks of classes, as small as ``max_workspace`` asks for."""
     rows, classes = sizes.rows, sizes.classes
-    item = -(-sizes.row_bytes // classes)
-    total, cast = sizes.weight_bytes(accumulate)
+    item_bytes = -(-sizes.row_bytes // classes)
+    total, cast = sizes.compute_weight_bytes(accumulate)
     grad = total // classes
     sum_itemsize = max(4, sizes.dtype.itemsize)  # of the hidden states' summed gradient
     row_bytes = sizes.width * sum_itemsize + sizes.copied_per_row + _ROW_STATISTICS_BYTES
@@ -241,18 +244,18 @@ def _by_classes(
         row_bytes += sizes.width * sizes.dtype.itemsize
 
     def make_plan(chunk: int) -> Plan:
-        buffer = buffer_bytes(rows, separate_classes(chunk, sizes.weight_grad), item)
-        buffer += chunk * sizes.cast_per_class + sizes.scratch_bytes(rows)
-        count = sum(1 for _ in class_chunks(rows, classes, chunk, item, grad, writes=True))
+        buffer = compute_buffer_bytes(rows, separate_classes(chunk, sizes.weight_grad), item_bytes)
+        buffer += chunk * sizes.cast_per_class + sizes.compute_scratch_bytes(rows)
+        count = sum(1 for _ in divide_classes(rows, classes, chunk, item_bytes, grad, writes=True))
         peak = total + rows * row_bytes + max(buffer, cast)
-        logits = buffer_bytes(rows, chunk, item)
+        logits = compute_buffer_bytes(rows, chunk, item_bytes)
         return Plan(rows, chunk, logits, peak, accumulate, count, "classes")
 
     if chunk_size != "auto":
         return make_plan(min(classes, chunk_size))
     chunk = min(classes, CLASSES[sizes.device])
-    if sizes.weight_grad:  # no larger than what fits in the weight's gradient
-        chunk = next(class_chunks(rows, classes, chunk, item, grad, writes=False)).size
+    if sizes.weight_grad:  # the logits of a chunk must fit in the weight's gradient
+        chunk = next(divide_classes(rows, classes, chunk, item_bytes, grad, writes=False)).size
     plan = make_plan(chunk)
     while max_workspace is not None and plan.peak_bytes > max_workspace and chunk > _FEWEST_CLASSES:
         chunk = max(_FEWEST_CLASSES, chunk // 2)
@@ -261,7 +264,7 @@ def _by_classes(
 
 
 class ClassChunk(NamedTuple):
-    """A range of classes, and the place of their logits."""
+    """Hold a range of classes, and where the logits of these classes lie."""
 
     start: int
     size: int
@@ -269,9 +272,9 @@ class ClassChunk(NamedTuple):
     """True if the logits lie in the unwritten part of the weight's gradient, not in a buffer."""
 
 
-def buffer_bytes(rows: int, classes: int, item: int) -> int:
-    """Return the memory for the logits of some classes; ``item``: bytes of a class of a row."""
-    return rows * (classes + PADDING) * item + 4 * ALIGNMENT
+def compute_buffer_bytes(rows: int, classes: int, item_bytes: int) -> int:
+    """Return the bytes for the logits of some classes, at ``item_bytes`` per class and row."""
+    return rows * (classes + PADDING) * item_bytes + 4 * ALIGNMENT
 
 
 def separate_classes(chunk: int, weight_grad: bool) -> int:
@@ -279,25 +282,25 @@ def separate_classes(chunk: int, weight_grad: bool) -> int:
     return min(chunk, _FEWEST_CLASSES) if weight_grad else chunk
 
 
-def class_chunks(
-    rows: int, classes: int, most: int, item: int, grad_row: int, *, writes: bool
+def divide_classes(
+    rows: int, classes: int, most: int, item_bytes: int, grad_row: int, *, writes: bool
 ) -> Iterator[ClassChunk]:
-    """Divide the classes into chunks of at most ``most`` whose logits fit into unused memory.
+    """Divide the classes into chunks of at most ``most``, whose logits fit into unused memory.
 
-    The weight's gradient has ``grad_row`` bytes for each class, which every call needs in the end.
-    Until its rows are written, that memory holds the logits of other classes. With ``writes``, the
-    rows of each chunk are written after the chunk. The unused memory then shrinks from chunk to
-    chunk, and the last chunks are small.
+    The weight's gradient has ``grad_row`` bytes for each class. Until the gradient of a class is
+    written, its memory may hold logits of other classes. With ``writes``, each chunk ends with
+    writing the gradient of its classes. The unused memory then shrinks from chunk to chunk, and the
+    last chunks are small.
     """
     start = 0
-    fixed = buffer_bytes(rows, 0, item) + ALIGNMENT
+    fixed = compute_buffer_bytes(rows, 0, item_bytes) + ALIGNMENT
     separate = separate_classes(most, grad_row > 0)
     while start < classes:
         remaining = classes - start
-        room = (remaining if writes else classes) * grad_row - fixed
-        fit = max(0, room // max(1, rows * item + (grad_row if writes else 0)))
-        size = min(remaining, most, max(fit, separate))
+        free_bytes = (remaining if writes else classes) * grad_row - fixed
+        fitting = max(0, free_bytes // max(1, rows * item_bytes + (grad_row if writes else 0)))
+        size = min(remaining, most, max(fitting, separate))
         if _MULTIPLE < size < remaining:
             size -= size % _MULTIPLE
-        yield ClassChunk(start, size, size <= fit)
+        yield ClassChunk(start, size, size <= fitting)
         start += size

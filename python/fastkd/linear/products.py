@@ -1,9 +1,9 @@
-"""The matrix products (GEMMs) of linear heads, written into existing memory.
+"""Compute the matrix products (GEMMs) of linear heads, written into existing memory.
 
-On CUDA they are cuBLAS's, with 16-bit factors and a float32 result if the sum is float32. On a CPU
-PyTorch has no product with a wider result, and without the processor's 16-bit instructions oneDNN
-falls back to loops that take fifty times as long as float32. In both cases blocks of classes are
-converted to float32.
+On CUDA, cuBLAS multiplies 16-bit factors, and returns float32 if the sum is float32. On a CPU,
+PyTorch has no product with a wider result than its factors. Without the processor's 16-bit
+instructions, oneDNN falls back to loops that are much slower than float32. Such products are
+therefore computed in float32, from converted blocks of classes.
 """
 
 from __future__ import annotations
@@ -32,28 +32,29 @@ def _has_products(dtype: torch.dtype) -> bool:
 
 
 @functools.cache
-def _adds_to_float32(dtype: torch.dtype, device: torch.device) -> bool:
+def _has_float32_sum(dtype: torch.dtype, device: torch.device) -> bool:
     """Return True if PyTorch adds a product of 16-bit matrices to a float32 matrix directly."""
     total, factor = (torch.zeros(16, 16, dtype=d, device=device) for d in (torch.float32, dtype))
     try:
         torch.addmm(total, factor, factor, out_dtype=torch.float32, out=total)
-    except (RuntimeError, TypeError, NotImplementedError):  # an older torch
+    except (RuntimeError, TypeError, NotImplementedError):  # torch lacks out_dtype
         return False
     return True
 
 
-def _upcasts(tensor: Tensor) -> bool:
+def _is_upcast(tensor: Tensor) -> bool:
+    """Return True if matrix products of ``tensor`` are computed in float32."""
     return tensor.device.type == "cpu" and not _has_products(tensor.dtype)
 
 
-def _blocks(classes: int, width: int) -> Iterator[slice]:
-    """Divide classes into blocks of 2 MiB, at ``width`` float32 numbers for each class."""
+def _split_classes(classes: int, width: int) -> Iterator[slice]:
+    """Yield blocks of classes: 2 MiB each, at ``width`` float32 numbers for each class."""
     step = max(_LEAST_BLOCK, _BLOCK_BYTES // (4 * max(1, width)))
     for start in range(0, classes, step):
         yield slice(start, start + step)
 
 
-def scratch_bytes(rows: int, width: int) -> int:
+def compute_scratch_bytes(rows: int, width: int) -> int:
     """Return an upper bound for the temporary memory of 16-bit products on a CPU.
 
     The temporary memory holds one factor in float32, and a block of the other factor and of the
@@ -62,23 +63,23 @@ def scratch_bytes(rows: int, width: int) -> int:
     return 4 * (rows * width + _LEAST_BLOCK * (rows + width)) + _BLOCK_BYTES
 
 
-def logits_(out: Tensor, head: Head, slope: Tensor | None = None) -> Tensor:
+def write_logits_(out: Tensor, head: Head, slope: Tensor | None = None) -> Tensor:
     """Write the logits of ``head`` to ``out``, and the derivative of its soft cap to ``slope``."""
     hidden, weight = head.hidden.to(out.dtype), head.weight.to(out.dtype)
     bias = None if head.bias is None else head.bias.to(out.dtype)
     scale, cap = head.scale or 1.0, head.softcap
     if out.device.type == "cpu" and out.dtype is torch.bfloat16 and hidden.shape[-1] % 2:
-        # oneDNN's product for AMX reads one number beyond each row of odd width, and multiplies it
-        # by 0, which is NaN if the number is NaN or infinite (torch 2.13, December 2026).
+        # oneDNN's product for AMX reads one number beyond each row of odd width, and multiplies
+        # that number by 0. The result is NaN if the number is not finite (torch 2.13, 2026-12).
         hidden = F.pad(hidden, (0, 1))[:, :-1]
-    if _upcasts(out):
+    if _is_upcast(out):
         wide = hidden.float()
-        for block in _blocks(len(weight), sum(hidden.shape)):
+        for block in _split_classes(len(weight), sum(hidden.shape)):
             part = wide @ weight[block].float().t()
             if bias is not None:
                 part += bias[block]
             out[:, block] = part.mul_(scale)
-            del part  # free its memory before the next block is allocated
+            del part  # free the memory before the next block is allocated
     elif bias is not None:
         torch.addmm(bias, hidden, weight.t(), beta=scale, alpha=scale, out=out)
     else:
@@ -92,11 +93,11 @@ def logits_(out: Tensor, head: Head, slope: Tensor | None = None) -> Tensor:
     return out
 
 
-def hidden_gradient_(out: Tensor, grad: Tensor, weight: Tensor, scale: float) -> None:
+def write_hidden_gradient_(out: Tensor, grad: Tensor, weight: Tensor, scale: float) -> None:
     """Write scale * grad @ weight, ``(rows, width)``, to ``out``."""
-    if _upcasts(grad):
+    if _is_upcast(grad):
         total = torch.zeros(out.shape)
-        for block in _blocks(len(weight), sum(out.shape)):
+        for block in _split_classes(len(weight), sum(out.shape)):
             total.addmm_(grad[:, block].float(), weight[block].float())
         out.copy_(total.mul_(scale))
     else:
@@ -104,19 +105,19 @@ def hidden_gradient_(out: Tensor, grad: Tensor, weight: Tensor, scale: float) ->
 
 
 def add_product_(total: Tensor, left: Tensor, right: Tensor, scale: float, first: bool) -> None:
-    """Add scale * left @ right to ``total``; with ``first``, write it.
+    """Add scale * left @ right to ``total``; with ``first``, overwrite ``total``.
 
-    ``total`` may have a wider dtype than the factors; the product is then not rounded to theirs.
+    If ``total`` has a wider dtype than the factors, the product is not rounded to their dtype.
     """
     beta, on_cpu = 0 if first else 1, left.device.type == "cpu"
-    if total.dtype == left.dtype and not _upcasts(left):
+    if total.dtype == left.dtype and not _is_upcast(left):
         torch.addmm(total, left, right, beta=beta, alpha=scale, out=total)
         return
-    if not on_cpu and _adds_to_float32(left.dtype, left.device):
+    if not on_cpu and _has_float32_sum(left.dtype, left.device):
         torch.addmm(total, left, right, out_dtype=total.dtype, beta=beta, alpha=scale, out=total)
         return
     wide = right.float() if on_cpu else right
-    for block in _blocks(len(total), sum(right.shape)):
+    for block in _split_classes(len(total), sum(right.shape)):
         if on_cpu and total.dtype is torch.float32:
             total[block].addmm_(left[block].float(), wide, beta=beta, alpha=scale)
             continue
@@ -126,13 +127,13 @@ def add_product_(total: Tensor, left: Tensor, right: Tensor, scale: float, first
             part = torch.mm(left[block], wide, out_dtype=total.dtype)
         part.mul_(scale)
         total[block] = part if first else part.add_(total[block])
-        del part  # free its memory before the next block is allocated
+        del part  # free the memory before the next block is allocated
 
 
 def scale_and_round(total: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     """Return scale * total in ``dtype``, computed block by block."""
     result = torch.empty_like(total, dtype=dtype)
-    for block in _blocks(len(total), total[:1].numel()):
+    for block in _split_classes(len(total), total[:1].numel()):
         torch.mul(total[block], scale, out=result[block])
     return result
 
@@ -141,6 +142,6 @@ def round_in_place(total: Tensor, dtype: torch.dtype) -> Tensor:
     """Round ``total`` to a narrower ``dtype``, in the first part of its memory."""
     flat = total.view(-1)
     result = flat.view(dtype)[: flat.numel()]
-    for block in _blocks(flat.numel(), 1):  # a block overwrites only what has been read
+    for block in _split_classes(flat.numel(), 1):  # a block overwrites only numbers that were read
         result[block] = flat[block].to(dtype)
     return result.view(total.shape)

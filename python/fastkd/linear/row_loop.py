@@ -1,9 +1,14 @@
-"""The loop over chunks of rows, which computes the gradients in the forward pass.
+"""Loop over chunks of rows, and compute the gradients in the forward pass.
 
-Each chunk has four steps: write the logits of both heads to buffers that every chunk reuses;
-compute the loss, and write its gradient over the student's logits; multiply that gradient by the
-weight, which gives rows of the gradient of the hidden states; and add its product with the hidden
-states to the gradient of the weight. Only counting the rows that are not ignored waits for a GPU.
+Each chunk has four steps:
+
+1. Write the logits of both heads to buffers that every chunk reuses.
+2. Compute the loss, and write its gradient over the student's logits.
+3. Multiply this gradient by the weight, which gives the gradient of the chunk's hidden states.
+4. Multiply the gradient of step 2 by the hidden states, and add the product to the weight's
+   gradient.
+
+The loop does not synchronize with a GPU.
 """
 
 from __future__ import annotations
@@ -19,22 +24,22 @@ from fastkd.linear.call import (
     LinearCall,
     Outputs,
     add_gradients,
-    defers_mean_division,
-    empty_outputs,
+    allocate_outputs,
+    is_mean_division_deferred,
     make_call,
     make_heads,
-    objective_of,
+    make_objective,
     select_rows,
 )
 
 
 def run(inputs: Inputs, call: LinearCall, counted: Tensor | None, power: Tensor | None) -> Outputs:
-    """Compute the loss of at least one row that counts, and its gradients for a grad_output of 1.
+    """Compute the loss and its gradients for a grad_output of 1; at least one row must count.
 
-    With ``defers_mean_division()`` the gradients lack the division by the denominator. Those of
-    weight and bias lack the ``power`` of :func:`call.add_gradients`.
+    If ``is_mean_division_deferred()``, the caller must divide the gradients by the denominator. The
+    caller must multiply the gradients of weight and bias by ``power``, unless it is None.
     """
-    out = empty_outputs(inputs, call)
+    out = allocate_outputs(inputs, call)
     rows = inputs.hidden.shape[0] if counted is None else counted.numel()
     if counted is not None:
         out.hidden.zero_()
@@ -45,7 +50,7 @@ def run(inputs: Inputs, call: LinearCall, counted: Tensor | None, power: Tensor 
     slope, teacher_buffer = None, buffer
     if teacher is not None:
         teacher, teacher_buffer = _prepare(teacher, call.teacher_dtype, chunk)
-    if call.student_softcap is not None and call.grads:
+    if call.student_softcap is not None and call.has_grads:
         slope = torch.empty_like(buffer)
     for start in range(0, rows, chunk):
         index: slice | Tensor = slice(start, min(rows, start + chunk))
@@ -54,11 +59,13 @@ def run(inputs: Inputs, call: LinearCall, counted: Tensor | None, power: Tensor 
         part = select_rows(inputs, index)
         size = len(part.hidden)
         part_slope = None if slope is None else slope[:size]
-        logits = products.logits_(buffer[:size], student._replace(hidden=part.hidden), part_slope)
+        logits = products.write_logits_(
+            buffer[:size], student._replace(hidden=part.hidden), part_slope
+        )
         teacher_logits = part.teacher_logits
         if teacher is not None and part.teacher_hidden is not None:
             head = teacher._replace(hidden=part.teacher_hidden)
-            teacher_logits = products.logits_(teacher_buffer[:size], head)
+            teacher_logits = products.write_logits_(teacher_buffer[:size], head)
         value, grad = _compute_loss(logits, teacher_logits, part, call)
         if call.reduction == "none":
             out.loss[..., index] = value
@@ -74,20 +81,20 @@ def run(inputs: Inputs, call: LinearCall, counted: Tensor | None, power: Tensor 
         if call.hidden_grad:
             is_direct = counted is None and out.hidden.dtype == grad.dtype
             rows_grad = grad.new_empty(part.hidden.shape) if not is_direct else out.hidden[index]
-            products.hidden_gradient_(rows_grad, grad, student.weight, call.student_scale)
+            products.write_hidden_gradient_(rows_grad, grad, student.weight, call.student_scale)
             if part.grad_rows is not None:
                 rows_grad.mul_(part.grad_rows.unsqueeze(1))
             if not is_direct:
                 out.hidden[index] = rows_grad.to(out.hidden.dtype)
         add_gradients(out, grad, part, call, power, slice(None), start == 0)
-        del grad  # before the next chunk allocates one, if it is not in the logits' buffer
-    if defers_mean_division(call) and inputs.denominator is not None:
+        del grad  # free a gradient outside the buffer before the next chunk's gradient is allocated
+    if is_mean_division_deferred(call) and inputs.denominator is not None:
         out.loss.div_(inputs.denominator)
     return out
 
 
 def _prepare(head: Head, dtype: torch.dtype, rows: int) -> tuple[Head, Tensor]:
-    """Cast the parameters of a head, and allocate the logits of some rows."""
+    """Cast the parameters of a head, and allocate the logits of ``rows`` rows."""
     bias = None if head.bias is None else head.bias.to(dtype)
     head = head._replace(weight=head.weight.to(dtype), bias=bias)
     return head, head.weight.new_empty((rows, len(head.weight)))
@@ -100,11 +107,11 @@ def _compute_loss(
 
     The gradient is in the memory of the logits if a kernel can write it there.
     """
-    objective = objective_of(part, call)
-    if defers_mean_division(call):
+    objective = make_objective(part, call)
+    if is_mean_division_deferred(call):
         objective = objective._replace(reduction="sum", normalizer=None)
     core = make_call(logits, teacher, part, objective, call)
-    if not call.grads:
+    if not call.has_grads:
         return dispatch.compute(core, call.with_terms), None
     with torch.enable_grad():
         leaf = logits.detach().requires_grad_()

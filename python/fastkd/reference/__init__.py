@@ -1,4 +1,4 @@
-"""The definitions of the losses, in plain PyTorch, from the papers."""
+"""Define the losses in plain PyTorch, from the papers."""
 
 from fastkd.reference import topk
 from fastkd.reference.dense import (

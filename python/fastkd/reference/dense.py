@@ -1,9 +1,9 @@
 """Define the loss and every option in plain PyTorch.
 
-Tests and benchmarks hold the kernels against it in float64, and fastkd itself uses it where no
-kernel can run (options that are not fused, function transforms, second derivatives, devices without
-kernels). It imports torch alone, and it is written from the definitions, not from the kernels'
-formulas, so that a mistake in those cannot hide here.
+Tests and benchmarks compare the kernels with this module in float64. fastkd uses this module where
+no kernel can run: options without a kernel, function transforms, second derivatives, and devices
+without kernels. The module imports torch alone. The formulas come from the definitions, not from
+the kernels, so that this module does not repeat a mistake of a kernel.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastkd.reference.divergences import DIVERGENCES, log_ratio_sum, over, standardized, weighted
+from fastkd.reference.divergences import DIVERGENCES, divide, log_ratio_sum, standardized, weighted
 
 Reduction = Literal["none", "sum", "mean"]
 TeacherForm = Literal["logits", "log_probs", "probs"]
@@ -27,7 +27,7 @@ ENSEMBLES: tuple[Ensemble, ...] = get_args(Ensemble)
 
 
 class Terms(NamedTuple):
-    """The results of one call, each reduced like the loss. Only ``loss`` carries a gradient."""
+    """Hold the results of one call, each reduced like the loss; ``loss`` alone has a gradient."""
 
     loss: Tensor
     """``hard_weight * hard + soft_weight * T^2 * soft``."""
@@ -40,11 +40,11 @@ class Terms(NamedTuple):
     teacher_entropy: Tensor
     """Entropy of softmax(teacher / T), in nats."""
     agreement: Tensor
-    """1 where some class is the most probable one for the teacher and for the student, else 0."""
+    """1 where teacher and student have a most probable class in common, else 0."""
     student_mass: Tensor = None  # type: ignore[assignment]
     """The student's probability of the classes that the teacher lists; 1 if they are all classes.
 
-    ``fastkd.reference.terms``, whose teacher has all classes, leaves this and the next None.
+    ``fastkd.reference.terms`` leaves ``student_mass`` and ``teacher_mass`` None.
     """
     teacher_mass: Tensor = None  # type: ignore[assignment]
     """The teacher's probability of the classes that it lists; 1 if they are all classes."""
@@ -62,14 +62,14 @@ def column(value: float | Tensor) -> float | Tensor:
     return value.unsqueeze(-1) if isinstance(value, Tensor) else value
 
 
-def _mixed_log_probs(log_probs: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+def _mix_log_probs(log_probs: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
     """Return the log of the weighted sum of several teachers' probabilities."""
     stack = torch.stack([x + math.log(w) for x, w in zip(log_probs, weights, strict=True)])
     absent = (stack == -math.inf).all(0)
     return stack.masked_fill(absent, 0).logsumexp(0).masked_fill(absent, -math.inf)
 
 
-def softened_teacher(
+def soften_teacher(
     teachers: Sequence[Tensor],
     t: float | Tensor,
     form: str,
@@ -87,23 +87,23 @@ def softened_teacher(
     if standardize:
         teachers = [standardized(logits) for logits in teachers]
     if len(teachers) == 1:
-        return over(teachers[0], t), ranked
+        return divide(teachers[0], t), ranked
     total = sum(weights) if weights else len(teachers)
     shares = [w / total for w in weights or [1.0] * len(teachers)]
     if ensemble == "logits":
         mixed = shares[0] * teachers[0]
         for share, logits in zip(shares[1:], teachers[1:], strict=True):
             mixed = mixed + share * logits
-        return over(mixed, t), mixed
-    mixed = _mixed_log_probs([F.log_softmax(over(x, t), -1) for x in teachers], shares)
+        return divide(mixed, t), mixed
+    mixed = _mix_log_probs([F.log_softmax(divide(x, t), -1) for x in teachers], shares)
     return mixed, mixed
 
 
-def _entropy(log_p: Tensor) -> Tensor:
+def _compute_entropy(log_p: Tensor) -> Tensor:
     return -log_ratio_sum(log_p.exp(), log_p, torch.zeros_like(log_p))
 
 
-def _products(weights: Tensor, log_q: Tensor) -> Tensor:
+def _sum_products(weights: Tensor, log_q: Tensor) -> Tensor:
     """Return -sum weights log q over classes; a masked class with weight 0 adds 0."""
     return -(weights * log_q.masked_fill(weights == 0, 0)).sum(-1)
 
@@ -119,13 +119,13 @@ def cross_entropy(
     each = log_q.new_ones(log_q.shape[-1]) if class_weight is None else class_weight
     if labels.is_floating_point():
         target = labels.to(log_q.dtype) * each
-        hard = _products(target, log_q)
+        hard = _sum_products(target, log_q)
     else:
         hard = -log_q.gather(-1, labels.unsqueeze(-1)).squeeze(-1)
         if class_weight is not None:
             hard = weighted(class_weight[labels], hard)
     if label_smoothing:
-        smooth = _products(each.expand_as(log_q), log_q) / log_q.shape[-1]
+        smooth = _sum_products(each.expand_as(log_q), log_q) / log_q.shape[-1]
         hard = weighted(1 - label_smoothing, hard) + weighted(label_smoothing, smooth)
     return hard
 
@@ -141,7 +141,8 @@ def reduce(
 ) -> Tensor:
     """Reduce one number for each row; rows that are not ``valid`` count as 0.
 
-    ``divisor``: of the mean; default: the number of valid rows. The mean over no rows is 0.
+    ``divisor``: the divisor of the mean. Default: the number of valid rows. The mean over no rows
+    is 0.
     """
     valid = torch.ones_like(rows, dtype=torch.bool) if valid is None else valid
     rows = rows.where(valid, torch.zeros_like(rows))
@@ -198,7 +199,7 @@ def terms(
         class_weight = class_weight.detach().to(acc)
 
     valid: Tensor | None = None
-    known: float | Tensor = 1.0
+    nan_factor: float | Tensor = 1.0
     if labels is not None and not soft_labels:
         # Ignored rows are replaced before any computation, so that a NaN in them has no effect.
         labels = labels.long()
@@ -207,9 +208,9 @@ def terms(
         student = student.where(keep, torch.zeros_like(student))
         neutral = 1 / student.shape[-1] if teacher_form == "probs" else 0.0
         teachers = [teacher.where(keep, torch.full_like(teacher, neutral)) for teacher in teachers]
-        # A label out of range makes its row NaN.
+        # A label out of range makes the loss of its row NaN.
         in_range = (labels >= 0) & (labels < student.shape[-1])
-        known = torch.ones_like(labels, dtype=acc).masked_fill(valid & ~in_range, math.nan)
+        nan_factor = torch.ones_like(labels, dtype=acc).masked_fill(valid & ~in_range, math.nan)
         labels = labels.where(in_range, torch.zeros_like(labels))
 
     if teacher_temperature is None:
@@ -218,37 +219,42 @@ def terms(
         value.to(acc) if isinstance(value, Tensor) else value
         for value in (temperature, teacher_temperature, hard_weight, soft_weight)
     )
-    scaled_teacher, ranked = softened_teacher(
+    scaled_teacher, ranked = soften_teacher(
         teachers, column(teacher_temperature), teacher_form, teacher_weights, ensemble, standardize
     )
     log_p = F.log_softmax(scaled_teacher, -1)
-    scaled = over(standardized(student) if standardize else student, column(temperature))
+    scaled = divide(standardized(student) if standardize else student, column(temperature))
     log_q = F.log_softmax(scaled, -1)
-    kind = DIVERGENCES[divergence]
-    compared = [scaled_teacher, scaled] if kind.compares == "logits" else [log_p, log_q]
+    definition = DIVERGENCES[divergence]
+    compared = [scaled_teacher, scaled] if definition.compares == "logits" else [log_p, log_q]
     if isinstance(soft_weight, Tensor) or soft_weight == 0:
-        # No gradient reaches rows without weight: their divergence may be infinite, and 0 times
-        # its gradient NaN.
-        weighs = torch.as_tensor(soft_weight != 0, device=student.device).unsqueeze(-1)
-        compared = [torch.where(weighs, x, x.detach()) for x in compared]
+        # Rows with weight 0 get no gradient: their divergence may be infinite, and 0 times an
+        # infinite gradient is NaN.
+        has_weight = torch.as_tensor(soft_weight != 0, device=student.device).unsqueeze(-1)
+        compared = [torch.where(has_weight, x, x.detach()) for x in compared]
     arguments: list[object] = [*compared]
-    arguments += [labels] if kind.needs_labels else []
-    arguments += [] if kind.mix is None else [kind.mix if mix is None else mix]
-    soft = kind.compute(*arguments) * (known if kind.needs_labels else 1)
+    arguments += [labels] if definition.needs_labels else []
+    arguments += [] if definition.mix is None else [definition.mix if mix is None else mix]
+    soft = definition.compute(*arguments) * (nan_factor if definition.needs_labels else 1)
     soft_part = weighted(soft_weight * temperature**2, soft)
     hard = hard_part = torch.zeros_like(soft)
     hard_divisor = normalizer
     if labels is not None:
-        hard = cross_entropy(student, labels, class_weight, label_smoothing) * known
+        hard = cross_entropy(student, labels, class_weight, label_smoothing) * nan_factor
         hard_part = weighted(hard_weight, hard)
         if normalizer is None and class_weight is not None and valid is not None:
             hard_divisor = reduce(class_weight[labels], valid, "sum")
             hard_divisor = hard_divisor.where(hard_divisor != 0, 1)
     with torch.no_grad():
-        both = (student == student.amax(-1, keepdim=True)) & (
+        is_best = (student == student.amax(-1, keepdim=True)) & (
             ranked == ranked.amax(-1, keepdim=True)
         )
-        logged = (soft.detach(), _entropy(log_q), _entropy(log_p), both.any(-1).to(acc))
+        logged = (
+            soft.detach(),
+            _compute_entropy(log_q),
+            _compute_entropy(log_p),
+            is_best.any(-1).to(acc),
+        )
     loss = reduce(hard_part, valid, reduction, hard_divisor)
     return Terms(
         loss + reduce(soft_part, valid, reduction, normalizer),

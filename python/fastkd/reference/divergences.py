@@ -1,7 +1,7 @@
 """Define the divergences, and list their names, formulas and sources.
 
 The letters are those of docs/maths.md: p is the teacher, q the student, z the student's logits and
-w the teacher's. Rows are ``(..., C)``, and a divergence has one number for each row, ``(...)``.
+w the teacher's. Rows are ``(..., C)``; a divergence returns one number for each row, ``(...)``.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 LEAST_DEVIATION = 1e-7
-"""Added to the deviation by which standardized logits are divided."""
+"""A term added to the standard deviation by which standardized logits are divided."""
 
 
-def over(logits: Tensor, t: float | Tensor) -> Tensor:
-    """Return logits / t, where masked classes add nothing to the gradient of t (no 0 * inf)."""
+def divide(logits: Tensor, t: float | Tensor) -> Tensor:
+    """Return logits / t; masked classes add nothing to the gradient of t (no 0 * inf)."""
     if not isinstance(t, Tensor):
         return logits / t
     masked = logits == -math.inf
@@ -47,14 +47,14 @@ def _log_mixture(log_a: Tensor, log_b: Tensor, weight: float) -> Tensor:
 
 
 def weighted(weight: float | Tensor, value: Tensor) -> Tensor:
-    """Multiply ``value`` by ``weight``; a term with weight 0 is 0 even if it is infinite."""
-    nothing = value.isinf() & (weight == 0)
-    return value.masked_fill(nothing, 0) * weight
+    """Multiply ``value`` by ``weight``; the product with weight 0 is 0 even for infinity."""
+    is_undefined = value.isinf() & (weight == 0)
+    return value.masked_fill(is_undefined, 0) * weight
 
 
 def symmetric_kl(log_p: Tensor, log_q: Tensor, mix: float) -> Tensor:
     """Compute the sum of both KLs; ``mix`` weighs the forward KL."""
-    if mix in (0, 1):  # the other KL may be infinite, and its gradient NaN
+    if mix in (0, 1):  # the KL with weight 0 may be infinite, and its gradient NaN
         return _kl(log_p, log_q) if mix == 1 else _kl(log_q, log_p)
     return mix * _kl(log_p, log_q) + (1 - mix) * _kl(log_q, log_p)
 
@@ -66,12 +66,12 @@ def jsd(log_p: Tensor, log_q: Tensor, mix: float) -> Tensor:
 
 
 def skewed_forward_kl(log_p: Tensor, log_q: Tensor, mix: float) -> Tensor:
-    """Compute the KL of the teacher and a mixture; ``mix`` is the teacher's share of it."""
+    """Compute the KL of the teacher and a mixture in which the teacher's share is ``mix``."""
     return _kl(log_p, _log_mixture(log_p, log_q, mix))
 
 
 def total_variation(log_p: Tensor, log_q: Tensor) -> Tensor:
-    """Compute half of the L1 distance, whose slope where p = q is defined as 0."""
+    """Compute half of the L1 distance; where p = q, its gradient is 0."""
     return 0.5 * (log_p.exp() - log_q.exp()).abs().sum(-1)
 
 
@@ -83,12 +83,12 @@ def soft_cross_entropy(log_p: Tensor, log_q: Tensor) -> Tensor:
 def dkd(log_p: Tensor, log_q: Tensor, labels: Tensor, mix: float) -> Tensor:
     """Compute decoupled distillation: a binary KL, plus ``mix`` times a KL of the other classes.
 
-    The binary KL is of (label, all other classes). ``labels``: class indices, ``(...)``. The second
-    KL is 0 where the teacher masks every other class.
+    The binary KL compares (label, all other classes). The second KL is 0 where the teacher masks
+    every other class. ``labels``: class indices, ``(...)``.
     """
     index = labels.unsqueeze(-1)
-    # For teacher and student: log-probabilities of (label, the rest), (..., 2), and of the other
-    # classes without the label, (..., C), where the label has -inf.
+    # ``binary``: log-probabilities of (label, all other classes), (..., 2). ``others``:
+    # log-probabilities without the label, (..., C), with -inf for the label.
     binary, others, alone = [], [], []
     for log_probs in (log_p, log_q):
         rest = log_probs.scatter(-1, index, -math.inf)
@@ -102,64 +102,64 @@ def dkd(log_p: Tensor, log_q: Tensor, labels: Tensor, mix: float) -> Tensor:
     return _kl(*binary) + mix * within if mix else _kl(*binary)
 
 
-# ---- divergences of logits, without the classes that both mask
+# ---- divergences of logits, without the classes that teacher and student mask
 
 
-def _gap(teacher: Tensor, student: Tensor) -> tuple[Tensor, Tensor]:
-    """Return (student - teacher, or 0 for classes that both mask; the number of other classes)."""
+def _subtract(teacher: Tensor, student: Tensor) -> tuple[Tensor, Tensor]:
+    """Return student - teacher, 0 for classes that both mask, and the number of other classes."""
     absent = (teacher == -math.inf) & (student == -math.inf)
-    gap = student.masked_fill(absent, 0) - teacher.masked_fill(absent, 0)
-    return gap, (~absent).sum(-1, keepdim=True)
+    difference = student.masked_fill(absent, 0) - teacher.masked_fill(absent, 0)
+    return difference, (~absent).sum(-1, keepdim=True)
 
 
-def _centered(logits: Tensor) -> Tensor:
+def _center(logits: Tensor) -> Tensor:
     """Subtract from each row the mean of its unmasked logits."""
     masked = logits == -math.inf
     count = (~masked).sum(-1, keepdim=True)
 
     def mean(values: Tensor) -> Tensor:
-        # Quotients, because the sum of finite masks such as -1e38 would overflow.
+        # Divide before the sum, which would overflow for finite masks such as -1e38.
         return (values.masked_fill(masked, 0) / count).sum(-1, keepdim=True)
 
     centered = logits - mean(logits)
-    return centered - mean(centered.detach())  # which is the rounding error of the first mean
+    return centered - mean(centered.detach())  # subtract the rounding error of the first mean
 
 
 def deviation(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Return each row minus its mean, and its unbiased deviation ``(..., 1)`` + LEAST_DEVIATION.
+    """Return each row minus its mean, and the row's standard deviation + LEAST_DEVIATION.
 
-    Masked classes do not count.
+    The deviation is unbiased, ``(..., 1)``. Masked classes do not count.
     """
     masked = logits == -math.inf
-    centered = _centered(logits)
+    centered = _center(logits)
     values = centered.masked_fill(masked, 0)
     freedom = ((~masked).sum(-1, keepdim=True) - 1).clamp(min=1)
-    # Divided by the largest, so that no square overflows.
+    # Divide by the largest value, so that no square overflows.
     largest = values.detach().abs().amax(-1, keepdim=True)
     largest = largest.masked_fill(largest == 0, 1)
-    # The derivative of a norm at 0 is 0; that of the root of a variance does not exist.
+    # A norm has the derivative 0 at 0; the square root of a variance has none.
     length: Tensor = torch.linalg.vector_norm(values / largest, dim=-1, keepdim=True)
     return centered, length / freedom.to(logits.dtype).sqrt() * largest + LEAST_DEVIATION
 
 
 def standardized(logits: Tensor) -> Tensor:
-    """Divide each row minus its mean by its deviation (Sun et al. 2024)."""
-    return over(*deviation(logits))
+    """Subtract each row's mean, and divide by the row's standard deviation (Sun et al. 2024)."""
+    return divide(*deviation(logits))
 
 
 def mse(teacher: Tensor, student: Tensor) -> Tensor:
     """Compute the mean over classes of the squared difference."""
-    gap, count = _gap(teacher, student)
-    return gap.square().sum(-1) / count.squeeze(-1)
+    difference, count = _subtract(teacher, student)
+    return difference.square().sum(-1) / count.squeeze(-1)
 
 
 def centered_mse(teacher: Tensor, student: Tensor) -> Tensor:
-    """Compute the mean squared difference of rows minus their means."""
-    return mse(_centered(teacher), _centered(student))
+    """Compute the mean squared difference, after subtracting each row's mean."""
+    return mse(_center(teacher), _center(student))
 
 
 def cosine(teacher: Tensor, student: Tensor) -> Tensor:
-    """Compute 1 minus the cosine of the angle between two rows; 1 if either is all zeros."""
+    """Compute 1 minus the cosine of the angle between two rows; 1 if a row is all zeros."""
     absent = (teacher == -math.inf) & (student == -math.inf)
     rows = [logits.masked_fill(absent, 0) for logits in (teacher, student)]
     squares = [row.square().sum(-1) for row in rows]
@@ -168,14 +168,14 @@ def cosine(teacher: Tensor, student: Tensor) -> Tensor:
 
 
 class Divergence(NamedTuple):
-    """A divergence D of the soft term, before weight and T^2."""
+    """Define a divergence D of the soft term, before weight and T^2."""
 
     compute: Callable[..., Tensor]
     """A function of (teacher, student[, labels][, mix])."""
     formula: str
     source: str
     compares: str = "probabilities"
-    """Input of ``compute``: log p, log q for ``"probabilities"``; w / T_t, z / T otherwise."""
+    """Input of ``compute``: "probabilities" for log p, log q; "logits" for w / T_t, z / T."""
     mix: float | None = None
     """The default of ``mix``; None if the divergence has no such parameter."""
     mix_meaning: str = ""
@@ -199,7 +199,7 @@ DivergenceName = Literal[
     "cosine",
     "dkd",
 ]
-"""The names, for type checkers; the same as the keys of ``DIVERGENCES``."""
+"""The keys of ``DIVERGENCES``, for type checkers."""
 
 DIVERGENCES: dict[str, Divergence] = {
     "forward_kl": Divergence(

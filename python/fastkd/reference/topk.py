@@ -12,11 +12,11 @@ from fastkd.reference.dense import Terms, column, cross_entropy, reduce
 from fastkd.reference.divergences import DIVERGENCES, log_ratio_sum, weighted
 
 ESTIMATORS = ("k1", "k2", "k3")
-"""Estimates of KL(student || teacher) from a sampled class (Schulman 2020)."""
+"""Names of the estimates of KL(student || teacher) from a sampled class (Schulman 2020)."""
 
 MOST_MASS = 1.1
-"""The largest accepted sum of a row's listed probabilities (kMostMass in csrc/topk.h). Above 1
-because 16-bit log-probabilities carry rounding errors of a few percent."""
+"""The largest accepted sum of a row's listed probabilities (kMostMass in csrc/topk.h). The bound is
+above 1 because 16-bit log-probabilities carry rounding errors of a few percent."""
 
 
 def mark_padding(indices: Tensor, log_probs: Tensor) -> Tensor:
@@ -25,12 +25,12 @@ def mark_padding(indices: Tensor, log_probs: Tensor) -> Tensor:
 
 
 def find_duplicate(indices: Tensor) -> Tensor:
-    """Return for each row a class that it lists twice, or -1."""
+    """Return for each row a class that the row lists twice, or -1."""
     ordered = indices.sort(-1).values
     if ordered.shape[-1] == 1:
         return torch.full_like(ordered[..., 0], -1)
-    again, minus_one = ordered[..., 1:], torch.full_like(ordered[..., 1:], -1)
-    return again.where((again >= 0) & (again == ordered[..., :-1]), minus_one).amax(-1)
+    current, minus_one = ordered[..., 1:], torch.full_like(ordered[..., 1:], -1)
+    return current.where((current >= 0) & (current == ordered[..., :-1]), minus_one).amax(-1)
 
 
 def mass(indices: Tensor, log_probs: Tensor) -> Tensor:
@@ -38,19 +38,19 @@ def mass(indices: Tensor, log_probs: Tensor) -> Tensor:
     return log_probs.exp().masked_fill(indices < 0, 0).sum(-1)
 
 
-def _log_sum(log_q: Tensor, present: Tensor) -> Tensor:
+def _logsumexp(log_q: Tensor, present: Tensor) -> Tensor:
     """Return log of the sum of exp(log_q) where ``present``; -inf, with no gradient, if empty."""
     present = present & (log_q > -math.inf)
     is_empty = ~present.any(-1, keepdim=True)
     terms = log_q.masked_fill(~present, -math.inf).masked_fill(is_empty, 0)
-    # torch.logsumexp cannot be compiled where the number of rows is unknown.
+    # torch.compile cannot compile torch.logsumexp for an unknown number of rows.
     largest = terms.detach().amax(-1, keepdim=True)
     log_sum = (terms - largest).exp().sum(-1).log() + largest.squeeze(-1)
     return log_sum.masked_fill(is_empty.squeeze(-1), -math.inf)
 
 
 def is_infinite_without_rest(name: str, mix: float | None) -> bool:
-    """Return True if the divergence is infinite where the teacher leaves a class nothing."""
+    """Return True if the divergence is infinite for a class whose teacher probability is 0."""
     return name == "reverse_kl" or (name == "symmetric_kl" and mix is not None and mix < 1)
 
 
@@ -59,9 +59,10 @@ def distributions(
 ) -> tuple[Tensor, Tensor]:
     """Return the log-probabilities of teacher and student that a divergence compares.
 
-    Both are ``(..., k)``, or ``(..., k + 1)`` if ``tail`` is ``"ghost"``: the last class is then
-    all that is not listed. They are -inf for padding. ``has_floor``: give the ghost at least the
-    rounding of 1, so that a list that adds up to 1 does not make the divergence infinite.
+    Both results are ``(..., k)``, with -inf for padding. With the tail ``"ghost"``, the results are
+    ``(..., k + 1)``: the ghost, the last class, stands for all classes that are not listed.
+    ``has_floor``: give the ghost at least the rounding error of 1, so that the divergence is
+    finite for a list that adds up to 1.
     """
     listed = indices >= 0
     log_p = log_probs.masked_fill(~listed, -math.inf)
@@ -72,31 +73,31 @@ def distributions(
         return log_p, listed_q
     rest = torch.zeros_like(total)
     if tail == "ghost":
-        # scatter needs a place for padding: one more than there are classes.
+        # scatter writes padding to an extra class, which is removed.
         outside = torch.ones((*log_q.shape[:-1], log_q.shape[-1] + 1), device=log_q.device).bool()
         places = indices.masked_fill(~listed, log_q.shape[-1]).clamp(max=log_q.shape[-1])
         outside = outside.scatter(-1, places, False)[..., :-1]
-        log_rest_q = _log_sum(log_q, outside).unsqueeze(-1)
+        log_rest_q = _logsumexp(log_q, outside).unsqueeze(-1)
         floor = torch.finfo(log_q.dtype).eps / 2 if has_floor else 0.0
         rest = (1 - total).clamp(min=floor).masked_fill(log_rest_q == -math.inf, 0)
         listed_q = torch.cat((listed_q, log_rest_q), -1)
     else:
-        share = _log_sum(log_q.gather(-1, places), listed).unsqueeze(-1)
+        share = _logsumexp(log_q.gather(-1, places), listed).unsqueeze(-1)
         listed_q = listed_q - share.masked_fill(share == -math.inf, 0)
-    return _teacher(log_p, rest, tail), listed_q
+    return _complete_teacher(log_p, rest, tail), listed_q
 
 
-def _teacher(log_p: Tensor, rest: Tensor, tail: str) -> Tensor:
-    """Scale the list so that it adds up to 1 with ``rest``, ``(..., 1)``; append it to "ghost"."""
+def _complete_teacher(log_p: Tensor, rest: Tensor, tail: str) -> Tensor:
+    """Scale a list to add up to 1 with ``rest``, ``(..., 1)``; append ``rest`` for "ghost"."""
     total = log_p.exp().sum(-1, keepdim=True)
-    # In logarithms, since a list's probabilities may all be below the dtype's least number.
-    log_total = _log_sum(log_p, log_p > -math.inf).unsqueeze(-1)
+    # The sum is computed in logarithms, because all probabilities of a list may underflow.
+    log_total = _logsumexp(log_p, log_p > -math.inf).unsqueeze(-1)
     is_scaled = (rest != 1 - total) & (log_total > -math.inf)
     log_p = log_p + (torch.log1p(-rest) - log_total).masked_fill(~is_scaled, 0)
     return torch.cat((log_p, rest.log()), -1) if tail == "ghost" else log_p
 
 
-def _divergence(
+def _compute_divergence(
     log_q: Tensor,
     indices: Tensor,
     log_probs: Tensor,
@@ -111,19 +112,18 @@ def _divergence(
     options = {} if mix is None else {"mix": mix}
     value: Tensor = DIVERGENCES[name].compute(log_p, listed_q, **options)
     if name in ("forward_kl", "soft_cross_entropy") or (name == "symmetric_kl" and mix != 0):
-        # Infinite, too, where the probability of a class that the student masks underflows.
+        # The divergence is infinite if only the student masks a class, even if p underflows to 0.
         is_masked = (log_p > -math.inf) & (log_p.exp() == 0) & (listed_q == -math.inf)
         value = value.masked_fill(is_masked.any(-1), math.inf)
-    # A list without probability has nothing to compare, unless it leaves all to the ghost.
+    # The divergence is 0 if neither the list nor the ghost has any probability.
     return value.masked_fill((log_p == -math.inf).all(-1), 0)
 
 
 def estimate(log_q: Tensor, indices: Tensor, log_probs: Tensor, estimator: str) -> Tensor:
     """Estimate KL(q || p) from one class of each row, ``(..., 1)``; 0 for padding.
 
-    The gradient of ``"k1"`` is that of the policy gradient: log q - log p, detached, times the
-    gradient of log q. A class that the student masks makes the estimate infinite, with a gradient
-    of 0.
+    The gradient of ``"k1"`` is the policy gradient: log q - log p, detached, times the gradient of
+    log q. A class that the student masks makes the estimate infinite, with a gradient of 0.
     """
     log_q = log_q.gather(-1, indices.clamp(0, log_q.shape[-1] - 1))
     is_masked = log_q == -math.inf
@@ -149,7 +149,8 @@ def describe(
 ) -> tuple[Tensor, ...]:
     """Return teacher_entropy, agreement, student_mass and teacher_mass of Terms for each row.
 
-    A sampled class tells neither the teacher's entropy nor its most probable class: NaN.
+    If ``is_sampled``, ``teacher_entropy`` and ``agreement`` are NaN: one class does not determine
+    them.
     """
     log_p = log_probs.masked_fill(indices < 0, -math.inf)
     places = indices.clamp(0, log_q.shape[-1] - 1)
@@ -163,7 +164,7 @@ def describe(
     agrees = agrees & (log_p > -math.inf).any(-1)
     if tail != "ignore":
         rest = (1 - teacher_mass).clamp(min=0).unsqueeze(-1)
-        log_p = _teacher(log_p, rest if tail == "ghost" else torch.zeros_like(rest), tail)
+        log_p = _complete_teacher(log_p, rest if tail == "ghost" else torch.zeros_like(rest), tail)
     return entropy(log_p), agrees.to(log_probs.dtype), student_mass, teacher_mass
 
 
@@ -188,7 +189,7 @@ def terms(
     """Compute the loss and its terms by differentiable PyTorch operations.
 
     Arguments are those of :func:`fastkd.loss` with a :class:`fastkd.TopK`, converted to the dtype
-    of ``log_probs``. Rows with an invalid label or list are NaN.
+    of ``log_probs``. The loss of a row with an invalid label or list is NaN.
     """
     logits = student.to(log_probs.dtype)
     indices = mark_padding(indices, log_probs)
@@ -202,11 +203,11 @@ def terms(
     if estimator is not None:
         soft = estimate(log_q, indices, log_probs, estimator)
     else:
-        soft = _divergence(log_q, indices, log_probs, tail, divergence, mix)
+        soft = _compute_divergence(log_q, indices, log_probs, tail, divergence, mix)
     loss = weighted(soft_weight * temperature**2, soft)
     is_valid = (indices < logits.shape[-1]).all(-1) & (find_duplicate(indices) < 0)
     is_valid = is_valid & (mass(indices, log_probs) <= MOST_MASS)
-    # log_softmax gives NaN for all classes if a logit is NaN or +inf, or none is above -inf.
+    # log_softmax gives NaN for all classes if a logit is NaN or +inf, or all logits are -inf.
     is_valid = is_valid & ~log_q[..., 0].isnan()
     hard = torch.zeros_like(soft)
     if labels is not None:

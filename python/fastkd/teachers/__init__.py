@@ -1,9 +1,9 @@
-"""Cached and served teachers: log-probabilities that were computed before, or elsewhere.
+"""Read a teacher's log-probabilities from disk, or from the replies of inference servers.
 
 :func:`precompute` writes a teacher's log-probabilities to disk, :class:`TeacherCache` reads them by
-sample id, and :class:`WithIds` adds the ids to a dataset. These need ``pip install fastkd[train]``.
-:mod:`fastkd.teachers.served` reads the replies of inference servers. ``docs/teachers.md`` describes
-both, with the file format, measured sizes and speeds.
+sample id, and :class:`WithIds` adds the ids to a dataset. A cache needs ``pip install
+fastkd[train]``. :mod:`fastkd.teachers.served` reads the replies of inference servers.
+``docs/teachers.md`` describes caches and servers, with the file format, measured sizes and speeds.
 """
 
 from fastkd.batches import WithIds

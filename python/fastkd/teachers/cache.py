@@ -16,12 +16,12 @@ from fastkd.teachers.digests import digest_inputs, fingerprint
 
 
 class TeacherCache:
-    """The log-probabilities that :func:`precompute` wrote, read by sample id, in any order.
+    """Read the log-probabilities that :func:`precompute` wrote, by sample id, in any order.
 
     Files are memory-mapped, so a cache may be larger than memory, and processes share the pages
-    that they read. ``DataLoader`` workers may use the cache, forked or spawned: it is pickled as
-    its path, and a worker opens the files itself. Each sample has a checksum, which each process
-    checks when it first reads the sample.
+    that they read. ``DataLoader`` workers may use the cache, forked or spawned: only the path is
+    pickled, and a worker opens the files itself. Each sample has a checksum, which a process checks
+    when it first reads the sample.
 
     Args:
         path: the folder that :func:`precompute` wrote, completely or in part.
@@ -30,24 +30,24 @@ class TeacherCache:
 
     Attributes:
         classes: number of classes of the teacher.
-        top_k: how many of them are stored in each row; None: all.
-        temperature: T; the cache holds log softmax(logits / T). If it holds all classes, T times
-            the log-probabilities are the teacher's logits up to a constant in each row, so they can
-            be used at any temperature. The top k can be used at this temperature alone.
+        top_k: how many classes are stored in each row; None: all classes.
+        temperature: T; the cache holds log softmax(logits / T). A cache of all classes can be used
+            at any temperature: T times the log-probabilities are the teacher's logits up to a
+            constant in each row. The top k can be used at T alone.
         dtype: dtype of the log-probabilities.
         positions: shape of a sample's rows: () for one row, (-1,) for sequences, or sizes.
         teacher: :func:`fingerprint` of the teacher.
         ids: int64, the ids of all samples, ascending.
-        kl: KL(teacher || distribution reconstructed from the cache), mean over rows, in nats, at
-            that temperature. The reconstruction spreads the tail evenly over its classes.
+        kl: KL(teacher || distribution reconstructed from the cache) at T, mean over rows, in nats.
+            The reconstruction spreads the tail evenly over the classes that are not stored.
         tail: mean probability of the classes that are not stored.
 
     Raises:
         TypeError: if ``path`` is not a path.
         FileNotFoundError: if there is no cache.
-        ValueError: if ``path`` cannot be a folder; if a file is damaged, is not a regular file, or
-            has another format or another teacher than the first file; or if ``classes`` or
-            ``teacher`` differ.
+        ValueError: if ``path`` cannot be a folder, or if ``classes`` or ``teacher`` differ.
+        ValueError: if a file is damaged, is not a regular file, or has another format or another
+            teacher than the first file.
 
     Example:
         >>> import tempfile, torch, fastkd
@@ -100,7 +100,7 @@ class TeacherCache:
             columns.append((part.ids, number, starts, part.lengths, part.inputs, sums))
         table = [torch.cat(parts) for parts in zip(*columns, strict=True)]
         ids, order = table[0].sort(stable=True)
-        order = order[ids.diff(prepend=ids[:1] - 1) != 0]  # of an id that occurs twice, the first
+        order = order[ids.diff(prepend=ids[:1] - 1) != 0]  # if an id occurs twice, keep the first
         self.ids, self._shard_of, self._starts, self._lengths, self._inputs, self._checksums = (
             column[order] for column in table
         )
@@ -130,6 +130,7 @@ class TeacherCache:
         return self.ids[self._search(ids)] == ids
 
     def _search(self, ids: Tensor) -> Tensor:
+        """Return the position of each id in the index, or any position for a missing id."""
         return torch.searchsorted(self.ids, ids).clamp_(max=len(self.ids) - 1)
 
     def check(
@@ -146,13 +147,14 @@ class TeacherCache:
         Args:
             classes: number of classes of the student.
             teacher: module that the cache should have been computed with.
-            temperature: the teacher's temperature in the loss. A cache of all classes fits any.
+            temperature: the teacher's temperature in the loss. A cache of all classes fits every
+                temperature.
             ids: samples that must be in the cache.
-            batch: a batch of the loader, with ids (:class:`WithIds`), whose inputs must equal those
-                that the teacher got. Omit it if inputs are augmented at random.
+            batch: a batch of the loader, with ids (:class:`WithIds`). The inputs must equal
+                those that the teacher got. Omit ``batch`` if inputs are augmented at random.
 
         Raises:
-            ValueError: if anything does not fit.
+            ValueError: if an argument does not fit.
         """
         if classes is not None and classes != self.classes:
             raise ValueError(
@@ -167,7 +169,8 @@ class TeacherCache:
             raise ValueError(
                 f"temperature: {self.path} holds the {self.top_k} largest log-probabilities at "
                 f"temperature {self.temperature:g}, which cannot be turned into those at "
-                f"{temperature:g}. Distil at {self.temperature:g}, or precompute at {temperature:g}"
+                f"{temperature:g}. Distill at {self.temperature:g}, or precompute at "
+                f"{temperature:g}"
             )
         if ids is not None:
             self._find(ids)
@@ -189,7 +192,7 @@ class TeacherCache:
             )
 
     def _find(self, ids: Tensor) -> Tensor:
-        """Return the positions of ids in the index, or raise if one is missing."""
+        """Return the position of each id in the index, or raise if an id is missing."""
         ids = batches.check_ids(ids).cpu()
         index = self._search(ids)
         missing = ids[self.ids[index] != ids]
@@ -207,9 +210,9 @@ class TeacherCache:
         Args:
             ids: ``(B,)`` integers, on any device, in any order.
             shape: shape of a sample's rows in the batch, ``student_logits.shape[1:-1]``. Sequences
-                are padded to it: with id -1 and log-probability -inf, or, if the cache holds all
-                classes, with equal probabilities; mask these rows by their labels. Default: the
-                length of the longest of these sequences.
+                are padded to this shape: with index -1 and log-probability -inf, or with equal
+                probabilities if the cache holds all classes. Mask padding rows by their labels.
+                Default: the length of the longest of these sequences.
 
         Returns:
             ``(B, *shape, classes)`` log-probabilities; with ``top_k``, a :class:`fastkd.TopK` of
@@ -248,7 +251,7 @@ class TeacherCache:
         return TopK(log_probs, indices.view(log_probs.shape))
 
     def _check_rows(self, number: int, index: Tensor) -> None:
-        """Compare the checksums of samples of a shard, unless they were compared before."""
+        """Check the checksums of a shard's samples, unless they were checked before."""
         new = torch.unique(index[self._unchecked[index]])
         sums = shard.compute_checksums(self._shards[number], self._starts[new], self._lengths[new])
         damaged = new[sums != self._checksums[new]]

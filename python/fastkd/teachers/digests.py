@@ -1,4 +1,4 @@
-"""Digests of a teacher's weights and of samples' inputs, to detect that they have changed."""
+"""Compute digests of a teacher's weights and of samples' inputs, to detect changes."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from fastkd import batches
 def fingerprint(teacher: nn.Module) -> str:
     """Compute the SHA-256 of a module's parameters and buffers: dtypes, shapes and bytes, in order.
 
-    Quantized weights are included, packed or not. Names are not, so that ``torch.compile`` and
-    wrappers such as ``DataParallel`` do not change the fingerprint.
+    Quantized weights are included, packed or not. Names are not included, so that ``torch.compile``
+    and wrappers such as ``DataParallel`` do not change the fingerprint.
 
     Raises:
         TypeError: if ``teacher`` is not a module.
@@ -42,8 +42,8 @@ def fingerprint(teacher: nn.Module) -> str:
 def digest_inputs(inputs: Any, count: int, lengths: list[int] | None) -> Tensor:
     """Compute a digest of each sample's inputs, as int64 ``(count,)``.
 
-    With ``lengths``, only that many positions of each sample are read, so that padding makes no
-    difference. A 0-d tensor belongs to no sample and is ignored.
+    With ``lengths``, only the first ``lengths[i]`` positions of sample i are read, so that padding
+    makes no difference. A 0-d tensor belongs to no sample and is ignored.
     """
     if isinstance(inputs, Mapping):
         inputs = dict(sorted(inputs.items()))

@@ -1,7 +1,7 @@
-"""Check the entries of a server's reply, and turn them into a :class:`fastkd.TopK`.
+"""Check the entries of a server's reply, and convert them to a :class:`fastkd.TopK`.
 
-An entry is a token id with its log-probability. :mod:`fastkd.teachers.served` reads the entries of
-each position out of a reply.
+An entry is a token id with its log-probability. :mod:`fastkd.teachers.served` extracts the entries
+of each position from a reply.
 """
 
 from __future__ import annotations
@@ -27,19 +27,19 @@ _TOKEN_ID = "token_id:"
 """The prefix of a token in a reply of vLLM with ``return_tokens_as_token_ids``."""
 _LARGEST_ID = 2**31 - 1
 _LEAST = -9999.0
-"""JSON has no infinity. vLLM writes -9999 in place of -inf, SGLang the least float32."""
-_ROUNDING = 1e-3
-"""A log-probability may be this far above 0."""
+"""Entries of at most this value are -inf: vLLM writes -9999, SGLang the least float32."""
+_LARGEST_LOG_PROB = 1e-3
+"""The largest accepted log-probability: rounding may give a number above 0."""
 _RAGGED = 64
-"""The longest list may have this many times the mean number of entries. It bounds the memory of a
-result to this multiple of the reply's."""
+"""The largest accepted ratio of the longest list's length to the mean length. The bound limits the
+memory of a result to this multiple of the memory of the reply."""
 
 
 class Entries:
-    """The entries of all positions of a reply, one after the other.
+    """Hold the entries of all positions of a reply, one after the other.
 
-    Lists of all positions are checked and converted at once, because a check of each of 100,000
-    entries by itself would take most of the time.
+    The entries are checked and converted together, because 100,000 separate checks would take most
+    of the time.
 
     Attributes:
         counts: number of entries of each position.
@@ -48,7 +48,7 @@ class Entries:
     """
 
     def __init__(self, field: str, positions: object, read: Read, form: str) -> None:
-        """Concatenate what ``read`` returns for each position; ``form``: what it accepts."""
+        """Concatenate the entries of all positions; ``form``: the form that ``read`` accepts."""
         self.field = field
         self.counts: list[int] = []
         self.ids: list[Any] = []
@@ -60,7 +60,7 @@ class Entries:
                     ids, log_probs = read(entry)
                     all_ids += ids
                     all_log_probs += log_probs
-                except Exception as error:  # whatever an object that is not as expected raises
+                except Exception as error:  # an object of another form may raise any exception
                     raise ValueError(
                         f"{field}[{position}] must be {form}; got {show(entry)}"
                     ) from error
@@ -87,8 +87,8 @@ class Entries:
         raise ValueError(f"{self.field}[{position}]: {message}")
 
     def strip_prefixes(self) -> None:
-        """Remove the prefix of each token, unless tokens are ids already; raise if one is text."""
-        kinds = _types(self.ids)
+        """Remove the prefix of each token, unless all tokens are ids; raise for a token of text."""
+        kinds = _get_types(self.ids)
         if kinds <= {int}:
             return
         size = len(_TOKEN_ID)
@@ -117,7 +117,7 @@ class Entries:
         k: int | None,
         tail: Tail,
     ) -> TopK:
-        """Check all entries, and return them as a teacher, most probable first.
+        """Check all entries, and return them as a teacher, the most probable entry first.
 
         ``lists_tokens``: True if each position must list the sequence's own token.
         """
@@ -141,9 +141,9 @@ class Entries:
         return TopK(log_probs[:, :k].float(), indices[:, :k], tail)
 
     def to_log_probs(self) -> Tensor:
-        """Return the log-probabilities of all entries in float64; raise if one cannot be one."""
+        """Return the log-probabilities of all entries in float64; raise for an impossible value."""
         try:
-            if not _types(self.log_probs) <= {float, int}:
+            if not _get_types(self.log_probs) <= {float, int}:
                 raise TypeError
             numbers = _to_tensor("d", self.log_probs, torch.float64)
         except (TypeError, OverflowError):
@@ -153,7 +153,7 @@ class Entries:
                 if type(value) is not float and (type(value) is not int or abs(value) > 2**1000)
             )
             self.fail(entry, f"a log-probability must be a number; got {show(value)}")
-        wrong = ~(numbers <= _ROUNDING)
+        wrong = ~(numbers <= _LARGEST_LOG_PROB)
         if wrong.any():
             entry = int(wrong.nonzero()[0])
             self.fail(
@@ -164,11 +164,11 @@ class Entries:
         return numbers.masked_fill(numbers <= _LEAST, -math.inf)
 
     def to_indices(self) -> Tensor:
-        """Return the token ids of all entries in int64; raise if one is not an id."""
+        """Return the token ids of all entries in int64; raise for an invalid id."""
         is_text = bool(self.ids) and type(self.ids[0]) is str
         try:
             # int() also accepts signs, spaces, underscores and digits of other scripts.
-            if "".join(self.ids).encode().isdigit() if is_text else _types(self.ids) <= {int}:
+            if "".join(self.ids).encode().isdigit() if is_text else _get_types(self.ids) <= {int}:
                 numbers = list(map(int, self.ids)) if is_text else self.ids
                 indices = _to_tensor("q", numbers, torch.int64)
                 if not ((indices < 0) | (indices > _LARGEST_ID)).any():
@@ -232,12 +232,12 @@ class Entries:
 
 
 def _to_tensor(code: str, values: Iterable[Any], dtype: torch.dtype) -> Tensor:
-    """Convert numbers to a tensor through an ``array``: 10 times as fast as ``torch.tensor``."""
+    """Convert numbers to a tensor through an ``array``, which is faster than ``torch.tensor``."""
     numbers = array(code, values)
     return torch.frombuffer(numbers, dtype=dtype) if numbers else torch.empty(0, dtype=dtype)
 
 
-def _types(values: list[Any]) -> set[type]:
+def _get_types(values: list[Any]) -> set[type]:
     return set(map(type, values))
 
 
@@ -282,6 +282,6 @@ def show(value: object) -> str:
     """Return a short repr for a message."""
     try:
         text = reprlib.repr(value)
-    except Exception:  # of a foreign object, or of an int of too many digits
+    except Exception:  # a foreign object, or an int of too many digits
         return type(value).__name__
     return text if len(text) <= 200 else text[:197] + "..."

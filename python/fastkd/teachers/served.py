@@ -1,26 +1,26 @@
 """Read the replies of inference servers: vLLM, SGLang and the OpenAI API.
 
-:func:`from_vllm`, :func:`from_sglang` and :func:`from_openai` turn the reply for one sequence, as
-``json.loads`` decodes it, into a :class:`fastkd.TopK`. :func:`collate` pads several of them into a
-batch. :func:`gather` takes the sequence's own tokens out of the lists, for a
-:class:`fastkd.Sampled`. Nothing here opens a connection, and nothing in a reply is run or imported.
+:func:`from_vllm`, :func:`from_sglang` and :func:`from_openai` convert a reply for one sequence, as
+``json.loads`` decodes it, to a :class:`fastkd.TopK`. :func:`collate` pads several teachers and
+stacks them into a batch. :func:`gather` selects the sequence's tokens from the lists, for a
+:class:`fastkd.Sampled`. These functions open no connection, and run or import nothing from a reply.
 
-**Alignment.** Row i of a result scores token i: it holds log-probabilities of the distribution that
-predicted token i of the reply from the tokens before it. For a whole prompt, that is row i - 1 of
-the student's logits.
-No distribution predicted the first token of a prompt, so row 0 is padding: indices -1,
-log-probabilities -inf. For generated tokens, row 0 scores the first of them: put a row of padding
-for each token of the prompt in front (:func:`collate` with ``length=`` and left padding).
-``shift=1`` then compares row i with row i - 1 of the logits::
+**Alignment.** Row i of a result scores token i of the reply: it has log-probabilities of the
+distribution that predicted token i. For a complete prompt, row i of a result
+corresponds to row i - 1 of the student's logits. No distribution predicted the first token of a
+prompt, so row 0 is padding: indices -1, log-probabilities -inf. For generated tokens, row 0 scores
+the first generated token. :func:`collate` with ``length=`` and left padding adds a row of padding
+for each token of the prompt. ``shift=1`` then compares row i with row i - 1 of
+the logits::
 
     loss = fastkd.loss(logits, teacher, labels, shift=1)  # label -100: prompt and padding
 
-**Temperature.** A reply does not contain its temperature, and at any temperature probabilities add
-up to at most 1, so a wrong temperature cannot be detected. vLLM 0.32 scores prompts at temperature
-1, whatever the request has, and generated tokens too, unless it runs with ``--logprobs-mode
-processed_logprobs``, which scores the latter at the request's temperature. SGLang 0.5.23, by its
-source, scores prompts at temperature 1 and generated tokens at the request's. The readers refuse
-numbers that cannot be log-probabilities, such as most of those of vLLM's ``raw_logits`` mode.
+**Temperature.** A reply does not contain its temperature. A wrong temperature cannot be detected,
+since probabilities add up to at most 1 at any temperature. vLLM 0.32 scores all tokens at
+temperature 1, whatever the request has. With ``--logprobs-mode processed_logprobs``, vLLM scores
+generated tokens at the request's temperature. SGLang 0.5.23, by its source, scores prompts at
+temperature 1, and generated tokens at the request's temperature. The readers raise an error for
+numbers that cannot be log-probabilities, such as most numbers of vLLM's ``raw_logits`` mode.
 """
 
 from __future__ import annotations
@@ -64,8 +64,8 @@ def from_vllm(
 ) -> TopK:
     """Read vLLM's log-probabilities of a prompt's tokens, which ``prompt_logprobs=k`` requests.
 
-    vLLM lists the k most probable tokens of each position and the prompt's own token, so a position
-    has k or k + 1 entries. ``prompt_logprobs=0`` requests the prompt's own tokens alone.
+    vLLM lists the k most probable tokens of each position and the prompt's token, so a position has
+    k or k + 1 entries. ``prompt_logprobs=0`` requests the prompt's tokens alone.
 
     Args:
         reply: one of
@@ -73,13 +73,13 @@ def from_vllm(
             - a choice of ``/v1/completions``, or a reply of ``/v1/chat/completions``: a mapping
               with ``"prompt_logprobs"``;
             - a ``vllm.RequestOutput``, an object with ``.prompt_logprobs``;
-            - its ``outputs[0].logprobs``, the generated tokens', or a part of any such list: a
-              sequence of dictionaries from token id to ``{"logprob": ...}`` or ``vllm.Logprob``.
-              The first may be None.
+            - ``outputs[0].logprobs`` of a ``vllm.RequestOutput``, for generated tokens, or a part
+              of any such list: a sequence of dictionaries from token id to ``{"logprob": ...}`` or
+              ``vllm.Logprob``. The first entry of the sequence may be None.
         tokens: the ids of the sequence's tokens, ``(n,)``. If given, the reply must have n
-            positions and list each of these tokens, or it is not a reply about this sequence.
-        k: number of entries of a row: the most probable ones, or fewer and padding. Default: as
-            many as the longest list has.
+            positions and list each of these tokens; other replies raise an error.
+        k: number of entries of a row: the most probable entries, then padding. Default: the length
+            of the longest list.
         tail: see :class:`fastkd.TopK`.
 
     Returns:
@@ -90,8 +90,8 @@ def from_vllm(
 
     Raises:
         TypeError: if ``reply``, ``tokens`` or ``k`` has the wrong type.
-        ValueError: if the reply lacks the field; or if a position, which the message names, is not
-            as above, lists a token twice, or has numbers that are not log-probabilities.
+        ValueError: if the reply lacks the field; or if a position has another form, lists a token
+            twice, or has numbers that are not log-probabilities. The message names the position.
 
     Example:
         >>> from fastkd.teachers import served
@@ -129,15 +129,14 @@ def from_sglang(
 
     Args:
         reply: a reply of ``/generate``, or its ``"meta_info"``.
-        field: what to read. ``input_`` is the prompt, from ``logprob_start_len`` on, and
-            ``output_`` what was generated.
+        field: the list to read. ``input_`` is the prompt after ``logprob_start_len`` tokens, and
+            ``output_`` the generated text.
 
             - ``..._top_logprobs``: the most probable tokens (``top_logprobs_num=k``);
-            - ``..._token_logprobs``: the sequence's own tokens, one entry a row, for
-              :func:`gather`;
+            - ``..._token_logprobs``: the sequence's tokens, one entry per row, for :func:`gather`;
             - ``..._token_ids_logprobs``: the tokens of ``token_ids_logprob=[...]``.
         tokens: the ids of the sequence's tokens, ``(n,)``. If given, the reply must have n
-            positions; those of ``..._token_logprobs`` must be of these tokens.
+            positions. The entries of ``..._token_logprobs`` must be about these tokens.
         k, tail: see :func:`from_vllm`.
 
     Returns:
@@ -174,15 +173,15 @@ def from_openai(
 ) -> TopK:
     """Read the log-probabilities of generated tokens in the form of the OpenAI API.
 
-    The API writes tokens as text, which does not tell their ids. With
-    ``return_tokens_as_token_ids=True`` in the request, vLLM writes ``"token_id:5"``. A row lists
-    the tokens of ``top_logprobs`` and the token that was generated.
+    The API writes tokens as text, without ids. With ``return_tokens_as_token_ids=True`` in the
+    request, vLLM writes ``"token_id:5"``. A row lists the tokens of ``top_logprobs`` and the token
+    that was generated.
 
     Args:
         reply: a choice of ``/v1/completions`` (``logprobs=k``) or of ``/v1/chat/completions``
-            (``logprobs=True, top_logprobs=k``), or its ``"logprobs"``. With ``echo=True``, the
-            prompt's tokens come first. The contents of vLLM's ``/inference/v1/generate``, which
-            have ``"token_id"`` in place of ``"token"``, are read as well.
+            (``logprobs=True, top_logprobs=k``), or the choice's ``"logprobs"``. With ``echo=True``,
+            the prompt's tokens come first. Replies of vLLM's ``/inference/v1/generate``, which have
+            ``"token_id"`` in place of ``"token"``, are accepted as well.
         tokens, k, tail: see :func:`from_vllm`.
 
     Returns:
@@ -227,11 +226,11 @@ def from_openai(
 
 
 def gather(topk: TopK, tokens: Tensor, estimator: Estimator = "k1") -> Sampled:
-    """Take one token out of each row's list, for a loss on the sampled tokens alone.
+    """Select one token from each row's list, for a loss on the sampled tokens alone.
 
     Args:
-        topk: what a reader or :func:`collate` returned, ``(..., k)``. Read with ``k=None``: vLLM
-            lists the sequence's own token last where it is not among the k most probable.
+        topk: the result of a reader or of :func:`collate`, ``(..., k)``. Read with ``k=None``,
+            since vLLM lists the sequence's token last if it is not among the k most probable.
         tokens: ``(...)`` token ids of any integer dtype, aligned with the rows. A negative id, such
             as the label -100, makes the row padding.
         estimator: see :class:`fastkd.Sampled`.
@@ -265,15 +264,15 @@ def gather(topk: TopK, tokens: Tensor, estimator: Estimator = "k1") -> Sampled:
     indices = validation.to_int64(topk.indices)
     tokens = tokens.to(indices)
     is_padding = (tokens < 0) | (indices < 0).all(-1)
-    is_own = (indices == tokens.unsqueeze(-1)) & ~is_padding.unsqueeze(-1)
-    lacking = ~(is_own.any(-1) | is_padding)
+    is_token = (indices == tokens.unsqueeze(-1)) & ~is_padding.unsqueeze(-1)
+    lacking = ~(is_token.any(-1) | is_padding)
     if lacking.any():
         row = tuple(lacking.nonzero()[0].tolist())
         raise ValueError(
             f"topk must list the token of each row; row {row} lacks token {int(tokens[row])}. Read "
             "the reply with k=None, and see that its rows and the tokens are aligned"
         )
-    log_probs = topk.log_probs.masked_fill(~is_own, -math.inf).amax(-1)
+    log_probs = topk.log_probs.masked_fill(~is_token, -math.inf).amax(-1)
     return Sampled(log_probs, tokens.masked_fill(is_padding, -1), estimator)
 
 
@@ -290,12 +289,13 @@ def collate(
     length: int | None = None,
     padding_side: PaddingSide = "right",
 ) -> TopK | Sampled:
-    """Pad the teachers of several sequences to one length and stack them into a batch.
+    """Pad the teachers of several sequences to one length, and stack them into a batch.
 
     Args:
         values: B :class:`fastkd.TopK` of shapes ``(n, k)``, where n and k may differ, or B
-            :class:`fastkd.Sampled` of shapes ``(n,)``. All have the same ``tail`` or ``estimator``.
-        length: number of rows to pad to. Default: as many as the longest sequence has.
+            :class:`fastkd.Sampled` of shapes ``(n,)``. All values have the same ``tail`` or
+            ``estimator``.
+        length: number of rows to pad to. Default: the length of the longest sequence.
         padding_side: ``"right"``, or ``"left"`` as in batches of prompts. Default ``"right"``.
 
     Returns:
@@ -303,9 +303,9 @@ def collate(
         :class:`fastkd.Sampled` of shape ``(B, length)``. Padding is -inf and -1.
 
     Raises:
-        TypeError: if there are no values, or not all of one of these types.
-        ValueError: if one is longer than ``length`` or has more dimensions, or if their options
-            differ.
+        TypeError: if there are no values, or values of other or different types.
+        ValueError: if a value is longer than ``length`` or has more dimensions, or if the values'
+            options differ.
 
     Example:
         >>> import torch, fastkd
@@ -333,7 +333,9 @@ def collate(
     if length is not None:
         validation.check_count("length", length)
         if length < longest:
-            raise ValueError(f"length must be at least {longest}, that of a value; got {length}")
+            raise ValueError(
+                f"length must be at least {longest}, as the longest value; got {length}"
+            )
 
     def stack(fields: Sequence[Tensor], fill: float) -> Tensor:
         padded = []
@@ -349,7 +351,7 @@ def collate(
     return type(values[0])(log_probs, indices, values[0][-1])  # type: ignore[arg-type]
 
 
-# ---- one position of a reply: its token ids and their log-probabilities
+# ---- readers of one position of a reply; they return token ids and log-probabilities
 
 
 def _read_vllm_json(entry: Any) -> tuple[Iterable[Any], Iterable[Any]]:
@@ -389,7 +391,7 @@ def _read_chat(entry: Any) -> tuple[Iterable[Any], Iterable[Any]]:
 def _merge(
     listed: dict[Any, Any], token: Any, log_prob: Any
 ) -> tuple[Iterable[Any], Iterable[Any]]:
-    """Add the generated token to the most probable ones, unless it is one of them."""
+    """Add the generated token to the most probable tokens, unless it is one of them."""
     if log_prob is not None and listed.setdefault(token, log_prob) != log_prob:
         raise ValueError("a token has two log-probabilities")
     return listed.keys(), listed.values()

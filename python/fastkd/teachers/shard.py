@@ -2,17 +2,18 @@
 
 A shard is a safetensors file with these tensors, for n samples with R rows in total:
 
-- ``ids``, ``lengths`` (rows of each sample, adding up to R), ``inputs`` (a digest of the teacher's
-  inputs) and ``checksums`` (CRC-32 of the sample's rows of ``log_probs``, then of ``indices``),
-  int64 [n];
-- ``log_probs`` [R, classes], or the k largest of each row, [R, k], and then
+- ``ids`` int64 [n];
+- ``lengths`` int64 [n], the rows of each sample, which add up to R;
+- ``inputs`` int64 [n], a digest of the teacher's inputs;
+- ``checksums`` int64 [n], the CRC-32 of the sample's rows of ``log_probs``, then of ``indices``;
+- ``log_probs`` [R, classes], or [R, k], the k largest of each row;
 - ``indices`` int32 [R, k], the classes of these k.
 
 The file's header holds the fields of :class:`Header`, ``kl``, ``tail`` and ``crc32`` as text.
-``crc32`` covers everything but ``log_probs`` and ``indices`` (:func:`_crc32`), and :func:`read`
-checks it. A :class:`fastkd.teachers.TeacherCache` checks a sample when it first reads the sample. A
-CRC-32 detects damage, such as a flipped bit. It does not detect forgery: a forger can compute it,
-too.
+``crc32`` covers everything but ``log_probs`` and ``indices`` (:func:`_compute_crc32`), and
+:func:`read` checks it. A :class:`fastkd.teachers.TeacherCache` checks a sample when it first reads
+the sample. A CRC-32 detects damage, such as a flipped bit. A CRC-32 does not detect forgery,
+because a forger can compute it, too.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ PATTERN = "shard-*.safetensors"
 
 
 class Header(NamedTuple):
-    """The options that all shards of a cache have in common."""
+    """Hold the options that all shards of a cache have in common."""
 
     classes: int
     top_k: int | None
@@ -54,7 +55,7 @@ class Header(NamedTuple):
 
 
 class Shard(NamedTuple):
-    """A shard's content; :func:`read` maps ``log_probs`` and ``indices`` from the file."""
+    """Hold a shard's content; :func:`read` maps ``log_probs`` and ``indices`` from the file."""
 
     header: Header
     kl: float
@@ -69,7 +70,7 @@ class Shard(NamedTuple):
 
 
 def compute_checksums(shard: Shard, starts: Tensor, lengths: Tensor) -> Tensor:
-    """Compute the CRC-32 of samples, each of which has ``length`` rows from ``start`` on."""
+    """Compute the CRC-32 of each sample, whose rows begin at ``start``."""
     sums = [0] * len(starts)
     for tensor in (shard.log_probs, shard.indices):
         if tensor is not None:
@@ -79,7 +80,7 @@ def compute_checksums(shard: Shard, starts: Tensor, lengths: Tensor) -> Tensor:
     return torch.tensor(sums, dtype=torch.int64)
 
 
-def _crc32(texts: Mapping[str, str], shard: Shard, checksums: Tensor) -> str:
+def _compute_crc32(texts: Mapping[str, str], shard: Shard, checksums: Tensor) -> str:
     """Compute the CRC-32 of the header's texts, the log_probs' dtype and the small tensors."""
     named = sorted((key, text) for key, text in texts.items() if key != "crc32")
     crc = zlib.crc32(json.dumps([named, str(shard.header.dtype)]).encode())
@@ -104,10 +105,10 @@ def write(folder: pathlib.Path, shard: Shard) -> None:
     }
     starts = shard.lengths.cumsum(0) - shard.lengths
     checksums = compute_checksums(shard, starts, shard.lengths)
-    metadata["crc32"] = _crc32(metadata, shard, checksums)
+    metadata["crc32"] = _compute_crc32(metadata, shard, checksums)
     fields = {**shard._asdict(), "checksums": checksums}
     tensors = {name: value for name, value in fields.items() if isinstance(value, Tensor)}
-    # A random name: processes in two containers may have the same process number.
+    # The name is random, since processes in two containers may have the same process number.
     part = folder / f".{secrets.token_hex(8)}.part"
     try:
         extras.load("safetensors.torch", "train").save_file(tensors, part, metadata)
@@ -151,7 +152,7 @@ def read(path: pathlib.Path) -> tuple[Shard, Tensor]:
             raise ValueError(f"the samples' lengths do not add up to its {rows} rows")
         if positions != (-1,) and {low, high} != {math.prod(positions)}:
             raise ValueError(f"a sample's length is not that of its positions {positions}")
-        if _crc32(texts, shard, checksums) != texts.get("crc32"):
+        if _compute_crc32(texts, shard, checksums) != texts.get("crc32"):
             raise ValueError("its crc32 does not match its header, ids, lengths, inputs, checksums")
     except (ValueError, OSError, RuntimeError, safetensors.SafetensorError) as error:
         raise ValueError(f"{path} is not a complete shard of a teacher's cache: {error}") from None

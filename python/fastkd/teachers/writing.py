@@ -1,4 +1,4 @@
-"""Write a teacher cache: one pass over the data, which can be interrupted and resumed."""
+"""Write a teacher cache in one pass over the data, which can be interrupted and resumed."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from fastkd.teachers import shard
 from fastkd.teachers.cache import TeacherCache
 from fastkd.teachers.digests import digest_inputs, fingerprint
 
-# Logits in a chunk, in float32. About five tensors of this size are alive at once.
+# Float32 logits in a chunk. About five tensors of this size exist at a time.
 _CHUNK = 2**20
 
 
 class TopKError(ValueError):
-    """Error of a ``top_k`` that is larger than the teacher's number of classes."""
+    """Report a ``top_k`` that is larger than the teacher's number of classes."""
 
 
 def precompute(
@@ -39,39 +39,39 @@ def precompute(
 ) -> TeacherCache:
     """Write a teacher's log-probabilities for every sample of a loader to disk.
 
-    The rows of log softmax(teacher(x) / T), or the ``top_k`` largest entries of each row, are
-    written in files, each of which appears complete or not at all. If the process is killed, the
-    completed files are a valid cache; another call computes only the missing samples. The teacher
-    runs on its own device, in evaluation mode and without gradients.
+    The function writes the rows of log softmax(teacher(x) / T), or the ``top_k`` largest entries of
+    each row. Each file appears complete or not at all. If the process is killed, the completed
+    files are a valid cache; another call computes only the missing samples. The teacher runs on its
+    device, in evaluation mode and without gradients.
 
     Args:
         teacher: module that returns logits ``(B, C)``, ``(B, T, C)`` or ``(B, ..., C)``, or an
             output that has them as ``.logits``.
-        loader: batches with sample ids: a ``DataLoader`` over a :class:`WithIds`, or anything that
-            yields ``(inputs, labels, ids)`` or mappings with ``"ids"``.
+        loader: yields batches with sample ids. A ``DataLoader`` over a :class:`WithIds`, or an
+            iterable of ``(inputs, labels, ids)`` or mappings with ``"ids"``.
         path: a folder; created if it does not exist.
-        top_k: how many classes of each row to store, largest first. None: all of them.
+        top_k: how many classes of each row to store, largest first. None: all classes.
         dtype: float16, bfloat16 or float32. Default float16.
         temperature: T > 0. A cache of all classes can be used at any temperature, a cache of the
-            top k only at this one. Default 2, as in :func:`fastkd.loss`.
-        ignore_index: sequences ``(B, T, C)`` are stored up to their last label other than this, so
-            that padding is not stored. Without labels, the ``attention_mask`` of a mapping is used.
-            Default -100.
+            top k only at this temperature. Default 2, as in :func:`fastkd.loss`.
+        ignore_index: sequences ``(B, T, C)`` are stored up to the last label that is not
+            ``ignore_index``, so that padding is not stored. Without labels, the
+            ``attention_mask`` of a mapping is used. Default -100.
         shard_bytes: size at which a file is completed, and the most that a killed process loses.
             Default 64 MiB.
         progress: show a progress bar.
 
     Returns:
-        The opened cache. Its ``kl`` is the measured divergence between the teacher and the cache,
-        which dropping classes and rounding cause.
+        The opened cache. The cache's ``kl`` is its measured divergence from the teacher, caused by
+        rounding and by classes that are not stored.
 
     Raises:
         ImportError: before the teacher is called, if safetensors or numpy is missing, or tqdm with
             ``progress``.
         TypeError: if ``teacher`` is not a module.
-        ValueError: if ``path`` holds a cache with other options or of other weights; if the loader
-            gives no batch, or one without ids; if the teacher's logits hold NaN or +inf, or change
-            their shape.
+        ValueError: if ``path`` holds a cache with other options or of other weights.
+        ValueError: if the loader gives no batch, or a batch without ids.
+        ValueError: if the teacher's logits hold NaN or +inf, or change their shape.
 
     Example: see :class:`TeacherCache`.
     """
@@ -85,7 +85,9 @@ def precompute(
     folder = validation.check_folder("path", path)
     extras.check("train", "safetensors.torch", "numpy", *(["tqdm"] if progress else []))
     identity = fingerprint(teacher)
-    cache = existing(folder, top_k=top_k, dtype=dtype, temperature=temperature, teacher=identity)
+    cache = open_existing(
+        folder, top_k=top_k, dtype=dtype, temperature=temperature, teacher=identity
+    )
     writer = _Writer(folder, shard_bytes, cache)
     if progress:
         loader = extras.load("tqdm", "train").tqdm(loader, desc="teacher", unit="batch")
@@ -126,13 +128,13 @@ def precompute(
                 writer.add(header, tensors)
         writer.flush()
     finally:
-        writer.flush()  # after an error or an interrupt, also one of the flush before
+        writer.flush()  # write the collected samples also after an error or an interrupt
     if batch is None:
         raise ValueError(batches.NO_BATCH)
     return TeacherCache(folder)
 
 
-def existing(folder: pathlib.Path, **options: Any) -> TeacherCache | None:
+def open_existing(folder: pathlib.Path, **options: Any) -> TeacherCache | None:
     """Open the cache in ``folder`` if there is one; raise ValueError if its options differ."""
     if not any(folder.glob(shard.PATTERN)):
         return None
@@ -147,7 +149,7 @@ def existing(folder: pathlib.Path, **options: Any) -> TeacherCache | None:
 
 
 def _count_rows(logits: Tensor, inputs: Any, labels: Any, ignore_index: int) -> Tensor:
-    """Return the number of rows to store of each sample, ``(B,)`` int64 on the CPU."""
+    """Return how many rows of each sample to store, ``(B,)`` int64 on the CPU."""
     mask = None
     if isinstance(labels, Tensor) and labels.shape == logits.shape[:-1]:
         mask = validation.to_int64(labels) != ignore_index
@@ -168,12 +170,13 @@ def _select_rows(logits: Tensor, lengths: Tensor) -> Tensor:
 def _encode(rows: Tensor, header: shard.Header) -> dict[str, Tensor]:
     """Compute, truncate and round the log-probabilities of logits [R, C].
 
-    Returns CPU tensors: log_probs and, with top_k, indices, as in a shard; kl and tail [R].
+    The results are CPU tensors: ``log_probs`` and, with ``top_k``, ``indices``, as in a shard;
+    ``kl`` and ``tail`` [R].
     """
     parts = []
     for part in torch.split(rows, max(1, _CHUNK // rows.shape[-1])):
         logits = part.float() / header.temperature
-        if not bool(logits.amax(-1).isfinite().all()):  # amax is NaN if one entry is
+        if not bool(logits.amax(-1).isfinite().all()):  # amax is NaN if an entry is NaN
             raise ValueError("teacher: its logits hold NaN or +inf, or a row of -inf")
         log_p = logits.log_softmax(-1)
         stored, indices = (log_p, None) if header.top_k is None else log_p.topk(header.top_k)
@@ -195,10 +198,10 @@ def _measure_distortion(
 ) -> tuple[Tensor, Tensor]:
     """Return KL(p || the reader's reconstruction of p) and the tail's probability, both ``[R]``.
 
-    A reader knows the stored log-probabilities, and spreads the tail, the probability of all other
-    classes, evenly over them. These values q add up to 1 + z, so
-    KL = sum p log(p / q) + log(1 + z). A stored class contributes p (d + exp(-d) - 1) with
-    d = log(p / q): this form does not cancel where q is near p.
+    A reader knows the stored log-probabilities. The tail is the probability of all other classes,
+    and the reader spreads the tail evenly over these classes. The reader's values q sum to 1 + z,
+    so KL = sum p log(p / q) + log(1 + z). With d = log(p / q), a stored class contributes
+    p (d + exp(-d) - 1), which does not cancel where q is near p.
     """
     p = log_p.exp()
     if indices is None:
@@ -215,7 +218,7 @@ def _measure_distortion(
     excess = torch.expm1(-d)
     z = (p * excess).sum(-1)
     kl = (p * (d + excess)).sum(-1) + torch.log1p(z) - z + tail_kl.clamp(min=0)
-    return kl.clamp(min=0), tail  # rounding may produce -1e-11
+    return kl.clamp(min=0), tail  # rounding may give -1e-11
 
 
 class _Writer:
@@ -229,7 +232,7 @@ class _Writer:
         self._bytes = 0
 
     def select_new(self, ids: Tensor) -> Tensor:
-        """Return a mask, bool ``(B,)``, of the ids that are not cached and not selected before."""
+        """Return a mask, bool ``(B,)``, of the ids that are neither cached nor selected before."""
         new = torch.zeros_like(ids, dtype=torch.bool)
         for row, number in enumerate(ids.tolist()):
             new[row] = number not in self._seen
@@ -255,4 +258,7 @@ class _Writer:
         rows = max(1, len(tensors["log_probs"]))
         kl, tail = (float(tensors.pop(name).double().sum()) / rows for name in ("kl", "tail"))
         shard.write(self._folder, shard.Shard(self._header, kl, tail, **tensors))
-        self._parts, self._bytes = [], 0  # after the write: an interrupted one is repeated
+        self._parts, self._bytes = (
+            [],
+            0,
+        )  # kept until the write ends, so that an interrupted write is repeated
