@@ -2,7 +2,8 @@
 
 The truth is `fastkd.reference` in float64 on the same numbers. Eager PyTorch computes the same
 formula from ``log_softmax`` in the inputs' dtype. The error of a loss is that of each row relative
-to the row's loss; the error of a gradient is the 2-norm of a row's error relative to the row's.
+to the row's loss. The error of a gradient is the 2-norm of each row's error relative to the 2-norm
+of the row's gradient.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ T = 2.0
 
 
 class Regime(NamedTuple):
-    """Distribution of logits: rows, classes, their spread, and the teacher's distance."""
+    """Describe a distribution of logits: rows, classes, spread, and distance of the teacher."""
 
     name: str
     rows: int = 64
@@ -68,13 +69,13 @@ def eager(student: Tensor, teacher: Tensor, divergence: str) -> Tensor:
     if divergence == "forward_kl":
         value = F.kl_div(pair[1], pair[0], reduction="none", log_target=True).sum(-1)
     else:
-        labels = [labels_of(student)] if kind.needs_labels else []
+        labels = [make_labels(student)] if kind.needs_labels else []
         mix = {} if kind.mix is None else {"mix": kind.mix}
         value = kind.compute(*pair, *labels, **mix)
     return T * T * value
 
 
-def labels_of(student: Tensor) -> Tensor:
+def make_labels(student: Tensor) -> Tensor:
     """Return one label for each row, for the divergences that need labels."""
     return torch.arange(len(student), device=student.device) % student.shape[-1]
 
@@ -82,7 +83,7 @@ def labels_of(student: Tensor) -> Tensor:
 def fused(student: Tensor, teacher: Tensor, divergence: str) -> Tensor:
     """Compute the row losses by fastkd, with a hard term of weight 0."""
     needs = reference.DIVERGENCES[divergence].needs_labels
-    labels = labels_of(student) if needs else None
+    labels = make_labels(student) if needs else None
     weights = {"hard_weight": 0.0, "soft_weight": 1.0} if needs else {}
     return fastkd.loss(
         student, teacher, labels, temperature=T, divergence=divergence, reduction="none", **weights
@@ -90,7 +91,7 @@ def fused(student: Tensor, teacher: Tensor, divergence: str) -> Tensor:
 
 
 class Errors(NamedTuple):
-    """Errors of loss and gradient over the rows: median and greatest."""
+    """Hold the errors of loss and gradient over the rows: median and greatest."""
 
     loss: float
     loss_most: float
@@ -107,15 +108,15 @@ class Errors(NamedTuple):
 Rows = tuple[Tensor, Tensor]
 
 
-def rows_of(compute: Callable[[Tensor], Tensor], student: Tensor) -> Rows:
-    """Return (losses, gradient) of the rows."""
+def compute_rows(compute: Callable[[Tensor], Tensor], student: Tensor) -> Rows:
+    """Compute the losses and the gradient of the rows."""
     leaf = student.detach().clone().requires_grad_()
     value = compute(leaf)
     (gradient,) = torch.autograd.grad(value.sum(), leaf)
     return value.detach().double(), gradient.double()
 
 
-def errors(rows: Rows, truth: Rows) -> Errors:
+def compute_errors(rows: Rows, truth: Rows) -> Errors:
     """Return the errors of the rows against float64."""
     numbers: list[float] = []
     for got, exact in zip(rows, truth, strict=True):
@@ -135,14 +136,18 @@ def compare(
 
     def exact(leaf: Tensor) -> Tensor:
         return reference.loss(
-            leaf, exact_teacher, labels_of(student) if needs else None, temperature=T,
+            leaf, exact_teacher, make_labels(student) if needs else None, temperature=T,
             hard_weight=0.0, soft_weight=1.0, divergence=divergence, reduction="none",
         )  # fmt: skip
 
-    truth = rows_of(exact, student.double())
-    ours = errors(rows_of(lambda leaf: fused(leaf, teacher, divergence), student), truth)
-    theirs = errors(rows_of(lambda leaf: eager(leaf, teacher, divergence), student), truth)
-    rounded = errors((truth[0], truth[1].to(dtype).double()), truth)
+    truth = compute_rows(exact, student.double())
+    ours = compute_errors(
+        compute_rows(lambda leaf: fused(leaf, teacher, divergence), student), truth
+    )
+    theirs = compute_errors(
+        compute_rows(lambda leaf: eager(leaf, teacher, divergence), student), truth
+    )
+    rounded = compute_errors((truth[0], truth[1].to(dtype).double()), truth)
     return ours, theirs, rounded.grad
 
 
@@ -152,7 +157,7 @@ HEAD = (
 )
 
 
-def table(rows: Iterable[tuple[str, tuple[Errors, Errors, float]]]) -> str:
+def make_table(rows: Iterable[tuple[str, tuple[Errors, Errors, float]]]) -> str:
     """Return a Markdown table."""
     lines = [
         f"| {name} | {ours} | {theirs} | {rounded:.0e} |".replace("e-0", "e-")
@@ -161,7 +166,7 @@ def table(rows: Iterable[tuple[str, tuple[Errors, Errors, float]]]) -> str:
     return "\n".join([HEAD, *lines])
 
 
-def document(device: str) -> str:
+def write_document(device: str) -> str:
     """Return the text of docs/accuracy.md."""
     facts = environment.describe(device)
     parts = [
@@ -171,18 +176,18 @@ def document(device: str) -> str:
         f"{' '.join((__doc__ or '').split(chr(10) * 2)[1].split())} Each cell is the median / the "
         "greatest over the rows; `inf` is a row that is not a number. T is 2. The last column is "
         "what rounding the true gradient to the dtype costs: no kernel that stores one can do "
-        "better. A loss is float32 whatever these logits are. Of a KL of 1e-9 the truth "
-        "itself keeps six digits. Logits of float64 are computed in float64, which nothing here "
-        "could judge: `tests/kernels/cpu_kernels.cpp` holds them to long double.\n",
+        "better. A loss is float32 for each of these dtypes. For a KL of 1e-9 the truth "
+        "itself has six digits. Logits of float64 are computed in float64, as the truth is here: "
+        "`tests/kernels/cpu_kernels.cpp` compares them with long double.\n",
         "## The forward KL, by dtype and inputs\n",
     ]
     for name, dtype in DTYPES.items():
         results = [(r.name, compare(r, dtype, device, "forward_kl")) for r in REGIMES]
-        parts += [f"### {name}\n", table(results), ""]
+        parts += [f"### {name}\n", make_table(results), ""]
     parts += ["## Every divergence\n", "Independent logits, 64 x 1000.\n"]
     for name, dtype in DTYPES.items():
         results = [(d, compare(REGIMES[0], dtype, device, d)) for d in fastkd.divergences()]
-        parts += [f"### {name}\n", table(results), ""]
+        parts += [f"### {name}\n", make_table(results), ""]
     if device == "cpu":
         parts += ["## Every instruction set\n", "Independent logits, 64 x 1000, forward KL.\n"]
         before, results = _C.isa(), []
@@ -191,11 +196,11 @@ def document(device: str) -> str:
             for name, dtype in DTYPES.items():
                 results.append((f"{isa}, {name}", compare(REGIMES[0], dtype, device, "forward_kl")))
         _C.use_isa(before)
-        parts += [table(results), ""]
+        parts += [make_table(results), ""]
         parts.append(
-            "Two instruction sets differ by roundings alone: by at most 2e-6 of the loss (1e-13 in "
-            "fp64), and of a gradient by one unit in the last place of a 16-bit dtype. "
-            "`tests/test_determinism.py::test_instruction_sets_agree` holds them to that.\n"
+            "Two instruction sets differ by rounding alone. Losses differ by at most 2e-6 of the "
+            "loss (1e-13 in fp64), and 16-bit gradients by one unit in the last place. "
+            "`tests/test_determinism.py::test_instruction_sets_agree` checks these bounds.\n"
         )
     return "\n".join(parts)
 
@@ -206,7 +211,7 @@ def main() -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     device = parser.parse_args().device
     path = FILE if device == "cpu" else FILE.with_name("accuracy-cuda.md")
-    path.write_text(document(device))
+    path.write_text(write_document(device))
     print(f"wrote {path}")
 
 
