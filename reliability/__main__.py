@@ -1,8 +1,8 @@
-"""Run the programs that docs/reliability.md lists, and write it: ``python -m reliability [NAME
-...]``.
+"""Run the programs that docs/reliability.md lists, and write that page.
 
-Without names all programs run in order. A failure does not stop the others, each program has a time
-limit, and the document is written after each. ``results/NAME.json`` has a program's last results.
+``python -m reliability [NAME ...]``: without names, all programs run in order. A failure does not
+stop the others, each program has a time limit, and the document is written after each program.
+``results/NAME.json`` has a program's last results.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from typing import Any, NamedTuple
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results"
 DOCUMENT = ROOT / "docs" / "reliability.md"
-HAND = ROOT / "reliability" / "findings.md"
+FINDINGS = ROOT / "reliability" / "findings.md"
 
 
 class Promise(NamedTuple):
-    """Promise, and the command that tests it."""
+    """Hold a promise, and the command that tests it."""
 
     promise: str
     command: str
@@ -41,73 +41,80 @@ class Promise(NamedTuple):
 TESTS = ".venv/bin/python -m pytest -q "
 PROMISES = {
     "sanitize": Promise(
-        "The kernels, called in every way by their own tests, by threads and by hostile calls, "
-        "have no memory error, no undefined behaviour and no data race.",
+        "The kernels have no memory error, undefined behavior or data race in their own tests, "
+        "which include threads and hostile calls.",
         "make sanitize",
         minutes=40,
     ),
     "valgrind": Promise(
-        "Nor do they read what nobody has written, or lose memory (AVX2 and baseline: valgrind has "
+        "The kernels read no uninitialized memory and leak none (AVX2 and baseline: valgrind has "
         "no AVX-512).",
         "make valgrind",
         minutes=40,
         needs="valgrind",
     ),
     "sanitize-python": Promise(
-        "Nor does the extension when called from Python.", "make sanitize-python", minutes=30
+        "The extension, called from Python, has no memory error and no undefined behavior.",
+        "make sanitize-python",
+        minutes=30,
     ),
     "fuzz-kernels": Promise(
-        "Random bytes as sizes, strides, options, labels, lists of classes and logits touch no "
-        "memory but their own, and whole rows, shared rows and backward agree.",
+        "With random sizes, strides, options, labels, lists of classes and logits, the kernels "
+        "access no memory outside their arguments. Whole rows, shared rows and backward agree.",
         "make fuzz-kernels CASES=200000 SEED=1",
         minutes=20,
     ),
     "libfuzzer": Promise(
-        "The same, led by coverage (clang).", "make libfuzzer", minutes=20, needs="clang++"
+        "The kernels access no memory outside their arguments when libFuzzer (clang) calls them.",
+        "make libfuzzer",
+        minutes=20,
+        needs="clang++",
     ),
     "fuzz": Promise(
-        "Random calls from Python give what float64 gives: shapes, strides, alignments, dtypes, "
-        "masks, infinities, NaN, subnormals, every divergence, every way in, classes in dim 1.",
+        "Random calls from Python agree with float64: shapes, strides, alignments, dtypes, masks, "
+        "infinities, NaN, subnormals, every divergence, every entry point, classes in dim 1.",
         "make fuzz CASES=20000 FUZZERS=tests/test_fuzz.py",
         minutes=30,
     ),
     "fuzz-others": Promise(
-        "So do sparse teachers, wrong lists of classes among them, and linear heads.",
+        "Random calls with sparse teachers, also with wrong lists, and with linear heads agree "
+        "with float64.",
         'make fuzz CASES=5000 FUZZERS="tests/test_fuzz_topk.py tests/test_fuzz_linear.py"',
         minutes=30,
     ),
     "fuzz-ops": Promise(
-        "Hostile calls of the ops under torch.ops.fastkd raise, or touch no memory but their own: "
-        "sizes, dtypes, strides, devices, released storages, numbers of enums.",
+        "Hostile calls of the ops under torch.ops.fastkd raise, or access no memory outside their "
+        "arguments: sizes, dtypes, strides, devices, released storages, numbers of enums.",
         "make fuzz CASES=5000 FUZZERS=tests/test_fuzz_ops.py",
         minutes=30,
     ),
     "fuzz-caches": Promise(
-        "A file of a teacher's cache, malformed, truncated or hostile, gives an answer or a "
-        "ValueError: led by coverage, half of the changes in the header's own terms.",
+        "A malformed, truncated or hostile file of a teacher's cache gives values or a ValueError. "
+        "The fuzzer is led by coverage, and half of its changes edit entries of the header.",
         "make fuzz-caches SECONDS=120",
     ),
     "concurrency": Promise(
-        "Threads of Python, forked and spawned workers, OpenMP settings, graphs shared by threads: "
-        "the same bits; and the GIL is released while kernels run.",
+        "Results are bitwise equal with Python threads, forked and spawned workers, OpenMP "
+        "settings, and graphs shared by threads. The GIL is released while kernels run.",
         TESTS + "tests/test_concurrency.py",
     ),
     "determinism": Promise(
-        "The same bits on every run and for every number of threads; a bound between instruction "
-        "sets.",
+        "Results are bitwise equal on every run and for every number of threads. Instruction sets "
+        "differ within a bound.",
         TESTS + "tests/test_determinism.py",
     ),
     "memory": Promise(
-        "No memory left is torch's own error, after which inputs are whole and calls work.",
+        "Without free memory a call raises torch's error. Inputs are then unchanged, and further "
+        "calls work.",
         TESTS + "tests/test_memory.py",
     ),
     "peak": Promise(
-        "Peak memory, by the allocator's own counts, is a gradient and a few numbers a row.",
+        "Peak memory, as the allocator counts it, is a gradient and a few numbers a row.",
         TESTS + "tests/test_autograd.py -k memory",
     ),
-    "soak": Promise("100,000 calls of each way in keep no memory.", "make soak", minutes=40),
+    "soak": Promise("100,000 calls of each kind keep no memory.", "make soak", minutes=40),
     "security": Promise(
-        "What SECURITY.md says: nothing loaded is run, nobody is called.",
+        "SECURITY.md is true: no loaded file runs code, and no network connection is opened.",
         TESTS + "tests/test_security.py",
     ),
     "versions": Promise(
@@ -122,7 +129,7 @@ PROMISES = {
         "make package",
     ),
     "accuracy": Promise(
-        "Errors against float64 beside eager PyTorch's: [accuracy.md](accuracy.md).",
+        "[accuracy.md](accuracy.md) lists errors against float64, and those of eager PyTorch.",
         "make accuracy",
     ),
 }
@@ -134,12 +141,12 @@ def run(name: str) -> dict[str, Any]:
     print(f"\n==== {name}: {promise.command} (at most {promise.minutes} minutes)", flush=True)
     start = time.monotonic()
     if promise.needs is None or shutil.which(promise.needs):
-        status, lines = started(promise)
-        kept = figures_of(lines)
+        status, lines = run_command(promise)
+        figures = read_figures(lines)
         if status == -signal.SIGKILL:
-            kept.append(f"stopped after {promise.minutes} minutes")
+            figures.append(f"stopped after {promise.minutes} minutes")
     else:
-        status, kept = None, [f"not tried: {promise.needs} is not here"]
+        status, figures = None, [f"not tried: {promise.needs} is not installed"]
     head = ["git", "rev-parse", "--short", "HEAD"]
     commit = subprocess.run(head, cwd=ROOT, capture_output=True, text=True).stdout.strip()
     result = {
@@ -147,7 +154,7 @@ def run(name: str) -> dict[str, Any]:
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
         "commit": commit or "unknown",
         "seconds": round(time.monotonic() - start),
-        "found": kept,
+        "found": figures,
     }
     print(f"==== {name}: {result['passed']} after {result['seconds']} s", flush=True)
     RESULTS.mkdir(exist_ok=True)
@@ -155,7 +162,7 @@ def run(name: str) -> dict[str, Any]:
     return result
 
 
-def started(promise: Promise) -> tuple[int, list[str]]:
+def run_command(promise: Promise) -> tuple[int, list[str]]:
     """Return a command's exit status and output; kill its process group at the time limit."""
     lines = []
     with subprocess.Popen(
@@ -172,28 +179,28 @@ def started(promise: Promise) -> tuple[int, list[str]]:
     return process.returncode, lines
 
 
-def figures_of(lines: list[str]) -> list[Any]:
+def read_figures(lines: list[str]) -> list[Any]:
     """Return the figures that a command printed, and the last lines of test runners."""
-    kept: list[Any] = []
+    figures: list[Any] = []
     for line in lines:
         if line.startswith("figures: "):
-            kept.append(json.loads(line.removeprefix("figures: ")))
+            figures.append(json.loads(line.removeprefix("figures: ")))
         elif match := re.search(r"\d+ passed.*|\d+% tests passed.*", line):
-            kept.append(re.sub(r" in [\d.]+s.*", "", match[0]))
+            figures.append(re.sub(r" in [\d.]+s.*", "", match[0]))
         elif match := re.match(r"(stat::number_of_executed_units): *(\d+)", line):
-            kept.append({"cases": int(match[2])})
-    return kept
+            figures.append({"cases": int(match[2])})
+    return figures
 
 
-def shown(value: Any) -> str:
-    """Describe the figures in words."""
+def format_figures(value: Any) -> str:
+    """Format figures as text."""
     if isinstance(value, dict):
         pairs = {key: part for key, part in value.items() if not isinstance(part, list)}
         return ", ".join(f"{key}: {part}" for key, part in pairs.items())
     return str(value)
 
 
-def document() -> str:
+def write_document() -> str:
     """Return the text of docs/reliability.md."""
     lines = [
         "# Reliability",
@@ -215,7 +222,7 @@ def document() -> str:
         result = json.loads(path.read_text())
         when = f"{result['date']}, {result['commit']}, {result['seconds']} s"
         verdict = "**failed**; " if result["passed"] is False else ""
-        text = verdict + "; ".join(map(shown, result["found"]))
+        text = verdict + "; ".join(map(format_figures, result["found"]))
         lines.append(f"| {promise} | `{command}` | {when} | {text} |")
         for figures in result["found"]:
             if isinstance(figures, dict) and "pairs" in figures:
@@ -227,7 +234,7 @@ def document() -> str:
         for row in versions:
             cells = (row["python"], row["torch"], row["date"], row["result"])
             lines.append(f"| {' | '.join(cells)} | {row.get('foreign', '')} |")
-    return "\n".join(lines) + "\n\n" + HAND.read_text()
+    return "\n".join(lines) + "\n\n" + FINDINGS.read_text()
 
 
 def main() -> int:
@@ -238,13 +245,13 @@ def main() -> int:
     chosen = parser.parse_args()
     unknown = [name for name in chosen.names if name not in PROMISES]
     if unknown:
-        parser.error(f"nothing is called {unknown[0]}; there are {', '.join(PROMISES)}")
+        parser.error(f"NAME must be one of {', '.join(PROMISES)}; got {unknown[0]}")
     failed = []
     for name in [] if chosen.write else chosen.names or list(PROMISES):
         if run(name)["passed"] is False:
             failed.append(name)
-        DOCUMENT.write_text(document())
-    DOCUMENT.write_text(document())
+        DOCUMENT.write_text(write_document())
+    DOCUMENT.write_text(write_document())
     print(f"wrote {DOCUMENT.relative_to(ROOT)}" + (f"; failed: {failed}" if failed else ""))
     return int(bool(failed))
 
