@@ -1,7 +1,7 @@
-"""Settings of the documentation site, which ``make docs`` builds with Sphinx.
+"""Configure the documentation site, which ``make docs`` builds with Sphinx.
 
 The source folder is the repository, not ``docs/``. So links between Markdown files work on the site
-as they do on GitHub, also to ``CONTRIBUTING.md`` and ``benchmarks/results/``.
+as on GitHub, also to ``CONTRIBUTING.md`` and ``benchmarks/results/``.
 """
 
 from __future__ import annotations

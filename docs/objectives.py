@@ -1,4 +1,4 @@
-"""Writes docs/objectives.md, from the code alone: ``python docs/objectives.py``."""
+"""Write docs/objectives.md from the code: ``python docs/objectives.py``."""
 
 from __future__ import annotations
 
@@ -38,10 +38,10 @@ set of options computes.
 | option | default | |
 |---|---|---|
 | `temperature` | 2.0; 1.0 with a TopK | 1e-18 to 1e18, or a tensor, 0-d or of rows; can learn |
-| `teacher_temperature` | `temperature` | the teacher's own |
+| `teacher_temperature` | `temperature` | the teacher's temperature |
 | `alpha` | 0.5 | weight of the hard term |
 | `hard_weight`, `soft_weight` | | in place of `alpha`: numbers, or one for each row |
-| `ignore_index` | -100 | rows with this label count nothing, in either term |
+| `ignore_index` | -100 | rows with this label are ignored, in both terms |
 | `reduction` | `"mean"` | over rows; `"sum"`, or `"none"` for one loss a row |
 | `normalizer` | | what `"mean"` divides by, such as the global token count |
 | `label_smoothing`, `class_weight` | 0.0, `None` | of the hard term, as in `F.cross_entropy` |
@@ -49,14 +49,14 @@ set of options computes.
 | `teacher_form` | `"logits"` | or `"log_probs"`, `"probs"` |
 | `teacher_weights`, `ensemble` | equal, `"probs"` | of several teachers, given as a list |
 | `standardize` | `False` | both logits by their rows' mean and deviation, for the soft term |
-| `dim` | -1 | 1 for logits `(N, C, d1, ...)`, which the kernels read and write where they lie |
+| `dim` | -1 | 1 for logits `(N, C, d1, ...)`, which the kernels read and write without a copy |
 | `shift` | 0 | 1 for causal language models, whose row i predicts label i + 1, without a copy |
 | `inplace` | `False` | write the gradient over the student's logits, to save their memory |
 | `chunks` | `"auto"` | or a `fastkd.chunks.plan`: how many logits of a Head exist at a time |
 
 Labels are class indices, or probabilities. Without labels, only 0 is accepted as `alpha` and
 `hard_weight`. Slices such as `logits[..., :n]` of student and teacher leave padded classes out,
-without a copy. `help(fastkd.loss)` says all of it, with shapes, dtypes and errors.
+without a copy. `help(fastkd.loss)` describes all options, with shapes, dtypes and errors.
 """
 
 _MATRIX = """
@@ -69,19 +69,20 @@ _MATRIX = """
 | ○ | by PyTorch operations (`fastkd.reference`), with their memory and time |
 | – | refused, with a message that says why |
 
-Several teachers, and probabilities, are mixed by a kernel: on the CPU as the fused pass goes, a few
-rows at a time in the cache; on CUDA, up to 32 of them, into one tensor of float32 first (more than
-32 are left to PyTorch operations). Teachers whose classes are not adjacent are copied.
-Other devices, function transforms (`torch.func`) and second derivatives are always PyTorch
-operations; so that memory stays bounded, these take large batches in parts, and compute each part
-again in the backward pass.
+A kernel mixes several teachers, or reads probabilities. On the CPU, it mixes a few rows at a time
+in the cache, as part of the fused pass. On CUDA, it first writes the mixture of up to 32 teachers
+into a float32 tensor; PyTorch operations mix more than 32 teachers. Teachers whose classes are not
+adjacent are copied.
+Other devices, function transforms (`torch.func`) and second derivatives always use PyTorch
+operations. To bound memory, large batches are computed in parts, and each part is recomputed in the
+backward pass.
 """
 
 _ROWS, _CLASSES = 2, 3
 
 
 def _cases() -> dict[str, dict[str, Any]]:
-    """The rows of the matrix: a call for each, arguments that are not options among them."""
+    """Return a call for each row of the matrix: its options and other arguments."""
     logits, rows = torch.zeros(_ROWS, _CLASSES), torch.ones(_ROWS)
     labels = torch.zeros(_ROWS, dtype=torch.int64)
     return {
@@ -117,7 +118,7 @@ def _cases() -> dict[str, dict[str, Any]]:
 
 
 def _cell(divergence: str, case: dict[str, Any]) -> str:
-    """How a call is computed, or that it is refused."""
+    """Return the symbol of how a call is computed, or of a refusal."""
     logits = torch.zeros(_ROWS, _CLASSES)
     arguments = {
         "student": logits,
@@ -141,8 +142,8 @@ def _table(rows: list[list[str]]) -> str:
     return "\n".join([head, "|" + "---|" * len(rows[0]), *rest])
 
 
-def objectives() -> str:
-    """The text of docs/objectives.md."""
+def write_page() -> str:
+    """Return the text of docs/objectives.md."""
     listed = [["`divergence=`", "D", "`mix=`", "source"]]
     for name, kind in reference.DIVERGENCES.items():
         mix = ""
@@ -174,4 +175,4 @@ def objectives() -> str:
 
 
 if __name__ == "__main__":
-    PATH.write_text(objectives(), encoding="utf-8")
+    PATH.write_text(write_page(), encoding="utf-8")

@@ -1,12 +1,12 @@
 # %% [markdown]
 # # From teacher to device
 #
-# A convolutional network, the **teacher**, recognizes handwritten digits well, and is too large for
-# where it has to run. This notebook trains a small **student** on the teacher's outputs, compares
-# it with the same student trained alone, exports it to ONNX Runtime and ExecuTorch with 8-bit
-# integers, and measures every model on one thread.
+# A convolutional network, the **teacher**, recognizes handwritten digits well, but is too large for
+# the device. This notebook trains a small **student** on the teacher's outputs, and compares it
+# with the same student trained alone. Then it exports the student to ONNX Runtime and ExecuTorch
+# with 8-bit integers, and measures every model on one thread.
 #
-# `pip install "fastkd[report,deploy,examples]"` has what it needs. It takes about a minute.
+# `pip install "fastkd[report,deploy,examples]"` installs the packages. A run takes about a minute.
 # `deploy.py` and `deploy.ipynb` have the same cells.
 
 # %%
@@ -82,19 +82,18 @@ print(f"teacher: {accuracy(teacher):.1f} % of the test images are right")
 # %% [markdown]
 # ## The student, alone and distilled
 #
-# The student has three linear layers. It sees a tenth of the images. Alone, it learns from their
-# labels. Distilled, it learns from the same labels and from the teacher's logits on the same
-# images:
+# The student has three linear layers. It sees a tenth of the images. Alone, the student learns from
+# the labels of these images. Distilled, it learns from the labels and from the teacher's logits:
 #
 # $$\alpha\,\text{CE}(z, y)
 # + (1 - \alpha)\,T^2\,\text{KL}\big(\text{softmax}(w/T)\,\|\,\text{softmax}(z/T)\big),$$
 #
-# with z the student's logits, w the teacher's and y the labels. Both begin with the same weights
-# and see the same images in the same order. T = 4 and α = 0.1 were chosen on other splits of the
-# data.
+# with z the student's logits, w the teacher's and y the labels. Both students begin with the same
+# weights and see the same images in the same order. T = 4 and α = 0.1 were chosen on other splits
+# of the data.
 #
-# One seed may be luck. So both are trained for ten seeds, each with other images and other first
-# weights.
+# The result of one seed may be luck, so both students are trained for ten seeds. Each seed has
+# other images and other first weights.
 
 
 # %%
@@ -146,7 +145,7 @@ plt.show()
 #
 # `fastkd.export` writes a file that runs without this notebook, and compares its answers with the
 # student's. `quantize="int8"` stores weights in 8 bits and computes with 8-bit activations.
-# Training images show it the ranges of the activations.
+# Training images calibrate the ranges of the activations.
 
 # %%
 alone, distilled = pairs[0]

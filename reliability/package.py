@@ -97,7 +97,7 @@ def main() -> int:
         run("cibuildwheel", "--only", identifier, "--output-dir", FOLDER / "cibuildwheel", ROOT)
         figures["cibuildwheel"] += f"; {identifier} built and tested"
     else:
-        figures["cibuildwheel"] += "; not built: no container has_engine runs here"
+        figures["cibuildwheel"] += "; not built: no container engine is running"
     print("figures: " + json.dumps(figures))
     return 0
 
