@@ -1,4 +1,4 @@
-"""Define the baselines: one function for each other way to compute the loss.
+"""Define the baselines: one function for each way to compute the loss.
 
 A baseline's function takes a case and returns a function of (student, teacher, labels), which
 computes
@@ -48,7 +48,7 @@ class Baseline:
     non_leaf: bool = False
     """True if the student's logits must be an operation's output, as a model's are."""
     compiles: str = "no"
-    """Cases to measure: "default" with torch.compile, "best" with its autotuning."""
+    """Use of torch.compile: "no", "default", or "best" with autotuning; a case must allow it."""
     half_only: bool = False
     """True if the baseline equals another one in float32."""
     language_models_only: bool = False
@@ -176,7 +176,7 @@ def _import_liger(case: Case) -> Any:
     "Liger KL + CE", "LigerKLDIVLoss on eager softmaxes + LigerCrossEntropyLoss", overwrites=True
 )
 def liger_kl(case: Case) -> LossFunction:
-    """Compute the loss by Liger-Kernel, last the cross entropy, which overwrites the logits."""
+    """Compute the loss by Liger-Kernel: last the cross entropy, which overwrites the logits."""
     liger = _import_liger(case)
     soft_loss = liger.LigerKLDIVLoss(reduction="batchmean")
     hard_loss = liger.LigerCrossEntropyLoss()

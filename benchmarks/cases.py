@@ -2,8 +2,8 @@
 
 Vision cases have the number of rows of their recipes' batch. Language models have 8192 rows
 (tokens) on a GPU, halved until one tensor of logits takes at most 1/48 of the GPU's memory. This
-leaves room for the largest baseline (eager in float32 on half-precision logits: 16 such tensors)
-and for two sets of inputs. On a CPU language models have 128 rows, halved until one float32 tensor
+limit leaves room for two sets of inputs and for the largest baseline (eager in float32 on 16-bit
+logits: 16 such tensors). On a CPU language models have 128 rows, halved until one float32 tensor
 takes at most 32 MiB, several times the size of the caches.
 """
 
@@ -82,7 +82,7 @@ class Case:
 
     @property
     def grad_scale(self) -> float:
-        """Return the factor of the loss, which float16 gradients need, as under a GradScaler."""
+        """Return the loss scale; float16 gradients need a scale, as under a GradScaler."""
         return 4096.0 if self.dtype == "fp16" else 1.0
 
     @property

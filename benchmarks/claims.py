@@ -32,7 +32,7 @@ class Claim:
     unit: str = "x"
 
     def evaluate(self, results: Results) -> dict[str, Any]:
-        """Return the table row: bounds, the worst measured value, where, and the verdict."""
+        """Return the table row: bounds, the worst measured value, its case, and the verdict."""
         values = {title: value for title, value in self.values(results).items() if value == value}
         row = {
             "what": self.what,

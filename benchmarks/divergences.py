@@ -143,7 +143,7 @@ def plain(dense: Case, name: str) -> LossFunction:
 
 _TORCHTUNE = {
     "reverse_kl": "ReverseKLLoss",
-    "symmetric_kl": "SymmetricKLLoss",  # omits an entropy; see check_errors
+    "symmetric_kl": "SymmetricKLLoss",  # its forward KL omits the teacher's entropy
     "soft_cross_entropy": "ForwardKLLoss",  # omits the teacher's entropy
 }
 
@@ -201,7 +201,7 @@ def compute_errors(case: DivergenceCase, step: Step) -> tuple[float, float]:
 
 
 def check_errors(case: DivergenceCase, name: str, step: Step) -> dict[str, float]:
-    """Return a step's errors; raise if they are too large for it to be timed."""
+    """Return a step's errors; raise if the errors are too large to time the step."""
     loss_error, gradient_error = compute_errors(case, step)
     dtype = case.dense.dtype
     loss_limit, limit = LOSS_TOLERANCE[dtype], GRADIENT_TOLERANCE[dtype]

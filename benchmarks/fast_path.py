@@ -1,4 +1,4 @@
-"""Measure the cost of calls without autograd in C++; ``--write`` puts it into docs/install.md.
+"""Measure the cost of calls without autograd in C++; ``--write`` writes it to docs/install.md.
 
 Loss and backward pass run on one thread, in turns with autograd in C++ and in Python. The figure is
 the ratio of the least processor times, which other programs hardly change.

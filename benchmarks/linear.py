@@ -2,8 +2,8 @@
 
 All implementations are checked against float64, then timed in turns. Times are also multiples of
 the GEMM time, the duration of the four necessary matrix products: the logits of student and
-teacher, and the gradients of hidden states and weight. Memory is that of a step beyond its inputs;
-on a CPU it is measured in a process of its own (memory.py).
+teacher, and the gradients of hidden states and weight. Memory is that of a step beyond its inputs.
+On a CPU, memory is measured in a child process (memory.py).
 """
 
 from __future__ import annotations

@@ -32,7 +32,7 @@ class LinearCase:
     ignored: float = 0.0
     """The share of rows whose label is ignored."""
     small_mib: int = 0
-    """Memory bound for fastkd in small chunks; 0 to leave it out."""
+    """Memory bound for fastkd in small chunks; 0 to leave out these chunks."""
     must: tuple[float, float] | None = None
     """Required time and memory of fastkd."""
     small_must: tuple[float, float] | None = None
@@ -213,7 +213,7 @@ LANES: dict[str, Callable[[LinearCase], LossFunction]] = {
 
 
 def make_products(case: LinearCase, inputs: Inputs) -> Callable[[], None]:
-    """Return a call of the four matrix products of valid rows, into allocated memory."""
+    """Return a function of the four matrix products of valid rows, into allocated memory."""
     hidden, weight = inputs.hidden.detach(), inputs.weight.detach()
     valid = inputs.labels != -100
     hidden, teacher_hidden = hidden[valid], inputs.teacher_hidden[valid]

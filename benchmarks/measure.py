@@ -5,7 +5,7 @@
 - Cold: calls alternate between several sets of inputs that exceed the last-level cache together.
 - On a GPU, large cases are timed by events around a queued call, so that only the device's time
   counts. Small cases (under 4M logits) are timed by the wall clock, as callers wait for the host.
-- Reported are the median and the 20th and 80th percentiles.
+- Results are the median and the 20th and 80th percentiles.
 """
 
 from __future__ import annotations

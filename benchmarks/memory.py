@@ -3,9 +3,9 @@
 Linux stores the peak resident memory of a process (VmHWM) and resets it on request (clear_refs).
 Each baseline runs once, to load and compile its code. Free memory goes back to the system, the peak
 is reset, and the baseline runs again; the result is the new peak less the memory before. The first
-run's gradient is held until then, because fastkd would recycle its memory. The child's malloc gives
-every large tensor pages of its own, so that tensors are counted while they live. Otherwise glibc
-keeps holes between tensors, and eager PyTorch then takes up to twice as much.
+run's gradient is held during the second run, because fastkd would recycle the gradient's memory.
+The child's malloc gives every large tensor pages of its own, so that tensors are counted while they
+live. Otherwise glibc keeps holes between tensors, and eager PyTorch then takes up to twice as much.
 """
 
 from __future__ import annotations

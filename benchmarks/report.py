@@ -83,7 +83,7 @@ def make_case_rows(case: Results) -> Rows:
     rows = []
     for name, record in case["lanes"].items():
         if record["status"].startswith("not available"):
-            continue  # list_notes has it once for all cases
+            continue  # list_notes reports it once for all cases
         seconds = record.get("times")
         notes = [] if record["status"] == "ok" else [record["status"]]
         if "compile_seconds" in record:
@@ -216,7 +216,7 @@ def make_divergence_rows(results: Results) -> Rows:
 
 
 def make_scaling_rows(points: Iterable[Results]) -> Rows:
-    """Return the rows of one series."""
+    """Return the times of fastkd and eager PyTorch in one scaling series."""
     rows = []
     for case in points:
         ours, eager = get_median(case, "fastkd"), get_median(case, "eager")
@@ -289,7 +289,7 @@ def show(console: Console, results: Results) -> None:
 
 
 def list_notes(results: Results) -> list[str]:
-    """Return remarks on missing baselines, on memory streams, and on small divergences."""
+    """Return remarks on missing baselines, on memory streams, and on errors at a small KL."""
     lines = [f"Not measured: {name}, {why}." for name, why in results["missing"].items()]
     lines += [
         f"Stream {name!r}: {what}; {speed / 1e9:.1f} GB/s."

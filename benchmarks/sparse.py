@@ -167,8 +167,8 @@ def run(sparse: SparseCase, device: str, seconds: float) -> dict[str, Any]:
 def run_sampled(device: str, seconds: float) -> dict[str, Any]:
     """Time the loss of one sampled token a row (k1) beside cross entropies of the same logits.
 
-    The fused cross entropy is the sparse loss with ``alpha=1``. It reads the logits once and writes
-    the gradient once.
+    The fused cross entropy is the sparse loss with ``alpha=1``. This loss reads the logits once
+    and writes the gradient once.
     """
     dense = make_case("llama-3", device, "fp32", temperature=1.0)
     sets = []

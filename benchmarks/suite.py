@@ -46,7 +46,7 @@ class Settings:
     deadline: float = math.inf
     """Time (time.monotonic) after which compiled baselines are left out."""
     names: Sequence[str] = ()
-    """The baselines to measure; all, if empty."""
+    """The baselines to measure; all if empty."""
     missing: dict[str, str] = field(default_factory=dict)
     """Baselines that cannot be measured on this machine, with the reason."""
 
@@ -135,7 +135,7 @@ def run_case(
 ) -> dict[str, Any]:
     """Check all baselines of a case, and measure their times and memory."""
     device = settings.device
-    torch.compiler.reset()  # beyond its recompilation limit Dynamo silently runs eagerly
+    torch.compiler.reset()  # Dynamo silently runs eagerly beyond its recompilation limit
     _release(device)
     kind = "device" if device == "cuda" and case.elements >= WALL_LIMIT else "wall"
     wanted = [

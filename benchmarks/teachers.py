@@ -1,6 +1,6 @@
 """Measure the size, the loss and the speed of a teacher's cache: ``python -m benchmarks.teachers``.
 
-It writes the tables of docs/teachers.md.
+The command writes the tables of docs/teachers.md.
 """
 
 from __future__ import annotations
@@ -144,7 +144,7 @@ def make_digits() -> tuple[str, nn.Module, Tensor]:
 
 
 def make_characters() -> tuple[str, nn.Module, Tensor]:
-    """Count the character after each two in pydoc_data.topics; return a name, a model, inputs."""
+    """Count which character follows each pair in a text; return a name, a model, inputs."""
     text = "\n".join(pydoc_data.topics.topics.values())
     alphabet = sorted(set(text))
     codes = torch.tensor([alphabet.index(sign) for sign in text])

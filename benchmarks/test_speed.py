@@ -4,7 +4,8 @@
     python -m pytest benchmarks --benchmark-compare          compare with the last saved run
     python -m pytest benchmarks --benchmark-compare --benchmark-compare-fail=median:10%
 
-The normal test run leaves them out. ``python -m benchmarks`` has baselines, figures and plots.
+The normal test run leaves out these benchmarks. ``python -m benchmarks`` has baselines, figures and
+plots.
 """
 
 from __future__ import annotations

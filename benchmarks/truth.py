@@ -1,6 +1,6 @@
 """Compute a case's loss and gradient in float64, and the errors of an answer.
 
-The loss includes every row. The gradient is stored for every row if it is small. Otherwise it is
+The loss includes every row. A small gradient is stored for every row. A large gradient is
 stored for rows spread evenly over the tensor, including the first row and the last.
 """
 
@@ -17,7 +17,7 @@ from benchmarks.cases import DTYPES, Case
 from fastkd import reference
 
 # Bounds of the errors of a right answer. Errors are reported unchanged; the bounds keep wrong
-# baselines from being timed. They are wide, because eager PyTorch is inaccurate in half precision.
+# baselines from being timed. The bounds are wide, because eager PyTorch is inaccurate in 16 bits.
 LOSS_TOLERANCE = {"fp32": 1e-3, "bf16": 0.1, "fp16": 0.1}
 GRADIENT_TOLERANCE = {"fp32": 1e-3, "bf16": 0.25, "fp16": 0.25}
 

@@ -107,7 +107,7 @@ def draw_soft_targets(teacher: torch.nn.Module, images: torch.Tensor, labels: to
 
 
 def main() -> None:
-    """Run the seeds, write and draw."""
+    """Run the seeds, write the sentences, and draw the pictures."""
     torch.set_num_threads(1)
     options = argparse.Namespace(
         seeds=10, epochs=digits.STUDENT_EPOCHS, temperature=digits.TEMPERATURE, alpha=digits.ALPHA

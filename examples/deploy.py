@@ -41,7 +41,7 @@ print(f"{len(images)} images to learn from, {len(test_images)} to test on")
 # %% [markdown]
 # ## The teacher
 #
-# Two convolutions and two linear layers, trained on all images.
+# The teacher has two convolutions and two linear layers, and is trained on all images.
 
 
 # %%
@@ -82,8 +82,9 @@ print(f"teacher: {accuracy(teacher):.1f} % of the test images are right")
 # %% [markdown]
 # ## The student, alone and distilled
 #
-# The student has three linear layers. It sees a tenth of the images. Alone, the student learns from
-# the labels of these images. Distilled, it learns from the labels and from the teacher's logits:
+# The student has three linear layers, and sees a tenth of the images. Alone, the student learns
+# from the labels of these images. Distilled, the student learns from the labels and from the
+# teacher's logits:
 #
 # $$\alpha\,\text{CE}(z, y)
 # + (1 - \alpha)\,T^2\,\text{KL}\big(\text{softmax}(w/T)\,\|\,\text{softmax}(z/T)\big),$$
@@ -168,7 +169,7 @@ for name, each in exported.items():
 # ## Accuracy gained by distillation
 #
 # The report measures all models on the same test images, and in turns: size, memory, latency,
-# accuracy, calibration. A file is a model like any other.
+# accuracy, calibration. An exported file is measured like a module.
 
 # %%
 report = fastkd.report(

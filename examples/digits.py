@@ -205,9 +205,9 @@ def distill_student(
 class Outcome(NamedTuple):
     """Hold the accuracies of all seeds, and the last seed's models and batches."""
 
-    models: dict[str, nn.Module]  # the last seed's
-    accuracies: dict[str, list[float]]  # one for each seed
-    batches: list[Batch]  # the last distillation's
+    models: dict[str, nn.Module]  # models of the last seed
+    accuracies: dict[str, list[float]]  # a value for each seed
+    batches: list[Batch]  # batches of the last distillation
 
 
 def run(options: argparse.Namespace) -> Outcome:

@@ -3,8 +3,8 @@
     python examples/language_model.py [--seeds N] [--steps N] [--write docs/language-models.md]
 
 The text is Python's documentation, one token a character. The teacher is trained on the whole text.
-The students have a sixth of the teacher's parameters and a tenth of the text. They are trained on
-the labels, then from these weights in five ways, with equal steps, rates and numbers of tokens. No
+The students have a sixth of the teacher's parameters and a tenth of the text. All students are
+first trained on the labels, then in five ways, with equal steps, rates and numbers of tokens. No
 rate was tuned. A model with a large vocabulary passes fastkd.Head in place of logits.
 """
 

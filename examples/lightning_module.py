@@ -1,4 +1,4 @@
-"""Distill in a Lightning module: training_step asks the teacher.
+"""Distill in a Lightning module: training_step calls the teacher.
 
     python examples/lightning_module.py [--seeds N] [--epochs N]
 

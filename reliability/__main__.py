@@ -1,7 +1,7 @@
 """Run the programs that docs/reliability.md lists, and write that page.
 
 ``python -m reliability [NAME ...]``: without names, all programs run in order. A failure does not
-stop the others, each program has a time limit, and the document is written after each program.
+stop other programs, each program has a time limit, and the document is written after each program.
 ``results/NAME.json`` has a program's last results.
 """
 

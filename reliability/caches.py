@@ -1,4 +1,4 @@
-"""Run libFuzzer on the reader of teachers' caches, which must return or raise ValueError.
+"""Run libFuzzer on the reader of teachers' caches, which must read or raise ValueError.
 
 ``python -m reliability.caches [SECONDS [SEED]]``. atheris follows the reader's branches. Half of
 the mutations change entries of a header and then correct its length, offsets and most checksums.
@@ -76,7 +76,7 @@ def edit_header(data: bytes, seed: int) -> bytes:
 
 
 def recompute_checksums(header: Any, body: bytes) -> tuple[Any, bytes]:
-    """Recompute a file's checksums, as an attacker would; raise if the header has none."""
+    """Recompute a file's checksums, as an attacker would; raise if there are none."""
 
     def part(name: str) -> bytes:
         start, stop = header[name]["data_offsets"]
@@ -157,7 +157,7 @@ def fuzz(arguments: list[str]) -> None:
 
     from fastkd.teachers import TeacherCache, cache, shard
 
-    # Modules are instrumented one by one: atheris's import hook misses editable packages.
+    # Functions are instrumented one by one: atheris's import hook misses editable packages.
     for owner in (shard, cache, TeacherCache):
         for name, member in list(vars(owner).items()):
             if inspect.isfunction(member):

@@ -53,7 +53,7 @@ def run_uv(*arguments: str | Path, log: Path) -> None:
 
 
 def run(command: list[str], log: Path, folder: Path = ROOT) -> str:
-    """Run a command; append its output to the log and return it."""
+    """Run a command; append its output to the log, and return the output."""
     # Neither the folder's own package nor another environment's may be imported.
     environment = {k: v for k, v in os.environ.items() if k not in {"PYTHONPATH", "VIRTUAL_ENV"}}
     environment |= {"UV_NATIVE_TLS": "1", "UV_PYTHON_DOWNLOADS": "never", "OMP_NUM_THREADS": "2"}

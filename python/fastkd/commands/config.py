@@ -106,7 +106,7 @@ def run(command: Callable[..., None], arguments: Sequence[str]) -> None:
     """Call a command with the options in its arguments and in the file that ``--config`` names.
 
     The file may set the fields of :class:`Training` only. The file cannot set ``--module``, so it
-    cannot widen what it may call. Further parameters of ``command`` are options of the command
+    cannot trust further modules. Further parameters of ``command`` are options of the command
     line, and its docstring is the help.
     """
     jsonargparse = extras.load("jsonargparse", "train")

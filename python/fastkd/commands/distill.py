@@ -35,9 +35,9 @@ def distill(
 
     Options come from the file that --config names, and from the command line, which takes
     precedence: --loss.temperature=8 sets one entry of a mapping. Functions are named as
-    module:function. Their modules must be in the file's folder, or named by --module; read these
-    modules before you run somebody else's configuration. With several processes: accelerate launch
-    -m fastkd distill --config FILE.
+    module:function. A function's module must be in the file's folder, or named by --module; read
+    these modules before you run somebody else's configuration. To train in several processes, run
+    accelerate launch -m fastkd distill --config FILE.
 
     Args:
         training: the options of the training.
@@ -85,7 +85,7 @@ def distill(
         accelerator,
         checkpoints=folder if training.checkpoints else None,
     )
-    # The order of the data does not depend on how the teacher was made.
+    # Seed again, so that the order of the data does not depend on how the teacher was made.
     torch.manual_seed(training.seed)
     if resume and trainer.resume():
         accelerator.print(f"resumed after step {trainer.step}")

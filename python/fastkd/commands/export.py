@@ -25,8 +25,9 @@ def export(
 ) -> None:
     """Export the student of a distill command: ONNX, ExecuTorch or torch.export, and int8.
 
-    The options are those of the distill command. The weights come from its output folder, or from
-    student_weights. The file is compared with the student on held-out data before path is written.
+    The options are those of the distill command. The weights come from that command's output
+    folder, or from student_weights. The file is compared with the student on held-out data before
+    path is written.
 
     Args:
         training: the options of the training.

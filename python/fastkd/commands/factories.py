@@ -1,7 +1,7 @@
 """Make the models and data of a configuration, by calling functions of trusted modules only.
 
 A configuration may come from somebody else, and must not be able to run any code. A factory is a
-function or class that is named ``module:function``. Its module is trusted, and imported, only if
+function or class that is named ``module:function``. A module is trusted, and imported, only if
 it is in the configuration file's folder or is named by ``--module``. A trusted module must also
 define the factory: ``my_models:system`` is refused if it is ``os.system``.
 """
@@ -25,7 +25,7 @@ from fastkd import extras
 
 
 class ConfigError(ValueError):
-    """Error in a configuration or on the command line, reported without a traceback."""
+    """Report an error in a configuration or on the command line, without a traceback."""
 
 
 class Factories:

@@ -49,7 +49,7 @@ def sweep(
 
     The configuration is that of distill. The output folder gets the table sweep.md, the plot
     sweep.png, and sweep.jsonl, which has a line for each training. Running the command again
-    continues a sweep that was stopped. Further values or seeds add to its results.
+    continues a sweep that was stopped. Further values or seeds add to the results.
 
     Args:
         training: the options of the training.

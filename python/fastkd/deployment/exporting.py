@@ -68,9 +68,9 @@ def export(
 ) -> Exported:
     """Write ``student`` as a program that runs without its Python code, and compare both.
 
-    The program takes batches of any size, and returns the logits. It is written under another name,
-    loaded, compared with the student, and renamed, so ``path`` never holds an incomplete or wrong
-    file. The student is copied, and not changed.
+    The program takes batches of any size, and returns the logits. The file is written under another
+    name, loaded, compared with the student, and renamed, so ``path`` never is an incomplete or
+    wrong file. The student is copied, and not changed.
 
     With ``quantize="int8"``, weights and activations have 8 bits, by static quantization: ONNX
     Runtime's for ``"onnx"``, PT2E with ExecuTorch's ``XNNPACKQuantizer`` for other formats. A
@@ -96,10 +96,10 @@ def export(
         ImportError: before the student is traced, if a package is missing; the message names the
             extra, ``fastkd[deploy]``.
         TypeError: if ``student`` is no module, or ``example`` or ``rows`` hold no tensors.
-        ValueError: if the student cannot be traced with batches of any size, ``path`` does not fit
-            the format, or the program's logits are not finite. Without ``quantize``, also if the
-            logits differ from the student's in the first half of their dtype's digits. Nothing is
-            written then.
+        ValueError: if the student cannot be traced with batches of any size, if ``path`` does not
+            fit the format, or if the program's logits are not finite or, without ``quantize``,
+            differ from the student's in the first half of their dtype's digits. In these cases
+            ``path`` is not written.
         OSError: if the file cannot be written.
 
     Example:

@@ -1,7 +1,7 @@
 """Compare a teacher and its students: size, speed, accuracy and calibration.
 
-:func:`report` measures them and returns a :class:`Report`: a table in the terminal, Markdown, JSON,
-and one self-contained page of HTML. Needs ``pip install fastkd[report]``.
+:func:`report` measures the models and returns a :class:`Report`: a table in the terminal, Markdown,
+JSON, and one self-contained page of HTML. ``pip install fastkd[report]`` installs the packages.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Model(NamedTuple):
     latency: dict[str, dict[int, measure.Latency]]
     """By device, then by batch size."""
     peak_memory: int | None = None
-    """Bytes of CPU memory that loading and calling the model adds at most; None if unknown."""
+    """Growth of CPU memory in bytes when the model is loaded and called; None if unknown."""
 
 
 class Report(NamedTuple):
@@ -128,7 +128,7 @@ def report(
     """Measure a teacher and its students on the same data.
 
     A model is a module or a deployed program: an exported program, an ONNX Runtime session, an
-    ExecuTorch program, or the path of an ``.onnx``, ``.pte`` or ``.pt2`` file, also of int8.
+    ExecuTorch program, or the path of an ``.onnx``, ``.pte`` or ``.pt2`` file, quantized or not.
     :func:`fastkd.deployment.load` has the details. Programs run on the CPU.
 
     - **Size**: parameters, and bytes of the file, or of a module's weights and buffers; shared
@@ -146,9 +146,10 @@ def report(
       withheld if two estimates of the ratio differ by more than 1.5x, or if, on Linux, other
       programs used the processors meanwhile; ``warnings`` says so.
 
-    The models are not changed. They run without gradients in evaluation mode, and their modes are
-    restored. On another device than the model's, a copy of the model is measured. In the sentence
-    at the top, a student whose name has the word "alone" is one trained without a teacher.
+    The models run without gradients in evaluation mode. Their modes are restored, and the models
+    are not changed otherwise. On another device than the model's, a copy of the model is measured.
+    In the first sentence, a student whose name has the word "alone" is one trained without a
+    teacher.
 
     Args:
         teacher: model that returns logits ``(B, ..., C)``, or an output that has ``.logits``.

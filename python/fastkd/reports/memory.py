@@ -26,7 +26,7 @@ def measure_peak_memory(model: nn.Module, inputs: Any) -> int | None:
     which the process already holds. For linear layers, results were within 0.1 MB of their size.
 
     Returns:
-        None if the model cannot be copied, as a program in memory, or on other systems than Linux.
+        The bytes, or None if the model cannot be copied (a program in memory) or there is no Linux.
     """
     if isinstance(model, deployment.DeployedModel) and not model.is_file:
         return None
@@ -34,7 +34,7 @@ def measure_peak_memory(model: nn.Module, inputs: Any) -> int | None:
     for _ in range(2):
         gc.collect()
         with contextlib.suppress(OSError, AttributeError):
-            ctypes.CDLL(None).malloc_trim(0)  # or the copy would use freed memory
+            ctypes.CDLL(None).malloc_trim(0)  # or the copy would reuse freed memory
         try:
             (_PROCESS / "clear_refs").write_text("5")  # set the peak to the current size
             before = _read_status("VmRSS")

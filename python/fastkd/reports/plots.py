@@ -24,7 +24,7 @@ STUDENTS = (
     *("#2f80d0", "#e07b39", "#2a9d74", "#b5539c", "#c9a227", "#6c5bd1"),
     *("#1fa3b8", "#d1495b", "#8c6a4f"),
 )
-# Color of text and lines, legible on white and on black. The HTML page uses its text color.
+# Color of text and lines, legible on white and on black. The HTML page replaces it.
 INK = "#737b86"
 WIDE, NARROW = 9.0, 4.2  # inches; the narrow figures are for phones
 FEW = 10  # bins with fewer rows are pale, because their accuracy is mostly chance
@@ -91,7 +91,7 @@ def _draw_tradeoff(report: Report, width: float) -> Any:
 def _choose_costs(report: Report) -> tuple[list[float], str]:
     """Return each model's latency, and the axis label.
 
-    If a speed ratio is withheld and all sizes are known, return their bytes in place of latencies.
+    If a speed ratio is withheld and all sizes are known, return bytes in place of latencies.
     """
     sizes = [model.size.bytes for model in report.models if model.size.bytes is not None]
     is_size_known = len(sizes) == len(report.models)

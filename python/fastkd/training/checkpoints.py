@@ -1,9 +1,9 @@
 """Write checkpoints atomically, and check their files before reading them.
 
-A checkpoint is a folder ``step-00000042``. It is written under another name, synchronized to the
-disk and renamed, so the previous checkpoint survives if the process is killed. An older checkpoint
-of the same step is ``step-00000042.replaced`` until the new checkpoint is renamed. No file can
-execute code when it is read. ``files.json`` has the CRC-32 of every other file.
+A checkpoint is a folder ``step-00000042``. The folder is written under another name, synchronized
+to the disk and renamed, so the previous checkpoint survives if the process is killed. An older
+checkpoint of the same step is ``step-00000042.replaced`` until the new checkpoint is renamed. No
+file can execute code when it is read. ``files.json`` has the CRC-32 of every other file.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import torch
 
 from fastkd.teachers.shard import synchronize
 
-KEEP = 2  # number of checkpoints, the newest ones
+KEEP = 2  # number of newest checkpoints that are not deleted
 CHECKSUMS, METADATA = "files.json", "trainer.json"
 _INCOMPLETE, _DISCARDED = ".incomplete", ".discarded"
 
@@ -40,7 +40,7 @@ def list_complete(folder: pathlib.Path) -> list[pathlib.Path]:
 def write(
     folder: pathlib.Path, step: int, fill: Callable[[pathlib.Path], None], accelerator: Any
 ) -> pathlib.Path:
-    """Write a checkpoint into ``folder``, delete old ones, and return the new one's folder.
+    """Write a checkpoint into ``folder``, delete old checkpoints, and return the new one's path.
 
     Every process calls ``fill`` with a folder for its files.
     """

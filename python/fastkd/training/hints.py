@@ -1,4 +1,4 @@
-"""Feature hints (FitNets): train the student's inner features to match the teacher's."""
+"""Train the student's inner features to match the teacher's: feature hints (FitNets)."""
 
 from __future__ import annotations
 

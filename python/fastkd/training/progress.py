@@ -28,7 +28,8 @@ class Progress:
         self._disabled = not (show and accelerator.is_main_process)
         self._bar: Any = None
         self._pending: list[tuple[int, Tensor, Any]] = []
-        self._tqdm = extras.load("tqdm", "train").tqdm  # raises here, before the first step
+        # A missing package raises here, not in the first step.
+        self._tqdm = extras.load("tqdm", "train").tqdm
 
     @contextlib.contextmanager
     def show_bar(self, total: int | None, done: int) -> Iterator[Any]:

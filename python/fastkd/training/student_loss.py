@@ -38,7 +38,7 @@ class StepTerms(NamedTuple):
 class Denominators:
     """Hold the 0-d divisors of a step's sums.
 
-    A dataclass, because FSDP casts the tensors of a tuple to 16 bits.
+    This is a dataclass, because FSDP casts the tensors of a tuple to 16 bits.
     """
 
     rows: Tensor
@@ -49,8 +49,8 @@ class Denominators:
 class StudentLoss(nn.Module):
     """Run the student and compute its loss in one forward call.
 
-    The module does not return the logits, because Accelerate converts outputs to float32. It
-    contains the projections of hints, so that DistributedDataParallel synchronizes them.
+    The module does not return the logits, because Accelerate converts outputs to float32. The
+    module contains the projections of hints, so that DistributedDataParallel synchronizes them.
     """
 
     def __init__(
@@ -115,7 +115,7 @@ class StudentLoss(nn.Module):
         return validation.to_int64(targets)
 
     def count_rows(self, values: Tensor) -> Tensor:
-        """Count the rows of logits or probabilities, or the labels that are not ignored, 0-d."""
+        """Return a 0-d count of the rows of logits or probabilities, or of labels not ignored."""
         if values.is_floating_point():
             rows = values.numel() // int(values.shape[self.loss.dim])
             return torch.tensor(rows, device=values.device)

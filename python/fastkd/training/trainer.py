@@ -44,7 +44,7 @@ class Step(NamedTuple):
 
 
 class Evaluation(NamedTuple):
-    """Hold means over the rows of a dataset, over all processes."""
+    """Hold means over the rows of a dataset in all processes."""
 
     loss: float
     hard: float
@@ -60,7 +60,7 @@ class Trainer:
 
     Run the script as ``python script.py``, ``accelerate launch script.py`` or ``torchrun ...
     script.py``. A batch is ``(inputs, labels)``, a mapping with ``"labels"`` whose other entries
-    are keyword arguments of the models, or of another form in :mod:`fastkd.batches`. Each process
+    are keyword arguments of the models, or another form of :mod:`fastkd.batches`. Each process
     trains on batches of the loader's size. Means are over the rows that are not ignored, in all
     batches and processes of an optimizer step. ``docs/training.md`` has the details.
 
@@ -69,8 +69,8 @@ class Trainer:
         teacher: a module, frozen and set to evaluation mode, run without gradients in its dtype; a
             list of modules, whose logits ``loss`` mixes; or a
             :class:`fastkd.teachers.TeacherCache`, read by the sample ids of the batches.
-        optimizer: an optimizer of the student's parameters. Parameters of hints' projections that
-            it lacks are added to its first group.
+        optimizer: an optimizer of the student's parameters. Its first group gets the parameters of
+            hints' projections that the optimizer lacks.
         loss: the distillation loss, with ``reduction="mean"``, without ``normalizer`` and
             ``class_weight``. Default ``KDLoss()``. Batches without labels need ``alpha=0.0`` or
             ``hard_weight=0.0``.
@@ -192,12 +192,12 @@ class Trainer:
     def fit(
         self, loader: Iterable[Any], epochs: int = 1, *, validation: Iterable[Any] | None = None
     ) -> list[Evaluation]:
-        """Train until ``epochs`` passes over ``loader`` are done, also counting resumed passes.
+        """Train until ``epochs`` passes over ``loader`` are done; passes before a resumption count.
 
         Args:
             loader: a ``DataLoader``, or any iterable of batches that can be iterated again.
             epochs: number of passes.
-            validation: evaluated after each epoch.
+            validation: batches to evaluate after each epoch. Default None.
 
         Returns:
             The evaluation after each epoch, including epochs before a resumption.
@@ -283,7 +283,7 @@ class Trainer:
     def _count_rows_and_samples(self, window: list[Any]) -> student_loss.Denominators:
         """Count the rows and samples of all processes, divided by the number of processes.
 
-        The division makes up for the mean that the processes take of their gradients.
+        The division compensates for the mean of the gradients over the processes.
         """
         counts = torch.zeros(2, dtype=torch.float64, device=self.accelerator.device)
         for batch in window:
@@ -333,7 +333,7 @@ class Trainer:
     def save(self) -> pathlib.Path:
         """Write a checkpoint into the folder ``checkpoints``, and return its path.
 
-        Call this on every process, between the steps of :meth:`steps` or after them.
+        Call this method on every process, between the steps of :meth:`steps` or after them.
 
         Raises:
             FileExistsError: if the folder has checkpoints from which this trainer did not resume.
