@@ -21,9 +21,8 @@ it was timed. Baselines took turns in one process, on inputs that were out of th
 medians. "Of stream" is the time that the memory bandwidth allows, divided by the measured time.
 "Peak" is the extra memory, in tensors of logits. Errors are relative to float64, and those of
 gradients are 2-norms."""
-DIVERGENCES = """The soft term alone, loss + backward, T = 2: fastkd's time, this time divided by the
-time of fastkd's forward KL, and the baselines' times divided by fastkd's (PyTorch: eager, in
-float32)."""
+DIVERGENCES = """The soft term alone, loss + backward, T = 2: fastkd's time, that time divided by
+the forward KL's, and the baselines' times divided by fastkd's (PyTorch: eager, in float32)."""
 
 
 # ---- numbers as text
