@@ -1,4 +1,4 @@
-# `make help` lists what there is. Everything happens in .venv, which the first target to need it creates.
+# `make help` lists the targets, which use the environment .venv. The first target that needs .venv creates it.
 PYTHON ?= python3
 VENV ?= .venv
 # The torch that a new environment gets. Any torch >= 2.10 works, also one with CUDA: make demo TORCH=torch
@@ -28,8 +28,8 @@ $(VENV)/installed: $(VENV)/created $(SOURCES)
 	$(RUN) -m pip install --quiet --no-build-isolation -e ".[demo,bench]"
 	touch $@
 
-# What developers need beside it: the tests' and examples' libraries, linters, and the libraries that fastkd.compat
-# is tested against, whose own dependencies weigh gigabytes and are not needed.
+# Developers also need linters, and the libraries of tests and examples. fastkd.compat is tested against the group
+# `peers`. The dependencies of these libraries take gigabytes, and the tests do not use them.
 $(VENV)/complete: $(VENV)/installed
 	$(RUN) -m pip install --quiet --no-build-isolation -e ".[train,report,deploy,examples,test,dev]"
 	$(RUN) -m pip install --quiet --no-deps --group peers
@@ -46,7 +46,7 @@ PYTEST := OMP_NUM_THREADS=1 $(RUN) -m pytest --numprocesses auto --dist workstea
 test: $(VENV)/complete  ## run the quick tests: a few minutes
 	$(PYTEST) -m "not slow" --junitxml build/test.xml
 
-test-all: kernel-test kernel-test-arm $(VENV)/complete  ## run every test, the kernels' own tests among them
+test-all: kernel-test kernel-test-arm $(VENV)/complete  ## run every test, also the kernels' own tests
 	$(PYTEST) --junitxml build/test-all.xml
 
 coverage: $(VENV)/complete  ## run both tiers, measure what each covers, and write docs/tests.md
@@ -54,8 +54,8 @@ coverage: $(VENV)/complete  ## run both tiers, measure what each covers, and wri
 	$(PYTEST) -m slow --junitxml build/slow.xml --cov fastkd --cov-append --cov-report json:build/test-all.json
 	$(RUN) docs/tests.py
 
-# $(call kernels,FOLDER,OPTIONS,TARGET): builds the kernels with their own tests, which need no torch and no Python,
-# or the one that is named alone.
+# $(call kernels,FOLDER,OPTIONS,TARGET) builds the kernels with their own tests, which need no torch and no Python. A
+# TARGET builds only one of these programs.
 define kernels
 @mkdir -p build
 @$(VENV)/bin/cmake -S . -B build/$(1) -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(VENV)/bin/ninja \
@@ -67,10 +67,10 @@ kernel-test: $(VENV)/created  ## run the CPU kernels' own tests, without torch o
 	$(call kernels,kernels)
 	$(CTEST) --test-dir build/kernels
 
-# Baseline kernels alone, and double for the truth: aarch64's long double is software.
+# aarch64 has only baseline kernels. The tests compare with double, because aarch64 computes long double in software.
 ARM := aarch64-linux-gnu
 ARM_TOOLS := $(and $(shell command -v $(ARM)-g++),$(shell command -v qemu-aarch64))
-# FULL=1 also holds every result against float64, which takes an emulated processor an hour or so.
+# FULL=1 also compares every result with float64, which takes about an hour on an emulated processor.
 kernel-test-arm: $(VENV)/created  ## cross-compile the CPU kernels for aarch64, and fuzz them under qemu
 ifdef ARM_TOOLS
 	$(call kernels,kernels-arm,-DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64 \
@@ -78,7 +78,7 @@ ifdef ARM_TOOLS
 	qemu-aarch64 -L /usr/$(ARM) build/kernels-arm/cpu_fuzz 200
 	$(if $(FULL),qemu-aarch64 -L /usr/$(ARM) build/kernels-arm/cpu_kernels)
 else
-	@echo "kernel-test-arm: nothing is tested, for $(ARM)-g++ or qemu-aarch64 (Debian: qemu-user) is not installed"
+	@echo "kernel-test-arm: nothing is tested, because $(ARM)-g++ or qemu-aarch64 (Debian: qemu-user) is not installed"
 endif
 
 sanitize: $(VENV)/created  ## run the kernel tests under the address, undefined-behavior and thread sanitizers
@@ -87,45 +87,46 @@ sanitize: $(VENV)/created  ## run the kernel tests under the address, undefined-
 	$(call kernels,sanitize-threads,-DFASTKD_SANITIZE=thread,cpu_threads)
 	$(CTEST) --test-dir build/sanitize-threads -R cpu_threads
 
-# valgrind shows programs a processor without AVX-512: those kernels are not tried here.
+# valgrind emulates a processor without AVX-512, so the AVX-512 kernels are not tested.
 valgrind: $(VENV)/created  ## run the kernel tests under valgrind: memory errors, uninitialized values, leaks
 	$(call kernels,kernels,,cpu_kernels cpu_threads cpu_fuzz device_arithmetic)
 	for test in "cpu_kernels memory" "cpu_threads" "cpu_fuzz 300" "device_arithmetic"; do \
 	  valgrind --quiet --error-exitcode=1 --leak-check=full build/kernels/$$test || exit 1; done
 
-sanitize-python: $(VENV)/complete  ## the Python suite's core with an extension under the sanitizers
+sanitize-python: $(VENV)/complete  ## run core Python tests with an extension built with sanitizers
 	$(RUN) -m reliability.sanitize
 
 FUZZERS := tests/test_fuzz.py tests/test_fuzz_topk.py tests/test_fuzz_linear.py \
   tests/test_fuzz_ops.py
-fuzz: $(VENV)/complete  ## random calls against float64: make fuzz CASES=20000 SEED=7
+fuzz: $(VENV)/complete  ## compare random calls with float64: make fuzz CASES=20000 SEED=7
 	@failed=0; for fuzzer in $(FUZZERS); do echo "== $$fuzzer"; \
 	  $(RUN) $$fuzzer $(CASES) $(SEED) || failed=1; done; exit $$failed
 
-fuzz-kernels: $(VENV)/created  ## hostile calls of the kernels' C interface, under the sanitizers
+fuzz-kernels: $(VENV)/created  ## make hostile calls of the kernels' C interface, with sanitizers
 	$(call kernels,sanitize,-DFASTKD_SANITIZE=address$(COMMA)undefined,cpu_fuzz)
 	build/sanitize/cpu_fuzz $(CASES) $(SEED)
 
-libfuzzer: $(VENV)/created  ## the same by libFuzzer, which follows the code's branches: needs clang
+libfuzzer: $(VENV)/created  ## fuzz the kernels' C interface by libFuzzer, which follows branches: needs clang
 	$(call kernels,libfuzzer,-DCMAKE_CXX_COMPILER=$(CLANG) -DFASTKD_SANITIZE=fuzzer-no-link$(COMMA)address -DFASTKD_LIBFUZZER=ON,cpu_fuzz)
 	build/libfuzzer/cpu_fuzz -max_total_time=60 -max_len=600 -print_final_stats=1
 
-fuzz-caches: $(VENV)/complete  ## libFuzzer on the reader of teachers' caches: make fuzz-caches SECONDS=600
+fuzz-caches: $(VENV)/complete  ## fuzz the reader of teachers' caches by libFuzzer: make fuzz-caches SECONDS=600
 	$(RUN) -m pip install --quiet --group fuzz
 	$(RUN) -m reliability.caches $(SECONDS)
 
-soak: $(VENV)/complete  ## 100,000 calls, and no memory kept
+soak: $(VENV)/complete  ## make 100,000 calls of each kind, and check that memory does not grow
 	$(RUN) -m reliability.soak
 
-versions: $(VENV)/complete  ## the core tests on other Pythons and torches: gigabytes of downloads the first time
+versions: $(VENV)/complete  ## run core tests on other Pythons and torches: downloads gigabytes the first time
 	$(RUN) -m pip install --quiet --group package
 	$(RUN) -m reliability.versions $(PAIRS)
 
-package: $(VENV)/complete  ## sdist, auditwheel and cibuildwheel, tried as far as this machine allows
+package: $(VENV)/complete  ## test sdist, auditwheel and cibuildwheel, as far as this machine allows
 	$(RUN) -m pip install --quiet --group package
 	$(RUN) -m reliability.package
 
-# -n: a name in a docstring that refers to nothing is an error, as a dead link is. Examples in docstrings run.
+# -W -n: a dead link, or a docstring's reference to an unknown name, is an error. The doctest builder runs the examples
+# in docstrings.
 SPHINX := $(RUN) -m sphinx -W --keep-going -n -q -c docs -d build/doctrees
 docs: $(VENV)/complete  ## build the documentation site in build/docs, and check its links and examples
 	$(RUN) -m pip install --quiet --group docs
@@ -139,30 +140,30 @@ docs-links: docs  ## check the links to other sites, too: needs the network
 accuracy: $(VENV)/installed  ## write docs/accuracy.md: errors against float64, beside eager PyTorch's
 	$(RUN) -m benchmarks.accuracy
 
-reliability: $(VENV)/complete  ## run what docs/reliability.md lists, and write it
+reliability: $(VENV)/complete  ## run the programs that docs/reliability.md lists, and write that page
 	$(RUN) -m reliability
 
 examples: $(VENV)/complete  ## run every script and notebook in examples/, in full
 	for script in $$(grep -l "__main__" examples/*.py); do echo "== $$script"; $(RUN) $$script || exit 1; done
 	$(RUN) -m pytest tests/test_examples.py -k notebook
 
-choosing: $(VENV)/complete  ## run the sweep of docs/choosing.md, or the rest of it, and write its tables and plots
+choosing: $(VENV)/complete  ## run or continue the sweep of docs/choosing.md, and write its tables and plots
 	$(RUN) -m benchmarks.choosing
 
-bench: $(VENV)/installed  ## measure fastkd against what you would use instead
+bench: $(VENV)/installed  ## time fastkd and other implementations of the loss
 	$(RUN) -m benchmarks
 
 kernel-bench: $(VENV)/created  ## time the CPU kernels alone, without torch or Python
 	$(call kernels,kernels,,cpu_speed)
 	build/kernels/cpu_speed
 
-lint: $(VENV)/complete  ## ruff, mypy and clang-format, changing nothing
+lint: $(VENV)/complete  ## check with ruff, mypy and clang-format, without changes
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 	$(VENV)/bin/clang-format --dry-run --Werror $$(git ls-files '*.cpp' '*.h' '*.cu' '*.cuh')
 
-fmt: $(VENV)/complete  ## let ruff and clang-format rewrite the sources
+fmt: $(VENV)/complete  ## format the sources with ruff and clang-format
 	$(VENV)/bin/ruff check --fix-only .
 	$(VENV)/bin/ruff format .
 	$(VENV)/bin/clang-format -i $$(git ls-files '*.cpp' '*.h' '*.cu' '*.cuh')

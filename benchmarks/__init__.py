@@ -2,6 +2,6 @@
 
 A case (cases.py) is one shape, dtype and temperature; a baseline (baselines.py) is one way to
 compute its loss. suite.py checks every baseline's answer against float64 (truth.py), then times
-them side by side (measure.py), with a stream through the same memory (stream.py). report.py and
-plots.py show the results, and claims.py checks them against fastkd's claims.
+the baselines side by side (measure.py), and measures the memory bandwidth (stream.py). report.py,
+plots.py and readme.py show the results, and claims.py checks fastkd's claims.
 """

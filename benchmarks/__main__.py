@@ -25,7 +25,7 @@ EXAMPLES = """examples:
 """
 
 
-def _arguments() -> argparse.Namespace:
+def _parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks",
         description=__doc__,
@@ -37,11 +37,11 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--full", action="store_true", help="every model, dtype and temperature")
     parser.add_argument("--only", metavar="TEXT", help="only cases whose title contains this")
     parser.add_argument("--baselines", nargs="+", metavar="NAME", help="only these (fastkd always)")
-    parser.add_argument("--seconds", type=float, help="of timing for each case")
+    parser.add_argument("--seconds", type=float, help="duration of timing for each case")
     parser.add_argument(
         "--minutes",
         type=float,
-        help="after which torch.compile is left out; default: 4 on a GPU, 6 on a CPU",
+        help="time after which torch.compile is left out; default: 4 on a GPU, 6 on a CPU",
     )
     parser.add_argument("--output", type=Path, help="folder; default: benchmarks/results/<device>")
     parser.add_argument("--no-save", action="store_true", help="only show")
@@ -66,7 +66,7 @@ def _arguments() -> argparse.Namespace:
     return chosen
 
 
-def _own_case(chosen: argparse.Namespace) -> Any:
+def _make_custom_case(chosen: argparse.Namespace) -> Any:
     from benchmarks.cases import Case
 
     return Case(
@@ -89,8 +89,8 @@ def _list(cases: list[Any]) -> None:
     for case in cases:
         print(case.title)
     print()
-    for one in BASELINES:
-        print(f"{one.name:20}{one.what}")
+    for baseline in BASELINES:
+        print(f"{baseline.name:20}{baseline.what}")
 
 
 def _redraw(folder: Path) -> None:
@@ -105,7 +105,7 @@ def _redraw(folder: Path) -> None:
 
 
 def _draw(results: dict[str, Any], folder: Path) -> None:
-    """Draw the plots; without matplotlib, say that `--redraw` draws them elsewhere."""
+    """Draw the plots; without matplotlib, print the error and return."""
     try:
         from benchmarks import plots
     except ModuleNotFoundError as error:
@@ -114,17 +114,17 @@ def _draw(results: dict[str, Any], folder: Path) -> None:
     plots.draw(results, folder)
 
 
-def _stream_speeds(device: str, cases: list[dict[str, Any]]) -> dict[str, tuple[str, float]]:
-    """Return each memory stream with its description and its median speed over the cases."""
+def _summarize_streams(device: str, cases: list[dict[str, Any]]) -> dict[str, tuple[str, float]]:
+    """Return the description and the median speed of each memory stream over the cases."""
     import statistics
 
-    from benchmarks.stream import streams
+    from benchmarks.stream import make_streams
 
     result = {}
-    for one in streams(device):
-        speeds = [case["streams"][one.name] for case in cases if one.name in case["streams"]]
+    for stream in make_streams(device):
+        speeds = [case["streams"][stream.name] for case in cases if stream.name in case["streams"]]
         if speeds:
-            result[one.name] = (one.what, statistics.median(speeds))
+            result[stream.name] = (stream.what, statistics.median(speeds))
     return result
 
 
@@ -145,7 +145,7 @@ def _measure(
     minutes = chosen.minutes or (4.0 if device == "cuda" else 6.0)
     if chosen.full and chosen.minutes is None:
         minutes = float("inf")
-    start, ticks = time.monotonic(), environment.cpu_ticks()
+    start, ticks = time.monotonic(), environment.read_cpu_ticks()
     settings = suite.Settings(
         device,
         chosen.seconds or (0.4 if device == "cuda" else 1.5),
@@ -166,7 +166,7 @@ def _measure(
     if results["environment"]["load at the start"] > 0.5 and device == "cpu":
         load = results["environment"]["load at the start"]
         console.print(f"[yellow]Other work is running (load {load}): times will suffer.[/yellow]")
-    duels = cases.duels(device) if standard else []
+    duels = cases.list_duels(device) if standard else []
     columns = (
         BarColumn(20),
         MofNCompleteColumn(),
@@ -177,48 +177,49 @@ def _measure(
         total = len(selected) + sum(map(len, sections.values())) + len(duels) + 2 * standard
         task = progress.add_task("", total=total)
 
-        def say(text: str) -> None:
+        def show_status(text: str) -> None:
             progress.update(task, description=text)
 
         def attempt(title: str, run: Callable[[], Any]) -> Any:
             measured = None
             try:
                 measured = run()
-            except Exception as error:  # for example, too large for this machine; other cases run
+            except Exception as error:  # such as out of memory: the other cases still run
                 console.print(f"{title}: not measured, {type(error).__name__}: {str(error)[:200]}")
             progress.advance(task)
             return measured
 
         for case in selected:
-            measured = attempt(case.title, partial(suite.run_case, case, settings, say))
+            measured = attempt(case.title, partial(suite.run_case, case, settings, show_status))
             if measured is not None:
                 results["cases"].append(measured)
                 report.show_case(console, measured)
         runs: dict[str, Callable[..., Any]] = {"sparse": sparse.run, "divergences": divergences.run}
         for name, run in runs.items():
-            for one in sections[name]:
-                say(one.title)
-                measured = attempt(one.title, partial(run, one, device, settings.seconds))
+            for case in sections[name]:
+                show_status(case.title)
+                measured = attempt(case.title, partial(run, case, device, settings.seconds))
                 results[name] += [measured] * (measured is not None)
         for duel in duels:
-            say(duel.name)
+            show_status(duel.name)
             results["duels"].append(suite.run_duel(duel, settings))
             progress.advance(task)
         if standard:
             try:
-                results["close_to_the_teacher"] = suite.close_to_the_teacher(device)
+                series = cases.list_scaling(device)
+                results["close_to_the_teacher"] = suite.measure_close_to_teacher(device)
                 progress.advance(task)
-                results["scaling"] = suite.run_scaling(cases.scaling(device), settings, say)
+                results["scaling"] = suite.run_scaling(series, settings, show_status)
             except Exception as error:
                 console.print(f"not measured: {type(error).__name__}: {str(error)[:200]}")
             progress.advance(task)
-    after = environment.cpu_ticks()
+    after = environment.read_cpu_ticks()
     results["stolen"] = (after[0] - ticks[0]) / max(1, after[1] - ticks[1])
-    results["environment"]["clocks at the end"] = environment.clocks(device)
+    results["environment"]["clocks at the end"] = environment.read_clocks(device)
     results["missing"] = {
         name: why.removeprefix("not available: ") for name, why in settings.missing.items()
     }
-    results["streams"] = _stream_speeds(device, results["cases"])
+    results["streams"] = _summarize_streams(device, results["cases"])
     results["claims"] = claims.evaluate(results) if standard else []
     results["seconds"] = time.monotonic() - start
     report.show(console, results)
@@ -228,8 +229,8 @@ def _measure(
 
 def main() -> None:
     """Parse the command line, and run the chosen part."""
-    chosen = _arguments()
-    # Compilation starts with an empty cache, so that the reported times are those of a first run.
+    chosen = _parse_arguments()
+    # Compile with an empty cache, so that the reported times are those of a first run.
     folder = tempfile.mkdtemp(prefix="fastkd-inductor-")
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = folder
     try:
@@ -243,10 +244,10 @@ def _run(chosen: argparse.Namespace) -> None:
 
     import torch
 
-    from benchmarks import cases, divergences, environment, report, sparse
+    from benchmarks import cases, divergences, environment, readme, report, sparse
 
     if chosen.readme:
-        print(report.rewrite_readme())
+        print(readme.rewrite())
         return
     if chosen.redraw:
         _redraw(chosen.redraw)
@@ -259,13 +260,13 @@ def _run(chosen: argparse.Namespace) -> None:
     warnings.filterwarnings("ignore", module=r"torch\._inductor|torch\._dynamo")
     standard = chosen.rows is None and chosen.only is None and not chosen.baselines
     if chosen.rows is not None:
-        selected = [_own_case(chosen)]
+        selected = [_make_custom_case(chosen)]
     else:
-        selected = cases.full(device) if chosen.full else cases.default(device)
+        selected = cases.list_full(device) if chosen.full else cases.list_default(device)
     wanted = chosen.rows is None and not chosen.baselines
     sections: dict[str, list[Any]] = {
-        "sparse": sparse.cases(device) if wanted else [],
-        "divergences": divergences.cases(device) if wanted else [],
+        "sparse": sparse.list_cases(device) if wanted else [],
+        "divergences": divergences.list_cases(device) if wanted else [],
     }
     if chosen.only:
         selected = [case for case in selected if chosen.only in case.title]
@@ -279,7 +280,7 @@ def _run(chosen: argparse.Namespace) -> None:
     results = _measure(chosen, device, selected, sections, standard)
     if chosen.no_save or (not standard and chosen.output is None):
         return
-    output = chosen.output or report.RESULTS / environment.slug(device)
+    output = chosen.output or report.RESULTS / environment.make_slug(device)
     report.save(results, output)
     _draw(results, output)
     print(f"saved under {output}")

@@ -27,7 +27,7 @@ T = 2.0
 
 
 class Regime(NamedTuple):
-    """Distribution of logits: rows, classes, their spread, and the teacher's distance."""
+    """Describe a distribution of logits: rows, classes, spread, and distance of the teacher."""
 
     name: str
     rows: int = 64
@@ -68,13 +68,13 @@ def eager(student: Tensor, teacher: Tensor, divergence: str) -> Tensor:
     if divergence == "forward_kl":
         value = F.kl_div(pair[1], pair[0], reduction="none", log_target=True).sum(-1)
     else:
-        labels = [labels_of(student)] if kind.needs_labels else []
+        labels = [make_labels(student)] if kind.needs_labels else []
         mix = {} if kind.mix is None else {"mix": kind.mix}
         value = kind.compute(*pair, *labels, **mix)
     return T * T * value
 
 
-def labels_of(student: Tensor) -> Tensor:
+def make_labels(student: Tensor) -> Tensor:
     """Return one label for each row, for the divergences that need labels."""
     return torch.arange(len(student), device=student.device) % student.shape[-1]
 
@@ -82,7 +82,7 @@ def labels_of(student: Tensor) -> Tensor:
 def fused(student: Tensor, teacher: Tensor, divergence: str) -> Tensor:
     """Compute the row losses by fastkd, with a hard term of weight 0."""
     needs = reference.DIVERGENCES[divergence].needs_labels
-    labels = labels_of(student) if needs else None
+    labels = make_labels(student) if needs else None
     weights = {"hard_weight": 0.0, "soft_weight": 1.0} if needs else {}
     return fastkd.loss(
         student, teacher, labels, temperature=T, divergence=divergence, reduction="none", **weights
@@ -90,7 +90,7 @@ def fused(student: Tensor, teacher: Tensor, divergence: str) -> Tensor:
 
 
 class Errors(NamedTuple):
-    """Errors of loss and gradient over the rows: median and greatest."""
+    """Hold the errors of loss and gradient over the rows: median and greatest."""
 
     loss: float
     loss_most: float
@@ -107,15 +107,15 @@ class Errors(NamedTuple):
 Rows = tuple[Tensor, Tensor]
 
 
-def rows_of(compute: Callable[[Tensor], Tensor], student: Tensor) -> Rows:
-    """Return (losses, gradient) of the rows."""
+def compute_rows(compute: Callable[[Tensor], Tensor], student: Tensor) -> Rows:
+    """Compute the losses and the gradient of the rows."""
     leaf = student.detach().clone().requires_grad_()
     value = compute(leaf)
     (gradient,) = torch.autograd.grad(value.sum(), leaf)
     return value.detach().double(), gradient.double()
 
 
-def errors(rows: Rows, truth: Rows) -> Errors:
+def compute_errors(rows: Rows, truth: Rows) -> Errors:
     """Return the errors of the rows against float64."""
     numbers: list[float] = []
     for got, exact in zip(rows, truth, strict=True):
@@ -135,14 +135,18 @@ def compare(
 
     def exact(leaf: Tensor) -> Tensor:
         return reference.loss(
-            leaf, exact_teacher, labels_of(student) if needs else None, temperature=T,
+            leaf, exact_teacher, make_labels(student) if needs else None, temperature=T,
             hard_weight=0.0, soft_weight=1.0, divergence=divergence, reduction="none",
         )  # fmt: skip
 
-    truth = rows_of(exact, student.double())
-    ours = errors(rows_of(lambda leaf: fused(leaf, teacher, divergence), student), truth)
-    theirs = errors(rows_of(lambda leaf: eager(leaf, teacher, divergence), student), truth)
-    rounded = errors((truth[0], truth[1].to(dtype).double()), truth)
+    truth = compute_rows(exact, student.double())
+    ours = compute_errors(
+        compute_rows(lambda leaf: fused(leaf, teacher, divergence), student), truth
+    )
+    theirs = compute_errors(
+        compute_rows(lambda leaf: eager(leaf, teacher, divergence), student), truth
+    )
+    rounded = compute_errors((truth[0], truth[1].to(dtype).double()), truth)
     return ours, theirs, rounded.grad
 
 
@@ -152,7 +156,7 @@ HEAD = (
 )
 
 
-def table(rows: Iterable[tuple[str, tuple[Errors, Errors, float]]]) -> str:
+def make_table(rows: Iterable[tuple[str, tuple[Errors, Errors, float]]]) -> str:
     """Return a Markdown table."""
     lines = [
         f"| {name} | {ours} | {theirs} | {rounded:.0e} |".replace("e-0", "e-")
@@ -161,7 +165,7 @@ def table(rows: Iterable[tuple[str, tuple[Errors, Errors, float]]]) -> str:
     return "\n".join([HEAD, *lines])
 
 
-def document(device: str) -> str:
+def write_document(device: str) -> str:
     """Return the text of docs/accuracy.md."""
     facts = environment.describe(device)
     parts = [
@@ -179,11 +183,11 @@ def document(device: str) -> str:
     ]
     for name, dtype in DTYPES.items():
         results = [(r.name, compare(r, dtype, device, "forward_kl")) for r in REGIMES]
-        parts += [f"### {name}\n", table(results), ""]
+        parts += [f"### {name}\n", make_table(results), ""]
     parts += ["## Every divergence\n", "Independent logits, 64 x 1000.\n"]
     for name, dtype in DTYPES.items():
         results = [(d, compare(REGIMES[0], dtype, device, d)) for d in fastkd.divergences()]
-        parts += [f"### {name}\n", table(results), ""]
+        parts += [f"### {name}\n", make_table(results), ""]
     if device == "cpu":
         parts += ["## Every instruction set\n", "Independent logits, 64 x 1000, forward KL.\n"]
         before, results = _C.isa(), []
@@ -192,7 +196,7 @@ def document(device: str) -> str:
             for name, dtype in DTYPES.items():
                 results.append((f"{isa}, {name}", compare(REGIMES[0], dtype, device, "forward_kl")))
         _C.use_isa(before)
-        parts += [table(results), ""]
+        parts += [make_table(results), ""]
         parts.append(
             "Two instruction sets differ by rounding alone: losses by at most 2e-6 (1e-13 in "
             "fp64), 16-bit gradients by one unit in the last place. "
@@ -207,7 +211,7 @@ def main() -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     device = parser.parse_args().device
     path = FILE if device == "cpu" else FILE.with_name("accuracy-cuda.md")
-    path.write_text(document(device))
+    path.write_text(write_document(device))
     print(f"wrote {path}")
 
 

@@ -1,13 +1,14 @@
-"""Define the baselines: one function for each other way to compute the loss.
+"""Define the baselines: one function for each way to compute the loss.
 
 A baseline's function takes a case and returns a function of (student, teacher, labels), which
 computes
 
     alpha * CE(student, labels) + (1 - alpha) * T^2 * KL(teacher || student)
 
-by its package, as its documentation shows. If a package computes something else, the baseline says
-so, and ``truth`` names the formula for its check (truth.py). A package that is missing, or cannot
-run here, raises ``UnavailableError`` with the reason, which becomes a line of the report.
+by its package, as the package's documentation shows. If a package computes another loss, the
+baseline's text says so, and ``truth`` names the formula that checks the loss (truth.py). If a
+package is missing or cannot run, the function raises ``UnavailableError`` with the reason, which
+becomes a line of the report.
 """
 
 from __future__ import annotations
@@ -30,12 +31,12 @@ LossFunction = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 class UnavailableError(Exception):
-    """Reason why a baseline cannot be measured here."""
+    """Tell why a baseline cannot be measured on this machine."""
 
 
 @dataclass(frozen=True)
 class Baseline:
-    """One way to compute a case's loss."""
+    """Describe a way to compute a case's loss."""
 
     name: str
     make: Callable[[Case], LossFunction]
@@ -47,7 +48,7 @@ class Baseline:
     non_leaf: bool = False
     """True if the student's logits must be an operation's output, as a model's are."""
     compiles: str = "no"
-    """Cases to measure: "default" with torch.compile, "best" with its autotuning."""
+    """Use of torch.compile: "no", "default", or "best" with autotuning; a case must allow it."""
     half_only: bool = False
     """True if the baseline equals another one in float32."""
     language_models_only: bool = False
@@ -78,12 +79,13 @@ def baseline(
     return add
 
 
-def by_name(name: str) -> Baseline:
-    """Return the baseline of that name."""
-    return next(one for one in BASELINES if one.name == name)
+def find_baseline(name: str) -> Baseline:
+    """Return the baseline with this name."""
+    return next(each for each in BASELINES if each.name == name)
 
 
-def _import(module: str, package: str) -> Any:
+def import_package(module: str, package: str) -> Any:
+    """Import a module of a package, or raise UnavailableError."""
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
@@ -95,7 +97,7 @@ def _import(module: str, package: str) -> Any:
         raise UnavailableError(f"{package} cannot be imported: {reason}") from error
 
 
-def _as_given(case: Case, *tensors: Tensor) -> Iterator[Tensor]:
+def _arrange_pixels(case: Case, *tensors: Tensor) -> Iterator[Tensor]:
     """Return a case's tensors in a program's layout: pixels as (1, C, P) and (1, P)."""
     return (tensor.t()[None] if case.pixels else tensor for tensor in tensors)
 
@@ -106,7 +108,7 @@ def fused(case: Case) -> LossFunction:
     options: dict[str, Any] = {"temperature": case.temperature, "alpha": case.alpha}
     if case.pixels:
         options["dim"] = 1
-    return lambda s, t, y: fastkd.loss(*_as_given(case, s, t, y), **options)  # type: ignore[arg-type]
+    return lambda s, t, y: fastkd.loss(*_arrange_pixels(case, s, t, y), **options)  # type: ignore[arg-type]
 
 
 @baseline(
@@ -127,7 +129,7 @@ def eager(case: Case) -> LossFunction:
     temperature, alpha = case.temperature, case.alpha
 
     def kd(student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
-        student, teacher, labels = _as_given(case, student, teacher, labels)
+        student, teacher, labels = _arrange_pixels(case, student, teacher, labels)
         hard = F.cross_entropy(student, labels)
         log_q = F.log_softmax(student / temperature, dim=1)
         p = F.softmax(teacher / temperature, dim=1)
@@ -137,7 +139,7 @@ def eager(case: Case) -> LossFunction:
     return kd
 
 
-@baseline("eager fp32", "the same on logits cast to float32, as autocast does", half_only=True)
+@baseline("eager fp32", "eager on logits cast to float32, as autocast casts them", half_only=True)
 def eager_upcast(case: Case) -> LossFunction:
     """Compute the loss by eager PyTorch on logits cast to float32."""
     kd = eager(case)
@@ -164,18 +166,18 @@ def compiled_best(case: Case) -> LossFunction:
     return torch.compile(eager_upcast(case), dynamic=False, mode="max-autotune-no-cudagraphs")
 
 
-def _liger(case: Case) -> Any:
+def _import_liger(case: Case) -> Any:
     if not torch.cuda.is_available():
         raise UnavailableError("needs Triton and a GPU")
-    return _import("liger_kernel.transformers", "liger-kernel")
+    return import_package("liger_kernel.transformers", "liger-kernel")
 
 
 @baseline(
     "Liger KL + CE", "LigerKLDIVLoss on eager softmaxes + LigerCrossEntropyLoss", overwrites=True
 )
 def liger_kl(case: Case) -> LossFunction:
-    """Compute the loss by Liger-Kernel, the cross entropy last: it overwrites the logits."""
-    liger = _liger(case)
+    """Compute the loss by Liger-Kernel: last the cross entropy, which overwrites the logits."""
+    liger = _import_liger(case)
     soft_loss = liger.LigerKLDIVLoss(reduction="batchmean")
     hard_loss = liger.LigerCrossEntropyLoss()
     temperature, alpha = case.temperature, case.alpha
@@ -198,7 +200,7 @@ def liger_kl(case: Case) -> LossFunction:
 )
 def liger_jsd(case: Case) -> LossFunction:
     """Compute the soft term by Liger-Kernel's fused divergence."""
-    jsd = _liger(case).LigerJSD(beta=0.5)
+    jsd = _import_liger(case).LigerJSD(beta=0.5)
     temperature = case.temperature
 
     def loss(student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
@@ -211,7 +213,7 @@ def liger_jsd(case: Case) -> LossFunction:
 @baseline("torchdistill", "torchdistill.losses.mid_level.KDLoss")
 def torchdistill(case: Case) -> LossFunction:
     """Compute the loss by torchdistill, which reads logits from dictionaries."""
-    module = _import("torchdistill.losses.mid_level", "torchdistill")
+    module = import_package("torchdistill.losses.mid_level", "torchdistill")
     criterion = module.KDLoss("", "output", "", "output", case.temperature, alpha=case.alpha)
 
     def kd(student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
@@ -221,8 +223,8 @@ def torchdistill(case: Case) -> LossFunction:
     return kd
 
 
-def _torchtune_losses() -> Any:
-    """Import torchtune's file of losses alone: the package needs an old torchao."""
+def load_torchtune_losses() -> Any:
+    """Import torchtune's file of losses alone, since the whole package needs an old torchao."""
     package = importlib.util.find_spec("torchtune")
     if package is None or not package.submodule_search_locations:
         raise UnavailableError("not installed (pip install torchtune)")
@@ -242,7 +244,7 @@ def _torchtune_losses() -> Any:
 )
 def torchtune(case: Case) -> LossFunction:
     """Compute the loss by torchtune, from logits divided by the temperature."""
-    criterion = _torchtune_losses().ForwardKLLoss()
+    criterion = load_torchtune_losses().ForwardKLLoss()
     temperature, alpha = case.temperature, case.alpha
 
     def kd(student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:

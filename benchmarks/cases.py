@@ -1,9 +1,9 @@
 """Define the measured cases: shapes of well-known models, and the rows that fit a machine.
 
 Vision cases have the number of rows of their recipes' batch. Language models have 8192 rows
-(tokens) on a GPU, halved until one tensor of logits takes at most 1/48 of the GPU's memory. That
-leaves room for the largest baseline (eager in float32 on half-precision logits: 16 such tensors)
-and for two sets of inputs. On a CPU language models have 128 rows, halved until one float32 tensor
+(tokens) on a GPU, halved until one tensor of logits takes at most 1/48 of the GPU's memory. This
+limit leaves room for two sets of inputs and for the largest baseline (eager in float32 on 16-bit
+logits: 16 such tensors). On a CPU language models have 128 rows, halved until one float32 tensor
 takes at most 32 MiB, several times the size of the caches.
 """
 
@@ -19,7 +19,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 @dataclass(frozen=True)
 class Model:
-    """Shape of a well-known model's logits."""
+    """Describe the shape of a well-known model's logits."""
 
     name: str
     classes: int
@@ -47,7 +47,7 @@ MODELS = {
 
 @dataclass(frozen=True)
 class Case:
-    """One measurement: a shape, a dtype, a temperature, and whether there is a gradient."""
+    """Describe a measurement: shape, dtype, temperature, and whether there is a gradient."""
 
     name: str
     rows: int
@@ -63,7 +63,7 @@ class Case:
     pixels: bool = False
     """True if the classes come first, as in (1, C, H, W) of one image."""
     memory: bool = False
-    """True if fastkd in place is measured, too, and peak memory on a CPU, in a child process."""
+    """True if fastkd in place is also measured, and on a CPU peak memory in a child process."""
 
     @property
     def elements(self) -> int:
@@ -82,7 +82,7 @@ class Case:
 
     @property
     def grad_scale(self) -> float:
-        """Return the loss scale: float16 gradients need one, as under a GradScaler."""
+        """Return the loss scale; float16 gradients need a scale, as under a GradScaler."""
         return 4096.0 if self.dtype == "fp16" else 1.0
 
     @property
@@ -98,8 +98,8 @@ class Case:
         return asdict(self)
 
 
-def rows_that_fit(classes: int, dtype: str, device: str) -> int:
-    """Return the number of rows by the rule in this file's docstring."""
+def fit_rows(classes: int, dtype: str, device: str) -> int:
+    """Return the number of rows that fit the device; the module's docstring has the rule."""
     if device == "cuda":
         rows, size = 8192, DTYPES[dtype].itemsize
         limit = torch.cuda.get_device_properties(0).total_memory // 48
@@ -110,36 +110,38 @@ def rows_that_fit(classes: int, dtype: str, device: str) -> int:
     return rows
 
 
-def case(name: str, device: str, dtype: str, temperature: float, **options: Any) -> Case:
+def make_case(name: str, device: str, dtype: str, temperature: float, **options: Any) -> Case:
     """Return a case of the model with this name."""
     model = MODELS[name]
-    rows = model.rows or rows_that_fit(model.classes, dtype, device)
+    rows = model.rows or fit_rows(model.classes, dtype, device)
     return Case(name, rows, model.classes, dtype, temperature, **options)
 
 
-def default(device: str) -> list[Case]:
-    """Return cases that take a few minutes; those that claims.py needs come first."""
-    return _default_cuda() if device == "cuda" else _default_cpu()
+def list_default(device: str) -> list[Case]:
+    """Return cases that take a few minutes; the cases that claims.py needs come first."""
+    return _list_default_cuda() if device == "cuda" else _list_default_cpu()
 
 
-def full(device: str) -> list[Case]:
+def list_full(device: str) -> list[Case]:
     """Return the default cases and all models and dtypes, with and without gradient."""
-    cases = default(device)
+    cases = list_default(device)
     for name in MODELS:
         for dtype in DTYPES:
             for temperature in (1.0, 2.0, 3.0):
                 for gradient in (True, False):
                     compiled = "best" if temperature == 2.0 else "no"
                     cases.append(
-                        case(name, device, dtype, temperature, gradient=gradient, compiled=compiled)
+                        make_case(
+                            name, device, dtype, temperature, gradient=gradient, compiled=compiled
+                        )
                     )
     seen: set[str] = set()
-    return [one for one in cases if not (one.title in seen or seen.add(one.title))]  # type: ignore[func-returns-value]
+    return [each for each in cases if not (each.title in seen or seen.add(each.title))]  # type: ignore[func-returns-value]
 
 
-def _default_cpu() -> list[Case]:
+def _list_default_cpu() -> list[Case]:
     def llm(name: str, dtype: str, temperature: float = 4.0, **options: Any) -> Case:
-        return case(name, "cpu", dtype, temperature, **options)
+        return make_case(name, "cpu", dtype, temperature, **options)
 
     return [
         llm("llama-3", "fp32", memory=True),
@@ -151,25 +153,25 @@ def _default_cpu() -> list[Case]:
         Case("imagenet-1k, small batch", 37, 1000, "fp32", 4.0, compiled="no"),
         Case("imagenet-1k, small batch", 37, 1000, "bf16", 4.0, compiled="no"),
         Case("digits, tiny batch", 8, 10, "fp32", 4.0, compiled="no"),
-        case("digits", "cpu", "fp32", 4.0),
+        make_case("digits", "cpu", "fp32", 4.0),
         llm("llama-2", "fp16", compiled="no"),
-        case("cifar-100", "cpu", "fp32", 4.0),
-        case("imagenet-21k", "cpu", "fp32", 4.0, compiled="no"),
+        make_case("cifar-100", "cpu", "fp32", 4.0),
+        make_case("imagenet-21k", "cpu", "fp32", 4.0, compiled="no"),
         llm("gpt-2", "fp32", 1.0, compiled="no"),
         llm("qwen", "bf16", 2.0, compiled="no"),
         llm("gemma", "bf16", 3.0, compiled="no"),
-        case("segmentation", "cpu", "fp32", 2.0, compiled="no", pixels=True),
+        make_case("segmentation", "cpu", "fp32", 2.0, compiled="no", pixels=True),
         llm("llama-2", "fp32", gradient=False, compiled="no"),
-        case("imagenet-1k", "cpu", "fp32", 4.0, gradient=False, compiled="no"),
+        make_case("imagenet-1k", "cpu", "fp32", 4.0, gradient=False, compiled="no"),
     ]
 
 
-def _default_cuda() -> list[Case]:
+def _list_default_cuda() -> list[Case]:
     def llm(name: str, dtype: str = "bf16", temperature: float = 2.0, **options: Any) -> Case:
-        return case(name, "cuda", dtype, temperature, **options)
+        return make_case(name, "cuda", dtype, temperature, **options)
 
     def width(classes: int, dtype: str = "bf16", **options: Any) -> Case:
-        rows = rows_that_fit(classes, dtype, "cuda")
+        rows = fit_rows(classes, dtype, "cuda")
         return Case(f"{classes} classes", rows, classes, dtype, 2.0, **options)
 
     return [
@@ -190,11 +192,11 @@ def _default_cuda() -> list[Case]:
         llm("llama-2", "fp16", compiled="no"),
         llm("llama-2", temperature=1.0, compiled="no"),
         llm("llama-2", temperature=3.0, compiled="no"),
-        case("cifar-100", "cuda", "bf16", 2.0, compiled="no"),
-        case("imagenet-21k", "cuda", "bf16", 2.0, compiled="no"),
-        case("segmentation", "cuda", "bf16", 2.0),
-        case("segmentation", "cuda", "bf16", 2.0, compiled="no", pixels=True),
-        case("segmentation", "cuda", "fp32", 2.0, compiled="no", pixels=True),
+        make_case("cifar-100", "cuda", "bf16", 2.0, compiled="no"),
+        make_case("imagenet-21k", "cuda", "bf16", 2.0, compiled="no"),
+        make_case("segmentation", "cuda", "bf16", 2.0),
+        make_case("segmentation", "cuda", "bf16", 2.0, compiled="no", pixels=True),
+        make_case("segmentation", "cuda", "fp32", 2.0, compiled="no", pixels=True),
         llm("llama-2", gradient=False, compiled="no"),
         llm("llama-3", gradient=False, compiled="no"),
     ]
@@ -202,20 +204,20 @@ def _default_cuda() -> list[Case]:
 
 @dataclass(frozen=True)
 class Duel:
-    """Two cases that fastkd alone runs, side by side, to time their difference."""
+    """Describe two cases of fastkd that are timed side by side, to compare their times."""
 
     name: str
     first: Case
     second: Case
-    """The time of ``first`` over that of ``second``, for each element of the logits."""
+    """The divisor: the result is the time per logit of ``first`` over that of ``second``."""
 
 
-def duels(device: str) -> list[Duel]:
+def list_duels(device: str) -> list[Duel]:
     """Return the comparisons of fastkd with itself."""
     dtype = "bf16" if device == "cuda" else "fp32"
 
     def fit(classes: int, temperature: float = 2.0, ignored: float = 0.0) -> Case:
-        rows = rows_that_fit(classes, dtype, device)
+        rows = fit_rows(classes, dtype, device)
         return Case(f"{classes} classes", rows, classes, dtype, temperature, ignored=ignored)
 
     return [
@@ -226,7 +228,7 @@ def duels(device: str) -> list[Duel]:
     ]
 
 
-def scaling(device: str) -> dict[str, list[Case]]:
+def list_scaling(device: str) -> dict[str, list[Case]]:
     """Return series of cases over rows, classes and, on a CPU, numbers of threads."""
     if device == "cuda":
         rows = [2**power for power in range(0, 14, 2)]

@@ -1,4 +1,4 @@
-"""``python -m benchmarks.choosing``: run the sweep of sweep.py, and write docs/choosing.md."""
+"""Run the sweep of sweep.py, and write docs/choosing.md: ``python -m benchmarks.choosing``."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 
 
 class Results:
-    """Answer questions about the results, in percent and points."""
+    """Compute percentages and gains, in points, from the results."""
 
     def __init__(self, results: list[dict[str, Any]], scale: int) -> None:
         """Index the results; ``scale`` divides the numbers of steps in a quick run."""
@@ -45,7 +45,7 @@ class Results:
         self.cpu_minutes = sum(result["cpu_seconds"] for result in results) / 60
         self.students = sum(len(r["settings"]) * len(r["teacher"]) for r in results)
 
-    def of(
+    def get(
         self,
         data: str,
         share: float,
@@ -54,7 +54,7 @@ class Results:
         steps: int = STEPS,
         measure: str = "test",
     ) -> Tensor:
-        """Return the percentage of test rows of each seed, for a setting or the teacher."""
+        """Return a measure of each seed in percent of the rows, for a setting or the teacher."""
         result = self.cells[Cell(data, share, teacher, steps // self.scale)]
         if isinstance(setting, str):
             hits = result[setting]
@@ -63,19 +63,19 @@ class Results:
             hits = result[measure][settings.index(setting)]
         return 100 * torch.tensor(hits, dtype=torch.float64) / result["rows"]
 
-    def gain(self, data: str, share: float, setting: Setting, **options: Any) -> Tensor:
-        """Return the points of each seed above training alone."""
-        return self.of(data, share, setting, **options) - self.of(data, share, ALONE, **options)
+    def get_gain(self, data: str, share: float, setting: Setting, **options: Any) -> Tensor:
+        """Return each seed's gain over training alone, in points."""
+        return self.get(data, share, setting, **options) - self.get(data, share, ALONE, **options)
 
-    def gain_when_chosen(self, data: str, share: float) -> Tensor:
-        """Return the points of the setting that is best on each seed's validation rows."""
+    def get_gain_when_chosen(self, data: str, share: float) -> Tensor:
+        """Return each seed's gain with the setting that is best on its validation rows."""
         result = self.cells[Cell(data, share, "128", STEPS // self.scale)]
         best = torch.tensor(result["validation"][1:]).argmax(0) + 1
         test = torch.tensor(result["test"], dtype=torch.float64)
         return 100 * (test.gather(0, best[None])[0] - test[0]) / result["rows"]
 
 
-def interval(values: Tensor, sign: str = "+") -> str:
+def format_interval(values: Tensor, sign: str = "+") -> str:
     """Return the mean and two standard errors over the seeds; bold if the interval is above 0."""
     mean, error = summarize(values)
     text = f"{mean:{sign}.1f} ± {error:.1f}"
@@ -90,7 +90,7 @@ def summarize(values: Tensor) -> tuple[float, float]:
 def pool(results: Results, setting: Setting) -> str:
     """Return the mean gain over the data sets and the two smaller shares, with its interval."""
     gains = [
-        torch.stack([results.gain(data, share, setting) for share in SHARES[:-1]]).mean(0)
+        torch.stack([results.get_gain(data, share, setting) for share in SHARES[:-1]]).mean(0)
         for data in DATA
     ]
     means, errors = zip(*map(summarize, gains), strict=True)  # the data sets are independent
@@ -99,7 +99,7 @@ def pool(results: Results, setting: Setting) -> str:
 
 
 def tabulate(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Return a table in Markdown, with numbers to the right."""
+    """Return a table in Markdown, with numbers right-aligned."""
     lines = [heads, ["-", *["-:"] * (len(heads) - 1)], *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
@@ -113,13 +113,13 @@ def describe(results: Results) -> dict[str, str]:
         [
             f"{data}, {share:.0%}",
             str(results.cells[Cell(data, share, "128", STEPS // results.scale)]["trained_on"]),
-            f"{results.of(data, share, 'teacher').mean():.1f}",
-            interval(results.of(data, share, ALONE), ""),
-            interval(results.of(data, share, USUAL), ""),
-            interval(results.gain(data, share, USUAL)),
-            interval(results.gain_when_chosen(data, share)),
-            f"{results.of(data, share, ALONE, measure='agreement').mean():.1f}",
-            f"{results.of(data, share, USUAL, measure='agreement').mean():.1f}",
+            f"{results.get(data, share, 'teacher').mean():.1f}",
+            format_interval(results.get(data, share, ALONE), ""),
+            format_interval(results.get(data, share, USUAL), ""),
+            format_interval(results.get_gain(data, share, USUAL)),
+            format_interval(results.get_gain_when_chosen(data, share)),
+            f"{results.get(data, share, ALONE, measure='agreement').mean():.1f}",
+            f"{results.get(data, share, USUAL, measure='agreement').mean():.1f}",
         ]
         for data, share in places
     ]
@@ -141,8 +141,8 @@ def describe(results: Results) -> dict[str, str]:
     teachers = [
         [f"{data}, {share:.0%}"]
         + [
-            f"{interval(results.gain(data, share, USUAL, teacher=name))} "
-            f"({results.of(data, share, 'teacher', name).mean():.1f})"
+            f"{format_interval(results.get_gain(data, share, USUAL, teacher=name))} "
+            f"({results.get(data, share, 'teacher', name).mean():.1f})"
             for name in TEACHERS
         ]
         for data, share in places
@@ -150,7 +150,7 @@ def describe(results: Results) -> dict[str, str]:
     parts["teacher"] = tabulate(["data, share", *TEACHERS], teachers)
     patience = [
         [f"{data}, {share:.0%}"]
-        + [interval(results.gain(data, share, USUAL, steps=steps)) for steps in PATIENCE]
+        + [format_interval(results.get_gain(data, share, USUAL, steps=steps)) for steps in PATIENCE]
         for data, share in places
     ]
     parts["steps"] = tabulate(["data, share", *(f"{steps} steps" for steps in PATIENCE)], patience)
@@ -158,9 +158,9 @@ def describe(results: Results) -> dict[str, str]:
     unlabeled = [
         [
             data,
-            *(interval(results.of(data, SHARES[0], each), "") for each in (ALONE, USUAL)),
-            interval(results.of(data, 1.0, soft), ""),
-            interval(results.of(data, 1.0, soft) - results.of(data, SHARES[0], USUAL)),
+            *(format_interval(results.get(data, SHARES[0], each), "") for each in (ALONE, USUAL)),
+            format_interval(results.get(data, 1.0, soft), ""),
+            format_interval(results.get(data, 1.0, soft) - results.get(data, SHARES[0], USUAL)),
         ]
         for data in DATA
     ]
@@ -173,7 +173,7 @@ def describe(results: Results) -> dict[str, str]:
     parts["unlabeled"] = tabulate(heads, unlabeled)
     parts["run"] = (
         f"{results.students:,} students of {STUDENT_WIDTH} hidden units, "
-        f"{len(results.of('digits', 1.0, ALONE))} seeds; {results.cpu_minutes:.0f} minutes of CPU "
+        f"{len(results.get('digits', 1.0, ALONE))} seeds; {results.cpu_minutes:.0f} minutes of CPU "
         f"time. Python {platform.python_version()}, whose docstrings are the text."
     )
     return parts
@@ -192,19 +192,19 @@ def draw(results: Results, file: pathlib.Path) -> None:
     for data, column in zip(DATA, grid.T, strict=True):
         for alpha in ALPHAS:
             settings = [Setting("forward_kl", t, alpha) for t in TEMPERATURES]
-            gains = [results.gain(data, few, setting) for setting in settings]
+            gains = [results.get_gain(data, few, setting) for setting in settings]
             line(column[0], TEMPERATURES, gains, f"alpha {alpha:g}")
         column[0].set(title=f"{data}\nforward_kl, {few:.0%} of the rows", xlabel="temperature")
         for name in DIVERGENCES:
-            gains = [results.gain(data, few, Setting(name, t, 0.1)) for t in TEMPERATURES]
+            gains = [results.get_gain(data, few, Setting(name, t, 0.1)) for t in TEMPERATURES]
             line(column[1], TEMPERATURES, gains, name)
         column[1].set(title=f"alpha 0.1, {few:.0%} of the rows", xlabel="temperature")
         for name in TEACHERS:
-            gains = [results.gain(data, share, USUAL, teacher=name) for share in SHARES]
+            gains = [results.get_gain(data, share, USUAL, teacher=name) for share in SHARES]
             line(column[2], [100 * share for share in SHARES], gains, f"teacher {name}")
         column[2].set(title="forward_kl, T=4, alpha 0.1", xlabel="% of the training rows")
         for share, setting in itertools.product((few, 1.0), (ALONE, USUAL)):
-            values = [results.of(data, share, setting, steps=steps) for steps in PATIENCE]
+            values = [results.get(data, share, setting, steps=steps) for steps in PATIENCE]
             name = "alone" if setting == ALONE else "distilled"
             line(column[3], PATIENCE, values, f"{name}, {share:.0%}")
         column[3].set(xlabel="training steps", title="accuracy, %")
@@ -223,7 +223,7 @@ def draw(results: Results, file: pathlib.Path) -> None:
 
 
 def write(parts: dict[str, str], page: pathlib.Path) -> None:
-    """Replace what is between the page's markers."""
+    """Replace the text between the page's markers."""
     text = page.read_text()
     for name, part in parts.items():
         begin, end = f"<!-- choosing:{name} -->\n", "<!-- choosing:end -->"

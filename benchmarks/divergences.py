@@ -17,9 +17,9 @@ from torch.nn import functional as F
 import fastkd
 from benchmarks import baselines
 from benchmarks.baselines import LossFunction
-from benchmarks.cases import MODELS, Case, case
+from benchmarks.cases import MODELS, Case, make_case
 from benchmarks.measure import WALL_LIMIT, Step, make_sets, time_in_turns
-from benchmarks.suite import quiet_failures
+from benchmarks.suite import record_failure
 from benchmarks.truth import GRADIENT_TOLERANCE, LOSS_TOLERANCE
 from fastkd import reference
 from fastkd._core.dense import DIVERGENCES
@@ -35,7 +35,7 @@ CHUNK = 2**21
 
 @dataclass(frozen=True)
 class DivergenceCase:
-    """Case of a shape and a divergence, with its default ``mix``."""
+    """Describe a case: a shape, and a divergence with its default ``mix``."""
 
     dense: Case
     name: str
@@ -43,18 +43,18 @@ class DivergenceCase:
     @property
     def title(self) -> str:
         """Describe the case in words."""
-        one = self.dense
-        return f"divergences: {self.name}, {one.rows} x {one.classes} {one.dtype}"
+        dense = self.dense
+        return f"divergences: {self.name}, {dense.rows} x {dense.classes} {dense.dtype}"
 
 
-def cases(device: str) -> list[DivergenceCase]:
+def list_cases(device: str) -> list[DivergenceCase]:
     """Return every divergence at 32000 classes in fp32 and bf16, and the JSD at 128256 classes."""
 
     def dense(model: str, dtype: str) -> Case:
         soft_alone: dict[str, Any] = {"temperature": 2.0, "alpha": 0.0}
         if device == "cpu":
             return Case(model, 64, MODELS[model].classes, dtype, **soft_alone)
-        return case(model, device, dtype, **soft_alone)
+        return make_case(model, device, dtype, **soft_alone)
 
     dtypes = ("fp32", "bf16")
     return [
@@ -70,7 +70,7 @@ def fused(dense: Case, name: str) -> LossFunction:
     return lambda s, t, y: fastkd.loss(s, t, y, divergence=name, **options)
 
 
-# ---- formulas of papers and libraries in PyTorch: (student, teacher) / T in float32 to (N,)
+# ---- formulas of papers and libraries: from logits / T in float32 to losses (N,)
 
 Plain = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -97,12 +97,12 @@ def _dkd(z: Tensor, w: Tensor, labels: Tensor) -> Tensor:
     """Compute the DKD loss as its authors' code does, which masks the label's logit by -1000."""
     chosen = torch.zeros_like(z, dtype=torch.bool).scatter_(-1, labels.unsqueeze(-1), True)
 
-    def of_label(logits: Tensor) -> Tensor:
+    def split_label(logits: Tensor) -> Tensor:
         probs = F.softmax(logits, -1)
         parts = [(probs * chosen).sum(-1), (probs * ~chosen).sum(-1)]
         return torch.stack(parts, -1)
 
-    target = F.kl_div(of_label(z).log(), of_label(w), reduction="none").sum(-1)
+    target = F.kl_div(split_label(z).log(), split_label(w), reduction="none").sum(-1)
     others = _kl(*(F.log_softmax(x - 1000.0 * chosen, -1) for x in (w, z)))
     return target + 8 * others
 
@@ -143,7 +143,7 @@ def plain(dense: Case, name: str) -> LossFunction:
 
 _TORCHTUNE = {
     "reverse_kl": "ReverseKLLoss",
-    "symmetric_kl": "SymmetricKLLoss",  # half, without the entropy; see `check`
+    "symmetric_kl": "SymmetricKLLoss",  # its forward KL omits the teacher's entropy
     "soft_cross_entropy": "ForwardKLLoss",  # omits the teacher's entropy
 }
 
@@ -151,36 +151,36 @@ _TORCHTUNE = {
 def torchtune(dense: Case, name: str) -> LossFunction:
     """Compute the divergence by torchtune, from logits divided by the temperature."""
     t = dense.temperature
-    criterion = getattr(baselines._torchtune_losses(), _TORCHTUNE[name])()
+    criterion = getattr(baselines.load_torchtune_losses(), _TORCHTUNE[name])()
     return lambda s, w, y: t**2 * criterion(s / t, w / t, y)
 
 
 def liger(dense: Case, name: str) -> LossFunction:
     """Compute the JSD by Liger-Kernel."""
-    loss = baselines.by_name("Liger JSD").make(dense)
+    loss = baselines.find_baseline("Liger JSD").make(dense)
     return lambda s, w, y: dense.temperature**2 * loss(s, w, y)
 
 
-def makers(name: str) -> dict[str, Callable[[Case, str], LossFunction]]:
+def list_makers(name: str) -> dict[str, Callable[[Case, str], LossFunction]]:
     """Return every way to compute a divergence, by name."""
-    ways: dict[str, Callable[[Case, str], LossFunction]] = {FUSED: fused, PLAIN: plain}
+    functions: dict[str, Callable[[Case, str], LossFunction]] = {FUSED: fused, PLAIN: plain}
     if name in _TORCHTUNE:
-        ways["torchtune"] = torchtune
+        functions["torchtune"] = torchtune
     if name == "jsd":
-        ways["Liger"] = liger
-    return ways
+        functions["Liger"] = liger
+    return functions
 
 
 # ---- measuring
 
 
-def errors(one: DivergenceCase, step: Step) -> tuple[float, float]:
+def compute_errors(case: DivergenceCase, step: Step) -> tuple[float, float]:
     """Return the errors of a step's loss and gradient on its first inputs, against float64."""
-    inputs, dense = step.sets[0], one.dense
+    inputs, dense = step.sets[0], case.dense
     loss, gradient = step.run(inputs)
     assert gradient is not None
     options = {"temperature": dense.temperature, "hard_weight": 0.0, "soft_weight": 1.0}
-    exact = squares = off = 0.0
+    exact = squares = squared_errors = 0.0
     rows = max(1, CHUNK // dense.classes)
     for start in range(0, dense.rows, rows):
         part = slice(start, start + rows)
@@ -189,63 +189,64 @@ def errors(one: DivergenceCase, step: Step) -> tuple[float, float]:
             leaf,
             inputs.teacher[part].double(),
             inputs.labels[part],
-            divergence=one.name,
+            divergence=case.name,
             normalizer=float(dense.rows),
             **options,
         )
-        (right,) = torch.autograd.grad(truth, leaf)
+        (exact_gradient,) = torch.autograd.grad(truth, leaf)
         exact += truth.item()
-        squares += right.square().sum().item()
-        off += (gradient[part].double() - right).square().sum().item()
-    return abs(loss.item() / exact - 1), (off / squares) ** 0.5
+        squares += exact_gradient.square().sum().item()
+        squared_errors += (gradient[part].double() - exact_gradient).square().sum().item()
+    return abs(loss.item() / exact - 1), (squared_errors / squares) ** 0.5
 
 
-def check(one: DivergenceCase, lane: str, step: Step) -> dict[str, float]:
-    """Return a step's errors; raise if they are too large for it to be timed."""
-    loss_error, gradient_error = errors(one, step)
-    dtype = one.dense.dtype
+def check_errors(case: DivergenceCase, name: str, step: Step) -> dict[str, float]:
+    """Return a step's errors; raise if the errors are too large to time the step."""
+    loss_error, gradient_error = compute_errors(case, step)
+    dtype = case.dense.dtype
     loss_limit, limit = LOSS_TOLERANCE[dtype], GRADIENT_TOLERANCE[dtype]
-    if lane == FUSED:
+    if name == FUSED:
         loss_limit = limit = TOLERANCE[dtype]
     # torchtune's forward KL omits the teacher's entropy, which has no gradient.
-    another_value = lane == "torchtune" and one.name == "symmetric_kl"
-    right_loss = loss_error <= loss_limit or another_value
-    if one.name == "total_variation":
+    has_other_value = name == "torchtune" and case.name == "symmetric_kl"
+    is_loss_right = loss_error <= loss_limit or has_other_value
+    if case.name == "total_variation":
         limit = max(limit, SIGN_TOLERANCE)
-    if not (right_loss and gradient_error <= limit):
+    if not (is_loss_right and gradient_error <= limit):
         raise RuntimeError(f"loss off by {loss_error:.1e}, gradient by {gradient_error:.1e}")
     return {"loss_error": loss_error, "gradient_error": gradient_error}
 
 
-def run(one: DivergenceCase, device: str, seconds: float) -> dict[str, Any]:
+def run(case: DivergenceCase, device: str, seconds: float) -> dict[str, Any]:
     """Check all implementations, then time loss and backward pass side by side."""
-    sets = make_sets(one.dense, device)
-    lanes: dict[str, dict[str, Any]] = {}
+    sets = make_sets(case.dense, device)
+    records: dict[str, dict[str, Any]] = {}
     steps: dict[str, Step] = {}
-    for name, make in makers(one.name).items():
-        lanes[name] = {"status": "ok"}
-        with quiet_failures(lanes[name]):
-            step = Step(one.dense, make(one.dense, one.name), sets)
-            lanes[name].update(check(one, name, step))
+    for name, make in list_makers(case.name).items():
+        records[name] = {"status": "ok"}
+        with record_failure(records[name]):
+            step = Step(case.dense, make(case.dense, case.name), sets)
+            records[name].update(check_errors(case, name, step))
             steps[name] = step
     if FUSED not in steps:
-        raise RuntimeError(lanes[FUSED]["status"])
-    if one.name != BASE:
-        lanes[BASE], steps[BASE] = {"status": "ok"}, Step(one.dense, fused(one.dense, BASE), sets)
-    kind = "device" if one.dense.elements >= WALL_LIMIT else "wall"
+        raise RuntimeError(records[FUSED]["status"])
+    if case.name != BASE:
+        records[BASE] = {"status": "ok"}
+        steps[BASE] = Step(case.dense, fused(case.dense, BASE), sets)
+    kind = "device" if case.dense.elements >= WALL_LIMIT else "wall"
     times = time_in_turns(dict(steps), device, kind, seconds)
     for name, measured in times.items():
-        lanes[name]["times"] = asdict(measured)
+        records[name]["times"] = asdict(measured)
     ours = times[FUSED].median
     base = times.get(BASE, times[FUSED]).median
     return {
-        "title": one.title,
-        "divergence": one.name,
-        "classes": one.dense.classes,
-        "fused": one.name in DIVERGENCES,
-        "lanes": lanes,
+        "title": case.title,
+        "divergence": case.name,
+        "classes": case.dense.classes,
+        "fused": case.name in DIVERGENCES,
+        "lanes": records,
         "of the forward KL": ours / base,
-        "rivals": {
+        "baselines": {
             name: measured.median / ours
             for name, measured in times.items()
             if name not in (FUSED, BASE)

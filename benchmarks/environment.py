@@ -18,7 +18,7 @@ from fastkd.__main__ import info
 PACKAGES = ("torch", "fastkd", "triton", "liger-kernel", "torchdistill", "torchtune", "numpy")
 
 
-def cpu_model() -> str:
+def get_cpu_model() -> str:
     """Return the processor's name."""
     try:
         for line in Path("/proc/cpuinfo").read_text().splitlines():
@@ -31,23 +31,23 @@ def cpu_model() -> str:
     return platform.processor() or platform.machine()
 
 
-def device_name(device: str) -> str:
+def get_device_name(device: str) -> str:
     """Return the device's name for a report's heading."""
     if device == "cuda":
         return torch.cuda.get_device_name(0)
     threads = torch.get_num_threads()
-    return f"{cpu_model()}, {threads} thread{'s' if threads > 1 else ''}"
+    return f"{get_cpu_model()}, {threads} thread{'s' if threads > 1 else ''}"
 
 
-def slug(device: str) -> str:
+def make_slug(device: str) -> str:
     """Return the name of the device's folder of results; for CPUs it includes the kernels."""
-    name = device_name(device)
+    name = get_device_name(device)
     if device == "cpu":
         name += " " + info()["CPU kernels"].partition(" ")[0]
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
-def _output(*command: str) -> str:
+def _run(*command: str) -> str:
     try:
         done = subprocess.run(
             command,
@@ -62,17 +62,15 @@ def _output(*command: str) -> str:
     return done.stdout.strip()
 
 
-def commit() -> str:
+def get_commit() -> str:
     """Return the measured commit; FASTKD_COMMIT names it outside a repository."""
-    if not (head := _output("git", "rev-parse", "--short", "HEAD")):
+    if not (head := _run("git", "rev-parse", "--short", "HEAD")):
         return os.environ.get("FASTKD_COMMIT", "unknown")
-    changed = _output(
-        "git", "status", "--porcelain", "--", "..", ":!../benchmarks", ":!../README.md"
-    )
+    changed = _run("git", "status", "--porcelain", "--", "..", ":!../benchmarks", ":!../README.md")
     return head + (" with changes" if changed else "")
 
 
-def versions() -> dict[str, str]:
+def get_versions() -> dict[str, str]:
     """Return the installed versions of the measured packages."""
     packages = {}
     for package in PACKAGES:
@@ -84,11 +82,11 @@ def versions() -> dict[str, str]:
     return packages
 
 
-def clocks(device: str) -> dict[str, str]:
+def read_clocks(device: str) -> dict[str, str]:
     """Return the current clock rates, where they are known."""
     if device == "cuda":
         fields = "clocks.sm,clocks.max.sm,clocks.mem,power.draw,temperature.gpu,driver_version"
-        line = _output("nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader", "-i", "0")
+        line = _run("nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader", "-i", "0")
         return dict(
             zip(fields.split(","), (part.strip() for part in line.split(",")), strict=False)
         )
@@ -103,7 +101,7 @@ def _read(path: str) -> str:
         return ""
 
 
-def cpu_ticks() -> tuple[int, int]:
+def read_cpu_ticks() -> tuple[int, int]:
     """Return (stolen, all) ticks of all processors; a virtual machine's host steals ticks."""
     first = _read("/proc/stat").partition("\n")[0].split()[1:]
     ticks = [int(value) for value in first]
@@ -114,19 +112,19 @@ def describe(device: str) -> dict[str, Any]:
     """Return the description for the head of a report."""
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else float("nan")
     return {
-        "device": device_name(device),
+        "device": get_device_name(device),
         "kind": device,
-        "slug": slug(device),
-        "cpu": cpu_model(),
+        "slug": make_slug(device),
+        "cpu": get_cpu_model(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
-        "commit": commit(),
-        "versions": versions(),
+        "commit": get_commit(),
+        "versions": get_versions(),
         "fastkd": info(),
         "python": platform.python_version(),
         "platform": platform.platform(),
         "cuda": torch.version.cuda,
-        "clocks at the start": clocks(device),
+        "clocks at the start": read_clocks(device),
         "load at the start": round(load, 2),
     }

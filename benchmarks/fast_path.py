@@ -1,7 +1,7 @@
-"""Measure the cost of calls without autograd in C++; ``--write`` puts it into docs/install.md.
+"""Measure the cost of calls without autograd in C++; ``--write`` writes it to docs/install.md.
 
-Loss and backward pass on one thread, with autograd in C++ and in Python in turns. The figure is the
-ratio of the least processor times, which other programs hardly change.
+Loss and backward pass run on one thread, in turns with autograd in C++ and in Python. The figure is
+the ratio of the least processor times, which other programs hardly change.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ SHAPES = ((8, 10), (128, 100), (1024, 1000))
 ROUNDS, CALLS = 60, 200
 
 
-def least_time(step: measure.Step, calls: int) -> float:
-    """Return processor seconds of a call, the mean of some after one that does not count."""
+def measure_time(step: measure.Step, calls: int) -> float:
+    """Return the mean processor seconds of a call, after a call that warms up."""
     step()
     start = time.process_time()
     for _ in range(calls):
@@ -37,14 +37,14 @@ def compare(rows: int, classes: int) -> float:
     calls = max(5, CALLS * 80 // (rows * classes))
     cpp, python = [], []
     for _ in range(ROUNDS):
-        cpp.append(least_time(step, calls))
+        cpp.append(measure_time(step, calls))
         with autograd.without_cpp():
-            python.append(least_time(step, calls))
+            python.append(measure_time(step, calls))
     return min(python) / min(cpp)
 
 
 def main() -> None:
-    """Measure, print, and with ``--write`` put the sentence into docs/install.md."""
+    """Measure, print a sentence, and with ``--write`` put the sentence into docs/install.md."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
         "--write", action="store_true", help="rewrite the sentence in docs/install.md"
@@ -57,7 +57,7 @@ def main() -> None:
     listed = ", ".join(f"{ratio:.1f}x for {rows} x {n}" for (rows, n), ratio in ratios.items())
     sentence = (
         f"Without the fast path, loss and backward pass take longer: {listed} logits "
-        f"({environment.device_name('cpu')}, torch {torch.__version__}, processor time)."
+        f"({environment.get_device_name('cpu')}, torch {torch.__version__}, processor time)."
     )
     print(sentence)
     if write:

@@ -3,9 +3,9 @@
 - In turns: each round runs every call once, and the order rotates and reverses from round to round,
   so that clock drift, other processes and cached data favor no call.
 - Cold: calls alternate between several sets of inputs that exceed the last-level cache together.
-- On a GPU, events around the call behind a busy queue time large cases, so that only the device's
-  time counts. The wall clock times small cases (under 4M logits), where callers wait for the host.
-- Reported are the median and the 20th and 80th percentiles.
+- On a GPU, large cases are timed by events around a queued call, so that only the device's time
+  counts. Small cases (under 4M logits) are timed by the wall clock, as callers wait for the host.
+- Results are the median and the 20th and 80th percentiles.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ SLEEP_CYCLES_PER_SECOND = 2e9
 
 @dataclass(frozen=True)
 class Inputs:
-    """One set of a case's tensors."""
+    """Hold one set of a case's tensors."""
 
     student: Tensor
     teacher: Tensor
     labels: Tensor
 
 
-def cache_bytes(device: str) -> int:
+def get_cache_bytes(device: str) -> int:
     """Return the size of the last-level cache."""
     if device == "cuda":
         return torch.cuda.get_device_properties(0).L2_cache_size
@@ -70,12 +70,12 @@ def make_inputs(case: Case, device: str, seed: int) -> Inputs:
 def make_sets(case: Case, device: str) -> list[Inputs]:
     """Draw enough sets of inputs that each has left the caches before its next turn."""
     each = 2 * case.tensor_bytes
-    count = max(2, min(16, -(-3 * cache_bytes(device) // each)))
+    count = max(2, min(16, -(-3 * get_cache_bytes(device) // each)))
     return [make_inputs(case, device, seed) for seed in range(count)]
 
 
 class _Produce(torch.autograd.Function):
-    """Return logits that are no leaf and may be overwritten, as a model's output."""
+    """Return logits as a model does: not a leaf, so that they may be overwritten."""
 
     @staticmethod
     def forward(ctx: object, logits: Tensor, anchor: Tensor, sink: list[Tensor]) -> Tensor:  # type: ignore[override]
@@ -90,7 +90,7 @@ class _Produce(torch.autograd.Function):
 
 @dataclass
 class Step:
-    """Loss with its backward pass if the case has a gradient, as in a training step."""
+    """Compute the loss, and its backward pass if the case has a gradient, as in training."""
 
     case: Case
     function: LossFunction
@@ -133,7 +133,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Times:
-    """Percentiles of the seconds of one call."""
+    """Hold percentiles of the seconds of one call."""
 
     median: float
     p20: float
@@ -141,7 +141,7 @@ class Times:
     count: int
 
     @classmethod
-    def of(cls, samples: list[float]) -> Times:
+    def from_samples(cls, samples: list[float]) -> Times:
         """Compute the percentiles of samples."""
         if len(samples) == 1:
             return cls(samples[0], samples[0], samples[0], 1)
@@ -150,15 +150,15 @@ class Times:
 
 
 class Clock:
-    """Clock of one call: "wall" is the caller's time, "device" the GPU's time."""
+    """Time calls: "wall" is the caller's time, "device" the GPU's time."""
 
     def __init__(self, device: str, kind: str) -> None:
         """Choose the kind of clock, "wall" or "device"."""
         self.cuda = device == "cuda"
         self.kind = kind if self.cuda else "wall"
 
-    def wall(self, call: Callable[[], object], count: int) -> float:
-        """Return the seconds of one of ``count`` consecutive calls."""
+    def time_wall(self, call: Callable[[], object], count: int) -> float:
+        """Return the mean seconds of ``count`` consecutive calls."""
         if self.cuda:
             torch.cuda.synchronize()
         start = time.perf_counter()
@@ -168,10 +168,10 @@ class Clock:
             torch.cuda.synchronize()
         return (time.perf_counter() - start) / count
 
-    def device(
+    def record_events(
         self, call: Callable[[], object], host: float
     ) -> tuple[torch.cuda.Event, torch.cuda.Event]:
-        """Return the seconds between two events around a call that is queued before it starts."""
+        """Return two events around a call, which the host queues while the GPU sleeps."""
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda._sleep(int(min(1.5 * host + 5e-5, 5e-3) * SLEEP_CYCLES_PER_SECOND))
         start.record()
@@ -180,7 +180,7 @@ class Clock:
         return start, end
 
 
-def _host_seconds(call: Callable[[], object]) -> float:
+def _measure_host_seconds(call: Callable[[], object]) -> float:
     """Return the seconds that the host takes to send a call's work to the device."""
     best = float("inf")
     for _ in range(3):
@@ -192,7 +192,7 @@ def _host_seconds(call: Callable[[], object]) -> float:
 
 
 def time_in_turns(
-    lanes: dict[str, Callable[[], object]],
+    calls: dict[str, Callable[[], object]],
     device: str,
     kind: str,
     seconds: float,
@@ -202,22 +202,22 @@ def time_in_turns(
     clock = Clock(device, kind)
     estimates: dict[str, float] = {}
     host: dict[str, float] = {}
-    for name, call in lanes.items():
+    for name, call in calls.items():
         call()
-        estimates[name] = min(clock.wall(call, 1) for _ in range(2))
+        estimates[name] = min(clock.time_wall(call, 1) for _ in range(2))
         if clock.kind == "device":
-            host[name] = _host_seconds(call)
-    # A sample of a short call is a run of calls, long enough for the clock to be exact.
+            host[name] = _measure_host_seconds(call)
+    # A sample of a short call is the mean of several calls, since clocks are too coarse for one.
     shortest = 2e-3 if device == "cuda" else 3e-4
     counts = {
         name: 1 if clock.kind == "device" else max(1, min(1000, round(shortest / estimate)))
         for name, estimate in estimates.items()
     }
-    a_round = sum(estimates[name] * counts[name] for name in lanes)
-    rounds = max(least_rounds, min(200, int(seconds / max(a_round, 1e-9))))
-    samples: dict[str, list[float]] = {name: [] for name in lanes}
-    names = list(lanes)
-    collecting = gc.isenabled()
+    round_seconds = sum(estimates[name] * counts[name] for name in calls)
+    rounds = max(least_rounds, min(200, int(seconds / max(round_seconds, 1e-9))))
+    samples: dict[str, list[float]] = {name: [] for name in calls}
+    names = list(calls)
+    was_enabled = gc.isenabled()
     gc.collect()
     gc.disable()
     try:
@@ -228,21 +228,21 @@ def time_in_turns(
             events = {}
             for name in order:
                 if clock.kind == "device":
-                    events[name] = clock.device(lanes[name], host[name])
+                    events[name] = clock.record_events(calls[name], host[name])
                 else:
-                    samples[name].append(clock.wall(lanes[name], counts[name]))
+                    samples[name].append(clock.time_wall(calls[name], counts[name]))
             if events:
                 torch.cuda.synchronize()
                 for name, (start, end) in events.items():
                     samples[name].append(start.elapsed_time(end) * 1e-3)
     finally:
-        if collecting:
+        if was_enabled:
             gc.enable()
-    return {name: Times.of(values) for name, values in samples.items()}
+    return {name: Times.from_samples(values) for name, values in samples.items()}
 
 
-def cuda_peak_tensors(step: Step) -> float:
-    """Return the peak memory of a call beyond the memory before it, in tensors of logits."""
+def measure_cuda_peak(step: Step) -> float:
+    """Return by how much a call raises the peak memory, in tensors of logits."""
     step()
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()

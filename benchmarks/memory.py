@@ -3,9 +3,9 @@
 Linux stores the peak resident memory of a process (VmHWM) and resets it on request (clear_refs).
 Each baseline runs once, to load and compile its code. Free memory goes back to the system, the peak
 is reset, and the baseline runs again; the result is the new peak less the memory before. The first
-run's gradient is held until then, because fastkd would recycle its memory. The child's malloc gives
-every large tensor pages of its own, so that tensors are counted while they live. Otherwise glibc
-keeps holes between tensors, and eager PyTorch then takes up to twice as much.
+run's gradient is held during the second run, because fastkd would recycle the gradient's memory.
+The child's malloc gives every large tensor pages of its own, so that tensors are counted while they
+live. Otherwise glibc keeps holes between tensors, and eager PyTorch then takes up to twice as much.
 """
 
 from __future__ import annotations
@@ -24,42 +24,44 @@ from benchmarks import baselines, measure
 from benchmarks.cases import Case
 
 
-def _status(field: str) -> int:
+def read_status(field: str) -> int:
+    """Return a size in bytes from this process's status."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(field + ":"):
             return int(line.split()[1]) * 1024
     raise OSError(f"/proc/self/status has no {field}")
 
 
-def _settle() -> None:
+def release_free_memory() -> None:
+    """Return free memory to the system."""
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
 
 
-def peaks(case: Case, names: list[str]) -> dict[str, float | None]:
+def measure_peaks(case: Case, names: list[str]) -> dict[str, float | None]:
     """Return the extra peak of each baseline, in tensors of logits; None if it fails."""
     result: dict[str, float | None] = {}
     for name in names:
-        one = baselines.by_name(name)
+        baseline = baselines.find_baseline(name)
         try:
             inputs = measure.make_inputs(case, "cpu", 0)
-            step = measure.Step(case, one.make(case), [inputs], one.non_leaf)
+            step = measure.Step(case, baseline.make(case), [inputs], baseline.non_leaf)
             held = step.run(inputs)
             step.sets = [measure.make_inputs(case, "cpu", 1)]
             del inputs
-            _settle()
-            before = _status("VmRSS")
+            release_free_memory()
+            before = read_status("VmRSS")
             Path("/proc/self/clear_refs").write_text("5")
             step()
-            result[name] = max(0, _status("VmHWM") - before) / case.tensor_bytes
+            result[name] = max(0, read_status("VmHWM") - before) / case.tensor_bytes
             del held
         except Exception:
             result[name] = None
     return result
 
 
-def peaks_in_child(case: Case, names: list[str], threads: int) -> dict[str, float | None]:
-    """Measure the peaks in another process; all None where the system has no VmHWM."""
+def measure_peaks_in_child(case: Case, names: list[str], threads: int) -> dict[str, float | None]:
+    """Measure the peaks in another process; return None for each if there is no VmHWM."""
     arguments = [json.dumps(case.asdict()), str(threads), *names]
     command = [sys.executable, "-m", "benchmarks.memory", *arguments]
     folder = Path(__file__).parent.parent
@@ -80,4 +82,4 @@ def peaks_in_child(case: Case, names: list[str], threads: int) -> dict[str, floa
 
 if __name__ == "__main__":
     torch.set_num_threads(int(sys.argv[2]))
-    print(json.dumps(peaks(Case(**json.loads(sys.argv[1])), sys.argv[3:])))
+    print(json.dumps(measure_peaks(Case(**json.loads(sys.argv[1])), sys.argv[3:])))

@@ -18,7 +18,7 @@ from benchmarks import report
 Results = dict[str, Any]
 
 INK = "#7d8590"  # readable on white and on the dark backgrounds of GitHub and of the docs
-COLOURS = {
+COLORS = {
     "fastkd": "#2a9d6f",
     "eager": "#8d99ae",
     "eager fp32": "#67748e",
@@ -42,7 +42,7 @@ NAMES = {
 }
 
 
-def _style() -> None:
+def _set_style() -> None:
     plt.rcParams.update(
         {
             "font.size": 11,
@@ -58,7 +58,7 @@ def _style() -> None:
     )
 
 
-def _overview_cases(results: Results) -> list[Results]:
+def _select_overview(results: Results) -> list[Results]:
     """Select one case of each well-known model and dtype, at most six."""
     wanted: tuple[str, ...] = OVERVIEW
     dtypes: tuple[str, ...] = ("fp32", "bf16")
@@ -69,10 +69,10 @@ def _overview_cases(results: Results) -> list[Results]:
     for case in results["cases"]:
         name = case["name"].split(",")[0]
         small = case["name"].endswith("small batch")
-        usable = case["gradient"] and report.ratio(case, "fastkd") and not small
+        usable = case["gradient"] and report.compute_ratio(case, "fastkd") and not small
         if name in wanted and usable and case["dtype"] in dtypes:
             firsts.setdefault((name, case["dtype"]), case)
-    compiled = [case for case in firsts.values() if report.ratio(case, "torch.compile")]
+    compiled = [case for case in firsts.values() if report.compute_ratio(case, "torch.compile")]
     chosen = compiled if len(compiled) >= 3 else list(firsts.values())
     chosen.sort(
         key=lambda case: (OVERVIEW.index(case["name"].split(",")[0]), case["dtype"] == "bf16")
@@ -80,17 +80,17 @@ def _overview_cases(results: Results) -> list[Results]:
     return chosen[:6]
 
 
-def overview(results: Results, path: Path) -> None:
+def draw_overview(results: Results, path: Path) -> None:
     """Draw the time of each baseline relative to fastkd, for a few models."""
-    cases = _overview_cases(results)
+    cases = _select_overview(results)
     if not cases:
         return
-    _style()
-    names = [name for name in COLOURS if any(report.ratio(case, name) for case in cases)]
+    _set_style()
+    names = [name for name in COLORS if any(report.compute_ratio(case, name) for case in cases)]
     lines: list[tuple[float, Results, str]] = []
     ticks, labels, y = [], [], 0.0
     for case in cases:
-        present = [name for name in names if report.ratio(case, name)]
+        present = [name for name in names if report.compute_ratio(case, name)]
         ticks.append(y + (len(present) - 1) / 2)
         name = NAMES[case["name"].split(",")[0]]
         labels.append(f"{name}\n{case['rows']} x {case['classes']} {case['dtype']}")
@@ -99,11 +99,11 @@ def overview(results: Results, path: Path) -> None:
             y += 1
         y += 0.9
     figure, axes = plt.subplots(figsize=(9, 1.7 + 0.23 * y), layout="constrained")
-    longest = max(report.ratio(case, name) or 0 for _, case, name in lines)
+    longest = max(report.compute_ratio(case, name) or 0 for _, case, name in lines)
     for y, case, name in lines:
-        value = report.ratio(case, name) or 0
-        axes.barh(y, value, height=0.86, color=COLOURS[name])
-        seconds = report.duration(case["lanes"][name]["times"]["median"])
+        value = report.compute_ratio(case, name) or 0
+        axes.barh(y, value, height=0.86, color=COLORS[name])
+        seconds = report.format_duration(case["lanes"][name]["times"]["median"])
         text = f"{value:.1f}x  ({seconds})"
         if name == "fastkd":
             share = case["lanes"][name].get("share")
@@ -116,7 +116,7 @@ def overview(results: Results, path: Path) -> None:
     axes.set_xlim(0, longest * 1.2)
     axes.xaxis.set_major_locator(MultipleLocator(5))
     axes.set_xlabel("time relative to fastkd (shorter is better)")
-    handles = [Patch(color=COLOURS[name]) for name in names]
+    handles = [Patch(color=COLORS[name]) for name in names]
     figure.legend(
         handles,
         [LABELS.get(name, name) for name in names],
@@ -128,31 +128,31 @@ def overview(results: Results, path: Path) -> None:
         handlelength=1.2,
     )
     axes.set_title("How long one distillation loss takes, gradient included", pad=2, fontsize=13)
-    _caption(figure, results)
+    _add_caption(figure, results)
     figure.savefig(path)
     plt.close(figure)
 
 
-def _caption(figure: Any, results: Results) -> None:
-    figure.supxlabel(report.headline(results), fontsize=7.5)
+def _add_caption(figure: Any, results: Results) -> None:
+    figure.supxlabel(report.describe_run(results), fontsize=7.5)
 
 
-def _series(
+def _draw_series(
     axes: Axes, points: list[Results], along: str, label: str = "", style: str = "-"
 ) -> None:
     for name in ("fastkd", "eager"):
         pairs = [
             (point[along], point["lanes"][name]["times"]["median"] * 1e3)
             for point in points
-            if report.ratio(point, name)
+            if report.compute_ratio(point, name)
         ]
         if pairs:
             x, y = zip(*pairs, strict=True)
             text = LABELS.get(name, name) + label
-            axes.plot(x, y, style, marker="o", markersize=4, color=COLOURS[name], label=text)
+            axes.plot(x, y, style, marker="o", markersize=4, color=COLORS[name], label=text)
 
 
-def _limit(axes: Axes, results: Results, points: list[Results], along: str) -> None:
+def _draw_bandwidth(axes: Axes, results: Results, points: list[Results], along: str) -> None:
     """Draw the time that the memory bandwidth alone would take."""
     if not results["streams"]:
         return
@@ -163,12 +163,12 @@ def _limit(axes: Axes, results: Results, points: list[Results], along: str) -> N
     axes.plot(x, y, ":", color=INK, label="memory bandwidth")
 
 
-def scaling(results: Results, path: Path) -> None:
-    """Plot the cost over rows, classes and threads."""
+def draw_scaling(results: Results, path: Path) -> None:
+    """Plot the times over rows, classes and threads."""
     series = results["scaling"]
     if not series:
         return
-    _style()
+    _set_style()
     figure, panels = plt.subplots(
         1, len(series), figsize=(4.6 * len(series), 4.2), layout="constrained"
     )
@@ -180,25 +180,25 @@ def scaling(results: Results, path: Path) -> None:
                 ("-", "--", ":"), sorted({p["classes"] for p in points}), strict=False
             ):
                 chosen = [point for point in points if point["classes"] == classes]
-                _series(axes, chosen, "threads", f", {chosen[0]['rows']} x {classes}", style)
+                _draw_series(axes, chosen, "threads", f", {chosen[0]['rows']} x {classes}", style)
             axes.set_xticks(sorted({point["threads"] for point in points}))
         else:
-            _series(axes, points, name)
-            _limit(axes, results, points, name)
+            _draw_series(axes, points, name)
+            _draw_bandwidth(axes, results, points, name)
             axes.set_xscale("log")
         axes.set_yscale("log")
         if name == "threads":  # the lines cross the whole panel, so the legend is below them
             axes.set_ylim(bottom=axes.get_ylim()[0] / 6)
         axes.grid(True, which="major", color=INK, alpha=0.3, linewidth=0.6)
-        axes.set_xlabel(_fixed(name, points))
+        axes.set_xlabel(_describe_axis(name, points))
         axes.set_ylabel("ms for a loss and its gradient")
         axes.legend(frameon=False, fontsize=8, loc="lower left" if name == "threads" else "best")
-    _caption(figure, results)
+    _add_caption(figure, results)
     figure.savefig(path)
     plt.close(figure)
 
 
-def _fixed(name: str, points: list[Results]) -> str:
+def _describe_axis(name: str, points: list[Results]) -> str:
     first = points[0]
     if name == "rows":
         return f"rows, of {first['classes']} classes, {first['dtype']}"
@@ -209,5 +209,5 @@ def _fixed(name: str, points: list[Results]) -> str:
 
 def draw(results: Results, folder: Path) -> None:
     """Draw every plot of some results."""
-    overview(results, folder / "overview.png")
-    scaling(results, folder / "scaling.png")
+    draw_overview(results, folder / "overview.png")
+    draw_scaling(results, folder / "scaling.png")

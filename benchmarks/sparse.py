@@ -1,6 +1,6 @@
-"""Time a sparse teacher, its k most probable classes, beside all of its logits.
+"""Time the loss of a teacher's k most probable classes beside the loss of all its logits.
 
-``python -m benchmarks.sparse [seconds]`` times a sampled token beside a cross entropy.
+``python -m benchmarks.sparse [seconds]`` times the loss of a sampled token beside cross entropies.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import fastkd
-from benchmarks.cases import Case, case
+from benchmarks.cases import Case, make_case
 from benchmarks.measure import WALL_LIMIT, Inputs, Step, make_sets, time_in_turns
 from fastkd import Sampled, TopK
 
 TOLERANCE = {"fp32": 1e-4, "bf16": 2e-2}
-"""Largest error of a loss, or norm of a gradient's, to be timed."""
+"""Largest relative error of a loss or gradient; larger errors stop the run."""
 
 
 def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:
@@ -49,12 +49,12 @@ DIVERGENCES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "skewed_reverse_kl": lambda log_p, log_q: _kl(log_q, _mixture(log_q, log_p, 0.1)),
     "total_variation": lambda log_p, log_q: 0.5 * (log_p.exp() - log_q.exp()).abs(),
 }
-"""The divergences of a sparse teacher in plain PyTorch: the terms of each class."""
+"""Divergences of a sparse teacher in eager PyTorch, as functions that return a term per class."""
 
 
 @dataclass(frozen=True)
 class SparseCase:
-    """Case whose teacher is its k most probable classes."""
+    """Describe a case whose teacher is given by its k most probable classes."""
 
     dense: Case
     divergence: str = "forward_kl"
@@ -66,10 +66,10 @@ class SparseCase:
         return f"top {self.k} of {self.dense.title}, {self.divergence}"
 
 
-def cases(device: str) -> list[SparseCase]:
+def list_cases(device: str) -> list[SparseCase]:
     """Return cases with Llama 3's vocabulary in fp32 and bf16."""
     return [
-        SparseCase(case("llama-3", device, dtype, temperature=2.0), divergence)
+        SparseCase(make_case("llama-3", device, dtype, temperature=2.0), divergence)
         for dtype in ("fp32", "bf16")
         for divergence in DIVERGENCES
     ]
@@ -90,8 +90,8 @@ def plain(sparse: SparseCase) -> Callable[[Tensor, TopK, Tensor], Tensor]:
     )
 
     def with_ghost(log_probs: Tensor) -> Tensor:
-        kept = log_probs.logsumexp(-1, keepdim=True).clamp(max=-1e-7)
-        return torch.cat([log_probs, torch.log(-torch.expm1(kept))], -1)
+        log_sum = log_probs.logsumexp(-1, keepdim=True).clamp(max=-1e-7)
+        return torch.cat([log_probs, torch.log(-torch.expm1(log_sum))], -1)
 
     def loss(student: Tensor, top: TopK, labels: Tensor) -> Tensor:
         log_q = F.log_softmax(student.to(top.log_probs.dtype) / t, -1).gather(-1, top.indices)
@@ -107,13 +107,13 @@ def dense(sparse: SparseCase) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
     return lambda s, t, y: fastkd.loss(s, t, y, **options)
 
 
-def top_of(sparse: SparseCase, teacher: Tensor) -> TopK:
+def find_top(sparse: SparseCase, teacher: Tensor) -> TopK:
     """Return the teacher's k most probable classes."""
     return TopK(*F.log_softmax(teacher.float() / sparse.dense.temperature, -1).topk(sparse.k))
 
 
-def errors(sparse: SparseCase, step: Step, rows: int = 4) -> tuple[float, float]:
-    """Return the errors of a step's loss and gradient on some rows, against float64."""
+def compute_errors(sparse: SparseCase, step: Step, rows: int = 4) -> tuple[float, float]:
+    """Return the errors of a step's loss and gradient on a few rows, against float64."""
     inputs = step.sets[0]
     log_probs, indices, _ = inputs.teacher  # type: ignore[misc]
     top = TopK(log_probs[:rows], indices[:rows])
@@ -126,56 +126,56 @@ def errors(sparse: SparseCase, step: Step, rows: int = 4) -> tuple[float, float]
     leaf = few.student.detach().double().requires_grad_()
     wide = TopK(top.log_probs.double(), top.indices)
     exact = plain(sparse)(leaf, wide, few.labels)
-    (right,) = torch.autograd.grad(exact, leaf)
+    (exact_gradient,) = torch.autograd.grad(exact, leaf)
     assert gradient is not None
-    off = (gradient.double() - right).norm() / right.norm()
-    return abs(loss.item() / exact.item() - 1), off.item()
+    gradient_error = (gradient.double() - exact_gradient).norm() / exact_gradient.norm()
+    return abs(loss.item() / exact.item() - 1), gradient_error.item()
 
 
 def run(sparse: SparseCase, device: str, seconds: float) -> dict[str, Any]:
     """Check all implementations, then time loss and backward pass side by side."""
     sets = make_sets(sparse.dense, device)
     short = [
-        Inputs(one.student, top_of(sparse, one.teacher), one.labels)  # type: ignore[arg-type]
-        for one in sets
+        Inputs(each.student, find_top(sparse, each.teacher), each.labels)  # type: ignore[arg-type]
+        for each in sets
     ]
     steps = {
         "fastkd.loss, TopK": Step(sparse.dense, fused(sparse), short),  # type: ignore[arg-type]
         "PyTorch": Step(sparse.dense, plain(sparse), short),  # type: ignore[arg-type]
     }
-    lanes: dict[str, dict[str, Any]] = {}
+    records: dict[str, dict[str, Any]] = {}
     for name, step in steps.items():
-        loss_error, gradient_error = errors(sparse, step)
+        loss_error, gradient_error = compute_errors(sparse, step)
         if not max(loss_error, gradient_error) <= TOLERANCE[sparse.dense.dtype]:
             raise RuntimeError(f"{name}: loss off by {loss_error}, gradient by {gradient_error}")
-        lanes[name] = {"loss_error": loss_error, "gradient_error": gradient_error}
+        records[name] = {"loss_error": loss_error, "gradient_error": gradient_error}
     steps["fastkd.loss, all classes"] = Step(sparse.dense, dense(sparse), sets)
     kind = "device" if sparse.dense.elements >= WALL_LIMIT else "wall"
     times = time_in_turns(dict(steps), device, kind, seconds)
     for name, measured in times.items():
-        lanes.setdefault(name, {})["times"] = asdict(measured)
+        records.setdefault(name, {})["times"] = asdict(measured)
     ours = times["fastkd.loss, TopK"].median
     return {
         "title": sparse.title,
         "k": sparse.k,
-        "lanes": lanes,
+        "lanes": records,
         "of the dense loss": ours / times["fastkd.loss, all classes"].median,
         "of PyTorch": ours / times["PyTorch"].median,
     }
 
 
 def run_sampled(device: str, seconds: float) -> dict[str, Any]:
-    """Time one sampled token a row (k1) beside cross entropies of the same logits.
+    """Time the loss of one sampled token a row (k1) beside cross entropies of the same logits.
 
-    The fused cross entropy is the hard term of the sparse loss, which reads the logits once and
-    writes the gradient once; a list of one class has the weight 0.
+    The fused cross entropy is the sparse loss with ``alpha=1``. This loss reads the logits once
+    and writes the gradient once.
     """
-    dense = case("llama-3", device, "fp32", temperature=1.0)
+    dense = make_case("llama-3", device, "fp32", temperature=1.0)
     sets = []
-    for one in make_sets(dense, device):
-        tokens = one.student.detach().softmax(-1).multinomial(1)
-        log_probs = F.log_softmax(one.teacher, -1).gather(-1, tokens)  # type: ignore[arg-type]
-        sets.append(Inputs(one.student, TopK(log_probs, tokens), tokens.squeeze(-1)))  # type: ignore[arg-type]
+    for each in make_sets(dense, device):
+        tokens = each.student.detach().softmax(-1).multinomial(1)
+        log_probs = F.log_softmax(each.teacher, -1).gather(-1, tokens)  # type: ignore[arg-type]
+        sets.append(Inputs(each.student, TopK(log_probs, tokens), tokens.squeeze(-1)))  # type: ignore[arg-type]
 
     def sampled(student: Tensor, top: TopK, _: Tensor) -> Tensor:
         return fastkd.loss(student, Sampled(top.log_probs.squeeze(-1), top.indices.squeeze(-1)))
@@ -191,7 +191,7 @@ def run_sampled(device: str, seconds: float) -> dict[str, Any]:
     ours, fused, eager = (times[name] for name in functions)
     return {
         "title": f"a sampled token of {dense.title}",
-        "lanes": {name: {"times": asdict(one)} for name, one in times.items()},
+        "lanes": {name: {"times": asdict(measured)} for name, measured in times.items()},
         "of the cross entropy": ours.median / fused.median,
         "of the cross entropy, by the 20th percentiles": ours.p20 / fused.p20,
         "of PyTorch's cross entropy": ours.median / eager.median,

@@ -2,7 +2,7 @@
 
 On a GPU: a device-to-device copy (torch's copy_) and torch.add(out=), both over a gigabyte. On a
 CPU: a loop of two reads and one non-temporal store (stream.c, compiled here), on torch's number of
-threads. Without a C compiler it is torch.add(out=), whose ordinary stores also read their target.
+threads. Without a C compiler, the CPU's stream is torch.add(out=), whose stores also read memory.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import torch
 
 @dataclass(frozen=True)
 class Stream:
-    """Access pattern whose bandwidth is measured."""
+    """Describe an access pattern whose bandwidth is measured."""
 
     name: str
     run: Callable[[], object]
@@ -31,7 +31,7 @@ class Stream:
 
 
 @functools.cache
-def _library() -> ctypes.CDLL | None:
+def _load_library() -> ctypes.CDLL | None:
     compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
     if compiler is None:
         return None
@@ -52,24 +52,24 @@ def _library() -> ctypes.CDLL | None:
 
 
 @functools.cache
-def _cpu_buffers() -> tuple[torch.Tensor, ...]:
+def _make_cpu_buffers() -> tuple[torch.Tensor, ...]:
     return tuple(torch.ones(2**24) for _ in range(3))  # 64 MiB each
 
 
 @functools.cache
-def _cuda_buffers() -> tuple[torch.Tensor, ...]:
+def _make_cuda_buffers() -> tuple[torch.Tensor, ...]:
     return tuple(torch.ones(2**28, device="cuda") for _ in range(3))  # 1 GiB each
 
 
 @functools.cache
-def _pool(threads: int) -> ThreadPoolExecutor:
+def _make_pool(threads: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(threads)
 
 
-def streams(device: str) -> list[Stream]:
+def make_streams(device: str) -> list[Stream]:
     """Return the streams of a device; shares of bandwidth refer to the first."""
     if device == "cuda":
-        a, b, c = _cuda_buffers()
+        a, b, c = _make_cuda_buffers()
         size = a.numel() * a.itemsize
         return [
             Stream("copy", lambda: c.copy_(a), 2 * size, "a device-to-device copy of 1 GiB"),
@@ -77,7 +77,7 @@ def streams(device: str) -> list[Stream]:
                 "add", lambda: torch.add(a, b, out=c), 3 * size, "torch.add(out=) on 1 GiB tensors"
             ),
         ]
-    a, b, c = _cpu_buffers()
+    a, b, c = _make_cpu_buffers()
     size, threads = a.numel() * a.itemsize, torch.get_num_threads()
     add = Stream(
         "add",
@@ -85,20 +85,20 @@ def streams(device: str) -> list[Stream]:
         3 * size,
         "torch.add(out=) on 64 MiB tensors: 2 reads, 1 write with ordinary stores",
     )
-    library = _library()
+    library = _load_library()
     if library is None:
         return [add]
     run = library.stream
     share = a.numel() // threads // 16 * 16
 
-    def slices() -> None:
-        def one(index: int) -> None:
+    def run_slices() -> None:
+        def run_slice(index: int) -> None:
             offset = index * share * a.itemsize
             count = share if index < threads - 1 else a.numel() - share * (threads - 1)
             run(a.data_ptr() + offset, b.data_ptr() + offset, c.data_ptr() + offset, count)
 
-        list(_pool(threads).map(one, range(threads)))
+        list(_make_pool(threads).map(run_slice, range(threads)))
 
     kind = "non-temporal" if library.stores_bypass_caches() else "ordinary"
     what = f"2 reads, 1 write with {kind} stores on 64 MiB arrays, {threads} threads"
-    return [Stream("stream", slices, 3 * size, what), add]
+    return [Stream("stream", run_slices, 3 * size, what), add]

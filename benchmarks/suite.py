@@ -1,4 +1,4 @@
-"""Run cases: check every baseline, then time them side by side; return data for JSON."""
+"""Run cases: check every baseline, then time all side by side; return data for JSON."""
 
 from __future__ import annotations
 
@@ -21,23 +21,24 @@ from benchmarks.measure import (
     WALL_LIMIT,
     Inputs,
     Step,
-    cuda_peak_tensors,
     make_sets,
+    measure_cuda_peak,
     time_in_turns,
 )
-from benchmarks.stream import streams
+from benchmarks.stream import make_streams
 from benchmarks.truth import Truth
 
 FLOOR = "s.sum()"
 FLOOR_LIMIT = 2**18
 """Cases of fewer logits are also compared with ``s.sum().backward()``, PyTorch's own cost."""
 STREAM_LIMIT = 2**19
-"""Cases of fewer logits are not compared with the bandwidth: they fit caches or are all launch."""
+"""Cases of fewer logits are not compared with the bandwidth: they fit caches or take
+little longer than their launch."""
 
 
 @dataclass
 class Settings:
-    """Durations and numbers of repetitions."""
+    """Hold the settings of a run: device, durations and baselines."""
 
     device: str
     seconds: float
@@ -45,14 +46,14 @@ class Settings:
     deadline: float = math.inf
     """Time (time.monotonic) after which compiled baselines are left out."""
     names: Sequence[str] = ()
-    """The baselines to measure; all, if empty."""
+    """The baselines to measure; all if empty."""
     missing: dict[str, str] = field(default_factory=dict)
     """Baselines that cannot be measured on this machine, with the reason."""
 
 
 @contextlib.contextmanager
-def quiet_failures(record: dict[str, Any]) -> Iterator[None]:
-    """Turn a baseline's exception into a line of the report."""
+def record_failure(record: dict[str, Any]) -> Iterator[None]:
+    """Store a baseline's exception as its status in the report."""
     try:
         yield
     except UnavailableError as reason:
@@ -70,9 +71,9 @@ def _release(device: str) -> None:
         torch.cuda.empty_cache()
 
 
-def _owned(one: Baseline, sets: list[Inputs]) -> list[Inputs]:
-    """Return a baseline's inputs, with a copy of the student if it overwrites the logits."""
-    if not one.overwrites:
+def _copy_inputs(baseline: Baseline, sets: list[Inputs]) -> list[Inputs]:
+    """Return the inputs, with copies of the student's logits if the baseline overwrites them."""
+    if not baseline.overwrites:
         return sets
     return [
         Inputs(
@@ -85,44 +86,44 @@ def _owned(one: Baseline, sets: list[Inputs]) -> list[Inputs]:
 
 
 def _prepare(
-    one: Baseline, case: Case, sets: list[Inputs], truth: Truth, settings: Settings
+    baseline: Baseline, case: Case, sets: list[Inputs], truth: Truth, settings: Settings
 ) -> tuple[dict[str, Any], Step | None]:
     """Make a baseline's call, run it once, and check the answer."""
     record: dict[str, Any] = {"status": "ok"}
-    if one.name in settings.missing:
-        record["status"] = settings.missing[one.name]
+    if baseline.name in settings.missing:
+        record["status"] = settings.missing[baseline.name]
         return record, None
-    if one.compiles != "no" and time.monotonic() > settings.deadline:
+    if baseline.compiles != "no" and time.monotonic() > settings.deadline:
         record["status"] = "skipped: out of time"
         return record, None
     step = None
-    with quiet_failures(record):
-        function = one.make(case)
-        first = _owned(one, sets[:1])
-        step = Step(case, function, first, one.non_leaf)
-        if one.compiles != "no":
+    with record_failure(record):
+        function = baseline.make(case)
+        first = _copy_inputs(baseline, sets[:1])
+        step = Step(case, function, first, baseline.non_leaf)
+        if baseline.compiles != "no":
             torch._dynamo.utils.counters.clear()
         start = time.perf_counter()
         loss, gradient = step.run(first[0])
         if settings.device == "cuda":
             torch.cuda.synchronize()
-        if one.compiles != "no":
+        if baseline.compiles != "no":
             record["compile_seconds"] = time.perf_counter() - start
             if not torch._dynamo.utils.counters["stats"]["unique_graphs"]:
                 raise RuntimeError("torch.compile ran eagerly")
-        errors = truth.errors(one.truth, loss, gradient)
+        errors = truth.compute_errors(baseline.truth, loss, gradient)
         record.update(
             loss_error=errors.loss,
             gradient_error=errors.gradient,
             gradient_max_error=errors.gradient_max,
         )
-        if not errors.acceptable(case):
+        if not errors.is_acceptable(case):
             record["status"] = "wrong answer"
         else:
             del loss, gradient
-            step.sets = first + _owned(one, sets[1:]) if one.overwrites else sets
+            step.sets = first + _copy_inputs(baseline, sets[1:]) if baseline.overwrites else sets
     if record["status"].startswith("not available"):
-        settings.missing[one.name] = record["status"]
+        settings.missing[baseline.name] = record["status"]
     if record["status"] != "ok":
         step = None
         _release(settings.device)
@@ -130,44 +131,44 @@ def _prepare(
 
 
 def run_case(
-    case: Case, settings: Settings, say: Callable[[str], None] = lambda text: None
+    case: Case, settings: Settings, show_status: Callable[[str], None] = lambda text: None
 ) -> dict[str, Any]:
-    """Measure everything about a case."""
+    """Check all baselines of a case, and measure their times and memory."""
     device = settings.device
-    torch.compiler.reset()  # beyond its recompilation limit Dynamo silently runs eagerly
+    torch.compiler.reset()  # Dynamo silently runs eagerly beyond its recompilation limit
     _release(device)
     kind = "device" if device == "cuda" and case.elements >= WALL_LIMIT else "wall"
     wanted = [
-        one
-        for one in baselines.BASELINES
-        if one.is_for(case) and (not settings.names or one.name in settings.names)
+        baseline
+        for baseline in baselines.BASELINES
+        if baseline.is_for(case) and (not settings.names or baseline.name in settings.names)
     ]
     sets = make_sets(case, device)
     truth = Truth(case, sets[0].student, sets[0].teacher, sets[0].labels)
     records: dict[str, dict[str, Any]] = {}
     steps: dict[str, Step] = {}
-    for one in wanted:
-        say(f"{case.title}: {one.name}, first call and check")
-        records[one.name], step = _prepare(one, case, sets, truth, settings)
+    for baseline in wanted:
+        show_status(f"{case.title}: {baseline.name}, first call and check")
+        records[baseline.name], step = _prepare(baseline, case, sets, truth, settings)
         if step is not None:
-            steps[one.name] = step
-    rounding = truth.rounding()
+            steps[baseline.name] = step
+    rounding = truth.compute_rounding()
     del truth
     _release(device)
 
-    say(f"{case.title}: timing")
+    show_status(f"{case.title}: timing")
     if device == "cuda":
         for name, step in steps.items():
-            with quiet_failures(records[name]):
-                records[name]["peak_tensors"] = cuda_peak_tensors(step)
+            with record_failure(records[name]):
+                records[name]["peak_tensors"] = measure_cuda_peak(step)
         steps = {name: step for name, step in steps.items() if records[name]["status"] == "ok"}
-    lanes: dict[str, Callable[[], object]] = dict(steps)
+    calls: dict[str, Callable[[], object]] = dict(steps)
     if case.gradient and case.elements < FLOOR_LIMIT:
-        lanes[FLOOR] = Step(case, baselines.floor(case), sets)
+        calls[FLOOR] = Step(case, baselines.floor(case), sets)
         records[FLOOR] = {"status": "ok"}
-    measured = streams(device) if case.elements >= STREAM_LIMIT else []
-    lanes |= {f"stream {one.name}": one.run for one in measured}
-    times = _time_what_works(lanes, records, device, kind, settings.seconds)
+    streams = make_streams(device) if case.elements >= STREAM_LIMIT else []
+    calls |= {f"stream {stream.name}": stream.run for stream in streams}
+    times = _time_working(calls, records, device, kind, settings.seconds)
     for name, record in records.items():
         if name in times:
             record["times"] = asdict(times[name])
@@ -179,42 +180,42 @@ def run_case(
         "rounding": rounding,
         "lanes": records,
         "streams": {
-            one.name: one.bytes / times[f"stream {one.name}"].median
-            for one in measured
-            if f"stream {one.name}" in times
+            stream.name: stream.bytes / times[f"stream {stream.name}"].median
+            for stream in streams
+            if f"stream {stream.name}" in times
         },
-        "clocks": environment.clocks(device),
+        "clocks": environment.read_clocks(device),
     }
     _add_bandwidth(result, case)
     if device == "cpu" and case.memory:
-        say(f"{case.title}: peak memory, in a child process")
-        peaks = memory.peaks_in_child(case, list(steps), torch.get_num_threads())
+        show_status(f"{case.title}: peak memory, in a child process")
+        peaks = memory.measure_peaks_in_child(case, list(steps), torch.get_num_threads())
         for name, peak in peaks.items():
             records[name]["peak_tensors"] = peak
-    del sets, steps, lanes
+    del sets, steps, calls
     _release(device)
     return result
 
 
-def _time_what_works(
-    lanes: dict[str, Callable[[], object]],
+def _time_working(
+    calls: dict[str, Callable[[], object]],
     records: dict[str, dict[str, Any]],
     device: str,
     kind: str,
     seconds: float,
 ) -> dict[str, Any]:
-    """Time the calls; if that fails, leave out those that fail by themselves."""
+    """Time the calls; if one fails, time only the calls that succeed alone."""
     try:
-        return dict(time_in_turns(lanes, device, kind, seconds))
+        return dict(time_in_turns(calls, device, kind, seconds))
     except Exception:
         _release(device)
     working: dict[str, Callable[[], object]] = {}
-    for name, lane in lanes.items():
+    for name, call in calls.items():
         record = records.get(name, {"status": "ok"})
-        with quiet_failures(record):
-            time_in_turns({name: lane}, device, kind, 0.0, least_rounds=1)
+        with record_failure(record):
+            time_in_turns({name: call}, device, kind, 0.0, least_rounds=1)
         if record["status"] == "ok":
-            working[name] = lane
+            working[name] = call
         else:
             _release(device)
     try:
@@ -227,7 +228,7 @@ def _time_what_works(
 
 
 def _add_bandwidth(result: dict[str, Any], case: Case) -> None:
-    """Add the bandwidth and its share of the measured memory bandwidth."""
+    """Add each baseline's bandwidth, and its share of the measured memory bandwidth."""
     best = next(iter(result["streams"].values()), None)
     for name, record in result["lanes"].items():
         if "times" in record and name != FLOOR:
@@ -237,13 +238,13 @@ def _add_bandwidth(result: dict[str, Any], case: Case) -> None:
 
 
 def run_duel(duel: Duel, settings: Settings) -> dict[str, Any]:
-    """Time fastkd on two cases in turns, for each element of the logits."""
+    """Time fastkd on two cases in turns, and compare the times per logit."""
     device = settings.device
     _release(device)
     kind = "device" if duel.first.elements >= WALL_LIMIT else "wall"
     steps: dict[str, Callable[[], object]] = {}
     result: dict[str, Any] = {"name": duel.name, "status": "ok"}
-    with quiet_failures(result):
+    with record_failure(result):
         for name, case in (("first", duel.first), ("second", duel.second)):
             steps[name] = Step(case, baselines.fused(case), make_sets(case, device))
         times = time_in_turns(steps, device, kind, settings.seconds)
@@ -255,7 +256,7 @@ def run_duel(duel: Duel, settings: Settings) -> dict[str, Any]:
     return result
 
 
-def close_to_the_teacher(device: str, rows: int = 32, classes: int = 32000) -> dict[str, Any]:
+def measure_close_to_teacher(device: str, rows: int = 32, classes: int = 32000) -> dict[str, Any]:
     """Return the errors of fastkd and F.kl_div for a KL of 5e-7 in float32, where sums cancel."""
     generator = torch.Generator(device).manual_seed(0)
     teacher = torch.randn(rows, classes, generator=generator, device=device)
@@ -266,22 +267,22 @@ def close_to_the_teacher(device: str, rows: int = 32, classes: int = 32000) -> d
     with torch.no_grad():
         ours = fastkd.loss(student, teacher, temperature=1.0, reduction="none")
         log_q, p = F.log_softmax(student, -1), F.softmax(teacher, -1)
-        torchs = F.kl_div(log_q, p, reduction="none").sum(-1)
+        theirs = F.kl_div(log_q, p, reduction="none").sum(-1)
 
-    def errors(values: torch.Tensor) -> dict[str, float]:
+    def compute_errors(values: torch.Tensor) -> dict[str, float]:
         error = (values.double() - truth).abs() / truth
         return {"median": error.median().item(), "worst": error.max().item()}
 
     return {
         "what": f"KL of {truth.mean().item():.1e} ({rows} x {classes} fp32, T = 1), relative error",
         "kl": truth.mean().item(),
-        "fastkd": errors(ours),
-        "F.kl_div": errors(torchs),
+        "fastkd": compute_errors(ours),
+        "F.kl_div": compute_errors(theirs),
     }
 
 
 def run_scaling(
-    series: dict[str, list[Case]], settings: Settings, say: Callable[[str], None]
+    series: dict[str, list[Case]], settings: Settings, show_status: Callable[[str], None]
 ) -> dict[str, list[dict[str, Any]]]:
     """Time fastkd and eager PyTorch over rows, classes and, on a CPU, threads."""
     short = Settings(settings.device, settings.seconds / 6, names=("fastkd", "eager"))
@@ -289,12 +290,14 @@ def run_scaling(
     for name, cases in series.items():
         points: list[dict[str, Any]] = []
         if name != "threads":
-            points = [run_case(case, short, say) for case in cases]
+            points = [run_case(case, short, show_status) for case in cases]
         else:
             before = torch.get_num_threads()
             for threads in range(1, before + 1):
                 torch.set_num_threads(threads)
-                points += [{**run_case(case, short, say), "threads": threads} for case in cases]
+                points += [
+                    {**run_case(case, short, show_status), "threads": threads} for case in cases
+                ]
             torch.set_num_threads(before)
         result[name] = points
     return result

@@ -1,9 +1,9 @@
-"""The sweep behind docs/choosing.md, which ``python -m benchmarks.choosing`` runs and writes.
+"""Run the sweep of docs/choosing.md, a page that ``python -m benchmarks.choosing`` writes.
 
 Small students learn from teachers of several sizes on three data sets: every combination of
 divergence, temperature, alpha, share of the training rows and teacher. All students of a
 combination of data, share and teacher train side by side, as batched matrices. Each combination is
-a line of the results file as soon as it is done, so a run that was stopped goes on where it was.
+written to the results file when it is done, so a run that was stopped can continue.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ SHARES = (0.05, 0.2, 1.0)
 TEMPERATURES = (1.0, 2.0, 4.0, 8.0, 16.0)
 ALPHAS = (0.0, 0.1, 0.5)
 DIVERGENCES = ("forward_kl", "reverse_kl", "jsd", "mse")
-# Hidden units and training steps. The last is that of Cho and Hariharan, stopped early.
+# Hidden units and training steps. The last teacher is stopped early, as Cho and Hariharan propose.
 TEACHERS = {"16": (16, 500), "128": (128, 500), "1024": (1024, 500), "1024 early": (1024, 60)}
 PATIENCE = (50, 150, 500, 1500)
 
@@ -54,7 +54,7 @@ GRID = [ALONE, *(Setting(*each) for each in itertools.product(DIVERGENCES, TEMPE
 
 
 class Cell(NamedTuple):
-    """Name what students have in common that train side by side."""
+    """Identify a group of students that train side by side."""
 
     data: str
     share: float
@@ -108,7 +108,7 @@ DATA = {"digits": read_digits, "cancer": read_cancer, "docstrings": read_docstri
 
 
 class Rows(NamedTuple):
-    """Hold rows of each seed's own split."""
+    """Hold the rows of each seed's split."""
 
     inputs: Tensor  # [seeds, rows, features]
     labels: Tensor  # [seeds, rows]
@@ -118,7 +118,7 @@ def split(data: str, seeds: int) -> list[Rows]:
     """Return 60 % of the rows to train on, 20 % to choose by, and 20 % to test on."""
     inputs, labels = DATA[data]()
     inputs, labels = torch.tensor(inputs, dtype=torch.float32), torch.tensor(labels)
-    orders = [torch.randperm(len(labels), generator=generate(seed)) for seed in range(seeds)]
+    orders = [torch.randperm(len(labels), generator=make_generator(seed)) for seed in range(seeds)]
     edges = [round(0.6 * len(labels)), round(0.8 * len(labels))]
     return [Rows(inputs[i], labels[i]) for i in torch.stack(orders).tensor_split(edges, 1)]
 
@@ -126,7 +126,7 @@ def split(data: str, seeds: int) -> list[Rows]:
 # ---- training
 
 
-def generate(seed: int) -> torch.Generator:
+def make_generator(seed: int) -> torch.Generator:
     """Return a random number generator."""
     return torch.Generator().manual_seed(seed)
 
@@ -183,12 +183,12 @@ def compute_loss(logits: Tensor, group: list[Setting], teacher: Tensor, labels: 
 def train(
     width: int, rows: Rows, steps: int, settings: list[Setting], teacher: Tensor | None = None
 ) -> Networks:
-    """Train a network for each seed and setting; without a teacher's logits, on the labels."""
+    """Train a network for each seed and setting; without a teacher, train on the labels."""
     seeds, number, features = rows.inputs.shape
     networks = Networks(seeds, len(settings), features, width, int(rows.labels.max()) + 1)
     optimizer = torch.optim.Adam(networks.parameters(), 0.01, fused=True)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    generator = generate(seeds)
+    generator = make_generator(seeds)
     names = list(dict.fromkeys(setting.divergence for setting in settings))
     groups = [[each for each in settings if each.divergence == name] for name in names]
     for _ in range(steps):
@@ -211,24 +211,24 @@ def train(
 def run(
     cell: Cell, settings: list[Setting], parts: list[Rows], teacher: Networks
 ) -> dict[str, Any]:
-    """Train a cell's students, and count right answers: for each setting, one of each seed."""
+    """Train a cell's students, and count the right answers of each setting and seed."""
     training, validation, test = parts
     number = max(BATCH // 8, round(cell.share * training.labels.shape[1]))
     few = Rows(*(part[:, :number] for part in training))
     soft = teacher(few.inputs)[0]
     with torch.enable_grad():
         students = train(STUDENT_WIDTH, few, cell.steps, settings, soft)
-    answers, taught = students(test.inputs).argmax(-1), teacher(test.inputs)[0].argmax(-1)
+    answers, teacher_answers = students(test.inputs).argmax(-1), teacher(test.inputs)[0].argmax(-1)
     chosen = students(validation.inputs).argmax(-1)
     return {
         "cell": cell,
         "settings": settings,
         "rows": test.labels.shape[1],
         "trained_on": number,
-        "teacher": (taught == test.labels).sum(1).tolist(),
+        "teacher": (teacher_answers == test.labels).sum(1).tolist(),
         "validation": (chosen == validation.labels).sum(2).tolist(),
         "test": (answers == test.labels).sum(2).tolist(),
-        "agreement": (answers == taught).sum(2).tolist(),
+        "agreement": (answers == teacher_answers).sum(2).tolist(),
     }
 
 
@@ -244,7 +244,7 @@ def run_cells(
     parts: dict[str, list[Rows]] = {}
     teachers: dict[tuple[str, str], Networks] = {}
     for cell in tqdm([cell for cell in cells if cell not in done], desc="cells"):
-        began, cpu = time.perf_counter(), time.process_time()
+        start, cpu = time.perf_counter(), time.process_time()
         if cell.data not in parts:
             parts[cell.data] = split(cell.data, seeds)
         if (cell.data, cell.teacher) not in teachers:
@@ -254,7 +254,7 @@ def run_cells(
             )
         teacher = teachers[cell.data, cell.teacher]
         results.append(run(cell, cells[cell], parts[cell.data], teacher))
-        results[-1]["seconds"] = time.perf_counter() - began
+        results[-1]["seconds"] = time.perf_counter() - start
         results[-1]["cpu_seconds"] = time.process_time() - cpu
         with file.open("a") as stream:
             stream.write(json.dumps(results[-1]) + "\n")

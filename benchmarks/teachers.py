@@ -1,6 +1,6 @@
 """Measure the size, the loss and the speed of a teacher's cache: ``python -m benchmarks.teachers``.
 
-It writes the tables of docs/teachers.md.
+The command writes the tables of docs/teachers.md.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ SECONDS = 1.0  # seconds of reading for each case
 
 
 class Case(NamedTuple):
-    """Shape of a usual teacher cache."""
+    """Describe the shape of a usual teacher cache."""
 
     name: str
     samples: int
@@ -52,8 +52,8 @@ CASES = (
 )
 
 
-class Canned(nn.Module):
-    """Teacher without cost: random logits, the same for every batch."""
+class ConstantTeacher(nn.Module):
+    """Return random logits, equal for every batch, as a teacher without cost."""
 
     def __init__(self, case: Case) -> None:
         """Draw the logits."""
@@ -67,24 +67,29 @@ class Canned(nn.Module):
         return self.logits[: len(inputs)]
 
 
-def measured(case: Case) -> list[str]:
-    """Return a row of the table of sizes and speeds."""
+def measure_case(case: Case) -> list[str]:
+    """Measure a cache, and return its row of the table of sizes and speeds."""
     with tempfile.TemporaryDirectory() as folder:
         data = teachers.WithIds(TensorDataset(torch.zeros(case.samples, 1)))
         loader = DataLoader(data, 2 if case.positions else BATCH)
-        began = time.perf_counter()
+        start = time.perf_counter()
         cache = teachers.precompute(
-            Canned(case), loader, folder, top_k=case.top_k, dtype=case.dtype, progress=False
+            ConstantTeacher(case),
+            loader,
+            folder,
+            top_k=case.top_k,
+            dtype=case.dtype,
+            progress=False,
         )
-        written = case.samples / (time.perf_counter() - began)
+        written = case.samples / (time.perf_counter() - start)
         size = sum(file.stat().st_size for file in Path(folder).iterdir()) / case.samples
-        first = _reads(cache, case.samples, 0.0)
-        read = _reads(cache, case.samples, SECONDS)
-    kept = "all" if case.top_k is None else f"top {case.top_k}"
+        first = _measure_reads(cache, case.samples, 0.0)
+        read = _measure_reads(cache, case.samples, SECONDS)
+    stored = "all" if case.top_k is None else f"top {case.top_k}"
     dtype = str(case.dtype).removeprefix("torch.")
     return [
         f"{case.name} ({case.classes:,} classes)",
-        f"{kept}, {dtype}",
+        f"{stored}, {dtype}",
         f"{size:,.0f}",
         f"{written:,.0f}",
         f"{first:,.0f}",
@@ -93,16 +98,16 @@ def measured(case: Case) -> list[str]:
     ]
 
 
-def _reads(cache: teachers.TeacherCache, samples: int, seconds: float) -> float:
+def _measure_reads(cache: teachers.TeacherCache, samples: int, seconds: float) -> float:
     """Measure how many samples a second one process reads in random order, in one pass or more."""
     generator = torch.Generator().manual_seed(0)
     size = min(BATCH, samples)
-    count, began = 0, time.perf_counter()
-    while not count or time.perf_counter() - began < seconds:
+    count, start = 0, time.perf_counter()
+    while not count or time.perf_counter() - start < seconds:
         for ids in torch.randperm(samples, generator=generator).split(size):
             cache.lookup(ids)
             count += len(ids)
-    return count / (time.perf_counter() - began)
+    return count / (time.perf_counter() - start)
 
 
 DIGESTS: dict[str, Callable[[bytes], object]] = {
@@ -112,20 +117,20 @@ DIGESTS: dict[str, Callable[[bytes], object]] = {
 }
 
 
-def digest_speeds() -> Iterator[list[str]]:
+def measure_digests() -> Iterator[list[str]]:
     """Yield rows of the table of digests: their speed on 64 KiB, the best of 200."""
     data = os.urandom(2**16)
     for name, compute in DIGESTS.items():
         best = float("inf")
         for _ in range(200):
-            began = time.perf_counter()
+            start = time.perf_counter()
             compute(data)
-            best = min(best, time.perf_counter() - began)
+            best = min(best, time.perf_counter() - start)
         yield [name, f"{len(data) // 1024} KiB", f"{len(data) / best / 1e6:,.0f} MB/s"]
 
 
-def digits() -> tuple[str, nn.Module, Tensor]:
-    """Train a classifier on 1,797 images of digits, and return its logits of all of them."""
+def make_digits() -> tuple[str, nn.Module, Tensor]:
+    """Train a classifier of 1,797 images of digits; return a name, the classifier, the images."""
     images, labels = (torch.tensor(part) for part in load_digits(return_X_y=True))
     images = images.float() / 16
     torch.manual_seed(0)
@@ -138,8 +143,8 @@ def digits() -> tuple[str, nn.Module, Tensor]:
     return "digits, 10 classes", teacher, images
 
 
-def characters() -> tuple[str, nn.Module, Tensor]:
-    """Return the character after each two characters, counted in the text of pydoc_data.topics."""
+def make_characters() -> tuple[str, nn.Module, Tensor]:
+    """Count which character follows each pair in a text; return a name, a model, inputs."""
     text = "\n".join(pydoc_data.topics.topics.values())
     alphabet = sorted(set(text))
     codes = torch.tensor([alphabet.index(sign) for sign in text])
@@ -152,9 +157,9 @@ def characters() -> tuple[str, nn.Module, Tensor]:
     return f"characters, {size} classes", teacher, sequences[:400]
 
 
-def losses() -> Iterator[list[str]]:
-    """Return rows of the table of the loss in accuracy."""
-    for name, teacher, inputs in (digits(), characters()):
+def measure_losses() -> Iterator[list[str]]:
+    """Yield rows of the table of the loss in accuracy."""
+    for name, teacher, inputs in (make_digits(), make_characters()):
         loader = DataLoader(teachers.WithIds(TensorDataset(inputs)), BATCH)
         for top_k in (None, 1, 2, 4, 8):
             cells = [name, "all" if top_k is None else f"top {top_k}"]
@@ -170,7 +175,7 @@ def losses() -> Iterator[list[str]]:
             yield cells
 
 
-def table(heading: list[str], rows: list[list[str]]) -> str:
+def make_table(heading: list[str], rows: list[list[str]]) -> str:
     """Return a Markdown table."""
     lines = ["| " + " | ".join(heading) + " |", "|---|---|" + "---:|" * (len(heading) - 2)]
     return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
@@ -178,21 +183,21 @@ def table(heading: list[str], rows: list[list[str]]) -> str:
 
 def main() -> None:
     """Measure the caches, and write the tables."""
-    speeds = table(
+    speeds = make_table(
         [
             *("cache", "classes stored", "bytes a sample", "written, samples/s"),
             *("read first, samples/s", "read again, samples/s", "read again"),
         ],
-        [measured(case) for case in CASES],
+        [measure_case(case) for case in CASES],
     )
-    lost = table(
+    lost = make_table(
         ["teacher", "classes stored", "KL lost, T = 1", "tail", "KL lost, T = 4", "tail"],
-        list(losses()),
+        list(measure_losses()),
     )
     date = datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d")
     facts = environment.describe("cpu")
     where = f"{facts['device']}, torch {torch.__version__}, {date}."
-    digests = table(["digest", "of", "speed"], list(digest_speeds()))
+    digests = make_table(["digest", "of", "speed"], list(measure_digests()))
     blocks = {"speeds": f"{speeds}\n\n{where}", "losses": lost, "digests": f"{digests}\n\n{where}"}
     text = DOCUMENT.read_text(encoding="utf-8")
     for name, block in blocks.items():

@@ -1,10 +1,11 @@
-"""Micro-benchmarks that find regressions; each also checks its answer.
+"""Find regressions by micro-benchmarks, each of which also checks its answer.
 
     python -m pytest benchmarks --benchmark-autosave         save a run under .benchmarks/
     python -m pytest benchmarks --benchmark-compare          compare with the last saved run
     python -m pytest benchmarks --benchmark-compare --benchmark-compare-fail=median:10%
 
-The normal test run leaves them out. ``python -m benchmarks`` has baselines, figures and plots.
+The normal test run leaves out these benchmarks. ``python -m benchmarks`` has baselines, figures and
+plots.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from benchmarks.truth import Truth
 
 DEVICES = ["cpu"] + ["cuda"] * torch.cuda.is_available()
 
-# Overhead alone, batches of images, wide rows, few wide rows.
+# The overhead alone, two batches of images, wide rows, few wide rows.
 SHAPES = [(8, 10), (128, 100), (1024, 1000), (32, 32000), (4, 128257)]
 
 
@@ -36,10 +37,10 @@ def _run(benchmark: Any, case: Case, device: str) -> None:
 
     loss, gradient = step.run(inputs)
     truth = Truth(case, inputs.student, inputs.teacher, inputs.labels)
-    errors = truth.errors("kd", loss, gradient)
+    errors = truth.compute_errors("kd", loss, gradient)
     assert errors.loss < 1e-5
     if errors.gradient is not None:
-        rounding = truth.rounding()
+        rounding = truth.compute_rounding()
         assert rounding is not None
         assert errors.gradient < 1e-6 + 1.5 * rounding
     benchmark(call)

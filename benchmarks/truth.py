@@ -1,7 +1,7 @@
-"""Compute a case's loss and gradient in float64, and the distance of an answer.
+"""Compute a case's loss and gradient in float64, and the errors of an answer.
 
-The loss includes every row. The gradient is stored for every row if that takes a reasonable share
-of memory; otherwise for rows spread evenly over the tensor, with the first and the last.
+The loss includes every row. A small gradient is stored for every row. A large gradient is
+stored for rows spread evenly over the tensor, including the first row and the last.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from benchmarks.cases import DTYPES, Case
 from fastkd import reference
 
 # Bounds of the errors of a right answer. Errors are reported unchanged; the bounds keep wrong
-# baselines from being timed. They are wide because eager PyTorch is inaccurate in half precision.
+# baselines from being timed. The bounds are wide, because eager PyTorch is inaccurate in 16 bits.
 LOSS_TOLERANCE = {"fp32": 1e-3, "bf16": 0.1, "fp16": 0.1}
 GRADIENT_TOLERANCE = {"fp32": 1e-3, "bf16": 0.25, "fp16": 0.25}
 
 
 @dataclass(frozen=True)
 class Errors:
-    """Distance of an answer from float64."""
+    """Hold the errors of an answer against float64."""
 
     loss: float
     """|loss - truth| / |truth|."""
@@ -33,8 +33,8 @@ class Errors:
     gradient_max: float | None = None
     """Largest error of an element of the gradient, over the truth's largest element."""
 
-    def acceptable(self, case: Case) -> bool:
-        """Return True if the errors are small enough; NaN is not."""
+    def is_acceptable(self, case: Case) -> bool:
+        """Return True if the errors are small enough; an error of NaN is not."""
         gradient = 0.0 if self.gradient is None else self.gradient
         return (
             self.loss <= LOSS_TOLERANCE[case.dtype] and gradient <= GRADIENT_TOLERANCE[case.dtype]
@@ -42,22 +42,22 @@ class Errors:
 
 
 class Truth:
-    """Losses and gradients of one set of inputs in float64."""
+    """Compute losses and gradients of one set of inputs in float64."""
 
     def __init__(self, case: Case, student: Tensor, teacher: Tensor, labels: Tensor) -> None:
-        """Store the inputs; the first use computes."""
+        """Store the inputs; losses and gradients are computed when they are first needed."""
         self.case = case
         self.inputs = (student.detach().clone(), teacher, labels)
         on_gpu = student.device.type == "cuda"
-        keep = 2**29 if on_gpu else 2**24
+        most_elements = 2**29 if on_gpu else 2**24
         self.chunk = max(1, (2**26 if on_gpu else 2**22) // case.classes)
-        kept = min(case.rows, max(2, keep // case.classes))
-        self.rows = torch.linspace(0, case.rows - 1, kept, device=student.device).round().long()
+        count = min(case.rows, max(2, most_elements // case.classes))
+        self.rows = torch.linspace(0, case.rows - 1, count, device=student.device).round().long()
         self._losses: dict[str, float] = {}
         self._gradients: dict[str, Tensor] = {}
 
-    def _sum(self, kind: str, student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
-        """Return the loss of some rows, times the divisor of the mean."""
+    def _sum_losses(self, kind: str, student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
+        """Return the sum of the losses of some rows."""
         case, t = self.case, self.case.temperature
         if kind == "jsd":
             log_q, log_p = F.log_softmax(student / t, -1), F.log_softmax(teacher / t, -1)
@@ -78,42 +78,42 @@ class Truth:
         for start in range(0, self.case.rows, self.chunk):
             rows = slice(start, start + self.chunk)
             arguments = (student[rows].double(), teacher[rows].double(), labels[rows])
-            total += self._sum(kind, *arguments).item()
+            total += self._sum_losses(kind, *arguments).item()
         self._losses[kind] = total / divisor
         if not self.case.gradient:
             return
         for start in range(0, len(self.rows), self.chunk):
-            rows_kept = self.rows[start : start + self.chunk]
-            leaf = student[rows_kept].double().requires_grad_()
-            loss = self._sum(kind, leaf, teacher[rows_kept].double(), labels[rows_kept])
+            stored_rows = self.rows[start : start + self.chunk]
+            leaf = student[stored_rows].double().requires_grad_()
+            loss = self._sum_losses(kind, leaf, teacher[stored_rows].double(), labels[stored_rows])
             (gradient,) = torch.autograd.grad(loss * (self.case.grad_scale / divisor), leaf)
             gradients.append(gradient)
         self._gradients[kind] = torch.cat(gradients)
 
-    def errors(self, kind: str, loss: Tensor, gradient: Tensor | None) -> Errors:
+    def compute_errors(self, kind: str, loss: Tensor, gradient: Tensor | None) -> Errors:
         """Return the errors of an answer."""
         if kind not in self._losses:
             self._compute(kind)
-        right = self._losses[kind]
-        loss_error = abs(loss.double().item() - right) / abs(right)
+        exact = self._losses[kind]
+        loss_error = abs(loss.double().item() - exact) / abs(exact)
         if gradient is None:
             return Errors(loss_error)
-        return Errors(loss_error, *self._distance(self._gradients[kind], gradient))
+        return Errors(loss_error, *self._compute_distance(self._gradients[kind], gradient))
 
-    def rounding(self) -> float | None:
-        """Return the relative error of the correctly rounded gradient, the dtype's own error."""
+    def compute_rounding(self) -> float | None:
+        """Return the relative error of the correctly rounded gradient, the least of its dtype."""
         if not self.case.gradient or "kd" not in self._gradients:
             return None
         rounded = self._gradients["kd"].to(DTYPES[self.case.dtype])
-        return self._distance(self._gradients["kd"], rounded, everything=True)[0]
+        return self._compute_distance(self._gradients["kd"], rounded, everything=True)[0]
 
-    def _distance(
-        self, right: Tensor, gradient: Tensor, everything: bool = False
+    def _compute_distance(
+        self, exact: Tensor, gradient: Tensor, everything: bool = False
     ) -> tuple[float, float]:
-        squares = torch.zeros(2, dtype=torch.float64, device=right.device)
-        largest = torch.zeros(2, dtype=torch.float64, device=right.device)
-        for start in range(0, len(right), self.chunk):
-            part = right[start : start + self.chunk]
+        squares = torch.zeros(2, dtype=torch.float64, device=exact.device)
+        largest = torch.zeros(2, dtype=torch.float64, device=exact.device)
+        for start in range(0, len(exact), self.chunk):
+            part = exact[start : start + self.chunk]
             rows = self.rows[start : start + self.chunk]
             computed = (
                 gradient[start : start + self.chunk] if everything else gradient[rows]

@@ -1,7 +1,7 @@
-"""Settings of the documentation site, which ``make docs`` builds with Sphinx.
+"""Configure the documentation site, which ``make docs`` builds with Sphinx.
 
 The source folder is the repository, not ``docs/``. So links between Markdown files work on the site
-as they do on GitHub, also to ``CONTRIBUTING.md`` and ``benchmarks/results/``.
+as on GitHub, also to ``CONTRIBUTING.md`` and ``benchmarks/results/``.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ include_patterns = [
     "examples/*.ipynb",
     "benchmarks/results/**",
 ]
-# README.md is the front page of the repository, and docs/index.md that of the site.
+# README.md is the front page of the repository, and docs/index.md is the front page of the site.
 exclude_patterns = ["README.md", ".*", "build", "runs", "tests", "csrc", "python"]
 html_extra_path = ["site"]  # index.html, which opens docs/index.html
 
@@ -45,7 +45,7 @@ copybutton_prompt_is_regexp = True
 pygments_style, pygments_dark_style = "tango", "monokai"
 
 myst_enable_extensions = ["dollarmath"]
-myst_fence_as_directive = ["math"]  # ```math is what GitHub renders, too
+myst_fence_as_directive = ["math"]  # GitHub renders ```math, too
 myst_heading_anchors = 4  # links such as teachers.md#ids
 
 autodoc_member_order = "bysource"
@@ -55,7 +55,7 @@ python_maximum_signature_line_length = 88
 napoleon_google_docstring, napoleon_numpy_docstring = True, False
 doctest_global_setup = "import torch, fastkd"
 # Names of other projects that docstrings link to. The inventories are in the repository, so that a
-# build needs no network. Add a name when a docstring refers to a new one.
+# build needs no network. Add a project when docstrings link to its names.
 intersphinx_mapping = {
     "torch": ("https://docs.pytorch.org/docs/stable", "docs/torch.inv"),
     "python": ("https://docs.python.org/3", "docs/python.inv"),

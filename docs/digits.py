@@ -26,7 +26,7 @@ INK = "#7d8590"  # readable on white and on the dark backgrounds of GitHub and f
 COLORS = {"teacher": "#8d99ae", "student distilled": "#2a9d6f", "student alone": "#e09f3e"}
 
 
-def summary(outcome: digits.Outcome) -> str:
+def summarize(outcome: digits.Outcome) -> str:
     """Return one sentence about the accuracies and the sizes."""
     sizes = {
         name: sum(parameter.numel() for parameter in model.parameters())
@@ -50,8 +50,8 @@ def write(document: pathlib.Path, text: str) -> None:
     document.write_text(f"{head}{BEGIN}\n{text}{END}{rest.split(END, 1)[1]}")
 
 
-def style(axes: Axes) -> None:
-    """Draw only what is needed, in a color that light and dark pages can show."""
+def set_style(axes: Axes) -> None:
+    """Remove frame and tick marks, and set a color that is readable on light and dark pages."""
     axes.spines[:].set_visible(False)
     axes.tick_params(colors=INK, length=0)
 
@@ -76,7 +76,7 @@ def draw_accuracies(outcome: digits.Outcome) -> None:
     axes.set_yticks(range(len(COLORS)), COLORS)
     axes.set_ylim(len(COLORS) - 0.5, -0.8)
     axes.set_xlabel("test accuracy, %; a dot is a seed, a line the mean", color=INK)
-    style(axes)
+    set_style(axes)
     axes.grid(axis="x", color=INK, alpha=0.25)
     save(figure, "digits.png")
 
@@ -101,20 +101,20 @@ def draw_soft_targets(teacher: torch.nn.Module, images: torch.Tensor, labels: to
         axes.set_yticks([0, 0.5, 1])
         axes.set_ylim(0, 1)
         axes.grid(axis="y", color=INK, alpha=0.25)
-        style(axes)
+        set_style(axes)
     figure.suptitle("An image, and its teacher's probabilities", color=INK)
     save(figure, "soft-targets.png")
 
 
 def main() -> None:
-    """Run the seeds, write and draw."""
+    """Run the seeds, write the sentences, and draw the pictures."""
     torch.set_num_threads(1)
     options = argparse.Namespace(
         seeds=10, epochs=digits.STUDENT_EPOCHS, temperature=digits.TEMPERATURE, alpha=digits.ALPHA
     )
     outcome = digits.run(options)
     for document in (DOCS.parent / "README.md", DOCS / "first-distillation.md"):
-        write(document, summary(outcome))
+        write(document, summarize(outcome))
     draw_accuracies(outcome)
     last = digits.load(options.seeds - 1)
     draw_soft_targets(outcome.models["teacher"], last.test_images, last.test_labels)

@@ -1,4 +1,4 @@
-"""Writes docs/objectives.md, from the code alone: ``python docs/objectives.py``."""
+"""Write docs/objectives.md from the code: ``python docs/objectives.py``."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ _ROWS, _CLASSES = 2, 3
 
 
 def _cases() -> dict[str, dict[str, Any]]:
-    """The rows of the matrix: a call for each, arguments that are not options among them."""
+    """Return a call for each row of the matrix: its options and other arguments."""
     logits, rows = torch.zeros(_ROWS, _CLASSES), torch.ones(_ROWS)
     labels = torch.zeros(_ROWS, dtype=torch.int64)
     return {
@@ -119,7 +119,7 @@ def _cases() -> dict[str, dict[str, Any]]:
 
 
 def _cell(divergence: str, case: dict[str, Any]) -> str:
-    """How a call is computed, or that it is refused."""
+    """Return the symbol of how a call is computed, or of a refusal."""
     logits = torch.zeros(_ROWS, _CLASSES)
     arguments = {
         "student": logits,
@@ -143,8 +143,8 @@ def _table(rows: list[list[str]]) -> str:
     return "\n".join([head, "|" + "---|" * len(rows[0]), *rest])
 
 
-def objectives() -> str:
-    """The text of docs/objectives.md."""
+def write_page() -> str:
+    """Return the text of docs/objectives.md."""
     listed = [["`divergence=`", "D", "`mix=`", "source"]]
     for name, kind in reference.DIVERGENCES.items():
         mix = ""
@@ -176,4 +176,4 @@ def objectives() -> str:
 
 
 if __name__ == "__main__":
-    PATH.write_text(objectives(), encoding="utf-8")
+    PATH.write_text(write_page(), encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Write docs/tests.md from what `make coverage` left in build/: ``python docs/tests.py``."""
+"""Write docs/tests.md from the results of `make coverage`: ``python docs/tests.py``."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ and the kernels' own tests. Seconds include a test's fixtures.
 
 
 class Tier(NamedTuple):
-    """One run of pytest."""
+    """Hold the results of one run of pytest."""
 
     command: str
     tests: list[tuple[float, str]]
@@ -36,7 +36,7 @@ class Tier(NamedTuple):
 
 
 def read(name: str, *runs: str) -> Tier:
-    """Read what ``make NAME`` runs, from the results of ``runs``."""
+    """Read the tests and the coverage of ``make NAME`` from the results of ``runs``."""
     tests = [
         (float(case.get("time", 0)), f"{case.get('classname')}::{case.get('name')}")
         for run in runs
@@ -48,8 +48,8 @@ def read(name: str, *runs: str) -> Tier:
     return Tier(f"make {name}", sorted(tests, reverse=True), covered)
 
 
-def document() -> str:
-    """Return docs/tests.md."""
+def write_document() -> str:
+    """Return the text of docs/tests.md."""
     quick, full = read("test", "test"), read("test-all", "test", "slow")
     share = len(quick.lines & full.lines) / len(full.lines)
     text = (
@@ -67,4 +67,4 @@ def document() -> str:
 
 
 if __name__ == "__main__":
-    PATH.write_text(document())
+    PATH.write_text(write_document())

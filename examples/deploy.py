@@ -41,7 +41,7 @@ print(f"{len(images)} images to learn from, {len(test_images)} to test on")
 # %% [markdown]
 # ## The teacher
 #
-# Two convolutions and two linear layers, trained on all images.
+# The teacher has two convolutions and two linear layers, and is trained on all images.
 
 
 # %%

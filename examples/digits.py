@@ -32,10 +32,10 @@ from fastkd import reference
 BATCH = 64
 TEACHER_EPOCHS = 20
 STUDENT_SHARE = 0.1  # share of the training images
-# Chosen on validation images cut from the training images, never on the test images, over hidden
-# widths 2 to 32, learning rates 0.003 to 0.02 (the same for both students, and none was better for
-# the student alone), temperatures 2 to 14 and alphas 0 to 0.3. With 2 to 6 hidden units
-# distillation often did not help, and a high temperature did harm.
+# Chosen on validation images cut from the training images, never on the test images. The candidates
+# were hidden widths 2 to 32, temperatures 2 to 14, alphas 0 to 0.3, learning rates 0.003 to 0.02.
+# Both students have the same rate; no other rate was better for the student alone. With 2 to 6
+# hidden units distillation often did not help, and a high temperature did harm.
 STUDENT_WIDTH = 16
 STUDENT_EPOCHS = 400
 TEMPERATURE = 8.0
@@ -46,7 +46,7 @@ ALPHA = 0.1
 
 
 class Digits(NamedTuple):
-    """Training and test split of the 1,797 images of 8 x 8 pixels, one for each seed."""
+    """Hold a seed's training and test split of the 1,797 images of 8 x 8 pixels."""
 
     images: Tensor  # [images, 64], the teacher's training set
     labels: Tensor  # [images]
@@ -122,13 +122,13 @@ def train(
 
 
 @torch.inference_mode()
-def accuracy(model: nn.Module, digits: Digits) -> float:
+def compute_accuracy(model: nn.Module, digits: Digits) -> float:
     """Return the accuracy on the test images in percent."""
     return 100 * (model(digits.test_images).argmax(-1) == digits.test_labels).float().mean().item()
 
 
 class Batch(NamedTuple):
-    """Arguments of the loss in one training step."""
+    """Hold the arguments of the loss in one training step."""
 
     student: Tensor
     teacher: Tensor
@@ -168,7 +168,7 @@ def train_student(digits: Digits, seed: int, epochs: int, bar: tqdm) -> nn.Modul
     return student
 
 
-def distil_student(
+def distill_student(
     digits: Digits, teacher: nn.Module, seed: int, options: argparse.Namespace, bar: tqdm
 ) -> tuple[nn.Module, list[Batch]]:
     """Train a student on the few images, labels and teacher logits; return its batches."""
@@ -181,7 +181,7 @@ def distil_student(
 
     def distillation(logits: Tensor, index: Tensor) -> Tensor:
         batches.append(Batch(logits.detach(), teacher_logits[index], labels[index]))
-        # The only change for distillation. alpha weighs the labels' term.
+        # Only this call is new for distillation. alpha weighs the labels' term.
         return fastkd.loss(
             logits,
             teacher_logits[index],
@@ -203,11 +203,11 @@ def distil_student(
 
 
 class Outcome(NamedTuple):
-    """Accuracies over all seeds."""
+    """Hold the accuracies of all seeds, and the last seed's models and batches."""
 
-    models: dict[str, nn.Module]  # the last seed's
-    accuracies: dict[str, list[float]]  # one for each seed
-    batches: list[Batch]  # the last distillation's
+    models: dict[str, nn.Module]  # models of the last seed
+    accuracies: dict[str, list[float]]  # a value for each seed
+    batches: list[Batch]  # batches of the last distillation
 
 
 def run(options: argparse.Namespace) -> Outcome:
@@ -221,17 +221,17 @@ def run(options: argparse.Namespace) -> Outcome:
     distilled = []
     with tqdm(total=options.seeds * epochs, desc="students distilled") as bar:
         for seed, (digits, teacher) in enumerate(zip(splits, teachers, strict=True)):
-            student, batches = distil_student(digits, teacher, seed, options, bar)
+            student, batches = distill_student(digits, teacher, seed, options, bar)
             distilled.append(student)
     models = {"teacher": teachers, "student alone": alone, "student distilled": distilled}
     accuracies = {
-        name: [accuracy(model, digits) for model, digits in zip(group, splits, strict=True)]
+        name: [compute_accuracy(model, digits) for model, digits in zip(group, splits, strict=True)]
         for name, group in models.items()
     }
     return Outcome({name: group[-1] for name, group in models.items()}, accuracies, batches)
 
 
-# ---- the same loss, three ways
+# ---- three implementations of the loss
 
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -269,7 +269,7 @@ def exact(temperature: float, alpha: float) -> Loss:
     )
 
 
-def loss_and_gradient(loss: Loss, batch: Batch) -> tuple[Tensor, Tensor]:
+def compute_loss_and_gradient(loss: Loss, batch: Batch) -> tuple[Tensor, Tensor]:
     """Run one forward and one backward pass."""
     student = batch.student.detach().requires_grad_()
     value = loss(student, batch.teacher, batch.labels)
@@ -277,53 +277,55 @@ def loss_and_gradient(loss: Loss, batch: Batch) -> tuple[Tensor, Tensor]:
     return value.detach(), gradient
 
 
-def errors(loss: Loss, truth: Loss, batches: list[Batch]) -> tuple[float, float]:
+def compute_errors(loss: Loss, truth: Loss, batches: list[Batch]) -> tuple[float, float]:
     """Return the largest relative errors of the loss and of the gradient."""
-    of_loss = of_gradient = 0.0
+    loss_error = gradient_error = 0.0
     for batch in batches:
-        value, gradient = loss_and_gradient(loss, batch)
+        value, gradient = compute_loss_and_gradient(loss, batch)
         # float64 from the start, so that the true gradient is not rounded to float32.
         double = Batch(batch.student.double(), batch.teacher.double(), batch.labels)
-        true_value, true_gradient = loss_and_gradient(truth, double)
-        of_loss = max(of_loss, ((value - true_value) / true_value).abs().item())
+        true_value, true_gradient = compute_loss_and_gradient(truth, double)
+        loss_error = max(loss_error, ((value - true_value) / true_value).abs().item())
         distance = (gradient - true_gradient).abs().max() / true_gradient.abs().max()
-        of_gradient = max(of_gradient, distance.item())
-    return of_loss, of_gradient
+        gradient_error = max(gradient_error, distance.item())
+    return loss_error, gradient_error
 
 
 # ---- timing
 
 
-def medians(calls: list[Callable[[], object]], repeats: int) -> list[float]:
+def measure_medians(calls: list[Callable[[], object]], repeats: int) -> list[float]:
     """Return the median seconds of each call, timed in turns."""
     samples: list[list[float]] = [[] for _ in calls]
     for turn in range(repeats + repeats // 5):
-        for call, taken in zip(calls, samples, strict=True):
+        for call, times in zip(calls, samples, strict=True):
             start = time.perf_counter()
             call()
-            if turn >= repeats // 5:  # the first ones warm up
-                taken.append(time.perf_counter() - start)
-    return [statistics.median(taken) for taken in samples]
+            if turn >= repeats // 5:  # the first calls warm up
+                times.append(time.perf_counter() - start)
+    return [statistics.median(times) for times in samples]
 
 
 def compare(batch: Batch, temperature: float, alpha: float, repeats: int) -> tuple[float, float]:
     """Return the median seconds of loss and gradient by eager PyTorch and by fastkd."""
     losses = (eager(temperature, alpha), fused(temperature, alpha))
     return tuple(
-        medians([lambda loss=loss: loss_and_gradient(loss, batch) for loss in losses], repeats)
+        measure_medians(
+            [lambda loss=loss: compute_loss_and_gradient(loss, batch) for loss in losses], repeats
+        )
     )
 
 
 # ---- the report
 
 
-def spread(values: list[float]) -> float:
+def compute_spread(values: list[float]) -> float:
     """Return the standard deviation over the seeds; 0 for a single seed."""
     return statistics.stdev(values) if len(values) > 1 else 0.0
 
 
-def results(outcome: Outcome) -> Table:
-    """Return one line for each model."""
+def make_table(outcome: Outcome) -> Table:
+    """Return a table with a row for each model."""
     seeds = len(outcome.accuracies["teacher"])
     table = Table(title=f"scikit-learn's digits, seeds: {seeds}; latency: 1 image, 1 CPU thread")
     table.add_column("model", no_wrap=True)
@@ -331,7 +333,7 @@ def results(outcome: Outcome) -> Table:
         table.add_column(heading, justify="right")
     image = torch.zeros(1, 64)
     with torch.inference_mode():
-        latencies = medians(
+        latencies = measure_medians(
             [lambda model=model: model(image) for model in outcome.models.values()], 1000
         )
     for (name, model), latency in zip(outcome.models.items(), latencies, strict=True):
@@ -339,7 +341,7 @@ def results(outcome: Outcome) -> Table:
         weights = model.state_dict().values()
         table.add_row(
             name,
-            f"{statistics.mean(values):.1f} ± {spread(values):.1f}",
+            f"{statistics.mean(values):.1f} ± {compute_spread(values):.1f}",
             f"{sum(weight.numel() for weight in weights):,}",
             f"{sum(weight.numel() * weight.element_size() for weight in weights):,}",
             f"{1e6 * latency:.0f}",
@@ -347,11 +349,11 @@ def results(outcome: Outcome) -> Table:
     return table
 
 
-def verdict(outcome: Outcome) -> str:
+def describe_gain(outcome: Outcome) -> str:
     """Say whether distillation helped, judged by the figures."""
     teacher, alone, distilled = outcome.accuracies.values()
     gains = [after - before for before, after in zip(alone, distilled, strict=True)]
-    gain, deviation = statistics.mean(gains), spread(gains)
+    gain, deviation = statistics.mean(gains), compute_spread(gains)
     if len(gains) == 1:
         return f"{gain:+.1f} points by distillation; one seed has no spread, so this may be chance."
     better = sum(difference > 0 for difference in gains)
@@ -367,11 +369,11 @@ def verdict(outcome: Outcome) -> str:
     )
 
 
-def agreement(batches: list[Batch], temperature: float, alpha: float) -> str:
+def describe_errors(batches: list[Batch], temperature: float, alpha: float) -> str:
     """Return the errors of loss and gradient on these batches against the float64 reference."""
     truth = exact(temperature, alpha)
-    ours = errors(fused(temperature, alpha), truth, batches)
-    theirs = errors(eager(temperature, alpha), truth, batches)
+    ours = compute_errors(fused(temperature, alpha), truth, batches)
+    theirs = compute_errors(eager(temperature, alpha), truth, batches)
     return (
         f"Agreement with the float64 reference on the {len(batches)} batches of the last "
         f"distillation, largest relative error: loss {ours[0]:.1e}, gradient {ours[1]:.1e} "
@@ -379,7 +381,7 @@ def agreement(batches: list[Batch], temperature: float, alpha: float) -> str:
     )
 
 
-def speed(batches: dict[str, tuple[Batch, int]], temperature: float, alpha: float) -> str:
+def describe_speed(batches: dict[str, tuple[Batch, int]], temperature: float, alpha: float) -> str:
     """Return the times of loss and backward pass beside eager PyTorch's on named batches."""
     parts = []
     for name, (batch, repeats) in batches.items():
@@ -392,9 +394,9 @@ def speed(batches: dict[str, tuple[Batch, int]], temperature: float, alpha: floa
     return "Loss and gradient against eager PyTorch, float32, 1 thread: " + "; ".join(parts)
 
 
-def parse() -> argparse.Namespace:
+def parse_arguments() -> argparse.Namespace:
     """Return the options of the command line."""
-    parser = argparse.ArgumentParser(description="Distils a small student on real digits.")
+    parser = argparse.ArgumentParser(description="Distills a small student on real digits.")
     parser.add_argument("--seeds", type=int, default=10, help="how many runs to average over")
     parser.add_argument("--epochs", type=int, default=STUDENT_EPOCHS, help="of the students")
     parser.add_argument("--temperature", type=float, default=TEMPERATURE)
@@ -407,13 +409,13 @@ def parse() -> argparse.Namespace:
 
 def main() -> None:
     """Train the models, measure them, and print the results."""
-    options = parse()
+    options = parse_arguments()
     temperature, alpha = options.temperature, options.alpha
     # Models this small gain nothing from a second thread, and one thread is less disturbed by other
     # processes. `make bench` measures the loss on all threads.
     torch.set_num_threads(1)
     outcome = run(options)
-    table = results(outcome)
+    table = make_table(outcome)
 
     generator = torch.Generator().manual_seed(0)
     language_model = Batch(
@@ -433,9 +435,9 @@ def main() -> None:
         "the teacher's training images, in the same order, for the same number of steps, from the "
         f"same first weights. Temperature {temperature:g}, alpha {alpha:g}.\n"
     )
-    console.print(agreement(outcome.batches, temperature, alpha) + "\n")
-    console.print(speed(timed, temperature, alpha) + ".\n")
-    console.print(verdict(outcome), style="bold")
+    console.print(describe_errors(outcome.batches, temperature, alpha) + "\n")
+    console.print(describe_speed(timed, temperature, alpha) + ".\n")
+    console.print(describe_gain(outcome), style="bold")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Models and data of digits.py, for ``fastkd distill --config``."""
+"""Make the models and data of digits.py for ``fastkd distill --config``."""
 
 from __future__ import annotations
 

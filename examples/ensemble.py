@@ -3,9 +3,9 @@
     python examples/ensemble.py [--seeds N] [--steps N]
 
 Classifiers of five kinds, such as a forest and nearest neighbors, each learn from 100 labeled
-images of their own. A network that sees no label learns from their probabilities on 600 further
-images (Model Compression, 2006). The student of all teachers is compared with the student of each,
-and with one trained alone, on the labels that the first teacher had.
+images of their own. A network that sees no label learns from the classifiers' probabilities on 600
+further images (Model Compression, 2006). The student of all teachers is compared with the student
+of each teacher, and with a student that is trained alone on the first teacher's labels.
 """
 
 import argparse
@@ -58,7 +58,7 @@ def train(
 
 
 def main() -> None:
-    """Train the students of each teacher, of all, and of the labels, for several seeds."""
+    """Train students of each teacher, of all teachers, and of the labels, for several seeds."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, default=10)
     parser.add_argument("--steps", type=int, default=500, help="of each student")

@@ -3,8 +3,8 @@
     python examples/feature_hints.py [--seeds N] [--epochs N]
 
 The teacher has two wide convolutions and learns from 1,200 digits. The student has six convolutions
-of 6 channels and sees 100 digits. The hint makes its third layer predict the teacher's second
-layer: a 1x1 convolution, trained with the student and no part of it, maps 6 channels to 32.
+of 6 channels and sees 100 digits. The hint makes the student's third layer predict the
+teacher's second layer. A 1x1 convolution, which is trained with the student, maps 6 channels to 32.
 """
 
 import argparse
@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import fastkd
 
 
-def network(width: int, depth: int) -> nn.Sequential:
+def make_network(width: int, depth: int) -> nn.Sequential:
     """Return convolutions and a linear layer, as named modules."""
     model = nn.Sequential()
     model.add_module("image", nn.Unflatten(1, (1, 8, 8)))
@@ -62,8 +62,8 @@ def main() -> None:
             DataLoader(TensorDataset(images[rows], labels[rows]), 32, shuffle=rows is not test)
             for rows in (training, training[:100], test)
         )
-        teacher = network(32, 2)
-        train(teacher, network(1, 1), everything, 6, loss=labels_alone)
+        teacher = make_network(32, 2)
+        train(teacher, make_network(1, 1), everything, 6, loss=labels_alone)
         project = nn.Conv2d(6, 32, 1)
         hint = fastkd.Hint(student="layer3", teacher="layer2", weight=20.0, project=project)
         for name, loss, hints in (
@@ -72,7 +72,7 @@ def main() -> None:
             ("distilled with a hint", distillation, [hint]),
         ):
             torch.manual_seed(seed)
-            student = network(6, 6)
+            student = make_network(6, 6)
             trainer = train(student, teacher, few, options.epochs, loss=loss, hints=hints)
             accuracy = 100 * trainer.evaluate(held_out).accuracy
             accuracies.setdefault(name, []).append(accuracy)

@@ -2,10 +2,10 @@
 
     python examples/language_model.py [--seeds N] [--steps N] [--write docs/language-models.md]
 
-The text is Python's documentation, one token a character. The teacher is trained on all of it. The
-students have a sixth of its parameters and a tenth of the text. They are trained on the labels,
-then from the same weights in five ways with equal steps, rates and numbers of tokens. No rate was
-tuned. A model with a large vocabulary passes fastkd.Head in place of logits.
+The text is Python's documentation, one token a character. The teacher is trained on the whole text.
+The students have a sixth of the teacher's parameters and a tenth of the text. All students are
+first trained on the labels, then in five ways, with equal steps, rates and numbers of tokens. No
+rate was tuned. A model with a large vocabulary passes fastkd.Head in place of logits.
 """
 
 import argparse
@@ -33,7 +33,7 @@ INK = "#7d8590"  # readable on light and on dark pages
 
 
 class GPT(nn.Module):
-    """A causal transformer: tokens ``(B, L)`` to logits ``(B, L, characters)``."""
+    """Map tokens ``(B, L)`` to logits ``(B, L, characters)`` by a causal transformer."""
 
     def __init__(self, characters: int, width: int, depth: int) -> None:
         """Make the layers, with heads of 32 channels."""
@@ -68,7 +68,7 @@ def generate(model: GPT, tokens: Tensor) -> Tensor:
 
 
 def mask_prompt(tokens: Tensor) -> Tensor:
-    """Return the tokens as labels; the loss ignores those of the prompt."""
+    """Return the tokens as labels; the loss ignores the prompt."""
     return F.pad(tokens[:, PROMPT:], (PROMPT, 0), value=-100)
 
 
@@ -79,7 +79,7 @@ def score(model: GPT, tokens: Tensor) -> Tensor:
 
 
 def alone(student: GPT, teacher: GPT, text: Tensor) -> Tensor:
-    """Compute the cross entropy with the labels; the teacher has no part."""
+    """Compute the cross entropy with the labels, without the teacher."""
     return F.cross_entropy(student(text)[:, :-1].mT, mask_prompt(text)[:, 1:])
 
 
@@ -97,7 +97,7 @@ def off_policy_top_k(student: GPT, teacher: GPT, text: Tensor) -> Tensor:
 
 
 def on_policy(student: GPT, teacher: GPT, text: Tensor) -> Tensor:
-    """Compute the reverse KL over all tokens, on what the student writes."""
+    """Compute the reverse KL over all tokens, on text that the student writes."""
     text = generate(student, text[:, :PROMPT])
     return fastkd.loss(student(text), teacher(text), mask_prompt(text), **REVERSE)
 
@@ -131,7 +131,7 @@ def train(model: GPT, teacher: GPT, text: Tensor, objective: Loss, steps: int, s
 
 @torch.no_grad()
 def measure(model: GPT, teacher: GPT, text: Tensor, row: Row) -> None:
-    """Append measures on held-out windows, and on continuations that the model samples of them."""
+    """Append measures on held-out windows, and on the model's continuations of their prompts."""
     torch.manual_seed(0)
     windows = draw_windows(text, 512, torch.Generator().manual_seed(0))
     text = generate(model, windows[:128, :PROMPT])
@@ -144,7 +144,7 @@ def measure(model: GPT, teacher: GPT, text: Tensor, row: Row) -> None:
     row["distinct 4-grams"].append(len(grams.unique(dim=0)) / len(grams))
 
 
-def sampling_error(student: GPT, teacher: GPT, text: Tensor) -> float:
+def measure_sampling_error(student: GPT, teacher: GPT, text: Tensor) -> float:
     """Return the error of the gradient from sampled tokens, relative to the exact gradient."""
     gradients = []
     for objective in (on_policy, on_policy_sampled):
@@ -154,8 +154,8 @@ def sampling_error(student: GPT, teacher: GPT, text: Tensor) -> float:
     return ((gradients[1] - gradients[0]).norm() / gradients[0].norm()).item()
 
 
-def experiment(seeds: int, steps: int) -> tuple[dict[str, Row], float]:
-    """Train all models; return the measures of each, and the mean ``sampling_error``."""
+def run_experiment(seeds: int, steps: int) -> tuple[dict[str, Row], float]:
+    """Train all models; return the measures of each, and the mean ``measure_sampling_error``."""
     text = "\n".join(topics.values())
     number = {character: index for index, character in enumerate(sorted(set(text)))}
     tokens = torch.tensor([number[character] for character in text])
@@ -174,7 +174,7 @@ def experiment(seeds: int, steps: int) -> tuple[dict[str, Row], float]:
         train(before, teacher, few, alone, 10 * steps, seed)
         measure(before, teacher, held_out, rows["student before"])
         batch = draw_windows(few, BATCH, torch.Generator().manual_seed(seed))
-        errors.append(sampling_error(before, teacher, batch))
+        errors.append(measure_sampling_error(before, teacher, batch))
         for name, objective in LOSSES.items():
             student = copy.deepcopy(before)
             train(student, teacher, few, objective, steps, seed + seeds)
@@ -189,7 +189,7 @@ def summarize(values: list[float]) -> str:
 
 
 def describe(rows: dict[str, Row], error: float) -> str:
-    """Write the table and compare pairs of models, with a reason where all seeds agree."""
+    """Write the table, and compare pairs of models; give a reason for an expected result."""
     lines = ["| | " + " | ".join(rows["teacher"]) + " |", "|-|" + "-:|" * len(rows["teacher"])]
     for name, row in rows.items():
         lines.append(f"| {name} | {' | '.join(map(summarize, row.values()))} |")
@@ -247,7 +247,7 @@ def main() -> None:
         _, closed, after = rest.partition(end)
         if not closed:
             parser.error(f"{options.write} must have the markers {begin} and {end}")
-    rows, error = experiment(options.seeds, options.steps)
+    rows, error = run_experiment(options.seeds, options.steps)
     text = describe(rows, error)
     print(text)
     if options.write:

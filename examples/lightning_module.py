@@ -1,9 +1,9 @@
-"""Distill in a Lightning module: training_step asks the teacher.
+"""Distill in a Lightning module: training_step calls the teacher.
 
     python examples/lightning_module.py [--seeds N] [--epochs N]
 
-The teacher learns from 1,200 labeled digits. A small student sees 100 of them, and is trained with
-the teacher and alone, from the same first weights with the same number of steps.
+The teacher learns from 1,200 labeled digits. A small student sees 100 of these digits, and is
+trained with the teacher and alone, from the same first weights with the same number of steps.
 """
 
 import argparse
@@ -19,13 +19,13 @@ from torch.utils.data import DataLoader, TensorDataset
 import fastkd
 
 
-def network(width: int) -> nn.Sequential:
+def make_network(width: int) -> nn.Sequential:
     """Return a network of one hidden layer."""
     return nn.Sequential(nn.Linear(64, width), nn.ReLU(), nn.Linear(width, 10))
 
 
 class Classifier(lightning.LightningModule):
-    """A network that learns from labels, and from a teacher if it is given one."""
+    """Train a network on labels, and on a teacher's logits if there is a teacher."""
 
     def __init__(self, model: nn.Module, rate: float, teacher: nn.Module | None = None) -> None:
         """Freeze the teacher, and keep it in a list, so that it is not saved with the student."""
@@ -35,7 +35,7 @@ class Classifier(lightning.LightningModule):
         self._teachers = [] if teacher is None else [teacher.requires_grad_(False).eval()]
 
     def on_fit_start(self) -> None:
-        """Move the teacher, which Lightning does not know, and cast it as ``precision`` casts."""
+        """Move the teacher, which Lightning does not know, and cast it to the model's dtype."""
         for teacher in self._teachers:
             teacher.to(self.device, next(self.model.parameters()).dtype)
 
@@ -91,11 +91,11 @@ def main() -> None:
             DataLoader(TensorDataset(images[rows], labels[rows]), size, shuffle=size == 32)
             for rows, size in ((training, 32), (training[:100], 32), (test, 1000))
         )
-        teacher = Classifier(network(256), 3e-3)
+        teacher = Classifier(make_network(256), 3e-3)
         accuracies = {"teacher": fit(teacher, all_rows, held_out, 10)}
         for name, source in {"student alone": None, "student distilled": teacher.model}.items():
             torch.manual_seed(seed)
-            student = Classifier(network(16), 1e-2, source)
+            student = Classifier(make_network(16), 1e-2, source)
             accuracies[name] = fit(student, few, held_out, options.epochs)
         gains.append(accuracies["student distilled"] - accuracies["student alone"])
         shown = ", ".join(f"{name} {value:.1f} %" for name, value in accuracies.items())

@@ -1,9 +1,9 @@
-"""Distill in a plain PyTorch loop: the loss and a call of the teacher are all that changes.
+"""Distill in a plain PyTorch loop: only the loss and a call of the teacher change.
 
     python examples/plain_loop.py [--seeds N] [--epochs N]
 
-The teacher learns from 1,200 labeled digits. A small student sees 100 of them, and is trained with
-the teacher and alone, from the same first weights with the same number of steps.
+The teacher learns from 1,200 labeled digits. A small student sees 100 of these digits, and is
+trained with the teacher and alone, from the same first weights with the same number of steps.
 """
 
 import argparse
@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import fastkd
 
 
-def network(width: int) -> nn.Sequential:
+def make_network(width: int) -> nn.Sequential:
     """Return a network of one hidden layer."""
     return nn.Sequential(nn.Linear(64, width), nn.ReLU(), nn.Linear(width, 10))
 
@@ -45,7 +45,7 @@ def train(
 
 
 @torch.no_grad()
-def accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float:
+def compute_accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float:
     """Return the percentage of images that are recognized."""
     return 100 * (model(images).argmax(-1) == labels).float().mean().item()
 
@@ -68,14 +68,14 @@ def main() -> None:
             DataLoader(TensorDataset(images[rows], labels[rows]), 32, shuffle=True)
             for rows in (training, training[:100])
         )
-        teacher = network(256)
+        teacher = make_network(256)
         train(teacher, all_rows, 10, 3e-3)
-        accuracies = {"teacher": accuracy(teacher, images[test], labels[test])}
+        accuracies = {"teacher": compute_accuracy(teacher, images[test], labels[test])}
         for name, source in {"student alone": None, "student distilled": teacher}.items():
             torch.manual_seed(seed)
-            student = network(16)
+            student = make_network(16)
             train(student, few, options.epochs, 1e-2, source)
-            accuracies[name] = accuracy(student, images[test], labels[test])
+            accuracies[name] = compute_accuracy(student, images[test], labels[test])
         gains.append(accuracies["student distilled"] - accuracies["student alone"])
         shown = ", ".join(f"{name} {value:.1f} %" for name, value in accuracies.items())
         print(f"seed {seed}: test accuracy: {shown}")

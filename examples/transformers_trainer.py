@@ -2,9 +2,9 @@
 
     python examples/transformers_trainer.py [--seeds N] [--steps N]
 
-The text ships with Python (pydoc_data.topics); the tokens are its characters. The teacher reads all
-of it, and the students read 5,000 characters, for the same number of steps with and without the
-teacher.
+The text ships with Python (pydoc_data.topics); the tokens are its characters. The teacher reads the
+whole text. The students read 5,000 characters, with and without the teacher, for the same number of
+steps.
 """
 
 import argparse
@@ -23,17 +23,17 @@ LENGTH = 64
 
 
 class DistillationTrainer(DistillationMixin, Trainer):
-    """Trainer with the distillation loss; the mixin is the first base."""
+    """Train with the distillation loss; the mixin is the first base class."""
 
 
-def model(vocabulary: int, width: int, layers: int) -> GPT2LMHeadModel:
+def make_model(vocabulary: int, width: int, layers: int) -> GPT2LMHeadModel:
     """Return a GPT-2 with random weights."""
     sizes = {"n_positions": LENGTH, "n_embd": width, "n_layer": layers, "n_head": 4}
     ends = {"bos_token_id": 0, "eos_token_id": 0}
     return GPT2LMHeadModel(GPT2Config(vocab_size=vocabulary, **sizes, **ends))
 
 
-def arguments(rate: float, steps: int, seed: int) -> TrainingArguments:
+def make_arguments(rate: float, steps: int, seed: int) -> TrainingArguments:
     """Return the arguments of a training without logs and checkpoints."""
     return TrainingArguments(
         str(pathlib.Path(tempfile.gettempdir()) / "fastkd-transformers"),
@@ -68,21 +68,21 @@ def main() -> None:
 
     def evaluate(trained: GPT2LMHeadModel) -> float:
         """Return the cross entropy on text that no model has read, in nats a character."""
-        trainer = Trainer(trained, arguments(0.0, 1, 0), eval_dataset=held_out)
+        trainer = Trainer(trained, make_arguments(0.0, 1, 0), eval_dataset=held_out)
         return trainer.evaluate()["eval_loss"]
 
     set_seed(0)
-    teacher = model(len(characters), 64, 2)
-    Trainer(teacher, arguments(3e-3, 4 * options.steps, 0), train_dataset=training).train()
+    teacher = make_model(len(characters), 64, 2)
+    Trainer(teacher, make_arguments(3e-3, 4 * options.steps, 0), train_dataset=training).train()
     print(f"teacher: cross entropy {evaluate(teacher):.3f}")
     gains = []
     for seed in range(options.seeds):
-        few, common = training[:78], arguments(5e-3, options.steps, seed)
+        few, common = training[:78], make_arguments(5e-3, options.steps, seed)
         set_seed(seed)
-        alone = model(len(characters), 32, 1)
+        alone = make_model(len(characters), 32, 1)
         Trainer(alone, common, train_dataset=few).train()
         set_seed(seed)
-        distilled = model(len(characters), 32, 1)
+        distilled = make_model(len(characters), 32, 1)
         DistillationTrainer(
             distilled,
             common,

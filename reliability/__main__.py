@@ -1,8 +1,8 @@
-"""Run the programs that docs/reliability.md lists, and write it: ``python -m reliability [NAME
-...]``.
+"""Run the programs that docs/reliability.md lists, and write that page.
 
-Without names all programs run in order. A failure does not stop the others, each program has a time
-limit, and the document is written after each. ``results/NAME.json`` has a program's last results.
+``python -m reliability [NAME ...]``: without names, all programs run in order. A failure does not
+stop other programs, each program has a time limit, and the document is written after each program.
+``results/NAME.json`` has a program's last results.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from typing import Any, NamedTuple
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results"
 DOCUMENT = ROOT / "docs" / "reliability.md"
-HAND = ROOT / "reliability" / "findings.md"
+FINDINGS = ROOT / "reliability" / "findings.md"
 
 
 class Promise(NamedTuple):
-    """Promise, and the command that tests it."""
+    """Hold a promise, and the command that tests it."""
 
     promise: str
     command: str
@@ -142,12 +142,12 @@ def run(name: str) -> dict[str, Any]:
     print(f"\n==== {name}: {promise.command} (at most {promise.minutes} minutes)", flush=True)
     start = time.monotonic()
     if promise.needs is None or shutil.which(promise.needs):
-        status, lines = started(promise)
-        kept = figures_of(lines)
+        status, lines = run_command(promise)
+        figures = read_figures(lines)
         if status == -signal.SIGKILL:
-            kept.append(f"stopped after {promise.minutes} minutes")
+            figures.append(f"stopped after {promise.minutes} minutes")
     else:
-        status, kept = None, [f"not tried: {promise.needs} is not here"]
+        status, figures = None, [f"not tried: {promise.needs} is not installed"]
     head = ["git", "rev-parse", "--short", "HEAD"]
     commit = subprocess.run(head, cwd=ROOT, capture_output=True, text=True).stdout.strip()
     result = {
@@ -155,7 +155,7 @@ def run(name: str) -> dict[str, Any]:
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
         "commit": commit or "unknown",
         "seconds": round(time.monotonic() - start),
-        "found": kept,
+        "found": figures,
     }
     print(f"==== {name}: {result['passed']} after {result['seconds']} s", flush=True)
     RESULTS.mkdir(exist_ok=True)
@@ -163,7 +163,7 @@ def run(name: str) -> dict[str, Any]:
     return result
 
 
-def started(promise: Promise) -> tuple[int, list[str]]:
+def run_command(promise: Promise) -> tuple[int, list[str]]:
     """Return a command's exit status and output; kill its process group at the time limit."""
     lines = []
     with subprocess.Popen(
@@ -180,28 +180,28 @@ def started(promise: Promise) -> tuple[int, list[str]]:
     return process.returncode, lines
 
 
-def figures_of(lines: list[str]) -> list[Any]:
+def read_figures(lines: list[str]) -> list[Any]:
     """Return the figures that a command printed, and the last lines of test runners."""
-    kept: list[Any] = []
+    figures: list[Any] = []
     for line in lines:
         if line.startswith("figures: "):
-            kept.append(json.loads(line.removeprefix("figures: ")))
+            figures.append(json.loads(line.removeprefix("figures: ")))
         elif match := re.search(r"\d+ passed.*|\d+% tests passed.*", line):
-            kept.append(re.sub(r" in [\d.]+s.*", "", match[0]))
+            figures.append(re.sub(r" in [\d.]+s.*", "", match[0]))
         elif match := re.match(r"(stat::number_of_executed_units): *(\d+)", line):
-            kept.append({"cases": int(match[2])})
-    return kept
+            figures.append({"cases": int(match[2])})
+    return figures
 
 
-def shown(value: Any) -> str:
-    """Describe the figures in words."""
+def format_figures(value: Any) -> str:
+    """Format figures as text."""
     if isinstance(value, dict):
         pairs = {key: part for key, part in value.items() if not isinstance(part, list)}
         return ", ".join(f"{key}: {part}" for key, part in pairs.items())
     return str(value)
 
 
-def document() -> str:
+def write_document() -> str:
     """Return the text of docs/reliability.md."""
     lines = [
         "# Reliability",
@@ -223,7 +223,7 @@ def document() -> str:
         result = json.loads(path.read_text())
         when = f"{result['date']}, {result['commit']}, {result['seconds']} s"
         verdict = "**failed**; " if result["passed"] is False else ""
-        text = verdict + "; ".join(map(shown, result["found"]))
+        text = verdict + "; ".join(map(format_figures, result["found"]))
         lines.append(f"| {promise} | `{command}` | {when} | {text} |")
         for figures in result["found"]:
             if isinstance(figures, dict) and "pairs" in figures:
@@ -235,7 +235,7 @@ def document() -> str:
         for row in versions:
             cells = (row["python"], row["torch"], row["date"], row["result"])
             lines.append(f"| {' | '.join(cells)} | {row.get('foreign', '')} |")
-    return "\n".join(lines) + "\n\n" + HAND.read_text()
+    return "\n".join(lines) + "\n\n" + FINDINGS.read_text()
 
 
 def main() -> int:
@@ -246,13 +246,13 @@ def main() -> int:
     chosen = parser.parse_args()
     unknown = [name for name in chosen.names if name not in PROMISES]
     if unknown:
-        parser.error(f"nothing is called {unknown[0]}; there are {', '.join(PROMISES)}")
+        parser.error(f"NAME must be one of {', '.join(PROMISES)}; got {unknown[0]}")
     failed = []
     for name in [] if chosen.write else chosen.names or list(PROMISES):
         if run(name)["passed"] is False:
             failed.append(name)
-        DOCUMENT.write_text(document())
-    DOCUMENT.write_text(document())
+        DOCUMENT.write_text(write_document())
+    DOCUMENT.write_text(write_document())
     print(f"wrote {DOCUMENT.relative_to(ROOT)}" + (f"; failed: {failed}" if failed else ""))
     return int(bool(failed))
 

@@ -1,11 +1,11 @@
-"""Run libFuzzer on the reader of teachers' caches, which answers or raises ValueError.
+"""Run libFuzzer on the reader of teachers' caches, which must read or raise ValueError.
 
 ``python -m reliability.caches [SECONDS [SEED]]``. atheris follows the reader's branches. Half of
 the mutations change entries of a header and then correct its length, offsets and most checksums.
-Of random changes, hardly one in a thousand gets past the JSON, and none past the checksums. If a
-file is accepted, a flipped bit must be detected or change nothing that is read. Files that are
-not regular must be refused before the fuzzing begins. libFuzzer writes a failing file to
-``build/caches``. Once fixed, add it to ``tests/test_teachers.py``.
+Hardly one random change in a thousand leaves valid JSON, and none passes the checksums. If a file
+is accepted, a flipped bit must be detected or change nothing that is read. Files that are not
+regular must be refused, which is checked before the fuzzing. libFuzzer writes a failing file to
+``build/caches``. After a fix, add the failing file to ``tests/test_teachers.py``.
 """
 
 from __future__ import annotations
@@ -42,21 +42,21 @@ def join(header: Any, body: bytes) -> bytes:
     return struct.pack("<Q", len(text)) + text + body
 
 
-def places(value: Any) -> list[tuple[Any, Any]]:
+def list_entries(value: Any) -> list[tuple[Any, Any]]:
     """Return every (container, key) inside a JSON value."""
     keys = list(value) if isinstance(value, dict) else range(len(value))
     pairs = [(value, key) for key in keys]
     for key in keys:
         if isinstance(value[key], (dict, list)):
-            pairs += places(value[key])
+            pairs += list_entries(value[key])
     return pairs
 
 
-def edited(data: bytes, seed: int) -> bytes:
+def edit_header(data: bytes, seed: int) -> bytes:
     """Change, delete or exchange one entry of the header."""
     header, body = split(data)
     draw = random.Random(seed)
-    container, key = draw.choice(places(header))
+    container, key = draw.choice(list_entries(header))
     kind = draw.randrange(4)
     if kind == 0:
         container[key] = draw.choice(NUMBERS)
@@ -65,18 +65,18 @@ def edited(data: bytes, seed: int) -> bytes:
     elif kind == 2:
         del container[key]
     else:
-        other, its = draw.choice(places(header))
-        container[key] = json.loads(json.dumps(other[its]))
+        other, other_key = draw.choice(list_entries(header))
+        container[key] = json.loads(json.dumps(other[other_key]))
     if draw.randrange(4) == 0:  # lengths, ids and class lists are in the body
-        bytes_ = bytearray(body)
+        changed = bytearray(body)
         for _ in range(draw.randrange(1, 5) if body else 0):
-            bytes_[draw.randrange(len(bytes_))] = draw.choice((0, 1, 0x7F, 0x80, 0xFF))
-        body = bytes(bytes_)
-    return join(*sealed(header, body)) if draw.randrange(4) else join(header, body)
+            changed[draw.randrange(len(changed))] = draw.choice((0, 1, 0x7F, 0x80, 0xFF))
+        body = bytes(changed)
+    return join(*recompute_checksums(header, body)) if draw.randrange(4) else join(header, body)
 
 
-def sealed(header: Any, body: bytes) -> tuple[Any, bytes]:
-    """Recompute a file's checksums, as an attacker would; raise for headers without them."""
+def recompute_checksums(header: Any, body: bytes) -> tuple[Any, bytes]:
+    """Recompute a file's checksums, as an attacker would; raise if there are none."""
 
     def part(name: str) -> bytes:
         start, stop = header[name]["data_offsets"]
@@ -132,7 +132,7 @@ OPEN = "import sys; from fastkd.teachers import TeacherCache; TeacherCache(sys.a
 
 
 def check_other_files() -> None:
-    """Open a pipe, a socket, a device and a folder as shards, which must end by a ValueError."""
+    """Open a pipe, a socket, a device and a folder as shards; each must raise ValueError."""
     folder = FOLDER / "others"
     file = folder / "shard-00000.safetensors"
 
@@ -157,7 +157,7 @@ def fuzz(arguments: list[str]) -> None:
 
     from fastkd.teachers import TeacherCache, cache, shard
 
-    # Modules are instrumented one by one: atheris's import hook misses editable packages.
+    # Functions are instrumented one by one: atheris's import hook misses editable packages.
     for owner in (shard, cache, TeacherCache):
         for name, member in list(vars(owner).items()):
             if inspect.isfunction(member):
@@ -166,7 +166,7 @@ def fuzz(arguments: list[str]) -> None:
     place = FOLDER / f"open-{os.getpid()}"
     place.mkdir(exist_ok=True)
 
-    def contents(data: bytes) -> list[bytes] | None:
+    def read_contents(data: bytes) -> list[bytes] | None:
         """Return everything that a file contains, or None if it is refused."""
         (place / "shard-00000.safetensors").write_bytes(data)
         try:
@@ -179,19 +179,19 @@ def fuzz(arguments: list[str]) -> None:
         return [texts, *(shard.view_bytes(tensor).tobytes() for tensor in tensors)]
 
     def read(data: bytes) -> None:
-        original = contents(data)
+        original = read_contents(data)
         if original is None:
             return
         draw = random.Random(zlib.crc32(data))
         flipped = bytearray(data)
         flipped[draw.randrange(len(data))] ^= 1 << draw.randrange(8)
-        if contents(bytes(flipped)) not in (None, original):
+        if read_contents(bytes(flipped)) not in (None, original):
             raise AssertionError("a flipped bit changes what is read, and no error says so")
 
     def mutate(data: bytes, most: int, seed: int) -> bytes:
         if seed % 2:
             try:
-                return edited(data, seed)[:most]
+                return edit_header(data, seed)[:most]
             except (ValueError, TypeError, LookupError, ArithmeticError, RecursionError):
                 pass  # no header to edit
             except (struct.error, AttributeError):

@@ -1,8 +1,8 @@
 """Test the source distribution and the wheel in new environments.
 
-- ``python -m build --sdist``; the tarball installs into a new environment that has torch and no
+- The tarball of ``python -m build --sdist`` installs into a new environment that has torch and no
   ``git``, and works there.
-- auditwheel repairs the wheel without torch's libraries, and none of these is inside.
+- auditwheel repairs the wheel, which contains none of torch's libraries.
 - cibuildwheel reads its settings in pyproject.toml; a build by cibuildwheel needs containers.
 """
 
@@ -21,7 +21,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "build" / "package"
 TORCH = ("libtorch.so", "libtorch_cpu.so", "libtorch_cuda.so", "libtorch_python.so", "libc10.so")
-WORKS = (
+SMOKE_TEST = (
     "import torch, fastkd; x = torch.randn(3, 5, requires_grad=True);"
     "fastkd.loss(x, torch.randn(3, 5)).backward(); print(fastkd.__file__)"
 )
@@ -51,14 +51,14 @@ def main() -> int:
     (tarball,) = FOLDER.glob("*.tar.gz")
     figures["sdist"] = f"{tarball.name}, {tarball.stat().st_size // 1024} KiB"
 
-    # The environment has this one's torch, and a git that fails first on its path.
+    # The new environment imports the current torch. A git that fails comes first on its PATH.
     run(sys.executable, "-m", "venv", FOLDER / "env")
     python = FOLDER / "env" / "bin" / "python"
     site = Path(run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))").strip())
     import torch
 
-    here = {str(Path(torch.__file__).parents[1]), sysconfig.get_path("purelib")}
-    (site / "torch.pth").write_text("\n".join(here) + "\n")
+    folders = {str(Path(torch.__file__).parents[1]), sysconfig.get_path("purelib")}
+    (site / "torch.pth").write_text("\n".join(folders) + "\n")
     (FOLDER / "bin").mkdir()
     git = FOLDER / "bin" / "git"
     git.write_text("#!/bin/sh\necho 'git is not to be used' >&2\nexit 127\n")
@@ -68,9 +68,9 @@ def main() -> int:
     run(*wheel_command, PATH=path)
     (wheel,) = FOLDER.glob("*.whl")
     run(python, "-m", "pip", "install", "--quiet", "--no-deps", wheel, PATH=path)
-    where = run(python, "-c", WORKS).strip().splitlines()[-1]
-    if not where.startswith(str(site)):
-        raise RuntimeError(f"{where} was imported, which is not what was installed")
+    imported = run(python, "-c", SMOKE_TEST).strip().splitlines()[-1]
+    if not imported.startswith(str(site)):
+        raise RuntimeError(f"{imported} was imported in place of the installed package")
     figures["installed"] = "from the tarball, under build isolation, without git: works"
 
     platform = re.findall(r'"(manylinux_\d+_\d+_\w+)"', run("auditwheel", "show", wheel))
@@ -79,25 +79,25 @@ def main() -> int:
         repair += ["--exclude", name]
     run(*repair, "-w", FOLDER / "repaired", wheel)
     (repaired,) = (FOLDER / "repaired").glob("*.whl")
-    inside = [name for name in zipfile.ZipFile(repaired).namelist() if ".so" in name]
-    foreign = [name for name in inside if not name.startswith("fastkd/_")]
+    libraries = [name for name in zipfile.ZipFile(repaired).namelist() if ".so" in name]
+    foreign = [name for name in libraries if not name.startswith("fastkd/_")]
     if foreign:
         raise RuntimeError(f"the repaired wheel holds {foreign}")
-    figures["auditwheel"] = f"{repaired.name}: {len(inside)} libraries, none of torch's"
+    figures["auditwheel"] = f"{repaired.name}: {len(libraries)} libraries, none of torch's"
 
     environments = run("cibuildwheel", "--print-build-identifiers", "--platform", "linux", ROOT)
     figures["cibuildwheel"] = f"settings read: {', '.join(environments.split())}"
-    engine = any(
+    has_engine = any(
         subprocess.run([name, "info"], capture_output=True).returncode == 0
         for name in ("docker", "podman")
         if shutil.which(name)
     )
-    if engine:
-        one = environments.split()[0]
-        run("cibuildwheel", "--only", one, "--output-dir", FOLDER / "cibuildwheel", ROOT)
-        figures["cibuildwheel"] += f"; {one} built and tested"
+    if has_engine:
+        identifier = environments.split()[0]
+        run("cibuildwheel", "--only", identifier, "--output-dir", FOLDER / "cibuildwheel", ROOT)
+        figures["cibuildwheel"] += f"; {identifier} built and tested"
     else:
-        figures["cibuildwheel"] += "; not built: no container engine runs here"
+        figures["cibuildwheel"] += "; not built: no container engine is running"
     print("figures: " + json.dumps(figures))
     return 0
 

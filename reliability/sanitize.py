@@ -1,8 +1,8 @@
 """Run core tests on an extension built with AddressSanitizer and UndefinedBehaviorSanitizer.
 
-The extension goes into an environment of its own that sees this one's packages. The interpreter is
-built without sanitizers, so their libraries are loaded before it. Leaks are left to ``make soak``,
-since interpreters have many at exit.
+The extension is installed in a new environment, which also imports the packages of the current
+environment. The interpreter is built without sanitizers, so their libraries are loaded before the
+interpreter. Only ``make soak`` finds leaks, since an interpreter does not free everything at exit.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ CORE = [
 ]
 
 
-def library(name: str) -> str:
+def find_library(name: str) -> str:
     """Return the path of one of the compiler's libraries."""
     command = ["g++", f"-print-file-name={name}"]
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
@@ -43,8 +43,8 @@ def main() -> int:
     python = FOLDER / "bin" / "python"
     version = f"python{sys.version_info.major}.{sys.version_info.minor}"
     site = FOLDER / "lib" / version / "site-packages"
-    here = {str(Path(torch.__file__).parents[1]), sysconfig.get_path("purelib")}
-    (site / "packages.pth").write_text("\n".join(here) + "\n")
+    folders = {str(Path(torch.__file__).parents[1]), sysconfig.get_path("purelib")}
+    (site / "packages.pth").write_text("\n".join(folders) + "\n")
     options = ["FASTKD_SANITIZE=address,undefined", "FASTKD_CUDA=OFF"]
     install = [python, "-m", "pip", "install", "--quiet", "--no-build-isolation", "--no-deps"]
     install += ["--force-reinstall", f"--config-settings=build-dir={FOLDER / 'build'}"]
@@ -54,7 +54,7 @@ def main() -> int:
     environment = {
         **os.environ,
         # The sanitizer wraps the C++ library's exceptions, so it must find the library.
-        "LD_PRELOAD": f"{library('libasan.so')} {library('libstdc++.so.6')}",
+        "LD_PRELOAD": f"{find_library('libasan.so')} {find_library('libstdc++.so.6')}",
         "ASAN_OPTIONS": "detect_leaks=0",
         "UBSAN_OPTIONS": "print_stacktrace=1",
     }

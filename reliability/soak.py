@@ -1,7 +1,7 @@
-"""Repeat every kind of call many times, failing ones too; the process must not grow.
+"""Repeat every kind of call, also failing calls, and check that the process does not grow.
 
-``python -m reliability.soak [CALLS]``. The margin allows for pages that an allocator takes late; it
-is far below the sum over the calls of their smallest tensor.
+``python -m reliability.soak [CALLS]``. The margin allows for pages that an allocator takes late.
+The margin is far below the bytes of one small tensor for each call.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ MARGIN = 2 * 2**20
 ROWS, CLASSES = 16, 50  # 3,200 bytes of logits
 
 
-def resident() -> int:
+def measure_resident() -> int:
     """Return the resident bytes of the process after it has returned free memory."""
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
-def calls() -> dict[str, Callable[[], object]]:
+def make_calls() -> dict[str, Callable[[], object]]:
     """Return each kind of call, on small tensors."""
     student = torch.randn(ROWS, CLASSES, requires_grad=True)
     teacher, labels = torch.randn(ROWS, CLASSES), torch.randint(CLASSES, (ROWS,))
@@ -65,7 +65,7 @@ def calls() -> dict[str, Callable[[], object]]:
 
     return {
         "loss and backward": backward,
-        "the Python way in": in_python,
+        "the slow path in Python": in_python,
         "a loss for each row": lambda: backward(reduction="none"),
         "another divergence": lambda: backward(divergence="jsd"),
         "in place": lambda: fastkd.loss(student * 1, teacher, labels, inplace=True).backward(),
@@ -83,17 +83,20 @@ def main() -> int:
     count = int(sys.argv[1]) if len(sys.argv) > 1 else 100_000
     torch.set_num_threads(1)  # one thread, since teams of threads on busy processors mostly wait
     grown = {}
-    for name, call in calls().items():
+    for name, call in make_calls().items():
         for _ in range(max(500, count // 50)):
             call()
-        before = resident()
+        before = measure_resident()
         for _ in range(count):
             call()
-        grown[name] = resident() - before
+        grown[name] = measure_resident() - before
         print(f"{name}: {grown[name] / 1024:.0f} KiB after {count} calls", flush=True)
     leaking = [name for name, growth in grown.items() if growth > MARGIN]
     figures = {"calls": count, "largest growth, KiB": max(grown.values()) // 1024}
-    print("figures: " + json.dumps({**figures, "ways in": len(grown), "failures": len(leaking)}))
+    print(
+        "figures: "
+        + json.dumps({**figures, "kinds of calls": len(grown), "failures": len(leaking)})
+    )
     return int(bool(leaking))
 
 

@@ -1,8 +1,8 @@
 """Run core tests on other versions of Python and torch, each pair in its own environment.
 
-A source distribution is built once; each pair builds its wheel from it with its own torch, without
-git and without this folder. The tests run on the installed wheel. A pair also tests the previous
-pair's wheel for the same Python with its own torch, as the stable ABI promises.
+A source distribution is built once. Each pair builds a wheel of the source distribution with the
+pair's torch, without git and without this folder. The tests run on the installed wheel. A pair also
+tests the wheel of the previous pair with the same Python, which the stable ABI must make possible.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ from typing import NamedTuple
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "build" / "versions"
 # The oldest and the newest torch with the oldest and the newest Python, and each version between
-# once, since a torch takes gigabytes for each Python. Others can be named. 3.10 has no torch 2.15.
+# once, since each pair takes gigabytes. The command line may name other pairs. Python 3.10 has no
+# torch 2.15.
 PAIRS = ("3.10:2.10.0", "3.10:2.14.1", "3.11:2.13.0", "3.12:2.11.0", "3.13:2.10.0", "3.13:2.15.0")
 CORE = [
     *("loss", "autograd", "transforms", "numerics", "terms", "determinism"),
@@ -31,12 +32,12 @@ CORE = [
 # Tests for a wheel that was built with another torch: ops, derivatives, tracing.
 FOREIGN = ["loss", "autograd", "terms"]
 BUILD = ["scikit-build-core>=0.11", "pybind11>=2.13", "cmake>=3.25", "ninja>=1.11"]
-# torch.compile of older torches needs setuptools, without a message if it is missing.
+# torch.compile of older torches needs setuptools, and does not say so if setuptools is missing.
 TESTS = ["pytest>=8", "hypothesis>=6.100", "numpy>=1.26", "setuptools"]
 
 
 class Pair(NamedTuple):
-    """Version of Python and version of torch."""
+    """Name a version of Python and a version of torch."""
 
     python: str
     torch: str
@@ -46,13 +47,13 @@ class Pair(NamedTuple):
         return f"Python {self.python}, torch {self.torch}"
 
 
-def uv(*arguments: str | Path, log: Path) -> None:
+def run_uv(*arguments: str | Path, log: Path) -> None:
     """Run uv, whose environments share files: a CUDA build of torch takes 5 GB."""
     run([sys.executable, "-m", "uv", *map(str, arguments)], log)
 
 
 def run(command: list[str], log: Path, folder: Path = ROOT) -> str:
-    """Run a command; append its output to the log and return it."""
+    """Run a command; append its output to the log, and return the output."""
     # Neither the folder's own package nor another environment's may be imported.
     environment = {k: v for k, v in os.environ.items() if k not in {"PYTHONPATH", "VIRTUAL_ENV"}}
     environment |= {"UV_NATIVE_TLS": "1", "UV_PYTHON_DOWNLOADS": "never", "OMP_NUM_THREADS": "2"}
@@ -70,7 +71,7 @@ def run(command: list[str], log: Path, folder: Path = ROOT) -> str:
     return done.stdout
 
 
-def interpreter(version: str) -> str | None:
+def find_interpreter(version: str) -> str | None:
     """Return the path of a working Python of this version."""
     root = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv")) / "versions"
     others = [shutil.which(f"python{version}"), sys.executable]
@@ -83,7 +84,7 @@ def interpreter(version: str) -> str | None:
     return None
 
 
-def source_distribution() -> Path:
+def build_source_distribution() -> Path:
     """Return the unpacked tarball of ``python -m build --sdist``."""
     shutil.rmtree(FOLDER / "source", ignore_errors=True)
     log = FOLDER / "sdist.log"
@@ -95,7 +96,7 @@ def source_distribution() -> Path:
     return tarball.parent / tarball.name.removesuffix(".tar.gz")
 
 
-def tested(python: Path, names: list[str], source: Path, log: Path) -> str:
+def run_tests(python: Path, names: list[str], source: Path, log: Path) -> str:
     """Run test files of the source distribution; return pytest's last line."""
     files = [f"tests/test_{name}.py" for name in names]
     command = [str(python), "-m", "pytest", "-q", "-p", "no:cacheprovider", *files]
@@ -103,13 +104,13 @@ def tested(python: Path, names: list[str], source: Path, log: Path) -> str:
     return re.sub(r" in [\d.]+s.*|=", "", closing).strip()
 
 
-def try_pair(pair: Pair, source: Path, foreign: Path | None) -> tuple[dict[str, str], Path | None]:
-    """Return the result for a pair, and the wheel that was built."""
+def test_pair(pair: Pair, source: Path, foreign: Path | None) -> tuple[dict[str, str], Path | None]:
+    """Test a pair; return the results, and the wheel that was built."""
     row = {"python": pair.python, "torch": pair.torch}
     row["date"] = datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d")
-    executable = interpreter(pair.python)
+    executable = find_interpreter(pair.python)
     if executable is None:
-        return {**row, "result": "not tried: no such interpreter here"}, None
+        return {**row, "result": "not tried: this Python is not installed"}, None
     name = f"{pair.python}-{pair.torch}"
     folder, log = FOLDER / name, FOLDER / f"{name}.log"
     log.unlink(missing_ok=True)
@@ -118,20 +119,20 @@ def try_pair(pair: Pair, source: Path, foreign: Path | None) -> tuple[dict[str, 
     shutil.rmtree(wheels, ignore_errors=True)
     wheel = None
     try:
-        uv("venv", "--quiet", "--python", executable, folder, log=log)
+        run_uv("venv", "--quiet", "--python", executable, folder, log=log)
         install = ("pip", "install", "--quiet", "--python", python)
-        uv(*install, f"torch=={pair.torch}", *BUILD, *TESTS, log=log)
-        off = "--config-setting=cmake.define.FASTKD_CUDA=OFF"  # no GPU to test on
+        run_uv(*install, f"torch=={pair.torch}", *BUILD, *TESTS, log=log)
+        no_cuda = "--config-setting=cmake.define.FASTKD_CUDA=OFF"  # no GPU to test on
         path = f"PATH={folder / 'bin'}:{os.environ['PATH']}"
-        build = [sys.executable, "-m", "uv", "build", "--wheel", "--no-build-isolation", off]
+        build = [sys.executable, "-m", "uv", "build", "--wheel", "--no-build-isolation", no_cuda]
         run(["env", path, *build, "--python", str(python), "-o", str(wheels), str(source)], log)
         (wheel,) = wheels.glob("*.whl")
-        uv(*install, f"{wheel}[train,report]", log=log)
-        row["result"] = tested(python, CORE, source, log)
+        run_uv(*install, f"{wheel}[train,report]", log=log)
+        row["result"] = run_tests(python, CORE, source, log)
         if foreign is not None:
-            uv(*install, "--no-deps", "--reinstall", foreign, log=log)
+            run_uv(*install, "--no-deps", "--reinstall", foreign, log=log)
             row["foreign"] = f"built with {foreign.parent.name.split('-')[1]}: "
-            row["foreign"] += tested(python, FOREIGN, source, log)
+            row["foreign"] += run_tests(python, FOREIGN, source, log)
     except (RuntimeError, OSError) as error:
         row["result" if "result" not in row else "foreign"] = f"FAILED: {error}"
     shutil.rmtree(folder, ignore_errors=True)
@@ -143,28 +144,28 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("pairs", nargs="*", default=PAIRS, metavar="PYTHON:TORCH")
     FOLDER.mkdir(parents=True, exist_ok=True)
-    source = source_distribution()
+    source = build_source_distribution()
     rows: list[dict[str, str]] = []
     last: dict[str, Path] = {}
     for text in parser.parse_args().pairs:
         pair = Pair(*text.split(":"))
-        row, wheel = try_pair(pair, source, last.get(pair.python))
+        row, wheel = test_pair(pair, source, last.get(pair.python))
         if wheel is not None:
             last[pair.python] = wheel
         print(f"{pair}: {row['result']}; {row.get('foreign', '')}", flush=True)
-        rows = keep(row)
+        rows = store_results(row)
     failed = sum("FAILED" in str(row) for row in rows)
     print("figures: " + json.dumps({"pairs": rows, "failed": failed}))
     return int(failed > 0)
 
 
-def keep(row: dict[str, str]) -> list[dict[str, str]]:
-    """Add results to the stored ones, in place of older results of the same pair."""
+def store_results(row: dict[str, str]) -> list[dict[str, str]]:
+    """Store a pair's results in place of its older results; return the results of all pairs."""
     path = FOLDER / "rows.json"
     rows = json.loads(path.read_text()) if path.exists() else []
-    same = ("python", "torch")
-    rows = [old for old in rows if any(old[key] != row[key] for key in same)] + [row]
-    rows.sort(key=lambda row: [[int(n) for n in row[key].split(".")] for key in same])
+    keys = ("python", "torch")
+    rows = [old for old in rows if any(old[key] != row[key] for key in keys)] + [row]
+    rows.sort(key=lambda row: [[int(n) for n in row[key].split(".")] for key in keys])
     path.write_text(json.dumps(rows))
     return rows
 

@@ -114,10 +114,12 @@ def test_check_inputs_looks_at_rows_labelled_156():
 def test_a_trainer_counts_rows_labelled_156():
     student = nn.Linear(4, CLASSES)
     _, logits, _ = make((6, CLASSES))
-    for labels in (student_loss.labels, lambda batch: batch[1]):
-        loss = student_loss.StudentLoss(student, fastkd.KDLoss(), [], teacher.forward, labels)
+    for labels in (student_loss.get_labels, lambda batch: batch[1]):
+        loss = student_loss.StudentLoss(
+            student, fastkd.KDLoss(), [], teacher.compute_logits, labels
+        )
         batch = (torch.zeros(6, 4), labels_in(torch.uint8))
-        targets = loss.labels_of(batch)
+        targets = loss.get_targets(batch)
         assert loss.count_rows(targets) == 6
         assert loss.sum_terms(student, batch, logits)[-1] == 6
         assert loss.sum_terms(student, batch, top(logits))[-1] == 6

@@ -285,7 +285,7 @@ def test_inputs_that_are_no_sample_s_and_named_tuples():
 
 
 def make_turns(*turns: tuple[float, list[float], list[float]]) -> list[measure.Turn]:
-    """Turns of a teacher and a student, each with its share of processor time."""
+    """Make turns of a teacher and a student, each with its share of processor time."""
     return [measure.Turn(share, {"teacher": a, "student": b}) for share, a, b in turns]
 
 

@@ -1,5 +1,5 @@
-# The CUDA kernels: plain C++17, no torch header. The planner, plan.cpp, is a library of its own, because
-# it is built and tested without CUDA too.
+# The CUDA kernels, which include no torch header. The planner, plan.cpp, is a separate library, because it is also
+# built and tested without CUDA.
 set(FASTKD_CUDA_SOURCES
     csrc/cuda/launch.cu
     csrc/cuda/tiny.cu

@@ -1,1 +1,1 @@
-"""The commands of ``fastkd`` and ``python -m fastkd``."""
+"""Implement the commands of ``fastkd`` and ``python -m fastkd``."""

@@ -20,12 +20,12 @@ _MAX_DEPTH = 50
 
 
 class Value:
-    """Any value. For ``typing.Any``, jsonargparse would import what ``class_path`` names."""
+    """Accept any value. For ``typing.Any``, jsonargparse would import a class that it names."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Training:
-    """Options of a training: keys of a configuration file, and options of the command line.
+    """Hold the options of a training: keys of a configuration file or of the command line.
 
     Args:
         teacher: function that returns the teacher, as module:function.
@@ -96,7 +96,7 @@ class Training:
             validation.check_folder(name, getattr(self, name))
 
     def require(self, *names: str) -> None:
-        """Raise if one of these options is not given."""
+        """Raise ConfigError if one of the named options is not set."""
         for name in names:
             if not getattr(self, name):
                 raise ConfigError(f"{name} is missing: give it in the file or by --{name}")
@@ -106,7 +106,7 @@ def run(command: Callable[..., None], arguments: Sequence[str]) -> None:
     """Call a command with the options in its arguments and in the file that ``--config`` names.
 
     The file may set the fields of :class:`Training` only. The file cannot set ``--module``, so it
-    cannot widen what it may call. Further parameters of ``command`` are options of the command
+    cannot trust further modules. Further parameters of ``command`` are options of the command
     line, and its docstring is the help.
     """
     jsonargparse = extras.load("jsonargparse", "train")
@@ -146,10 +146,10 @@ def run(command: Callable[..., None], arguments: Sequence[str]) -> None:
         namespace = parser.parse_args(arguments, namespace=file_options)
         training = _make_training(namespace)
     except (argparse.ArgumentError, ValueError, TypeError) as error:
-        message = one_line(error)
-        misspelt = re.search(r"(?:arguments: --|Option ')(\w+)", message)
+        message = shorten_message(error)
+        misspelled = re.search(r"(?:arguments: --|Option ')(\w+)", message)
         names = ["config", "module", *options, *(field.name for field in fields)]
-        hint = validation.suggest(misspelt[1], names) if misspelt else ""
+        hint = validation.suggest(misspelled[1], names) if misspelled else ""
         raise ConfigError(f"{source}{message}{hint}") from None
     factories = Factories(pathlib.Path(path or "config.yaml").parent, namespace.module)
     command(training, factories, **{name: namespace[name] for name in options})
@@ -162,7 +162,7 @@ def _make_training(namespace: Any) -> Training:
 
 
 def _parse_value(value: Any) -> Any:
-    """Return the value of a text that is JSON, such as ``8`` or ``[0.9, 0.99]``."""
+    """Parse JSON text, such as ``8`` or ``[0.9, 0.99]``; return other values unchanged."""
     if isinstance(value, str):
         with contextlib.suppress(ValueError, RecursionError):
             return json.loads(value)
@@ -197,7 +197,7 @@ def _read(path: pathlib.Path) -> dict[str, Any]:
         raise ValueError(f"must have keys and values; got {values!r}")
     for field in dataclasses.fields(Training):
         value = values.get(field.name)
-        # jsonargparse would parse the text once more, as YAML with aliases.
+        # jsonargparse would parse the text again, as YAML with aliases.
         if isinstance(value, str) and not str(field.type).startswith(("str", "Literal")):
             is_mapping = str(field.type).startswith("dict")
             accepted = "a mapping, such as {key: value}" if is_mapping else f"of type {field.type}"
@@ -205,7 +205,7 @@ def _read(path: pathlib.Path) -> dict[str, Any]:
     return values
 
 
-def one_line(error: Exception) -> str:
+def shorten_message(error: Exception) -> str:
     """Return the beginning of an error's message in one line, without jsonargparse's decoration."""
     text = re.sub(r"Parser key \"([^\"]+)\"|<class '([^']+)'>", r"\1\2", str(error))
     return " ".join(text.split())[:300]
@@ -220,4 +220,4 @@ def raise_as_config_error(key: str = "") -> Iterator[None]:
     try:
         yield
     except (ValueError, TypeError, OSError) as error:
-        raise ConfigError(f"{key}{': ' if key else ''}{one_line(error)}") from None
+        raise ConfigError(f"{key}{': ' if key else ''}{shorten_message(error)}") from None

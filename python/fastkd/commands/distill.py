@@ -1,4 +1,4 @@
-"""``fastkd distill``: train the student that a configuration names."""
+"""Implement ``fastkd distill``: train the student that a configuration names."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from fastkd.teachers import writing
 from fastkd.training import arguments, checkpoints
 from fastkd.training.trainer import Trainer
 
-# LBFGS.step needs a closure, and SparseAdam sparse gradients.
+# LBFGS.step needs a closure, and SparseAdam needs sparse gradients.
 _UNSUPPORTED = ("LBFGS", "SparseAdam")
 
 
@@ -35,17 +35,17 @@ def distill(
 
     Options come from the file that --config names, and from the command line, which takes
     precedence: --loss.temperature=8 sets one entry of a mapping. Functions are named as
-    module:function. Their modules must be in the file's folder, or named by --module; read these
-    modules before you run somebody else's configuration. With several processes: accelerate launch
-    -m fastkd distill --config FILE.
+    module:function. A function's module must be in the file's folder, or named by --module; read
+    these modules before you run somebody else's configuration. To train in several processes, run
+    accelerate launch -m fastkd distill --config FILE.
 
     Args:
         training: the options of the training.
-        factories: what makes the models and the data.
+        factories: object that makes the models and the data.
         resume: resume from the newest checkpoint in the output folder.
-        temperature: the same as --loss.temperature.
-        alpha: the same as --loss.alpha, the weight of the labels' term.
-        divergence: the same as --loss.divergence.
+        temperature: short for --loss.temperature.
+        alpha: short for --loss.alpha, the weight of the labels' term.
+        divergence: short for --loss.divergence.
     """
     training.require("student", "train", "output")
     if not training.teacher_cache:
@@ -85,7 +85,7 @@ def distill(
         accelerator,
         checkpoints=folder if training.checkpoints else None,
     )
-    # The order of the data does not depend on how the teacher was made.
+    # Seed again, so that the order of the data does not depend on how the teacher was made.
     torch.manual_seed(training.seed)
     if resume and trainer.resume():
         accelerator.print(f"resumed after step {trainer.step}")
@@ -174,11 +174,11 @@ def _make_cache(
     loss: losses.KDLoss,
     accelerator: Any,
 ) -> teachers.TeacherCache:
-    """Open the teacher's cache, after computing what it lacks if there is a live teacher."""
+    """Open the teacher's cache; if there is a live teacher, first compute missing entries."""
     folder = pathlib.Path(training.teacher_cache)
     if live is not None:
         top_k = training.teacher_top_k or None
-        temperature = _teacher_temperature(loss, top_k)
+        temperature = _get_teacher_temperature(loss, top_k)
         options: Any = {"dtype": torch.float16, "top_k": top_k, "temperature": temperature}
         with raise_as_config_error("teacher_cache"):
             cache = writing.open_existing(folder, **options, teacher=teachers.fingerprint(live))
@@ -195,13 +195,13 @@ def _make_cache(
         accelerator.wait_for_everyone()
     with raise_as_config_error("teacher_cache"):
         cache = teachers.TeacherCache(folder)
-        temperature = _teacher_temperature(loss, cache.top_k)
+        temperature = _get_teacher_temperature(loss, cache.top_k)
         cache.check(ids=torch.arange(len(samples)), temperature=temperature)
     _check_inputs(cache, samples, first_validation, training.batch_size)
     return cache
 
 
-def _teacher_temperature(loss: losses.KDLoss, top_k: int | None) -> float:
+def _get_teacher_temperature(loss: losses.KDLoss, top_k: int | None) -> float:
     """Return the temperature at which the loss takes the teacher's probabilities."""
     default = 2.0 if top_k is None else 1.0
     return float(loss.teacher_temperature or loss.temperature or default)
@@ -224,7 +224,7 @@ def _check_inputs(
 
 
 def make_loader(data: Any, training: Training, *, shuffle: bool) -> Any:
-    """Make batches of a data set, unless it is None or a DataLoader already."""
+    """Make a DataLoader of a data set; return None or a DataLoader unchanged."""
     if data is None or isinstance(data, DataLoader):
         return data
     shuffle = shuffle and not isinstance(data, IterableDataset)
@@ -237,7 +237,7 @@ def _make_scheduler(
     if training.schedule == "constant":
         return None
     try:
-        batches = math.ceil(len(loader) / processes)  # of each process
+        batches = math.ceil(len(loader) / processes)  # batches of each process
     except TypeError:
         raise ConfigError(
             "schedule: cosine needs the number of steps, and an iterable data set has no length; "
@@ -249,7 +249,7 @@ def _make_scheduler(
 
 def _write(output: pathlib.Path, student: nn.Module, history: list[dict[str, Any]]) -> None:
     """Write the student and its history, each file completely or not at all."""
-    # JSON has no NaN, which is the accuracy without labels.
+    # JSON has no NaN, and without labels the accuracy is NaN.
     finite = [{k: v if math.isfinite(v) else None for k, v in each.items()} for each in history]
     output.mkdir(parents=True, exist_ok=True)
     part = output / "student.part"
@@ -259,4 +259,4 @@ def _write(output: pathlib.Path, student: nn.Module, history: list[dict[str, Any
         part.write_text(json.dumps(finite, indent=1) + "\n", encoding="utf-8")
         os.replace(part, output / "history.json")
     finally:
-        part.unlink(missing_ok=True)  # if the disk is full
+        part.unlink(missing_ok=True)  # left by a failed write, such as on a full disk

@@ -1,4 +1,4 @@
-"""``fastkd export``: write a trained student as a program for a device."""
+"""Implement ``fastkd export``: write a trained student as a program for a device."""
 
 from __future__ import annotations
 
@@ -25,18 +25,19 @@ def export(
 ) -> None:
     """Export the student of a distill command: ONNX, ExecuTorch or torch.export, and int8.
 
-    With the options of a distill command, this takes the student in its output folder, or that of
-    student_weights. The file is compared with the student on held-out data before it gets its name.
+    The options are those of the distill command. The weights come from that command's output
+    folder, or from student_weights. The file is compared with the student on held-out data before
+    path is written.
 
     Args:
         training: the options of the training.
-        factories: what makes the models and the data.
+        factories: object that makes the models and the data.
         path: file to write, which ends in .onnx, .pte (executorch) or .pt2 (torch); in the output
             folder by default.
         format: format of the file.
         quantize: int8 for weights and activations of 8 bits.
-        samples: number of samples of the training data that calibrate int8, and of held-out samples
-            that compare.
+        samples: number of training samples that calibrate int8, and of held-out samples on which
+            file and student are compared.
         max_batch: largest batch of an ExecuTorch program.
     """
     training.require("student", "train", *([] if training.student_weights else ["output"]))
@@ -67,7 +68,7 @@ def export(
 
 
 def _take_inputs(name: str, data: Any, samples: int) -> Any:
-    """Return the inputs of the first batch, of ``samples`` samples unless there is a loader."""
+    """Return the inputs of a loader's first batch, or of the first ``samples`` of a data set."""
     loader = data if isinstance(data, DataLoader) else DataLoader(data, samples)
     for batch in loader:
         return batches.split(batch).inputs

@@ -1,7 +1,7 @@
 """Make the models and data of a configuration, by calling functions of trusted modules only.
 
 A configuration may come from somebody else, and must not be able to run any code. A factory is a
-function or class that it names as ``module:function``. The module is trusted, and imported, only if
+function or class that is named ``module:function``. A module is trusted, and imported, only if
 it is in the configuration file's folder or is named by ``--module``. A trusted module must also
 define the factory: ``my_models:system`` is refused if it is ``os.system``.
 """
@@ -25,26 +25,26 @@ from fastkd import extras
 
 
 class ConfigError(ValueError):
-    """Error in a configuration or on the command line, reported without a traceback."""
+    """Report an error in a configuration or on the command line, without a traceback."""
 
 
 class Factories:
     """Call the factories named in the options of a training, if their modules are trusted.
 
     Each method takes the name of one option, such as ``student``, and all options of the training.
-    It reads ``student``, ``student_options`` and ``student_weights``.
+    For ``student`` a method reads ``student``, ``student_options`` and ``student_weights``.
     """
 
     def __init__(self, folder: pathlib.Path, modules: Sequence[str]) -> None:
         """Trust the modules in ``folder`` and those named ``modules``, with their submodules."""
         self._folder, self._modules = folder.resolve(), tuple(modules)
-        # At the end of sys.path, their files cannot replace modules of Python or of packages.
+        # Folders at the end of sys.path cannot replace modules of Python or of installed packages.
         for path in (str(self._folder), str(pathlib.Path.cwd())):
             if path not in sys.path:
                 sys.path.append(path)
 
     def make_data(self, name: str, training: Any) -> Any:
-        """Make a data set, or a loader of one; None if the option is not given."""
+        """Make a data set or a DataLoader; return None if the option is not set."""
         if not getattr(training, name):
             return None
         data = self._make(name, training)
@@ -55,7 +55,7 @@ class Factories:
         return data
 
     def make_model(self, name: str, training: Any) -> nn.Module:
-        """Make a module, and load its weights if a file of them is given."""
+        """Make a module, and load its weights if the training names a file of weights."""
         path = pathlib.Path(getattr(training, f"{name}_weights"))
         if path.name and (path.suffix != ".safetensors" or not path.is_file()):
             raise ConfigError(
@@ -81,7 +81,7 @@ class Factories:
             raise ConfigError(f"{name} must be module:function; got {factory!r}")
         module, _, attribute = factory.partition(":")
         if not self._is_trusted(module):
-            spec = _spec(module)
+            spec = _find_spec(module)
             place = "not found" if spec is None else f"{spec.origin}, outside {self._folder}"
             raise ConfigError(
                 f"{name}: the module {module} is {place}. A module must be in the folder of the "
@@ -105,16 +105,16 @@ class Factories:
         """Return True if the module is named by --module, or if its package is in the folder."""
         if any(f"{module}.".startswith(f"{trusted}.") for trusted in self._modules):
             return True
-        spec = _spec(module)
+        spec = _find_spec(module)
         if spec is None:
             return False
-        # A package may have several places; built-in and frozen modules have none.
+        # A package may have several folders; built-in and frozen modules have none.
         places = spec.submodule_search_locations or [str(spec.origin)] * spec.has_location
         folders = {pathlib.Path(place).parent.resolve() for place in places}
         return folders == {self._folder}
 
 
-def _spec(module: str) -> importlib.machinery.ModuleSpec | None:
+def _find_spec(module: str) -> importlib.machinery.ModuleSpec | None:
     """Find a module's top-level package without importing anything."""
     try:
         return importlib.util.find_spec(module.partition(".")[0])

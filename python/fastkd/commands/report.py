@@ -1,4 +1,4 @@
-"""``fastkd report``: measure a teacher and its students."""
+"""Implement ``fastkd report``: measure a teacher and its students."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ def report(
 ) -> None:
     """Compare students with their teacher: size, latency, accuracy, calibration.
 
-    With the options of a distill command, the report has its teacher, its held-out data, and the
-    student in its output folder. Without --config, modules must be in the working directory, or
-    named by --module.
+    With the options of a distill command, the report compares its teacher with the student in its
+    output folder, on its held-out data. Without --config, modules must be in the working directory,
+    or named by --module.
 
     Args:
         training: the options of the training.
-        factories: what makes the models and the data.
+        factories: object that makes the models and the data.
         model: further students, as --model.NAME=module:function@FILE.safetensors, or exported ones,
             as --model.NAME=FILE.onnx, FILE.pte or FILE.pt2.
         title: title of the report.
         seconds: duration of each latency measurement.
-        threads: number of threads that PyTorch uses; without it, its own choice.
+        threads: number of threads that PyTorch uses; PyTorch's choice by default.
         save: folder for report.html, report.md, report.json and pictures.
     """
     training.require("teacher", "validation")
@@ -66,13 +66,13 @@ def report(
         extras.check("train", "safetensors.torch")
     data = factories.make_data("validation", training)
     models: dict[str, Any] = {}
-    # Students before the teacher, which a factory may train: an error should come before that.
+    # Students come first: a factory may train the teacher, and errors should come before that.
     for name, options in students.items():
         if isinstance(options, Training):
             models[name] = factories.make_model("student", options)
             continue
         with raise_as_config_error(f"model.{name}"):
-            deployment.load(options)  # the report loads it again, with its own threads
+            deployment.load(options)  # a check; reports.report loads the file again
         models[name] = options
     result = reports.report(
         factories.make_model("teacher", training),

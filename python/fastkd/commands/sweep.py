@@ -1,4 +1,4 @@
-"""``fastkd sweep``: train a student with many losses, and compare each with training alone."""
+"""Implement ``fastkd sweep``: compare students of many losses with training alone."""
 
 from __future__ import annotations
 
@@ -48,12 +48,12 @@ def sweep(
     """Train the student with every combination of losses, and compare each with training alone.
 
     The configuration is that of distill. The output folder gets the table sweep.md, the plot
-    sweep.png, and sweep.jsonl, which has a line for each training. The same command continues a
-    sweep that was stopped, and one with further values or seeds adds to it.
+    sweep.png, and sweep.jsonl, which has a line for each training. Running the command again
+    continues a sweep that was stopped. Further values or seeds add to the results.
 
     Args:
         training: the options of the training.
-        factories: what makes the models and the data.
+        factories: object that makes the models and the data.
         temperature: temperatures, such as [2,4,8].
         alpha: weights of the labels' term.
         divergence: names of divergences, such as [forward_kl,jsd].
@@ -73,11 +73,11 @@ def sweep(
         for each in share:
             validation.check_number("share", each, 0.0, 1.0, open_low=True)
     objectives = [_ALONE, *itertools.product(divergence, temperature, alpha)]
-    loss_of = {each: _make_loss(training, *each) for each in objectives}
+    loss_of = {objective: _make_loss(training, *objective) for objective in objectives}
     runs = [
-        Run(part, *each, seed)
+        Run(fraction, *objective, seed)
         for seed in range(training.seed, training.seed + seeds)
-        for part, each in itertools.product(share, objectives)
+        for fraction, objective in itertools.product(share, objectives)
     ]
     folder = pathlib.Path(training.output)
     done = _read(folder / "sweep.jsonl", training)
@@ -92,14 +92,14 @@ def sweep(
     if share != (1.0,) and isinstance(data, (DataLoader, IterableDataset)):
         raise ConfigError("share: train must return a data set with __getitem__ to take a share of")
     held_out = distill.make_loader(held_out, training, shuffle=False)
-    if student_loss.labels(next(iter(held_out))) is None:
+    if student_loss.get_labels(next(iter(held_out))) is None:
         raise ConfigError("validation must have labels, by which the students are compared")
     bar = extras.load("tqdm", "train").tqdm(runs, desc="trainings")
     for run in bar:
         bar.set_postfix_str(_describe(run))
         if run in done:
             continue
-        part = data if run.share == 1 else _draw(data, run)
+        samples = data if run.share == 1 else _draw_samples(data, run)
         options = dataclasses.replace(
             training, seed=run.seed, epochs=math.ceil(training.epochs / run.share)
         )
@@ -107,11 +107,11 @@ def sweep(
         student = factories.make_model("student", options)
         optimizer = distill.make_optimizer(options.optimizer, student)
         loss = loss_of[run.divergence, run.temperature, run.alpha]
-        loader = distill.make_loader(part, options, shuffle=True)
+        loader = distill.make_loader(samples, options, shuffle=True)
         trainer = distill.make_trainer(
             options, student, optimizer, loader, loss, teacher, accelerator, progress=False
         )
-        torch.manual_seed(run.seed)  # for the order of the data, as distill does
+        torch.manual_seed(run.seed)  # so that the order of the data is that of distill
         trainer.fit(loader, options.epochs)
         done[run] = trainer.evaluate(held_out).accuracy
         with (folder / "sweep.jsonl").open("a", encoding="utf-8") as stream:
@@ -124,7 +124,7 @@ def sweep(
     print(f"{table}\n\nwrote {folder / 'sweep.md'} and sweep.png")
 
 
-def _draw(data: Any, run: Run) -> Any:
+def _draw_samples(data: Any, run: Run) -> Any:
     """Return the run's share of the samples, drawn with its seed."""
     order = torch.randperm(len(data), generator=torch.Generator().manual_seed(run.seed))
     return Subset(data, order[: math.ceil(run.share * len(data))].tolist())
@@ -145,10 +145,10 @@ def _make_loss(
 
 
 def _read(file: pathlib.Path, training: Training) -> Accuracies:
-    """Return the results in the file, and prepare it for further ones.
+    """Return the results in the file, and prepare the file for further results.
 
-    Its first line is the configuration. An incomplete last line, of a process that was killed, is
-    removed.
+    The first line is the configuration. A process that was killed may leave an incomplete last
+    line, which is removed.
     """
     options = dataclasses.asdict(training)
     for name in ("output", "seed", "checkpoints"):
@@ -203,7 +203,7 @@ def _tabulate(rows: Accuracies) -> Iterator[str]:
     yield (
         f"Mean ± standard error over {len(accuracies)} seeds; gains are of equal seeds. The "
         f"largest gain, {best[0]:+.2f} ± {best[1]:.2f}, is that of {best[2]}. The largest of many "
-        "gains is too high by chance: measure it once more, on samples that chose nothing."
+        "gains is too high by chance: measure it again, on samples that were not used to choose."
     )
 
 

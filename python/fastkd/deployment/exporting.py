@@ -16,22 +16,22 @@ from torch import Tensor, nn
 from fastkd import batches, validation
 from fastkd.deployment import loading, writing
 
-_COMPARED = 64  # samples in a call that compares the two models
-_ONNX_BYTES = 2**31 - 2**20  # of weights; protobuf's limit, less the graph
+_COMPARED = 64  # samples in each call of student and exported model
+_ONNX_BYTES = 2**31 - 2**20  # protobuf's limit of 2 GiB, less 1 MiB for the graph
 
 
 @dataclasses.dataclass(frozen=True)
 class Exported:
-    """The file that :func:`fastkd.export` wrote, and how far its answers are from the student's."""
+    """Describe the file that :func:`fastkd.export` wrote, and its difference from the student."""
 
     path: pathlib.Path
     bytes: int
     rows: int
-    """Number of rows on which the two were compared."""
+    """Number of rows on which file and student were compared."""
     difference: float
     """Largest absolute difference of a logit."""
     agreement: float
-    """Share of rows on which both have the same most probable class."""
+    """Share of rows on which file and student have the same most probable class."""
 
     def __str__(self) -> str:
         """Return the figures in a sentence."""
@@ -66,39 +66,40 @@ def export(
     max_batch: int = 32,
     dim: int = -1,
 ) -> Exported:
-    """Write ``student`` as a program that runs without its Python code, and compare the two.
+    """Write ``student`` as a program that runs without its Python code, and compare both.
 
-    The program takes batches of any size, and returns the logits. It is written under another name,
-    loaded, compared with the student, and renamed, so ``path`` never holds half a file or a wrong
-    one. The student is copied, and stays as it is.
+    The program takes batches of any size, and returns the logits. The file is written under another
+    name, loaded, compared with the student, and renamed, so ``path`` never is an incomplete or
+    wrong file. The student is copied, and not changed.
 
     With ``quantize="int8"``, weights and activations have 8 bits, by static quantization: ONNX
-    Runtime's for ``"onnx"``, PT2E with ExecuTorch's ``XNNPACKQuantizer`` for the other two. A
+    Runtime's for ``"onnx"``, PT2E with ExecuTorch's ``XNNPACKQuantizer`` for other formats. A
     quantized ``"torch"`` program is small, but PyTorch does not run it faster by itself.
 
     Args:
         student: module that returns logits ``(B, ..., C)``, or an output that has ``.logits``.
         example: inputs of the student: a tensor, a tuple of tensors, or a mapping of keyword
-            arguments, each ``(B, ...)``. With ``quantize`` they also calibrate the ranges of the
-            activations: give some hundred training samples.
-        path: the file, which ends in ``.onnx``, ``.pte`` or ``.pt2``, as the format has it.
+            arguments, each ``(B, ...)``. With ``quantize`` the inputs also calibrate the
+            ranges of the activations: give some hundred training samples.
+        path: the file, which ends in ``.onnx``, ``.pte`` or ``.pt2`` for the formats below.
         format: ``"onnx"`` for ONNX Runtime, ``"executorch"`` for ExecuTorch with XNNPACK, or
             ``"torch"`` for ``torch.export.load``.
         quantize: ``"int8"``, or None for the student's own precision.
-        rows: inputs on which the two are compared, in the form of ``example``, the default.
+        rows: inputs on which to compare, in the form of ``example``. Default ``example``.
         max_batch: largest batch of an ExecuTorch program, which reserves memory for it. Default 32.
-        dim: of the classes in the logits. Default -1.
+        dim: dimension of the classes in the logits. Default -1.
 
     Returns:
-        The path, its size, and by how much the program's answers differ from the student's.
+        The path, the file's size, and the differences between program and student.
 
     Raises:
         ImportError: before the student is traced, if a package is missing; the message names the
             extra, ``fastkd[deploy]``.
         TypeError: if ``student`` is no module, or ``example`` or ``rows`` hold no tensors.
-        ValueError: if the student cannot be traced with batches of any size, or ``path`` does not
-            fit the format; or if the program's logits are not finite, or, without ``quantize``, not
-            the student's up to half of the digits of their dtype. Nothing is written then.
+        ValueError: if the student cannot be traced with batches of any size, if ``path`` does not
+            fit the format, or if the program's logits are not finite or, without ``quantize``,
+            differ from the student's in the first half of their dtype's digits. In these cases
+            ``path`` is not written.
         OSError: if the file cannot be written.
 
     Example:
@@ -125,15 +126,15 @@ def export(
         sum(parameter.numel() for parameter in student.parameters()),
     )
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{secrets.token_hex(8)}{path.suffix}")
+    temporary = path.with_name(f".{secrets.token_hex(8)}{path.suffix}")
     try:
         with batches.evaluating(student):
-            writing.write(part, _Logits(student, example), tensors, request)
-            figures = _compare(student, loading.load(part), rows, dim, quantize is not None)
-        size = part.stat().st_size
-        part.replace(path)
+            writing.write(temporary, _Logits(student, example), tensors, request)
+            figures = _compare(student, loading.load(temporary), rows, dim, quantize is not None)
+        size = temporary.stat().st_size
+        temporary.replace(path)
     finally:
-        part.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
     return Exported(path, size, *figures)
 
 

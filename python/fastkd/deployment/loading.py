@@ -46,7 +46,7 @@ _EXECUTORCH_DTYPES = {
 
 
 class DeployedModel(nn.Module):
-    """An exported program, called like the module that it was exported from; see :func:`load`.
+    """Call an exported program like the module that it was exported from; see :func:`load`.
 
     The program runs on the CPU and is no part of the module's state: the module has no parameters.
 
@@ -68,10 +68,11 @@ class DeployedModel(nn.Module):
         batch: int | None = None,
         is_fixed: bool = False,
     ) -> None:
-        """Take ``run``, which maps a batch's inputs to logits.
+        """Store ``run``, which maps a batch's inputs to logits.
 
-        Each call of ``run`` gets at most ``batch`` samples, or exactly as many if ``is_fixed``.
-        ExecuTorch does not tell; there, a smaller batch is padded once ``run`` has refused one.
+        Each call of ``run`` gets at most ``batch`` samples, or exactly ``batch`` if ``is_fixed``.
+        ExecuTorch does not tell whether the size is fixed, so ``is_fixed`` is set when ``run``
+        refuses a smaller batch.
         """
         super().__init__()
         self.name, self.bytes, self.parameter_count = name, bytes, parameter_count
@@ -155,7 +156,7 @@ def load(model: Any) -> nn.Module:
 
     Raises:
         ImportError: if the runtime's package is missing; the message names the extra.
-        TypeError: if ``model`` is none of these.
+        TypeError: if ``model`` has another type.
         ValueError: if the file does not exist, or has another suffix.
     """
     if isinstance(model, nn.Module):
@@ -171,7 +172,7 @@ def load(model: Any) -> nn.Module:
 
 
 def _find_loader(model: Any) -> Callable[[Any], DeployedModel] | None:
-    """Return the loader of a runtime's object, found by the type's name, without an import."""
+    """Find the loader of a runtime's object by the name of its type, without an import."""
     for kind in type(model).__mro__:
         package = kind.__module__.partition(".")[0]
         if (package, kind.__name__) == ("onnxruntime", "InferenceSession"):

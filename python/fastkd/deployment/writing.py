@@ -17,13 +17,13 @@ SUFFIXES = {"onnx": ".onnx", "executorch": ".pte", "torch": ".pt2"}
 _PARTITIONER = "executorch.backends.xnnpack.partition.xnnpack_partitioner"
 _QUANTIZER = "executorch.backends.xnnpack.quantizer.xnnpack_quantizer"
 _PT2E = "torchao.quantization.pt2e.quantize_pt2e"
-# Samples in the traced batch. With fewer than 16, a branch for small batches in ATen's convolution
-# would become part of the program, as a limit of its batch.
-_TRACED = 32
+# Samples in the traced batch. ATen's convolution has a branch for fewer than 16 samples. A program
+# traced through that branch would accept no larger batches.
+_TRACED_SAMPLES = 32
 
 
 class Request(NamedTuple):
-    """A file to write."""
+    """Describe a file to write."""
 
     format: str
     is_quantized: bool
@@ -48,39 +48,41 @@ def check_packages(format: str, is_quantized: bool) -> None:
         extras.check("deploy", *packages)
 
 
-def write(path: pathlib.Path, model: nn.Module, inputs: tuple[Tensor, ...], to: Request) -> None:
-    """Write a model that maps tensors to logits; ``inputs`` calibrate it if it is quantized."""
+def write(
+    path: pathlib.Path, model: nn.Module, inputs: tuple[Tensor, ...], request: Request
+) -> None:
+    """Write a model that maps tensors to logits; ``inputs`` calibrate a quantized model."""
     with loading.silence():
-        program = _trace(model, inputs, to)
-        if to.format == "onnx":
-            _write_onnx(path, program, inputs, to)
+        program = _trace(model, inputs, request)
+        if request.format == "onnx":
+            _write_onnx(path, program, inputs, request)
             return
-        if to.is_quantized:
-            program = _trace(_quantize(program, inputs, to), inputs, to)
-        for node in program.graph.nodes:  # it names files of the exporting machine
+        if request.is_quantized:
+            program = _trace(_quantize(program, inputs, request), inputs, request)
+        for node in program.graph.nodes:  # a stack trace names files of the exporting machine
             node.meta.pop("stack_trace", None)
-        if to.format == "torch":
-            program.example_inputs = None  # samples of the caller's data
-            torch.export.save(program, path, extra_files={loading.COUNT: str(to.parameters)})
+        if request.format == "torch":
+            program.example_inputs = None  # do not write the caller's data
+            torch.export.save(program, path, extra_files={loading.COUNT: str(request.parameters)})
             return
         partitioner = extras.load(_PARTITIONER, "deploy").XnnpackPartitioner()
         edge = extras.load("executorch.exir", "deploy").to_edge_transform_and_lower(
-            program, partitioner=[partitioner], constant_methods={loading.COUNT: to.parameters}
+            program, partitioner=[partitioner], constant_methods={loading.COUNT: request.parameters}
         )
         with path.open("wb") as file:
             edge.to_executorch().write_to_file(file)
 
 
-def _trace(model: nn.Module, inputs: tuple[Tensor, ...], to: Request) -> ExportedProgram:
+def _trace(model: nn.Module, inputs: tuple[Tensor, ...], request: Request) -> ExportedProgram:
     """Trace a model whose batch may have any size, for ExecuTorch up to ``max_batch``."""
-    index = torch.arange(min(_TRACED, to.max_batch)) % len(inputs[0])
+    index = torch.arange(min(_TRACED_SAMPLES, request.max_batch)) % len(inputs[0])
     example = tuple(tensor[index] for tensor in inputs)
-    limit = to.max_batch if to.format == "executorch" else None
+    limit = request.max_batch if request.format == "executorch" else None
     batch = torch.export.Dim("batch", min=1, max=limit)
     shapes = {0: batch}
     try:
         return torch.export.export(model, example, dynamic_shapes=((shapes,) * len(inputs),))
-    except Exception as error:  # of many types, some of them private
+    except Exception as error:  # torch.export raises many types, some of them private
         reason = " ".join(str(error).partition("Suggested fixes")[0].split())[:500]
         raise ValueError(
             f"student cannot be traced by torch.export with batches of any size: {reason}"
@@ -88,22 +90,22 @@ def _trace(model: nn.Module, inputs: tuple[Tensor, ...], to: Request) -> Exporte
 
 
 def _write_onnx(
-    path: pathlib.Path, program: ExportedProgram, inputs: tuple[Tensor, ...], to: Request
+    path: pathlib.Path, program: ExportedProgram, inputs: tuple[Tensor, ...], request: Request
 ) -> None:
     exported: Any = torch.onnx.export(
-        program, dynamo=True, input_names=to.names, output_names=["logits"], verbose=False
+        program, dynamo=True, input_names=request.names, output_names=["logits"], verbose=False
     )
-    for node in exported.model.graph:  # their traces name the files of the exporting machine
+    for node in exported.model.graph:  # the metadata names files of the exporting machine
         node.metadata_props.clear()
-    exported.model.metadata_props[loading.COUNT] = str(to.parameters)
-    if not to.is_quantized:
+    exported.model.metadata_props[loading.COUNT] = str(request.parameters)
+    if not request.is_quantized:
         exported.save(path, external_data=False)
         return
     quantization = extras.load("onnxruntime.quantization", "deploy")
     quantization.quantize_static(
         exported.model_proto,
         path,
-        _Reader(inputs, to),
+        _CalibrationReader(inputs, request),
         per_channel=True,
         activation_type=quantization.QuantType.QUInt8,
         weight_type=quantization.QuantType.QInt8,
@@ -112,11 +114,11 @@ def _write_onnx(
     )
 
 
-class _Reader:
+class _CalibrationReader:
     """Give ONNX Runtime the batches that calibrate a model."""
 
-    def __init__(self, inputs: tuple[Tensor, ...], to: Request) -> None:
-        self._names, self._batches = to.names, _split(inputs, to)
+    def __init__(self, inputs: tuple[Tensor, ...], request: Request) -> None:
+        self._names, self._batches = request.names, _split(inputs, request)
 
     def get_next(self) -> dict[str, Any] | None:
         """Return the next batch, or None after the last."""
@@ -126,17 +128,18 @@ class _Reader:
         return {name: part.numpy() for name, part in zip(self._names, batch, strict=True)}
 
 
-def _quantize(program: ExportedProgram, inputs: tuple[Tensor, ...], to: Request) -> nn.Module:
+def _quantize(program: ExportedProgram, inputs: tuple[Tensor, ...], request: Request) -> nn.Module:
     """Quantize statically by PT2E, with a scale for each output channel of a weight."""
     xnnpack, pt2e = extras.load(_QUANTIZER, "deploy"), extras.load(_PT2E, "deploy")
     config = xnnpack.get_symmetric_quantization_config(is_per_channel=True)
     quantizer = xnnpack.XNNPACKQuantizer().set_global(config)
     model = pt2e.prepare_pt2e(program.module(), quantizer)
-    for batch in _split(inputs, to):
+    for batch in _split(inputs, request):
         model(*batch)
     quantized = pt2e.convert_pt2e(model)
     used = {node.target for node in quantized.graph.nodes if node.op == "get_attr"}
-    for name in {name for name, _ in quantized.named_parameters()} - used:  # in float32
+    # Delete the float32 weights, which int8 constants replace.
+    for name in {name for name, _ in quantized.named_parameters()} - used:
         owner, _, attribute = name.rpartition(".")
         delattr(quantized.get_submodule(owner), attribute)
     return _Positional(quantized)
@@ -155,6 +158,6 @@ class _Positional(nn.Module):
         return output
 
 
-def _split(inputs: tuple[Tensor, ...], to: Request) -> Iterator[tuple[Tensor, ...]]:
+def _split(inputs: tuple[Tensor, ...], request: Request) -> Iterator[tuple[Tensor, ...]]:
     """Split the inputs into batches that the traced program takes."""
-    return zip(*(torch.split(tensor, to.max_batch) for tensor in inputs), strict=True)
+    return zip(*(torch.split(tensor, request.max_batch) for tensor in inputs), strict=True)

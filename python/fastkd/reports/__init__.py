@@ -1,7 +1,7 @@
 """Compare a teacher and its students: size, speed, accuracy and calibration.
 
-:func:`report` measures them and returns a :class:`Report`: a table in the terminal, Markdown, JSON,
-and one self-contained page of HTML. Needs ``pip install fastkd[report]``.
+:func:`report` measures the models and returns a :class:`Report`: a table in the terminal, Markdown,
+JSON, and one self-contained page of HTML. ``pip install fastkd[report]`` installs the packages.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from fastkd.reports import measure, memory, page, plots, tables
 
 
 class Model(NamedTuple):
-    """The measurements of one model."""
+    """Hold the measurements of one model."""
 
     name: str
     size: measure.Size
@@ -34,11 +34,14 @@ class Model(NamedTuple):
     latency: dict[str, dict[int, measure.Latency]]
     """By device, then by batch size."""
     peak_memory: int | None = None
-    """Bytes that loading it and a call of the largest batch add on the CPU; None if unknown."""
+    """Growth of CPU memory in bytes when the model is loaded and called; None if unknown."""
 
 
 class Report(NamedTuple):
-    """The models, the teacher first. ``print`` shows it; ``save`` writes it in every form."""
+    """Hold the measured models, the teacher first.
+
+    ``print`` shows a report, and :meth:`save` writes it in all formats.
+    """
 
     title: str
     models: tuple[Model, ...]
@@ -124,12 +127,12 @@ def report(
 ) -> Report:
     """Measure a teacher and its students on the same data.
 
-    A model is a module, or what is deployed: an exported program, an ONNX Runtime session, an
-    ExecuTorch program, or the path of an ``.onnx``, ``.pte`` or ``.pt2`` file, int8 ones too.
+    A model is a module or a deployed program: an exported program, an ONNX Runtime session, an
+    ExecuTorch program, or the path of an ``.onnx``, ``.pte`` or ``.pt2`` file, quantized or not.
     :func:`fastkd.deployment.load` has the details. Programs run on the CPU.
 
-    - **Size**: parameters, and bytes of the file, or of a module's weights and buffers; shared ones
-      count once. A figure that is unknown is a dash, and None in JSON.
+    - **Size**: parameters, and bytes of the file, or of a module's weights and buffers; shared
+      tensors count once. An unknown figure is a dash, and None in JSON.
     - **Peak memory**: the growth of resident memory on the CPU while the model is loaded (a module
       is copied) and called with the largest batch. Linux only.
     - **Answers**, over all rows of the loader that are not ignored: accuracy with its 95 % Wilson
@@ -140,13 +143,13 @@ def report(
     - **Latency** of a forward pass on each device, on the loader's first inputs: median and 95th
       percentile. Models take turns, so that changes of the machine's speed affect all of them.
       Throughput is the largest batch divided by its median. A ratio to the teacher's latency is
-      withheld if other programs used the processors meanwhile, which Linux tells, or if estimates
-      of the ratio differ by more than 1.5x; ``warnings`` says so.
+      withheld if two estimates of the ratio differ by more than 1.5x, or if, on Linux, other
+      programs used the processors meanwhile; ``warnings`` says so.
 
-    The models are not changed. They run without gradients, in evaluation mode if they have modes,
-    and their modes are restored. For a device that a model is not on, a copy of it is measured. A
-    student whose name has the word "alone" is taken for the one trained without a teacher, in the
-    sentence at the top.
+    The models run without gradients in evaluation mode. Their modes are restored, and the models
+    are not changed otherwise. On another device than the model's, a copy of the model is measured.
+    In the first sentence, a student whose name has the word "alone" is one trained without a
+    teacher.
 
     Args:
         teacher: model that returns logits ``(B, ..., C)``, or an output that has ``.logits``.
@@ -157,12 +160,12 @@ def report(
         title: heading.
         devices: where to measure latency. Default: the CPU, and the GPU if there is one and all
             models are modules.
-        batch_sizes: of the latency. Default 1 and 32.
-        seconds: of timing for each model, device and batch size. Default 1.
-        threads: that PyTorch, and a runtime that loads a file, use on the CPU. Default: as many
-            as PyTorch has.
+        batch_sizes: batch sizes at which to measure latency. Default 1 and 32.
+        seconds: duration of timing for each model, device and batch size. Default 1.
+        threads: number of CPU threads of PyTorch and of runtimes that load files. Default:
+            PyTorch's number.
         ignore_index: rows with this label are ignored. Default -100.
-        dim: of the classes in the logits. Default -1.
+        dim: dimension of the classes in the logits. Default -1.
         show: print the table.
 
     Raises:
@@ -170,8 +173,8 @@ def report(
             of a program is not installed.
         TypeError: for models of other kinds, names or a title that are not text, or ``devices`` or
             ``batch_sizes`` that are not a list or tuple.
-        ValueError: for no student, a file that does not exist, a program and a device that is not
-            the CPU, a loader without rows, models whose logits differ in rows,
+        ValueError: for no student, a file that does not exist, a program with a device
+            other than the CPU, a loader without rows, models whose logits differ in rows,
             labels that do not fit them, a student named ``teacher``, or logits or a cross entropy
             that are not finite.
 
@@ -222,7 +225,7 @@ def report(
 
 
 def _name_models(teacher: Any, students: Any) -> dict[str, Any]:
-    """Return the models by name, the teacher first, or raise if one is of no kind of a model."""
+    """Return the models by name, the teacher first, or raise if a model has no supported type."""
     named = {"student": students} if deployment.is_model(students) else students
     if not isinstance(named, Mapping):
         raise TypeError(
@@ -244,12 +247,12 @@ def _name_models(teacher: Any, students: Any) -> dict[str, Any]:
 def _choose_devices(
     models: Mapping[str, nn.Module], devices: Sequence[str | torch.device] | None
 ) -> list[torch.device]:
-    """Return the devices of the latency; programs run on the CPU alone."""
+    """Return the devices on which to measure latency; programs run on the CPU alone."""
     programs = [name for name, m in models.items() if isinstance(m, deployment.DeployedModel)]
     if devices is None:
         has_gpu = torch.cuda.is_available() and not programs
         devices = ["cpu", "cuda"] if has_gpu else ["cpu"]
-    resolved = [torch.empty(0, device=device).device for device in devices]  # cuda is cuda:0
+    resolved = [torch.empty(0, device=device).device for device in devices]  # "cuda" becomes cuda:0
     if programs and any(device.type != "cpu" for device in resolved):
         raise ValueError(
             f"devices must be ['cpu'], where the program {programs[0]} runs; got {list(devices)}"
@@ -258,7 +261,7 @@ def _choose_devices(
 
 
 def _describe_environment(devices: Sequence[torch.device]) -> dict[str, str]:
-    """Describe what the measurements depend on besides the models."""
+    """Describe the versions, the machine and its load, which the measurements depend on."""
     info = pathlib.Path("/proc/cpuinfo")
     names = re.findall(r"^model name\s*: (.+)", info.read_text(), re.M) if info.exists() else []
     processor = next(iter(names), platform.processor() or platform.machine())
@@ -270,7 +273,7 @@ def _describe_environment(devices: Sequence[torch.device]) -> dict[str, str]:
         "cores": str(os.cpu_count()),
         "threads": str(torch.get_num_threads()),
     }
-    if hasattr(os, "getloadavg"):  # Windows has none
+    if hasattr(os, "getloadavg"):  # Windows has no load average
         environment["load average at the start"] = f"{os.getloadavg()[0]:.2f}"
     for device in devices:
         if device.type == "cuda":

@@ -17,23 +17,23 @@ from torch.nn import functional as F
 from fastkd import batches, deployment
 
 BINS = 15
-TURNS = 10  # of each model, after one that does not count
-LEAST_CALLS = 3  # in a turn, after one that does not count because another model ran before it
+TURNS = 10  # timed turns of each model, after a turn that warms up
+LEAST_CALLS = 3  # timed calls in a turn, after a call that refills the caches
 QUIET = 0.9  # a turn counts if the process got this share of the processor time it asked for
-DISAGREE = 1.5  # a factor between two estimates of a ratio, beyond which neither is given
-WIDE = 2.0  # the 95th percentile over the median, beyond which there is a warning
+DISAGREE = 1.5  # a ratio is withheld if its two estimates differ by more than this factor
+WIDE = 2.0  # a 95th percentile of more than this many medians gives a warning
 
 
 class Size(NamedTuple):
-    """Size of a model; an unknown field is None."""
+    """Hold the size of a model; an unknown field is None."""
 
     parameters: int | None
     bytes: int | None
-    """Bytes of its file, or for a module of its weights and buffers, as in a file of them."""
+    """Bytes of a program's file, or of a module's weights and buffers."""
 
 
 class Bin(NamedTuple):
-    """Rows whose confidence, the largest probability, is in one of 15 equal parts of [0, 1]."""
+    """Average rows whose largest probability (confidence) is in one of 15 equal parts of [0, 1]."""
 
     rows: int
     confidence: float
@@ -41,12 +41,12 @@ class Bin(NamedTuple):
 
 
 class Answers(NamedTuple):
-    """Quality of a model's predictions; fields that need labels are None without labels."""
+    """Hold the quality of a model's predictions; without labels, fields that need them are None."""
 
     rows: int
     accuracy: float | None
     accuracy_low: float | None
-    """Lower end of the 95 % Wilson interval, which takes rows as independent."""
+    """Lower end of the 95 % Wilson interval, which assumes independent rows."""
     accuracy_high: float | None
     cross_entropy: float | None
     agreement: float
@@ -55,12 +55,12 @@ class Answers(NamedTuple):
 
     @property
     def quality(self) -> float:
-        """Accuracy, or agreement without labels."""
+        """Return the accuracy, or without labels the agreement."""
         return self.agreement if self.accuracy is None else self.accuracy
 
 
 class Latency(NamedTuple):
-    """Seconds of a forward pass, and samples per second at the median."""
+    """Hold the seconds of a forward pass, and the samples per second at the median."""
 
     p50: float
     p95: float
@@ -71,7 +71,7 @@ class Latency(NamedTuple):
 
 
 class Turn(NamedTuple):
-    """The durations of one turn of each model, and the share of processor time meanwhile."""
+    """Hold each model's durations in one turn, and the share of processor time in that turn."""
 
     share: float
     times: dict[str, list[float]]
@@ -88,10 +88,10 @@ def measure_size(model: nn.Module) -> Size:
 
 
 class _Tally:
-    """Sums over a model's rows."""
+    """Sum measurements over a model's rows."""
 
     def __init__(self, name: str) -> None:
-        self.name, self.is_labelled = name, True
+        self.name, self.is_labeled = name, True
         self.rows = self.agreeing = 0
         self.cross_entropy = 0.0
         self.bins = torch.zeros(3, BINS, dtype=torch.float64)  # rows, confidence, correct
@@ -110,7 +110,7 @@ class _Tally:
         self.rows += len(logits)
         self.agreeing += int((predicted == teacher).sum())
         if labels is None:
-            self.is_labelled = False
+            self.is_labeled = False
             return
         self.cross_entropy += float(total)
         confidence = confidence.exp().double()
@@ -123,7 +123,7 @@ class _Tally:
     def average(self) -> Answers:
         """Return the means over rows."""
         agreement = self.agreeing / self.rows
-        if not self.is_labelled:
+        if not self.is_labeled:
             return Answers(self.rows, None, None, None, None, agreement, None, ())
         rows, confidence, correct = self.bins
         accuracy = float(correct.sum()) / self.rows
@@ -207,7 +207,7 @@ def resize(inputs: Any, count: int) -> Any:
 
     def take(tensor: Tensor) -> Tensor:
         index = torch.arange(count, device=tensor.device)
-        return tensor[index % len(tensor)] if tensor.dim() else tensor  # 0-d: of no sample
+        return tensor[index % len(tensor)] if tensor.dim() else tensor  # 0-d: no samples
 
     return batches.map_tensors(take, inputs)
 
@@ -249,11 +249,11 @@ def name_device(device: object) -> str:
 
 
 def summarize_turns(turns: Sequence[Turn], batch_size: int) -> tuple[dict[str, Latency], list[str]]:
-    """Compute each model's latency, the first one being the teacher's, and what to warn of.
+    """Compute each model's latency, the teacher's first, and warnings.
 
     The speedup is the median over turns of the ratio of the fastest calls, because a call that
-    another program interrupts is not the fastest. It is withheld if it and the ratio of the medians
-    differ much, or if there are too few turns in which the process had the processors.
+    another program interrupts is not the fastest. The speedup is withheld if it differs much from
+    the ratio of the medians, or if other programs used the processors in most turns.
     """
     quiet = [turn for turn in turns if turn.share >= QUIET]
     is_quiet = 2 * len(quiet) >= len(turns)
@@ -273,8 +273,8 @@ def summarize_turns(turns: Sequence[Turn], batch_size: int) -> tuple[dict[str, L
         by_median = latencies[teacher].p50 / p50 if latencies else 1.0
         ratios = [min(turn.times[teacher]) / min(turn.times[name]) for turn in used]
         speedup = _compute_quantile(ratios, 0.5)
-        agrees = 1 / DISAGREE <= by_median / speedup <= DISAGREE
-        if is_quiet and not agrees:
+        is_consistent = 1 / DISAGREE <= by_median / speedup <= DISAGREE
+        if is_quiet and not is_consistent:
             warnings.append(
                 f"{name}'s speed ratio is withheld; it is {by_median:,.3g} by the medians, "
                 f"{speedup:,.3g} by the fastest calls"
@@ -282,7 +282,7 @@ def summarize_turns(turns: Sequence[Turn], batch_size: int) -> tuple[dict[str, L
         elif is_quiet and p95 > WIDE * p50:
             wide.append(name)
         latencies[name] = Latency(
-            p50, p95, batch_size / p50, len(times), speedup if is_quiet and agrees else None
+            p50, p95, batch_size / p50, len(times), speedup if is_quiet and is_consistent else None
         )
     if wide:
         warnings.append(f"95th percentile over {WIDE:g}x the median: {', '.join(wide)}")
@@ -290,10 +290,10 @@ def summarize_turns(turns: Sequence[Turn], batch_size: int) -> tuple[dict[str, L
 
 
 def _compare_batches(name: str, by_batch: Mapping[int, Latency]) -> list[str]:
-    """Return a warning if the largest batch takes longer than as many of the smallest."""
+    """Return a warning if a sample takes longer in the largest batch than in the smallest."""
     small, large = min(by_batch), max(by_batch)
     times, samples = by_batch[large].p50 / by_batch[small].p50, large / small
-    if times <= 1.2 * samples:  # more may be due to caches
+    if times <= 1.2 * samples:  # up to 20 % may be due to caches
         return []
     return [f"{name} batch {large} takes {times:,.0f}x as long as its batch {small}."]
 
@@ -305,7 +305,7 @@ def _compute_quantile(values: Sequence[float], share: float) -> float:
 def _time_in_turns(
     models: Mapping[str, nn.Module], inputs: Any, device: torch.device, seconds: float
 ) -> list[Turn]:
-    """Time single calls; each model has the same turns, and ``seconds`` in all of them together."""
+    """Time single calls in turns; each model gets ``seconds`` over all turns."""
     arguments = {
         name: batches.arguments(model, _move(inputs, model)) for name, model in models.items()
     }
@@ -328,7 +328,7 @@ def _time_in_turns(
     for _ in range(TURNS):
         before = _read_processor_time()
         times = {name: time_calls(name, seconds / TURNS) for name in models}
-        after = _read_processor_time()  # less than before if threads with much time have ended
+        after = _read_processor_time()  # may be less than before if threads have ended
         running, waiting = (max(0, b - a) for a, b in zip(before, after, strict=True))
         turns.append(Turn(1 - waiting / max(running + waiting, 1), times))
     return turns

@@ -21,12 +21,12 @@ _PROCESS = pathlib.Path("/proc/self")
 def measure_peak_memory(model: nn.Module, inputs: Any) -> int | None:
     """Return the most bytes by which resident memory grows while a copy is made and called.
 
-    The copy of a module holds its weights once more; that of a program is loaded again. The first
-    copy warms up libraries and caches, and the second is measured. Figures are those of whole
-    pages, some of which a process has in store: within 0.1 MB on linear layers of known size.
+    The copy of a module duplicates its weights; a program is loaded again. The first copy warms up
+    libraries and caches, and the second is measured. Memory is counted in whole pages, some of
+    which the process already holds. For linear layers, results were within 0.1 MB of their size.
 
     Returns:
-        None if the model cannot be copied, as a program in memory, or on other systems than Linux.
+        The bytes, or None if the model cannot be copied (a program in memory) or there is no Linux.
     """
     if isinstance(model, deployment.DeployedModel) and not model.is_file:
         return None
@@ -34,13 +34,13 @@ def measure_peak_memory(model: nn.Module, inputs: Any) -> int | None:
     for _ in range(2):
         gc.collect()
         with contextlib.suppress(OSError, AttributeError):
-            ctypes.CDLL(None).malloc_trim(0)  # return freed memory, which the copy would use
+            ctypes.CDLL(None).malloc_trim(0)  # or the copy would reuse freed memory
         try:
             (_PROCESS / "clear_refs").write_text("5")  # set the peak to the current size
-            before = _read("VmRSS")
+            before = _read_status("VmRSS")
             _call_copy(model, inputs)
-            growth = max(0, _read("VmHWM") - before)
-        except Exception:  # modules raise anything when they are copied
+            growth = max(0, _read_status("VmHWM") - before)
+        except Exception:  # a module may raise any exception when it is copied
             return None
     return growth
 
@@ -52,7 +52,7 @@ def _call_copy(model: nn.Module, inputs: Any) -> None:
         batches.logits(duplicate, moved)
 
 
-def _read(key: str) -> int:
+def _read_status(key: str) -> int:
     """Return a size in bytes from the process's status."""
     match = re.search(rf"^{key}:\s*(\d+) kB", (_PROCESS / "status").read_text(), re.MULTILINE)
     if match is None:

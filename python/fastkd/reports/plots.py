@@ -1,4 +1,4 @@
-"""A report's figures: accuracy over latency, and reliability diagrams of the confidence."""
+"""Draw a report's figures: accuracy over latency, and reliability diagrams of the confidence."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ STUDENTS = (
     *("#2f80d0", "#e07b39", "#2a9d74", "#b5539c", "#c9a227", "#6c5bd1"),
     *("#1fa3b8", "#d1495b", "#8c6a4f"),
 )
-# Text and lines: legible on white and on black. In the page it becomes the page's text color.
+# Color of text and lines, legible on white and on black. The HTML page replaces it.
 INK = "#737b86"
 WIDE, NARROW = 9.0, 4.2  # inches; the narrow figures are for phones
 FEW = 10  # bins with fewer rows are pale, because their accuracy is mostly chance
@@ -36,7 +36,7 @@ def choose_colors(report: Report) -> list[str]:
 
 
 def draw_figures(report: Report, width: float = WIDE) -> dict[str, Any]:
-    """Draw the matplotlib figures that the measurements allow, by name."""
+    """Draw the matplotlib figures, by name; the reliability diagrams need labels."""
     figures = {"tradeoff": _draw_tradeoff(report, width)}
     if report.models[0].answers.accuracy is not None:
         figures["reliability"] = _draw_reliability(report, width)
@@ -65,13 +65,13 @@ def _draw_tradeoff(report: Report, width: float) -> Any:
     axes = figure.add_subplot()
     teacher = report.models[0]
     largest = max(model.size.bytes or 0 for model in report.models) or 1
-    is_labelled = teacher.answers.accuracy is not None
+    is_labeled = teacher.answers.accuracy is not None
     costs, axis = _choose_costs(report)
     points = []
     for model, cost, color in zip(report.models, costs, choose_colors(report), strict=True):
         answers: Any = model.answers
         y = 100 * answers.quality
-        if is_labelled:
+        if is_labeled:
             low, high = 100 * answers.accuracy_low, 100 * answers.accuracy_high
             axes.vlines(cost, low, high, color=color, linewidth=1.5, alpha=0.7)
         area = max(40.0, 500 * (model.size.bytes or 0) / largest)
@@ -82,7 +82,7 @@ def _draw_tradeoff(report: Report, width: float) -> Any:
     axes.set_ylim(top=min(101.0, axes.get_ylim()[1]))
     _set_ticks(axes, width)
     axes.set_xlabel(axis)
-    axes.set_ylabel(f"{'accuracy' if is_labelled else 'agreement with the teacher'} [%]")
+    axes.set_ylabel(f"{'accuracy' if is_labeled else 'agreement with the teacher'} [%]")
     _set_style(axes)
     _label_points(axes, points, width)
     return figure
@@ -91,7 +91,7 @@ def _draw_tradeoff(report: Report, width: float) -> Any:
 def _choose_costs(report: Report) -> tuple[list[float], str]:
     """Return each model's latency, and the axis label.
 
-    If a speed ratio is withheld and all sizes are known, return their bytes in place of latencies.
+    If a speed ratio is withheld and all sizes are known, return bytes in place of latencies.
     """
     sizes = [model.size.bytes for model in report.models if model.size.bytes is not None]
     is_size_known = len(sizes) == len(report.models)
@@ -117,7 +117,7 @@ def _set_ticks(axes: Any, width: float) -> None:
 
 
 def _shorten(name: str, width: float) -> str:
-    """Return a name, or the beginning of a long one, for a figure of a width."""
+    """Return a name, cut if it is too long for a figure of this width."""
     longest = 24 if width == WIDE else 14
     return name if len(name) <= longest else f"{name[: longest - 1]}…"
 

@@ -1,4 +1,4 @@
-"""A report as text: a table with one row for each figure and one column for each model."""
+"""Format a report as text: a table with a row for each measurement, a column for each model."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ DURATIONS = (("µs", 1e-6), ("ms", 1e-3), ("s", 1.0))
 
 
 class Row(NamedTuple):
-    """One figure of every model: a text, and a note such as its ratio to the teacher's."""
+    """Hold a measurement of every model as a text and a note, such as a ratio to the teacher's."""
 
     label: str
     cells: list[tuple[str, str]]
 
 
 def _scale(value: float, units: Sequence[tuple[str, float]]) -> tuple[str, str]:
-    """Return three digits of a value and its unit, the largest that keeps it at least 1."""
+    """Return a value in three digits and its unit, the largest in which the value exceeds 1."""
     unit, scale = next((pair for pair in units if value < 999.5 * pair[1]), units[-1])
     return f"{value / scale:#.3g}".rstrip("."), unit
 
@@ -54,7 +54,7 @@ def _format_percent(share: float) -> str:
 
 
 def _format_ratio(ratio: float | None, less: str, more: str) -> str:
-    """Describe a teacher's value over a student's: 8.46x less, 3,650x more; "" if it is unknown."""
+    """Format the ratio of a teacher's value to a student's: 8.46x less, 3,650x more; "" if None."""
     if not ratio:
         return ""
     if 0.995 < ratio < 1.005:
@@ -65,7 +65,7 @@ def _format_ratio(ratio: float | None, less: str, more: str) -> str:
 
 
 def _format_memory(value: int | None) -> str:
-    """Format a peak of resident memory, which counts pages: small ones are not measured."""
+    """Format a peak of resident memory; below 100 kB, counting whole pages is too coarse."""
     if value is None:
         return UNKNOWN
     return "< 100 kB" if value < 100_000 else format_size(value)
@@ -108,7 +108,7 @@ def make_rows(report: Report) -> list[Row]:
 
 
 def summarize(report: Report) -> str:
-    """Return one sentence on the best student, or the best but the one that was trained alone."""
+    """Return a sentence on the best student, except the one trained alone if there are others."""
     teacher, *students = report.models
     is_alone = [re.search("(?<![a-z])alone(?![a-z])", model.name.lower()) for model in students]
     alone = next(itertools.compress(students, is_alone), None)
@@ -151,9 +151,9 @@ def describe_method(report: Report) -> str:
 
 
 def show(report: Report, console: Any = None) -> None:
-    """Print a Rich table, as several if it is wider than the console, by default the terminal."""
+    """Print a report; a table that is wider than the console is split by models."""
     console = console or extras.load("rich.console", "report").Console()
-    text = extras.load("rich.text", "report").Text  # Rich would read markup in a str
+    text = extras.load("rich.text", "report").Text  # Rich would interpret markup in a str
     console.print(text(report.title, "bold"))
     console.print(text(summarize(report)))
     for warning in report.warnings:
@@ -180,7 +180,7 @@ def show(report: Report, console: Any = None) -> None:
 
 
 def format_terminal(report: Report) -> str:
-    """Return what :func:`show` prints, without colors."""
+    """Return the text that :func:`show` prints, without colors."""
     console = extras.load("rich.console", "report").Console(file=io.StringIO(), width=80)
     show(report, console)
     return "\n".join(line.rstrip() for line in console.file.getvalue().splitlines())
@@ -208,5 +208,5 @@ def describe_environment(report: Report) -> str:
 
 
 def _escape(text: str) -> str:
-    """Escape what Markdown would interpret."""
+    """Escape the characters that Markdown would interpret."""
     return re.sub(r"([\\`*_\[\]<>|#])", r"\\\1", text).replace("\n", " ")

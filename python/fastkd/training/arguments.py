@@ -24,14 +24,14 @@ def make_accelerator(**options: Any) -> Any:
 
 
 def check_accelerator(accelerator: Any, ema: float | None) -> None:
-    """Raise ValueError for settings of Accelerate under which the trainer would be wrong."""
+    """Raise ValueError for settings of Accelerate that the trainer does not support."""
     launched = int(os.environ.get("WORLD_SIZE", 1))
     if launched != accelerator.num_processes:
         raise ValueError(
             f"accelerator: {launched} processes were launched, and the accelerator has "
             f"{accelerator.num_processes}; for several on CPUs use Accelerator(cpu=True)"
         )
-    if accelerator.gradient_accumulation_steps != 1:  # Accelerate would divide every loss by it
+    if accelerator.gradient_accumulation_steps != 1:  # Accelerate divides the loss by this number
         raise ValueError(
             "accelerator must have gradient_accumulation_steps=1; got "
             f"{accelerator.gradient_accumulation_steps}. Use Trainer(accumulate=...) instead"
@@ -62,7 +62,7 @@ def check_loss(loss: KDLoss, teachers: int) -> None:
     check_teacher_weights(loss.teacher_weights, teachers)
 
 
-def parameters_of(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
+def list_parameters(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
     """Return the parameters that an optimizer updates."""
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 

@@ -1,9 +1,9 @@
 """Write checkpoints atomically, and check their files before reading them.
 
-A checkpoint is a folder ``step-00000042``. It is written under another name, synchronized to the
-disk and renamed, so the previous checkpoint survives if the process is killed. A checkpoint of the
-same step is ``step-00000042.replaced`` until the new one has its name. No file can execute code
-when it is read. ``files.json`` has the CRC-32 of each other file.
+A checkpoint is a folder ``step-00000042``. The folder is written under another name, synchronized
+to the disk and renamed, so the previous checkpoint survives if the process is killed. An older
+checkpoint of the same step is ``step-00000042.replaced`` until the new checkpoint is renamed. No
+file can execute code when it is read. ``files.json`` has the CRC-32 of every other file.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import torch
 
 from fastkd.teachers.shard import synchronize
 
-KEEP = 2  # checkpoints
+KEEP = 2  # number of newest checkpoints that are not deleted
 CHECKSUMS, METADATA = "files.json", "trainer.json"
 _INCOMPLETE, _DISCARDED = ".incomplete", ".discarded"
 
@@ -40,14 +40,14 @@ def list_complete(folder: pathlib.Path) -> list[pathlib.Path]:
 def write(
     folder: pathlib.Path, step: int, fill: Callable[[pathlib.Path], None], accelerator: Any
 ) -> pathlib.Path:
-    """Write a checkpoint into ``folder``, delete old ones, and return the new one's folder.
+    """Write a checkpoint into ``folder``, delete old checkpoints, and return the new one's path.
 
     Every process calls ``fill`` with a folder for its files.
     """
     target, incomplete = folder / f"step-{step:08d}", folder / _INCOMPLETE
     if accelerator.is_main_process:
-        for rest in (incomplete, folder / _DISCARDED):
-            _delete(rest)
+        for leftover in (incomplete, folder / _DISCARDED):
+            _delete(leftover)
         incomplete.mkdir(parents=True)
     accelerator.wait_for_everyone()
     fill(incomplete)
@@ -78,7 +78,7 @@ def _discard(checkpoint: pathlib.Path) -> None:
 
 
 def _delete(path: pathlib.Path) -> None:
-    """Delete a folder if it exists. Of a symbolic link, delete the link and not its target."""
+    """Delete a folder if it exists, or a symbolic link without its target."""
     if path.is_symlink():
         path.unlink()
     elif path.exists():
@@ -97,7 +97,7 @@ def save(value: Any, file: pathlib.Path) -> None:
 
 
 def load(file: pathlib.Path) -> Any:
-    """Read what :func:`save` wrote; raise pickle.UnpicklingError if the file holds code."""
+    """Read a file that :func:`save` wrote; raise pickle.UnpicklingError if the file holds code."""
     return torch.load(file, map_location="cpu", weights_only=True)
 
 
@@ -162,7 +162,7 @@ def _open(file: pathlib.Path) -> BinaryIO:
 def check_no_code(folder: pathlib.Path) -> None:
     """Raise ValueError for files that Accelerate would unpickle without restrictions.
 
-    Accelerate writes them for objects registered with it, and for FSDP's sharded state.
+    Accelerate writes such files for registered objects and for FSDP's sharded state.
     """
     for file in itertools.chain(folder.glob("custom_checkpoint_*.pkl"), folder.rglob(".metadata")):
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Feature hints (FitNets): train the student's inner features to match the teacher's."""
+"""Train the student's inner features to match the teacher's: feature hints (FitNets)."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Hint:
             ``torch.nn.Linear(4, 32)`` for ``(B, C)`` and ``(B, L, C)``. Default None.
 
     Raises:
-        TypeError, ValueError: if ``weight`` or ``loss`` is not as above.
+        TypeError, ValueError: if ``weight`` or ``loss`` is not one of these values.
 
     Example:
         >>> import fastkd
@@ -139,7 +139,7 @@ class HintLoss(nn.Module):
             # Move the channels of (B, C, d1, d2, ...) last, where (B, L, C) has them.
             features = [f.movedim(1, -1) if f.dim() > 3 else f for f in features]
             _check_shapes(hint, *features)
-            losses.append(hint.weight * _distance(hint.loss, *features))
+            losses.append(hint.weight * _compute_distance(hint.loss, *features))
         return losses
 
 
@@ -162,8 +162,8 @@ def _check_shapes(hint: Hint, student: Tensor, teacher: Tensor) -> None:
         )
 
 
-def _distance(kind: str, student: Tensor, teacher: Tensor) -> Tensor:
-    """Return the distance of each sample, ``(B,)``, from two ``(B, ..., C)``."""
+def _compute_distance(kind: str, student: Tensor, teacher: Tensor) -> Tensor:
+    """Compute each sample's distance ``(B,)`` between two features ``(B, ..., C)``."""
     if kind == "mse":
         distance = (student - teacher).square()
     elif kind == "cosine":

@@ -15,17 +15,17 @@ import torch
 
 
 class LoaderState:
-    """Count the batches of a pass, and keep the random states that decide the remaining ones.
+    """Count the batches of a pass, and store the random states that determine the next batches.
 
     A restored pass draws the batches before its position again and drops them, since datasets and
     worker processes may have random states that cannot be saved. Accelerate's loader draws one
     batch ahead, so the batch before the position is drawn with the random states of its first draw.
-    Between two passes the random states alone matter: the next shuffle depends on them.
+    Between two passes, only the random states matter: the next shuffle depends on them.
     """
 
     def __init__(self) -> None:
         """Start before the first pass."""
-        self.restored: dict[str, Any] = {}  # random states to continue with; empty in a pass
+        self.restored: dict[str, Any] = {}  # random states to continue with; empty during a pass
         self._generators: list[torch.Generator] = []
         self.reset()
 
@@ -37,7 +37,7 @@ class LoaderState:
 
     def state_dict(self) -> dict[str, Any]:
         """Return the position and the current random states."""
-        now = self.restored or random_states(self._generators)
+        now = self.restored or get_random_states(self._generators)
         draws = {"pass_start": self._pass_start, "last_draw": self._last_draw}
         return {"batches": self.batches, **draws, "now": now}
 
@@ -48,10 +48,10 @@ class LoaderState:
 
     def iterate(self, loader: Any, size: int) -> Iterator[list[Any]]:
         """Yield the remaining batches of the pass, ``size`` at a time; fewer at the end."""
-        self._generators = loader_generators(loader)
+        self._generators = find_generators(loader)
         if self.restored:
             self._set(self._pass_start or self.restored)
-        self._pass_start = random_states(self._generators)
+        self._pass_start = get_random_states(self._generators)
         iterator = iter(loader)
         if self.batches:
             for _ in itertools.islice(iterator, self.batches - 1):
@@ -65,7 +65,7 @@ class LoaderState:
 
     def _draw(self, iterator: Iterator[Any]) -> Iterator[Any]:
         while True:
-            self._last_draw = random_states(self._generators)
+            self._last_draw = get_random_states(self._generators)
             try:
                 batch = next(iterator)
             except StopIteration:
@@ -91,7 +91,7 @@ class LoaderState:
             sys.modules["numpy"].random.set_state(states["numpy"])
 
 
-def loader_generators(loader: Any) -> list[torch.Generator]:
+def find_generators(loader: Any) -> list[torch.Generator]:
     """Return the distinct generators of a loader and its samplers."""
     parts: list[Any] = [loader]
     generators: dict[int, torch.Generator] = {}
@@ -105,7 +105,7 @@ def loader_generators(loader: Any) -> list[torch.Generator]:
     return list(generators.values())
 
 
-def random_states(generators: list[torch.Generator]) -> dict[str, Any]:
+def get_random_states(generators: list[torch.Generator]) -> dict[str, Any]:
     """Return the states of ``generators``, Python, torch, CUDA and, if imported, NumPy."""
     states: dict[str, Any] = {
         "loader": [generator.get_state() for generator in generators],

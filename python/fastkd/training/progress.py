@@ -1,4 +1,4 @@
-"""Report training: read each step's values, stop at a loss that is not finite, show and log."""
+"""Read, show and log the values of each training step; raise if the loss is not finite."""
 
 from __future__ import annotations
 
@@ -23,16 +23,17 @@ class Progress:
     def __init__(
         self, accelerator: Any, *, show: bool, names: Sequence[str], logged: Sequence[str]
     ) -> None:
-        """Take the ``names`` of a step's values, and those that are shown and ``logged``."""
+        """Store the ``names`` of a step's values; those in ``logged`` are also shown and logged."""
         self._accelerator, self._names, self._logged = accelerator, names, logged
         self._disabled = not (show and accelerator.is_main_process)
         self._bar: Any = None
         self._pending: list[tuple[int, Tensor, Any]] = []
-        self._tqdm = extras.load("tqdm", "train").tqdm  # raises here, not in the first step
+        # A missing package raises here, not in the first step.
+        self._tqdm = extras.load("tqdm", "train").tqdm
 
     @contextlib.contextmanager
     def show_bar(self, total: int | None, done: int) -> Iterator[Any]:
-        """Show a bar of ``total`` steps, unless there is one; yield the bar."""
+        """Yield the progress bar, a new one of ``total`` steps if no bar is shown yet."""
         if self._bar is not None:
             yield self._bar
             return

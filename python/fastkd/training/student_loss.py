@@ -19,13 +19,13 @@ Labels = Callable[[Any], "Tensor | None"]
 """``labels(batch)`` returns a label for each row of the logits, or None."""
 
 
-def labels(batch: Any) -> Tensor | None:
+def get_labels(batch: Any) -> Tensor | None:
     """Return the labels of a batch in one of the forms of :mod:`fastkd.batches`, or None."""
     return batches.split(batch).labels
 
 
 class StepTerms(NamedTuple):
-    """The terms of a forward pass: 0-d tensors, of which only the loss has a gradient."""
+    """Hold the terms of a forward pass as 0-d tensors; only the loss has a gradient."""
 
     loss: Tensor
     hard: Tensor
@@ -36,10 +36,13 @@ class StepTerms(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Denominators:
-    """The divisors of a step's sums, 0-d; FSDP would cast tensors in a tuple to 16 bits."""
+    """Hold the 0-d divisors of a step's sums.
+
+    This is a dataclass, because FSDP casts the tensors of a tuple to 16 bits.
+    """
 
     rows: Tensor
-    """The rows that are not ignored; without labels, the number of samples."""
+    """Number of rows that are not ignored; without labels, the number of samples."""
     samples: Tensor
 
 
@@ -47,7 +50,7 @@ class StudentLoss(nn.Module):
     """Run the student and compute its loss in one forward call.
 
     The module does not return the logits, because Accelerate converts outputs to float32. The
-    projections of hints are inside, so that DistributedDataParallel synchronizes them.
+    module contains the projections of hints, so that DistributedDataParallel synchronizes them.
     """
 
     def __init__(
@@ -67,21 +70,21 @@ class StudentLoss(nn.Module):
     def forward(self, batch: Any, teacher: TeacherOutputs, denominators: Denominators) -> StepTerms:
         """Return the sums of the loss and its terms over the batch, divided by ``denominators``."""
         logits = self._forward(self.student, batch)
-        targets = self.labels_of(batch)
+        targets = self.get_targets(batch)
         rows = denominators.rows
-        if targets is None and len(logits):  # denominators.rows counts samples
+        if targets is None and len(logits):  # without labels, denominators.rows counts samples
             rows = rows * self.count_rows(logits) / len(logits)
-        terms = self._terms(logits, teacher.logits, targets, normalizer=rows)
+        terms = self._compute(logits, teacher.logits, targets, normalizer=rows)
         hint = torch.zeros_like(terms.loss)
         for distances in self.hint_loss(self.features.pop(), teacher.features):
             hint = hint + distances.sum() / denominators.samples
         return StepTerms(terms.loss + hint, terms.hard, terms.soft, terms.agreement, hint.detach())
 
     def sum_terms(self, model: nn.Module, batch: Any, teacher_logits: Any) -> Tensor:
-        """Return sums over rows, float64: loss, hard, soft, agreement, correct rows, rows."""
+        """Return float64 sums over rows: loss, hard, soft, agreement, correct rows, all rows."""
         logits = self._forward(model, batch)
-        targets = self.labels_of(batch)
-        terms = self._terms(logits, teacher_logits, targets, reduction="sum", normalizer=None)
+        targets = self.get_targets(batch)
+        terms = self._compute(logits, teacher_logits, targets, reduction="sum", normalizer=None)
         correct, rows = torch.tensor(math.nan), self.count_rows(logits)
         if targets is not None:
             rows = self.count_rows(targets)
@@ -92,8 +95,8 @@ class StudentLoss(nn.Module):
         values = (terms.loss, terms.hard, terms.soft, terms.agreement, correct, rows)
         return torch.stack([value.to(logits.device, torch.float64) for value in values])
 
-    def labels_of(self, batch: Any) -> Tensor | None:
-        """Return the labels, class indices as int64; None if the soft term alone is asked for."""
+    def get_targets(self, batch: Any) -> Tensor | None:
+        """Return the batch's labels, with class indices as int64, or None if it has no labels."""
         targets = self._labels(batch)
         if targets is None:
             weights = (self.loss.alpha, self.loss.hard_weight)
@@ -112,14 +115,16 @@ class StudentLoss(nn.Module):
         return validation.to_int64(targets)
 
     def count_rows(self, values: Tensor) -> Tensor:
-        """Return the number of rows of logits or probabilities, or of labels not ignored, 0-d."""
+        """Return a 0-d count of the rows of logits or probabilities, or of labels not ignored."""
         if values.is_floating_point():
             rows = values.numel() // int(values.shape[self.loss.dim])
             return torch.tensor(rows, device=values.device)
         valid: Tensor = values != self.loss.ignore_index
         return valid.sum()
 
-    def _terms(self, logits: Tensor, teacher: Any, targets: Tensor | None, **options: Any) -> Terms:
+    def _compute(
+        self, logits: Tensor, teacher: Any, targets: Tensor | None, **options: Any
+    ) -> Terms:
         """Compute the distillation loss and its terms."""
         if callable(teacher):
             teacher = teacher(logits)

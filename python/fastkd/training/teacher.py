@@ -21,21 +21,21 @@ Forward = Callable[[nn.Module, Any], Tensor]
 """``forward(model, batch)`` returns logits."""
 
 
-def forward(model: nn.Module, batch: Any) -> Tensor:
+def compute_logits(model: nn.Module, batch: Any) -> Tensor:
     """Return a model's logits for a batch in one of the forms of :mod:`fastkd.batches`."""
     return batches.logits(model, batches.split(batch).inputs)
 
 
 class TeacherOutputs(NamedTuple):
-    """What a teacher returns for a batch."""
+    """Hold the outputs of a teacher for a batch."""
 
     logits: Any
-    """``(..., C)``, a list of them, or a function of student logits that returns one of these."""
+    """A tensor ``(..., C)``, a list of tensors, or a function that takes the student's logits."""
     features: list[Tensor]
 
 
 class ModuleTeacher:
-    """Call one teacher or several, frozen, in evaluation mode, each in its own dtype."""
+    """Run one or several frozen teachers in evaluation mode, each in its own dtype."""
 
     def __init__(
         self,
@@ -45,14 +45,14 @@ class ModuleTeacher:
         forward: Forward,
         devices: tuple[torch.device | str, torch.device],
     ) -> None:
-        """Freeze the teachers; ``devices``: (module device, output device)."""
+        """Freeze the teachers; ``devices`` are those of the modules and of their outputs."""
         root = nn.ModuleList(modules)
-        names = {parameter: name for name, parameter in student.named_parameters()}
+        student_names = {parameter: name for name, parameter in student.named_parameters()}
         for parameter in root.parameters():
-            if parameter in names:
+            if parameter in student_names:
                 raise ValueError(
                     "teacher is frozen, but the student shares its parameter "
-                    f"{names[parameter]!r}; use a copy.deepcopy of the teacher"
+                    f"{student_names[parameter]!r}; use a copy.deepcopy of the teacher"
                 )
         self.features = Features(root if len(root) > 1 else root[0], hints, "teacher")
         self._device, self._output_device = map(torch.device, devices)
@@ -60,7 +60,7 @@ class ModuleTeacher:
         self._teachers, self._forward = root, forward
 
     @torch.no_grad()
-    def logits(self, batch: Any) -> Any:
+    def compute_logits(self, batch: Any) -> Any:
         """Return the logits of the teacher, or a list of the logits of each teacher."""
         logits = []
         for teacher in self._teachers:
@@ -70,7 +70,7 @@ class ModuleTeacher:
 
     def __call__(self, batch: Any) -> TeacherOutputs:
         """Return logits and features; the context ``self.features`` must be entered."""
-        logits = self.logits(batch)
+        logits = self.compute_logits(batch)
         return TeacherOutputs(logits, [f.to(self._output_device) for f in self.features.pop()])
 
 
@@ -93,8 +93,8 @@ class CachedTeacher:
                 f"log-probabilities and converts them to logits; got {loss.teacher_form!r}"
             )
 
-    def logits(self, batch: Any) -> Callable[[Tensor], Any]:
-        """Return a function of the student's logits, which give the sequences' length."""
+    def compute_logits(self, batch: Any) -> Callable[[Tensor], Any]:
+        """Return a function that looks up the outputs; student logits give the sequence length."""
         ids = batches.split(batch).ids
         if ids is None:
             raise ValueError(
@@ -114,5 +114,5 @@ class CachedTeacher:
         return look_up
 
     def __call__(self, batch: Any) -> TeacherOutputs:
-        """Return logits; a cache has no features."""
-        return TeacherOutputs(self.logits(batch), [])
+        """Return the logits without features, which a cache does not store."""
+        return TeacherOutputs(self.compute_logits(batch), [])

@@ -25,11 +25,11 @@ from fastkd.training.loader_state import LoaderState
 from fastkd.training.progress import Progress
 from fastkd.validation import check_count, check_folder, check_number
 
-FORMAT = 7  # of a checkpoint
+FORMAT = 7  # version of the checkpoint format
 
 
 class Step(NamedTuple):
-    """Describe an optimizer step; its tensors are 0-d, over all processes, not synchronized."""
+    """Hold an optimizer step's 0-d values over all processes, not synchronized with the host."""
 
     number: int
     """Counted from 1, over resumed runs too."""
@@ -44,7 +44,7 @@ class Step(NamedTuple):
 
 
 class Evaluation(NamedTuple):
-    """Hold means over the rows of a dataset, over all processes."""
+    """Hold means over the rows of a dataset in all processes."""
 
     loss: float
     hard: float
@@ -59,18 +59,18 @@ class Trainer:
     """Train a student on the outputs of a teacher, on one device or many.
 
     Run the script as ``python script.py``, ``accelerate launch script.py`` or ``torchrun ...
-    script.py``. Batches are those of :mod:`fastkd.batches`: ``(inputs, labels)``, or a mapping with
-    ``"labels"`` whose other entries are keyword arguments of the models, and more. Each process
-    trains on batches of the loader's size. A mean is over the rows that are not ignored, of all
-    batches and processes of an optimizer step. ``docs/training.md`` says more.
+    script.py``. A batch is ``(inputs, labels)``, a mapping with ``"labels"`` whose other entries
+    are keyword arguments of the models, or another form of :mod:`fastkd.batches`. Each process
+    trains on batches of the loader's size. Means are over the rows that are not ignored, in all
+    batches and processes of an optimizer step. ``docs/training.md`` has the details.
 
     Args:
-        student: trained in place.
+        student: module to train in place.
         teacher: a module, frozen and set to evaluation mode, run without gradients in its dtype; a
             list of modules, whose logits ``loss`` mixes; or a
             :class:`fastkd.teachers.TeacherCache`, read by the sample ids of the batches.
-        optimizer: an optimizer of the student's parameters. Parameters of hints' projections that
-            it lacks are added to its first group.
+        optimizer: an optimizer of the student's parameters. Its first group gets the parameters of
+            hints' projections that the optimizer lacks.
         loss: the distillation loss, with ``reduction="mean"``, without ``normalizer`` and
             ``class_weight``. Default ``KDLoss()``. Batches without labels need ``alpha=0.0`` or
             ``hard_weight=0.0``.
@@ -80,12 +80,12 @@ class Trainer:
             epoch. Default 1.
         clip: maximum norm of the gradient of the optimizer's parameters.
         ema: decay in [0, 1] of an exponential moving average of the student, ``trainer.ema``
-            (:class:`torch.optim.swa_utils.AveragedModel`), which is evaluated in its place.
+            (:class:`torch.optim.swa_utils.AveragedModel`), evaluated in place of the student.
         forward: ``forward(model, batch)`` returns logits, for batches or models of another form.
         labels: ``labels(batch)`` returns the labels, or None, for batches of another form.
         teacher_device: device of the teacher. Default: the student's device.
         accelerator: an ``accelerate.Accelerator``, for mixed precision, trackers, sharding, or the
-            way in which batches are split. Default: one without arguments.
+            splitting of batches. Default: an ``Accelerator`` without options.
         checkpoints: a folder for checkpoints, one at the end of each epoch of :meth:`fit`, and one
             every ``save_every`` steps. The newest two are kept.
         save_every: number of optimizer steps between checkpoints, which are written before
@@ -100,7 +100,7 @@ class Trainer:
 
     Raises:
         ImportError: if Accelerate is missing; the message names the extra to install.
-        TypeError, ValueError: if an argument is not as above.
+        TypeError, ValueError: if an argument is not one of those described.
 
     Example:
         >>> import torch, fastkd
@@ -128,8 +128,8 @@ class Trainer:
         accumulate: int = 1,
         clip: float | None = None,
         ema: float | None = None,
-        forward: teachers.Forward = teachers.forward,
-        labels: student_loss.Labels = student_loss.labels,
+        forward: teachers.Forward = teachers.compute_logits,
+        labels: student_loss.Labels = student_loss.get_labels,
         teacher_device: torch.device | str | None = None,
         accelerator: Any = None,
         checkpoints: str | pathlib.Path | None = None,
@@ -138,8 +138,8 @@ class Trainer:
     ) -> None:
         """Check the arguments, move the models to their devices and wrap them."""
         loss = KDLoss() if loss is None else loss
-        several = isinstance(teacher, (list, tuple, nn.ModuleList))
-        modules: Any = teacher if several else [teacher]
+        is_list = isinstance(teacher, (list, tuple, nn.ModuleList))
+        modules: Any = teacher if is_list else [teacher]
         arguments.check_loss(loss, len(modules))
         check_count("accumulate", accumulate)
         if clip is not None:
@@ -150,7 +150,7 @@ class Trainer:
                 raise ValueError("save_every needs checkpoints, the folder to write to; got None")
         folder = checkpoints
         self._folder = None if folder is None else check_folder("checkpoints", folder, " or None")
-        optimized = set(arguments.parameters_of(optimizer))
+        optimized = set(arguments.list_parameters(optimizer))
         if optimized.isdisjoint(student.parameters()):
             raise ValueError(
                 "optimizer has none of the student's parameters; make it of student.parameters()"
@@ -192,15 +192,15 @@ class Trainer:
     def fit(
         self, loader: Iterable[Any], epochs: int = 1, *, validation: Iterable[Any] | None = None
     ) -> list[Evaluation]:
-        """Train until ``epochs`` passes over ``loader`` are done, those before a resumption too.
+        """Train until ``epochs`` passes over ``loader`` are done; passes before a resumption count.
 
         Args:
             loader: a ``DataLoader``, or any iterable of batches that can be iterated again.
             epochs: number of passes.
-            validation: evaluated after each epoch.
+            validation: batches to evaluate after each epoch. Default None.
 
         Returns:
-            The evaluations of ``validation`` after each epoch, before a resumption too.
+            The evaluation after each epoch, including epochs before a resumption.
 
         Raises:
             FloatingPointError: if the loss is not finite.
@@ -223,9 +223,9 @@ class Trainer:
         return list(self._history)
 
     def steps(self, loader: Iterable[Any]) -> Iterator[Step]:
-        """Train for one pass over ``loader``: yield each optimizer step after it is taken.
+        """Train for one pass over ``loader``, and yield each optimizer step after it is taken.
 
-        After :meth:`resume` this is the rest of the interrupted pass.
+        After :meth:`resume`, train for the rest of the interrupted pass.
 
         Raises:
             FloatingPointError: if the loss is not finite; the message names the step and the term.
@@ -257,7 +257,7 @@ class Trainer:
         """Take an optimizer step on some batches."""
         window = [batches.to(batch, self.accelerator.device) for batch in window]
         self._optimizer.zero_grad()  # gradients may remain from an interrupted step
-        denominators = self._denominators(window)
+        denominators = self._count_rows_and_samples(window)
         total: Tensor | float = 0.0
         for index, batch in enumerate(window, start=1):
             is_last = index == len(window)
@@ -271,7 +271,7 @@ class Trainer:
         number = self.step + 1
         self._progress.add(number, values)
         if self._clip is not None:
-            self.accelerator.clip_grad_norm_(arguments.parameters_of(self._optimizer), self._clip)
+            self.accelerator.clip_grad_norm_(arguments.list_parameters(self._optimizer), self._clip)
         self._optimizer.step()
         if self.scheduler is not None and not self.accelerator.optimizer_step_was_skipped:
             self.scheduler.step()
@@ -280,11 +280,14 @@ class Trainer:
         self.step = number
         return Step(number, self.epoch, *values.unbind())
 
-    def _denominators(self, window: list[Any]) -> student_loss.Denominators:
-        """Count rows and samples over all processes, per process: gradients are averaged."""
+    def _count_rows_and_samples(self, window: list[Any]) -> student_loss.Denominators:
+        """Count the rows and samples of all processes, divided by the number of processes.
+
+        The division compensates for the mean of the gradients over the processes.
+        """
         counts = torch.zeros(2, dtype=torch.float64, device=self.accelerator.device)
         for batch in window:
-            targets = self._student_loss.labels_of(batch)
+            targets = self._student_loss.get_targets(batch)
             samples = batches.size(batch, targets)
             counts[0] += samples if targets is None else self._student_loss.count_rows(targets)
             counts[1] += samples
@@ -309,7 +312,8 @@ class Trainer:
         with batches.evaluating(module), self.accelerator.autocast():
             for batch in self._prepare(loader, even=False):
                 batch = batches.to(batch, self.accelerator.device)
-                sums += self._student_loss.sum_terms(module, batch, self._teacher.logits(batch))
+                teacher_logits = self._teacher.compute_logits(batch)
+                sums += self._student_loss.sum_terms(module, batch, teacher_logits)
         *totals, rows = self.accelerator.reduce(sums, "sum").tolist()
         if not rows:
             raise ValueError(f"nothing to evaluate: no label counts, or {batches.NO_BATCH}")
@@ -329,7 +333,7 @@ class Trainer:
     def save(self) -> pathlib.Path:
         """Write a checkpoint into the folder ``checkpoints``, and return its path.
 
-        Call this on every process, between the steps of :meth:`steps` or after them.
+        Call this method on every process, between the steps of :meth:`steps` or after them.
 
         Raises:
             FileExistsError: if the folder has checkpoints from which this trainer did not resume.
@@ -357,7 +361,7 @@ class Trainer:
         rank = self.accelerator.process_index
         checkpoints.save(self._loader_state.state_dict(), folder / f"position-{rank}.pt")
         if self.accelerator.is_main_process:
-            for name, stateful in self._stateful().items():
+            for name, stateful in self._find_stateful().items():
                 checkpoints.save(stateful.state_dict(), folder / f"{name}.pt")
             progress = {"step": self.step, "epoch": self.epoch, "history": self._history}
             metadata = json.dumps({**self._describe(), **progress}, indent=1)
@@ -366,13 +370,13 @@ class Trainer:
     def resume(self) -> bool:
         """Restore the newest checkpoint; return False if there is none.
 
-        Training then continues as if it had never been interrupted: the same batches, random
-        numbers and losses. The loader has to be made as it was.
+        Training then continues with the batches, random numbers and losses of a run that was never
+        interrupted. The loader must be made with the same arguments as before.
 
         Raises:
-            ValueError: if the checkpoint has another version, number of processes or parts, or a
-                file that could execute code; or if a file is missing or damaged, which is noticed
-                before anything of the trainer changes.
+            ValueError: if the checkpoint was written by a different version, number of processes or
+                kind of trainer, if a file could execute code, or if a file is missing or damaged.
+                All files are checked before the trainer changes.
             pickle.UnpicklingError: if a file holds code; the code is not executed.
         """
         if self._folder is None:
@@ -385,7 +389,7 @@ class Trainer:
         rank = self.accelerator.process_index
         position = checkpoints.load(newest / f"position-{rank}.pt")
         self.accelerator.load_state(str(newest))
-        for name, stateful in self._stateful().items():
+        for name, stateful in self._find_stateful().items():
             stateful.load_state_dict(checkpoints.load(newest / f"{name}.pt"))
         self.step, self.epoch = metadata["step"], metadata["epoch"]
         self._history = [Evaluation(*values) for values in metadata["history"]]
@@ -394,7 +398,7 @@ class Trainer:
         return True
 
     def _describe(self) -> dict[str, int]:
-        """Return what a checkpoint and the trainer that resumes from it must have in common."""
+        """Return the properties that a checkpoint and a trainer that resumes from it must share."""
         return {
             "format": FORMAT,
             "processes": self.accelerator.num_processes,
@@ -403,8 +407,8 @@ class Trainer:
             "ema": int(self.ema is not None),
         }
 
-    def _stateful(self) -> dict[str, Any]:
-        """Return the parts for which Accelerate has no files that are safe to read."""
+    def _find_stateful(self) -> dict[str, Any]:
+        """Return the parts whose state Accelerate cannot store in files that are safe to read."""
         parts = {"scheduler": self.scheduler, "ema": self.ema}
         return {name: part for name, part in parts.items() if part is not None}
 
@@ -426,7 +430,7 @@ class Trainer:
         return prepared[even]
 
     def _show_bar(self, loader: Any, first: int, epochs: int) -> Any:
-        """Show a bar for the steps of ``epochs`` epochs, from the epoch ``first`` on."""
+        """Show a bar for the steps of ``epochs`` epochs that begin at the epoch ``first``."""
         try:
             steps = math.ceil(len(loader) / self._accumulate)
         except TypeError:  # an iterable dataset or a generator has no length
