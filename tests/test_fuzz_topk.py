@@ -243,13 +243,18 @@ def check(case: Case, device: torch.device) -> None:
     assert value.shape == (student.shape[:-1] if case.reduction == "none" else ())
     if size > 1e30:  # float32 overflows where float64 does not, so nothing is compared
         return
-    close(value.flatten(), want.flatten(), 8 * eps, 64 * eps * size * max(1, len(rows)), "loss")
-    is_comparable = rows.isfinite().view(*student.shape[:-1], 1) & gradient.isfinite()
+    # k3's exp(d) has a relative error of |d| times the rounding of d.
+    relative = 8 * eps * (1 + largest / min(t, 1.0)) if case.estimator == "k3" else 8 * eps
+    close(value.flatten(), want.flatten(), relative, 64 * eps * size * max(1, len(rows)), "loss")
+    # A loss that overflows, such as k3 of a token with a student probability of 1e-90, has no
+    # gradient to compare.
+    is_finite = rows.abs() < torch.finfo(acc).max / 2
+    is_comparable = is_finite.view(*student.shape[:-1], 1) & gradient.isfinite()
     info = torch.finfo(grad.dtype)
     close(
         grad.where(is_comparable, torch.zeros_like(grad)),
         gradient.where(is_comparable, torch.zeros_like(gradient)),
-        0.51 * info.eps + 8 * eps,
+        0.51 * info.eps + relative,
         64 * eps * abs(case.grad_output) * size + info.smallest_normal * info.eps,
         "gradient",
     )
