@@ -15,13 +15,13 @@ from fastkd import _C
 from fastkd._core import autograd, native
 
 FOLDER = pathlib.Path(__file__).parent
-# Under --import-mode=importlib the tests' folder is not on sys.path; support.py is in it.
+# Under --import-mode=importlib this folder, which has support.py, is not on sys.path.
 sys.path.insert(0, str(FOLDER))
 
 collect_ignore: list[str] = []
 try:
     from hypothesis import HealthCheck, settings
-except ModuleNotFoundError:  # skipped if not installed, as on a GPU machine without network
+except ModuleNotFoundError:  # A GPU machine without network may lack hypothesis
     collect_ignore += sorted(
         path.name for path in FOLDER.glob("test_*.py") if "from hypothesis" in path.read_text()
     )

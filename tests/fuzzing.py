@@ -1,4 +1,4 @@
-"""Shared parts of the fuzzers: odd numbers, memory layouts, comparisons, and the program."""
+"""Helpers of the fuzzers: special values, memory layouts, comparisons, and the command line."""
 
 import json
 import math
@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # as in conftest.py, for the programs
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # `make fuzz` does not run conftest.py
 
 import hypothesis
 import torch
@@ -26,12 +26,12 @@ LAYOUTS = ("contiguous", "rows apart", "sliced", "transposed", "classes apart", 
 TEMPERATURES = st.one_of(st.sampled_from([1.0, 2.0, 3.0, 4.0]), st.floats(0.25, 30.0))
 WEIGHTS = st.tuples(*[st.sampled_from([0.0, 0.3, 1.0, 2.5])] * 2)
 SMOOTHING = st.sampled_from([0.0, 0.1, 0.9, 1.0])
-# grad_outputs of fuzzed calls. Powers of two scale 16-bit gradients without rounding.
+# Powers of two scale 16-bit gradients without rounding.
 GRAD_OUTPUTS = st.sampled_from([1.0, 1.0, -1.0, -0.5, 2.0, 0.0])
 
 
 def odd_numbers(tensors: int) -> st.SearchStrategy[tuple[tuple[int, int, int, float], ...]]:
-    """Choose (which tensor, row, column, value) for a few entries."""
+    """Draw (tensor index, row, column, value) for a few entries."""
     place = (st.integers(0, tensors - 1), st.integers(0, 4), st.integers(0, 2**14))
     return st.lists(st.tuples(*place, st.sampled_from(ODD)), max_size=4).map(tuple)
 
@@ -50,12 +50,12 @@ def narrowed(labels: Tensor, dtype: str, classes: int, ignore_index: int = -100)
 
 
 def rarely(usual: Any, others: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
-    """Draw options of which most are their defaults in each case."""
+    """Draw the usual value in two of three cases, and another value otherwise."""
     return st.one_of(st.just(usual), st.just(usual), others)
 
 
 def sprinkle(values: list[Tensor], odd: tuple[tuple[int, int, int, float], ...]) -> None:
-    """Write odd numbers into contiguous matrices, at entries that exist."""
+    """Write special values into contiguous matrices; row and column wrap around."""
     for which, row, column, value in odd:
         matrix = values[which].view(-1, values[which].shape[-1])
         if len(matrix):
@@ -70,7 +70,7 @@ def laid_out(values: Tensor, layout: str) -> Tensor:
         memory = bytearray(values.numel() * size + 1)
         view = torch.frombuffer(memory, dtype=values.dtype, offset=1, count=values.numel())
         return view.view(shape).copy_(values)
-    if layout == "sliced":  # slices, as logits[..., :vocabulary] and logits[:, :-1] are
+    if layout == "sliced":  # Like logits[..., :vocabulary] and logits[:, :-1]
         more = [n + (1 if i else 0) for i, n in enumerate(shape)]
         base = values.new_full(more, math.nan)
         view = base[tuple(slice(0, n) for n in shape)]
@@ -95,7 +95,7 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
 
 
 def close(got: Tensor, want: Tensor, relative: float, absolute: float | Tensor, what: str) -> None:
-    """Return True if NaN and infinities agree, and other entries are within the bounds."""
+    """Raise an AssertionError if NaN or infinities differ, or other entries exceed the bounds."""
     # Values beyond the dtype's range may be inf.
     largest = min(torch.finfo(got.dtype).max, torch.finfo(FP32).max) / 2
     huge = want.abs() > largest
@@ -111,7 +111,7 @@ def close(got: Tensor, want: Tensor, relative: float, absolute: float | Tensor, 
 
 
 def largest_of(*tensors: Tensor) -> float:
-    """Return the greatest finite magnitude."""
+    """Return the greatest magnitude of the finite entries."""
     finite = [x.double().nan_to_num(0, 0, 0).abs() for x in tensors if x.numel()]
     return max([float(x.max()) for x in finite], default=0.0)
 
@@ -123,7 +123,7 @@ def lacks_inverse(lengths: Tensor, dtype: torch.dtype) -> bool:
 
 @contextmanager
 def settled(isa: str, threads: int, *, in_python: bool) -> Iterator[None]:
-    """Set the instruction set, the number of threads, and Python autograd, for the context."""
+    """Set the instruction set, thread count and autograd language within the context."""
     before, count = _C.isa(), torch.get_num_threads()
     _C.use_isa(isa)
     torch.set_num_threads(threads)

@@ -119,7 +119,7 @@ def cross_entropy(logits: Array, labels: Array, weight: Array | None, smoothing:
 
 
 class Parts(NamedTuple):
-    """Row losses, rows of the other fields, and the divisors of the two terms."""
+    """Losses and fields of each row, and the divisors of the hard and the soft term."""
 
     hard: Array
     soft: Array
@@ -149,7 +149,7 @@ def parts(
     ensemble: str = "probs",
     standardize: bool = False,
 ) -> Parts:
-    """Compute the rows of all fields in float64."""
+    """Compute all fields of each row in float64."""
     raw, y, given_weight = double(student), double_labels(labels), double(class_weight)
     many = [double(x) for x in (teachers if isinstance(teachers, (list, tuple)) else [teachers])]
     by_index = y is not None and y.ndim == 1
@@ -185,7 +185,7 @@ def parts(
 
 
 def terms(*arguments: Any, **options: Any) -> Fields:
-    """Compute every field in float64."""
+    """Compute every field of fastkd.Terms in float64."""
     rows = parts(*arguments, **options)
     if options.get("reduction") == "none":
         return Fields(rows.hard + rows.soft, *rows.fields)

@@ -1,7 +1,7 @@
-"""Compile other libraries' code as the oracle of fastkd.compat, and share its helpers.
+"""Compile other libraries' code as the oracle of fastkd.compat, and compare losses.
 
 A library's classes and functions are compiled from its installed source, alone. Importing the
-library would import its dependencies, a hundred times its size, with their warnings.
+library would also import its dependencies, a hundred times as much code.
 """
 
 import ast
@@ -29,13 +29,13 @@ def folder(package: str) -> pathlib.Path:
 
 
 def code(package: str, file: str, *names: str, **extra_globals: Any) -> SimpleNamespace:
-    """Compile named classes and functions of a package's file, without their decorators.
+    """Compile named classes and functions of a package's file, without decorators.
 
-    ``extra_globals``: names that the code uses beside torch, nn and F.
+    ``extra_globals``: names that the code uses besides torch, nn and F.
     """
     path = folder(package) / file
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # warnings about escapes in the libraries' docstrings
+        warnings.simplefilter("ignore")  # Escapes in the libraries' docstrings
         tree = ast.parse(path.read_text())
     definitions = {
         node.name: node
@@ -44,7 +44,7 @@ def code(package: str, file: str, *names: str, **extra_globals: Any) -> SimpleNa
     }
     missing = set(names) - set(definitions)
     assert not missing, f"{path} has no {missing} any more: the convention may have changed"
-    # Annotations stay text, since they name the file's imports.
+    # Annotations stay text, since some of them use names that the file imports.
     body: list[ast.stmt] = [
         ast.ImportFrom(module="__future__", names=[ast.alias(name="annotations")], level=0)
     ]
@@ -74,7 +74,7 @@ def timm_task() -> Any:
     ).LogitDistillationTask
 
 
-# Relative and absolute tolerance; libraries that always compute in float32 set the second.
+# Relative and absolute tolerances; SINGLE is for libraries that always compute in float32.
 DOUBLE = {"rtol": 1e-9, "atol": 1e-12}
 SINGLE = {"rtol": 2e-5, "atol": 2e-6}
 SHAPES = [(6, 5), (2, 4, 11)]

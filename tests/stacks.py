@@ -1,4 +1,4 @@
-"""Tiny language models, text and hand-written losses, for the tests that run other trainers."""
+"""Tiny language models, text and hand-written losses, for tests with other libraries' trainers."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -34,14 +34,14 @@ def llama(width: int, seed: int) -> Any:
 
 
 def sentences(count: int = 32) -> list[dict[str, list[int]]]:
-    """Return token ids and labels of different lengths, so that batches differ in their tokens."""
+    """Return token ids and labels of different lengths, so that batches differ in token count."""
     generator = torch.Generator().manual_seed(3)
     samples = []
     for index in range(count):
         length = 4 + index * 5 % (LENGTH - 3)
         tokens = torch.randint(3, VOCABULARY, (length,), generator=generator)
         labels = tokens.clone()
-        labels[: index % 3] = -100  # prompt without labels
+        labels[: index % 3] = -100  # A prompt without labels
         samples.append({"input_ids": tokens.tolist(), "labels": labels.tolist()})
     return samples
 
@@ -76,5 +76,5 @@ def by_hand(
 
 
 def losses(trainer: Any) -> list[float]:
-    """Return the losses that a transformers trainer has logged, one a step."""
+    """Return the losses that a transformers trainer has logged, one per step."""
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]

@@ -14,8 +14,8 @@ from fastkd import Head, reference
 
 FP64, FP32, BF16, FP16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
 DTYPES = (FP64, FP32, BF16, FP16)
-# Widest rows of each kernel of the CUDA planner (csrc/cuda/plan.cpp): both tiny kernels, warps and
-# CTAs with a row in registers (fp32, 16-bit); then rows for the streaming kernel.
+# Row widths at the upper limit of each kernel that csrc/cuda/plan.cpp chooses. In order: two tiny
+# kernels, warps and CTAs with a row in registers (fp32, 16-bit), the streaming kernel.
 CUDA_SIZE_CLASSES = (32, 128, 512, 1024, 4096, 8192, 20480, 40960, 163840, 425984)
 
 
@@ -61,7 +61,7 @@ def make(
 ) -> Problem:
     """Draw logits, equal on every device, and labels of which a share is ignored."""
     generator = torch.Generator().manual_seed(seed)
-    # Drawn in float32, in half the time of float64; the truth is computed from these values.
+    # Drawing in float32 takes half the time of float64; the truth uses the rounded values.
     wide = FP64 if FP64 in (dtype, teacher_dtype) else FP32
     student = torch.randn(shape, generator=generator, dtype=wide).mul_(spread)
     teacher = torch.randn(shape, generator=generator, dtype=wide).mul_(spread)
@@ -79,7 +79,7 @@ WIDTH, TEACHER_WIDTH = 24, 40
 
 
 class Heads(NamedTuple):
-    """Student head whose tensors require grad, and a teacher: a head, or another kind."""
+    """Student head whose tensors require grad, a teacher of any kind, and labels."""
 
     student: Head
     teacher: Any
@@ -249,14 +249,13 @@ def compute_dtype(student: Tensor, teacher: Tensor) -> torch.dtype:
     return FP64 if FP64 in (student.dtype, teacher.dtype) else FP32
 
 
-# Bounds, relative. A loss is a sum of non-negative row terms whose relative errors are those of an
-# exponential (2 ulp) at an argument of size up to about 100, hence some 10 units in the last place.
+# Relative bounds. A loss is a sum of non-negative row terms. Each term has the relative error of an
+# exponential (2 ulp) at an argument up to about 100: some 10 ulp.
 VALUE_BOUND = {FP32: 2e-6, FP64: 1e-14}
 GRAD_BOUND = {FP32: 2e-6, FP64: 1e-14}
-# Two units in the last place. They are the floor of "no worse than eager", which may be exact by
-# luck on a few numbers.
+# Floor of the comparison with eager PyTorch, whose result may be exact by luck.
 FLOOR = {FP32: torch.finfo(FP32).eps, FP64: torch.finfo(FP64).eps}
-# 16-bit gradients may be this much further off than the true gradient rounded to their dtype.
+# Allowed error of a 16-bit gradient, relative to the error of rounding the true gradient.
 ROUNDING = 1.5
 
 
@@ -267,7 +266,7 @@ def distance(value: Tensor, exact: Tensor) -> float:
 def assert_value(
     value: Tensor, truth: Answer, acc: torch.dtype, theirs: Tensor | None = None
 ) -> None:
-    """Assert that the loss is as exact as its compute type allows, and at least as eager's."""
+    """Assert that the loss is within the bound of its compute dtype, and no worse than eager's."""
     exact = truth.loss
     assert value.dtype == acc
     assert value.shape == exact.shape
@@ -303,7 +302,7 @@ def assert_grad(
         few = 2 * FLOOR[acc] * math.sqrt(exact.numel() / exact.shape[-1]) * weight
     if grad.dtype == acc:
         limit = GRAD_BOUND[acc] * size + few
-    else:  # rounded once
+    else:  # A 16-bit gradient is rounded once
         limit = ROUNDING * distance(exact.to(grad.dtype), exact) + FLOOR[acc] * size + few
     assert error <= limit, f"off by {error:.2e} of {size:.2e}, allowed {limit:.2e}"
     if theirs is not None:
@@ -311,7 +310,7 @@ def assert_grad(
         assert error <= limit, f"off by {error:.2e} of {size:.2e}, eager and floor {limit:.2e}"
     if exact.numel() == 0:
         return
-    # Bound each class too, since the norm hides single classes.
+    # The norm hides single classes, so each class has a bound, too.
     info, largest = torch.finfo(grad.dtype), float(exact.abs().max())
     rounding = 0.51 * max(info.eps, torch.finfo(acc).eps) * exact.abs()
     allowed = rounding + 8 * torch.finfo(acc).eps * largest + info.smallest_normal * info.eps + few
@@ -333,7 +332,7 @@ def assert_same(value: Tensor | None, expected: Tensor | None) -> None:
 
 
 def peak_bytes(function: Callable[[], Any]) -> int:
-    """Return a CPU allocator's peak of live bytes, measured by the profiler."""
+    """Return the CPU allocator's peak of live bytes, measured by the profiler."""
     with torch.autograd.profiler.profile(profile_memory=True) as profile:
         function()
     events = [e for e in profile.kineto_results.events() if e.name() == "[memory]"]

@@ -1,4 +1,4 @@
-"""Derivatives of every order, by each of torch's interfaces for them."""
+"""Derivatives of the loss, of every order, by each of torch's autograd interfaces."""
 
 import copy
 import io
@@ -109,7 +109,7 @@ def test_third_derivatives_and_those_of_terms(device):
 
 @pytest.mark.usefixtures("each_autograd")
 def test_gradient_penalty_through_a_model(device):
-    """Check a penalty on the gradient, which implementations with saved gradients get wrong."""
+    """The second derivatives of a gradient penalty reach the model's parameters."""
     torch.manual_seed(0)
     model = torch.nn.Linear(6, 7, dtype=FP64, device=device)
     x = torch.randn(4, 6, dtype=FP64, device=device, requires_grad=True)
@@ -124,7 +124,7 @@ def test_gradient_penalty_through_a_model(device):
     torch.testing.assert_close(*results, **EXACT)
 
 
-# ---- what comes into backward
+# ---- grad_output, repeated backward passes, changed inputs
 
 
 @pytest.mark.usefixtures("each_autograd")
@@ -150,7 +150,7 @@ def test_grad_output_scales_the_gradient(device, scale, reduction, dtype):
     ("dtype", "reduction", "terms"), pairwise(DTYPES, REDUCTIONS, [False, True]), ids=str
 )
 def test_a_second_backward_pass_is_right(device, terms, reduction, dtype):
-    """With retain_graph, all gradients are right, and later calls leave earlier results alone."""
+    """With retain_graph, all gradients are right, and later calls do not change earlier results."""
     student, teacher, labels = make((6, 203), dtype, device=device)
     acc = compute_dtype(student, teacher)
     leaf = student.requires_grad_()
@@ -206,7 +206,7 @@ def test_backward_after_the_graph_is_freed(device):
 @pytest.mark.usefixtures("each_autograd")
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 def test_inputs_changed_in_between_are_an_error(device, reduction):
-    """A change of the logits in place before backward raises an error."""
+    """Backward raises an error if the logits were changed in place after the forward pass."""
     student, teacher, labels = make((6, 20), device=device)
     hidden = student.requires_grad_() * 1.0
     value = fastkd.loss(hidden, teacher, labels, reduction=reduction).sum()
@@ -215,7 +215,7 @@ def test_inputs_changed_in_between_are_an_error(device, reduction):
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):
             value.backward()
     else:
-        # The gradient exists already: an error or the right gradient, never a wrong one.
+        # Backward may also return the gradient that the forward pass has computed.
         try:
             value.backward()
         except RuntimeError as error:
@@ -228,7 +228,7 @@ def test_inputs_changed_in_between_are_an_error(device, reduction):
 
 @pytest.mark.usefixtures("each_autograd")
 def test_inside_a_bigger_graph(device):
-    """The student is not a leaf, losses are added, the teacher is frozen, parameters are shared."""
+    """Gradients are right for a non-leaf student, a sum of losses, and shared parameters."""
     torch.manual_seed(0)
     model = (
         torch.nn.Sequential(torch.nn.Linear(6, 8), torch.nn.ReLU(), torch.nn.Linear(8, 7))
@@ -262,7 +262,7 @@ def test_teacher_gets_no_gradient(device):
     with pytest.raises(ValueError, match=r"teacher requires grad.*\.detach\(\)"):
         fastkd.terms(student, teacher, labels)
     with torch.no_grad(), pytest.raises(ValueError, match="teacher requires grad"):
-        fastkd.loss(student, teacher, labels)  # an error without gradients, too
+        fastkd.loss(student, teacher, labels)  # Raised without gradients, too
     for reduction in REDUCTIONS:
         value = fastkd.loss(student, teacher.detach(), labels, reduction=reduction)
         value.sum().backward()
@@ -276,7 +276,7 @@ def test_teacher_gets_no_gradient(device):
 @pytest.mark.parametrize(("inplace", "tensors"), [(False, 1.0), (True, 0.0)])
 @pytest.mark.parametrize("dtype", [FP32, BF16], ids=name_of)
 def test_memory_on_the_cpu(inplace, tensors, dtype):
-    """Forward and backward allocate one student tensor and a few numbers a row."""
+    """Forward and backward allocate one student tensor and a few numbers per row."""
     student, teacher, labels = make((16, 20000), dtype, ignored=0.0)
     leaf = student.requires_grad_()
     hidden = leaf * 1 if inplace else leaf
@@ -286,9 +286,9 @@ def test_memory_on_the_cpu(inplace, tensors, dtype):
     events = profile.profiler.kineto_results.events()
     taken = sum(max(e.nbytes(), 0) for e in events if e.name() == "[memory]")
     if inplace:
-        tensors += 1.0  # the matrix product before the logits
+        tensors += 1.0  # Memory of the product `leaf * 1`
     assert taken <= tensors * student.nbytes + 8192
-    assert taken >= tensors * student.nbytes  # the profiler recorded allocations
+    assert taken >= tensors * student.nbytes  # The profiler recorded allocations
 
 
 def test_a_gradient_in_use_is_not_written_over():
@@ -311,7 +311,7 @@ def test_a_gradient_in_use_is_not_written_over():
     assert torch.equal(again, alone[1])
     if native.EAGER is not None:
         assert again.data_ptr() in addresses
-    again.resize_(40, 20000)  # a view, as any tensor can be
+    again.resize_(40, 20000)  # The memory may be a view of a larger buffer
     assert torch.equal(again[:32], alone[1])
 
 
@@ -319,7 +319,7 @@ def test_a_gradient_in_use_is_not_written_over():
 @pytest.mark.parametrize("dtype", [FP16, BF16], ids=name_of)
 @pytest.mark.parametrize("divergence", ["forward_kl", "jsd"])
 def test_gradients_do_not_depend_on_the_scales_of_other_calls(dtype, shape, divergence):
-    """16-bit gradients are written for the previous grad_output, or recomputed."""
+    """16-bit gradients do not depend on the grad_output of an earlier call."""
     student, teacher, labels = make(shape, dtype)
 
     def gradients(factor: float) -> list[Tensor]:
@@ -346,7 +346,7 @@ def test_inference_mode_and_no_grad(device):
             inside = fastkd.loss(leaf, teacher, labels)
         assert torch.equal(inside, value) and not inside.requires_grad
     with torch.inference_mode():
-        frozen = teacher.clone()  # an inference tensor, as teachers often are
+        frozen = teacher.clone()  # An inference tensor, like many teachers' outputs
     fastkd.loss(leaf, frozen.clone(), labels).backward()
     assert_grad(leaf.grad, truth(student, teacher, labels).grad, FP32)
 
@@ -366,12 +366,12 @@ OPTIONS = {
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 @pytest.mark.parametrize("labels", ["indices", "probabilities"])
 def test_what_inference_mode_has_made(device, options, labels):
-    """Inference tensors, often a teacher's output, are copied: torch refuses to save them."""
+    """Inference tensors are copied, since torch refuses to save them for backward."""
     student, teacher, indices = make((6, 20), device=device)
     inputs = indices if labels == "indices" else teacher.softmax(-1)
     options = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in options.items()}
     if labels == "probabilities":
-        options.pop("inplace", None)  # options without a kernel
+        options.pop("inplace", None)  # Inplace needs a kernel
     with torch.inference_mode():
         frozen, frozen_labels = teacher.clone(), inputs.clone()
         made = {k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in options.items()}
@@ -452,7 +452,7 @@ def test_anomaly_mode_works(device):
         fastkd.loss(student.requires_grad_(), teacher, labels).backward()
 
 
-# ---- the module
+# ---- KDLoss
 
 
 def test_module_survives_deepcopy_pickle_and_torch_save(device):

@@ -1,4 +1,4 @@
-"""Messages about invalid arguments: they name the argument, its value, and valid values."""
+"""Error messages about invalid arguments name the argument, its value, and valid values."""
 # ruff: noqa: E501 - one mistake a line
 
 import math
@@ -25,7 +25,7 @@ def good() -> dict[str, Any]:
 
 
 Z = torch.zeros
-# (changes of a valid call, the error, a part of its message)
+# (changes of a valid call, the error, a part of the error's message)
 MISTAKES: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     # shapes and ranks
     "shapes differ": ({"teacher": Z(3, 6)}, ValueError, "student and teacher must have the same shape; got (3, 5) and (3, 6)"),
@@ -213,7 +213,7 @@ def test_a_refused_call_writes_nothing(mistake, grad, inplace):
 
 
 def test_the_table_is_of_mistakes():
-    """The unchanged call is valid, and each changed option is an option."""
+    """The unchanged call is valid, and each changed argument is an argument of fastkd.loss."""
     assert fastkd.loss(**good()).isfinite()
     for changed, _, _ in MISTAKES.values():
         assert set(changed) <= {*good(), *Options._fields}
@@ -289,7 +289,7 @@ def test_a_temperature_that_float32_cannot_square_or_invert(value, dtype):
 
 @pytest.mark.parametrize("value", [1e-18, 1e18])
 def test_the_least_and_the_greatest_temperature(value):
-    """Loss and gradient in float32 are finite at either end of the range."""
+    """Loss and gradient in float32 are finite at the least and at the greatest temperature."""
     for option in (value, torch.full((3,), value), torch.tensor(value, dtype=torch.float64)):
         student, teacher, labels = good().values()
         leaf = student.requires_grad_()
@@ -314,7 +314,7 @@ def test_errors_name_no_path_of_the_machine_that_built_the_extension():
     assert re.search(r"(^|\s)csrc/torch/\w+\.cpp", str(caught.value).split("\n")[0])
 
 
-# ---- odd, and right
+# ---- unusual arguments that are accepted
 
 
 def test_non_adjacent_classes_work(device):
@@ -359,7 +359,7 @@ def test_checks_that_look_at_data_need_tensors():
         fastkd.check_inputs(**good(), ignore_index=2**63)
 
 
-# Ways to make a tensor of another layout, and the call that the message names.
+# Conversions of a tensor to another layout, and the call that the error message names.
 LAYOUTS = {
     "coo": (lambda value: value.to_sparse(), "to_dense()"),
     "csr": (lambda value: value.to_sparse_csr(), "to_dense()"),
@@ -401,11 +401,11 @@ def test_tensors_of_other_layouts_are_refused(function, name, layout):
     if (layout == "csr" and value.dim() < 2) or (
         layout == "mkldnn" and not value.is_floating_point()
     ):
-        value = torch.rand(4, 7)  # torch.long has no other layout of this kind
+        value = torch.rand(4, 7)  # A tensor of torch.long, or of one dimension, has no such layout
     arguments[name] = make_other(value)
     kind = getattr(fastkd, function)
     with pytest.raises(TypeError, match=f"{name} must be a dense tensor") as caught:
-        if function in ("TopK", "Head"):  # checked by the constructor
+        if function in ("TopK", "Head"):  # The constructor checks the layout
             side = {"TopK": "teacher", "Head": "student"}[function]
             fields = {key: arguments.pop(key) for key in kind._fields if key in arguments}
             fastkd.loss(**{**arguments, side: kind(**fields)})
@@ -435,7 +435,7 @@ def test_arguments_of_another_type_are_named(function, arguments):
 
 def test_check_inputs_accepts_good_ones(device):
     student, teacher, labels = make((6, 40), device=device)
-    student[0], labels[0] = NAN, -100  # ignored without a check
+    student[0], labels[0] = NAN, -100  # Values of ignored rows are not checked
     teacher[1, :39] = -INF
     assert fastkd.check_inputs(student, teacher, labels) is None
     fastkd.check_inputs(student[1:], teacher[1:], temperature=torch.ones(5, device=device))
@@ -520,6 +520,6 @@ def test_probabilities_are_warned_about(device, dtype):
 
 
 def test_probabilities_are_never_refused(device):
-    """Tensors of probabilities may be logits, so only check_logits warns about them."""
+    """Probabilities are valid logits, so only check_logits warns about them."""
     probabilities = make((6, 40), device=device).student.softmax(-1)
     assert fastkd.loss(probabilities, probabilities) == 0

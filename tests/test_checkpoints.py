@@ -1,4 +1,4 @@
-"""Contents of checkpoints, and the names of checkpoint folders."""
+"""Checkpoints: their contents, their damage, and the names of their folders."""
 
 import copy
 import os
@@ -49,7 +49,7 @@ def plain() -> DataLoader:
 
 
 def losses(trainer: fastkd.Trainer, loader, until: int = 15) -> list[float]:
-    """Train up to a step, with a checkpoint after each pass; return the losses."""
+    """Train up to a step, with a checkpoint after each pass over the data; return the losses."""
     drawn = []
     while trainer.step < until:
         for step in trainer.steps(loader):
@@ -83,7 +83,7 @@ OWN = {
 @pytest.mark.parametrize("stop", [5, 7, 10])
 @pytest.mark.parametrize("which", OWN)
 def test_a_generator_of_the_loaders_own_comes_back(tmp_path, which, stop):
-    """The generator is restored in the middle of a pass and between two passes."""
+    """The loader's generator is restored in the middle of a pass and between two passes."""
 
     def loader():
         return OWN[which](torch.Generator().manual_seed(3))
@@ -105,14 +105,14 @@ def test_a_loader_of_other_generators_is_refused_within_a_pass(tmp_path):
     ):
         losses(trainer, plain())
     losses(trainer, OWN["loader"](torch.Generator()), 10)
-    trainer = trainer_in(tmp_path)  # the next pass may have another sampler
+    trainer = trainer_in(tmp_path)  # After the pass, another sampler is accepted
     trainer.resume()
     losses(trainer, plain())
 
 
 @pytest.mark.parametrize("stop", [5, 7])
 def test_random_numbers_drawn_after_resume_change_nothing(tmp_path, stop):
-    """The run's random numbers stay the same, even if it is interrupted twice."""
+    """A run draws the same random numbers, even if it is interrupted twice."""
     straight = losses(trainer_in(tmp_path / "a"), plain())
     resumed = losses(trainer_in(tmp_path / "b"), plain(), stop)
     for until in (8, 15):
@@ -162,7 +162,7 @@ def test_saving_once_more_at_the_same_step_writes_anew(tmp_path):
 
 @pytest.mark.parametrize("renamings", [1, 2])
 def test_an_interrupted_writing_anew_leaves_one_of_the_two(tmp_path, monkeypatch, renamings):
-    """The write is interrupted before and after the new folder takes the old one's name."""
+    """An interrupted save leaves the old or the new checkpoint complete."""
     trainer = trainer_in(tmp_path)
     next(trainer.steps(plain()))
     trainer.save()
@@ -333,8 +333,8 @@ def test_an_old_checkpoint_may_be_a_link(tmp_path, dangling):
     (folder / "step-00000005").symlink_to(elsewhere)
     if dangling:
         elsewhere.rename(tmp_path / "away")
-        trainer.save()  # step 5 again: the new checkpoint has the name of the dangling link
-    (folder / ".discarded").symlink_to(elsewhere)  # as after an interruption
+        trainer.save()  # The new checkpoint of step 5 has the name of the dangling link
+    (folder / ".discarded").symlink_to(elsewhere)  # Mimics an interrupted deletion
     logged += losses(trainer, plain(), 15)
     assert len(logged) == 15
     assert sorted(path.name for path in folder.iterdir()) == ["step-00000010", "step-00000015"]

@@ -1,4 +1,4 @@
-"""Plans of a Head's chunks: their sizes and their memory."""
+"""Plans of the chunks of a Head: their sizes and their memory."""
 
 import re
 from typing import Any
@@ -27,7 +27,7 @@ def plan(
     weight_grad: bool = True,
     **options: Any,
 ) -> Plan:
-    """Make a plan of these sizes for a teacher as wide as the student."""
+    """Make a plan of these sizes for a teacher of the student's width."""
     widths, dtypes = [student_width] * 2, [dtype, dtype, weight_dtype or dtype]
     sizes = Sizes(rows, classes, *widths, *dtypes, weight_grad, device, logits_per_row)
     return plan_sizes(sizes, **options)
@@ -82,7 +82,7 @@ def test_chunks_of_classes_cover_all_classes(sizes, most, writes):
     rows, classes, width = sizes["rows"], sizes["classes"], sizes["student_width"]
     item = int(sizes["logits_per_row"]) * sizes["dtype"].itemsize
     grad_row = width * sizes["dtype"].itemsize * sizes["weight_grad"]
-    classes = min(classes, 500 * most)  # bounds the test's time
+    classes = min(classes, 500 * most)  # Bounds the test's time
     end = 0
     for chunk in class_chunks(rows, classes, most, item, grad_row, writes=writes):
         assert chunk.start == end and 0 < chunk.size <= most
@@ -95,8 +95,8 @@ def test_chunks_of_classes_cover_all_classes(sizes, most, writes):
     assert end == classes
 
 
-# Shapes of Llama 3 and Qwen heads, the memory for them beyond the inputs on a GPU of 80 GB, and the
-# dtype of the summed gradient.
+# Sizes of Llama 3 and Qwen heads; the memory of their plan on a GPU of 80 GB, in MiB, without the
+# inputs; the dtype of the summed gradient.
 TARGETS = [
     ((4096, 128256, 2048), 2100, "auto"),
     ((8192, 151936, 1024), 2300, "auto"),
@@ -114,10 +114,10 @@ def test_large_heads_fit_their_memory(sizes, mib, accumulate):
     assert chosen.chunk >= 768
 
 
-# Memory of Liger's fused loss for these shapes: docs/linear.md.
+# The bounds are the memory of Liger's fused loss for these sizes (docs/linear.md).
 @pytest.mark.parametrize(("sizes", "mib"), [(TARGETS[0][0], 564), (TARGETS[1][0], 334)], ids=str)
 def test_the_least_memory_is_two_gradients(sizes, mib):
-    """The least memory of chunks of classes is the two gradients plus small chunks."""
+    """Chunks of classes need at least the memory of two gradients plus small chunks."""
     chosen = plan(*sizes, dtype=BF16, device="cuda", max_workspace=mib * MIB - 1)
     rows, classes, width = sizes
     assert chosen.chunk_by == "classes" and chosen.accumulate is BF16
@@ -135,7 +135,7 @@ def test_one_chunk_sums_nothing():
     assert plan(512, 1000, 64, dtype=BF16).accumulate is BF16
     assert plan(512, 1000, 64, dtype=BF16, chunk_size=128).accumulate is FP32
     assert plan(512, 1000, 64, dtype=BF16, chunk_size=128, accumulate_dtype=BF16).accumulate is BF16
-    # The sum is scaled before it is rounded, since it may overflow without.
+    # A float16 sum may overflow before it is scaled, so the sum is in float32.
     assert plan(512, 1000, 64, dtype=FP16).accumulate is FP32
     assert plan(512, 1000, 64, dtype=BF16, weight_dtype=FP32).accumulate is FP32
     assert plan(512, 1000, 64, dtype=FP64, chunk_size=128).accumulate is FP64
@@ -169,7 +169,7 @@ def test_bad_arguments_are_refused(wrong, message):
         fastkd.chunks.plan(**{**make_heads()._asdict(), **wrong})
 
 
-# ---- the properties of a call
+# ---- sizes of a call
 
 
 def sizes(inputs: Any, **options: Any) -> Sizes:
@@ -207,7 +207,7 @@ def test_autocast_changes_the_sizes():
 
 
 def test_meta_tensors_are_planned_for_a_gpu():
-    """A plan needs no data, so meta tensors larger than any memory have a plan."""
+    """Meta tensors larger than any memory have a plan, since a plan needs no data."""
 
     def head(width: int) -> Head:
         shapes = ((4096, width), (128256, width))
@@ -251,5 +251,5 @@ def test_a_bound_too_small_is_refused():
         ValueError, match=r"max_workspace=1048576 .* accumulate_dtype=torch.bfloat16"
     ):
         plan(4096, 128256, 2048, dtype=torch.bfloat16, max_workspace=MIB)
-    with pytest.raises(ValueError, match=r"take [0-9]+ bytes$"):  # float16 cannot sum
+    with pytest.raises(ValueError, match=r"take [0-9]+ bytes$"):  # The sum cannot be in float16
         plan(4096, 128256, 2048, dtype=FP16, max_workspace=MIB, chunk_by="rows")

@@ -1,4 +1,4 @@
-"""The command line: training and report from a YAML file, and messages about bad files."""
+"""The command line: distill and report from a YAML file, and messages about bad files."""
 
 import dataclasses
 import importlib
@@ -239,7 +239,7 @@ def test_history_goes_on_where_a_run_was_interrupted(config_path, monkeypatch, c
     arguments = (monkeypatch, "distill", "--config", config_path)
     run(*arguments, "--epochs", 1)
     run(*arguments, "--resume=true")
-    run(*arguments, "--resume=true")  # nothing remains to do
+    run(*arguments, "--resume=true")  # No epoch remains
     history = json.loads((config_path.parent / "out" / "history.json").read_text())
     assert len(history) == 3 and history[2]["soft"] < history[1]["soft"] < history[0]["soft"]
     assert f"accuracy {100 * history[-1]['accuracy']:.1f} %" in capsys.readouterr().out
@@ -268,14 +268,14 @@ def test_a_cache_that_does_not_fit(config_path, monkeypatch, capsys, change):
 @pytest.mark.parametrize(
     "other",
     [
-        ["train_options={first: 7, last: 400}"],  # extends the cache
+        ["train_options={first: 7, last: 400}"],  # Extends the cache
         ["train_options={first: 7, last: 214}", "teacher="],
         ["validation_options.first=250"],
         ["validation_options.first=250", "teacher="],
     ],
 )
 def test_a_cache_of_other_data(config_path, monkeypatch, capsys, other):
-    """A cache of other data is refused, and nothing is added to it."""
+    """A cache of other data is refused, and no file is added to the cache."""
     cache = config_path.parent / "cache"
     cached = ("distill", "--config", config_path, f"--teacher_cache={cache}")
     run(monkeypatch, *cached, "--checkpoints=false", "--train_options.last=207")
@@ -355,7 +355,7 @@ def test_a_cached_teacher_teaches_the_same(config_path, monkeypatch, capsys):
 
 
 def test_the_most_probable_classes_teach_nearly_the_same(config_path, monkeypatch):
-    """The cache has all ten classes, so it differs by float16 rounding only."""
+    """A cache of all ten classes differs from the teacher only by float16 rounding."""
     loss = "--loss={temperature: 2, alpha: 0.1}"
     arguments = (monkeypatch, "distill", "--config", config_path, loss)
     run(*arguments, "--output", config_path.parent / "live")
@@ -436,7 +436,7 @@ def swept(config_path: pathlib.Path, output: str) -> dict[tuple, float]:
 
 
 def test_a_sweep_is_a_table_of_trainings(config_path, monkeypatch, capsys):
-    """Each run is that of a trainer; the table has means, standard errors and differences."""
+    """Each run equals a Trainer's; the table has means, standard errors and differences."""
     run(
         *(monkeypatch, "sweep", "--config", config_path, "--alpha=[0.1]", "--divergence=[jsd]"),
         *("--temperature=[1,4]", "--share=[0.5,1]", "--seeds=2"),
@@ -482,7 +482,7 @@ def test_a_sweep_continues_where_it_stopped(config_path, monkeypatch):
     whole = file.read_text()
     lines = whole.splitlines(keepends=True)
     assert len(lines) == 1 + 2 * 2
-    file.write_text("".join(lines[:3]) + lines[3][:9])  # killed while it wrote a line
+    file.write_text("".join(lines[:3]) + lines[3][:9])  # As if killed while writing a line
     trained = []
     fit = fastkd.Trainer.fit
     monkeypatch.setattr(
@@ -490,7 +490,7 @@ def test_a_sweep_continues_where_it_stopped(config_path, monkeypatch):
     )
     run(*arguments, "--seeds=2")
     assert file.read_text() == whole and len(trained) == 2
-    run(*arguments, "--seeds=3")  # a further seed
+    run(*arguments, "--seeds=3")  # One more seed
     assert file.read_text().startswith(whole) and len(trained) == 4
 
 
@@ -530,7 +530,7 @@ def test_a_sweep_refuses(config_path, monkeypatch, capsys, change, message):
     assert re.search(f"^fastkd sweep: .*{message}", error), error
 
 
-# ---- what is refused
+# ---- refused configurations
 
 
 @pytest.mark.parametrize(
@@ -623,7 +623,7 @@ def test_a_sentence_names_the_key(config_path, monkeypatch, capsys, change, mess
 def test_a_configuration_runs_no_command(config_path, monkeypatch, capsys, command, key, factory):
     name, proof = next(config_path.parent.glob("parts_*.py")).stem, config_path.parent / "proof"
     if command == "report" and key == "train":
-        key = "validation"  # a report has no training data
+        key = "validation"  # A report has no training data
     lines = [
         line for line in config_path.read_text().splitlines() if not line.startswith(f"{key}:")
     ]
@@ -645,7 +645,7 @@ def test_a_file_cannot_set_options_of_the_command_line(config_path, monkeypatch,
 @pytest.mark.parametrize("key", ["student", "student_options", "loss", "epochs"])
 @pytest.mark.parametrize("nested", [False, True])
 def test_class_path_imports_nothing(config_path, monkeypatch, capsys, key, nested):
-    """jsonargparse imports classes named by class_path for types that accept them."""
+    """A class_path in the file imports no module, though jsonargparse supports class_path."""
     proof = config_path.parent / "imported"
     (config_path.parent / "evil.py").write_text(f"open({str(proof)!r}, 'w')\nclass Evil: pass\n")
     monkeypatch.syspath_prepend(config_path.parent)
@@ -655,13 +655,13 @@ def test_class_path_imports_nothing(config_path, monkeypatch, capsys, key, neste
     ]
     lines += [f"{key}: {f'{{width: {value}}}' if nested else value}"]
     config_path.write_text("\n".join(lines))
-    with pytest.raises((SystemExit, TypeError)):  # the student's constructor refuses this width
+    with pytest.raises((SystemExit, TypeError)):  # The student's constructor refuses this width
         run(monkeypatch, "distill", "--config", config_path)
     assert not proof.exists() and "evil" not in sys.modules
 
 
 def test_other_modules_are_not_imported(config_path, monkeypatch, capsys, tmp_path_factory):
-    """Modules named by --module, and their submodules, are imported."""
+    """Only modules named by --module, and their submodules, are imported."""
     elsewhere = tmp_path_factory.mktemp("elsewhere")
     package = elsewhere / "distant_parts"
     package.mkdir()
@@ -679,7 +679,7 @@ def test_other_modules_are_not_imported(config_path, monkeypatch, capsys, tmp_pa
 
 
 def test_modules_beside_a_configuration_replace_no_other(config_path, monkeypatch, capsys):
-    """The configuration's folder comes last in sys.path."""
+    """The configuration's folder is the last entry of sys.path."""
     before = list(sys.path)
     (config_path.parent / "wave.py").write_text("raise ZeroDivisionError")
     change = ("--student=wave:open",)
@@ -737,7 +737,7 @@ def test_numbers_of_a_file(config_path, monkeypatch):
 
 
 def test_nested_aliases_end_at_once(tmp_path):
-    """The aliases stand for 9^10 values, so another process reads them."""
+    """Aliases that stand for 9^10 values are refused within the time limit."""
     lines = ["a0: &a0 [1, 1, 1, 1, 1, 1, 1, 1, 1]"]
     lines += [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 10)]
     file = tmp_path / "config.yaml"
@@ -765,7 +765,7 @@ def test_a_named_pipe_is_not_waited_for(tmp_path):
 
 
 def command_in_another_process(file: pathlib.Path) -> str:
-    """Return the output of a refused command; fail if it does not end."""
+    """Run a command that must be refused within a minute; return its stderr."""
     command = [sys.executable, "-m", "fastkd", "distill", "--config", str(file)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert done.returncode == 2, done.stderr
@@ -842,7 +842,7 @@ def test_weights_of_another_model(config_path, monkeypatch, capsys):
     ("factory", "error"), [("broken", ZeroDivisionError), ("misled", ValueError)]
 )
 def test_the_user_s_own_errors_keep_their_traceback(config_path, monkeypatch, factory, error):
-    """Errors that the user's code gets from fastkd keep their traceback, too."""
+    """Errors that fastkd raises in the user's factory keep their traceback, too."""
     name = next(config_path.parent.glob("parts_*.py")).stem
     with pytest.raises(error):
         run(monkeypatch, "distill", "--config", config_path, f"--student={name}:{factory}")
@@ -856,7 +856,7 @@ def test_the_user_s_own_errors_keep_their_traceback(config_path, monkeypatch, fa
     ],
 )
 def test_what_does_not_fit_the_teacher(config_path, monkeypatch, capsys, change, message):
-    """The message comes before anything is trained or written."""
+    """The error is raised before anything is trained or written."""
     cached = f"--teacher_cache={config_path.parent / 'cache'}"
     error = refused(monkeypatch, capsys, "distill", "--config", config_path, cached, f"--{change}")
     assert error.splitlines()[-1].startswith(f"fastkd distill: {message}")

@@ -1,4 +1,4 @@
-"""Promises of all adapters in fastkd.compat, and docs/compat.md."""
+"""Behavior that all adapters in fastkd.compat share, and docs/compat.md."""
 
 import pathlib
 import re
@@ -31,7 +31,7 @@ KD = torchdistill.KDLoss("s", "output", "t", "output", temperature=2.0, alpha=0.
 SOFT = deit.DistillationLoss(nn.CrossEntropyLoss(), nn.Identity(), "soft", 0.5, tau=2.0)
 NO_LISTS = dict.fromkeys(("topk_logprobs", "topk_indices", "labels"))
 
-# (student logits, teacher logits, labels) -> loss, for one adapter of each library.
+# One adapter of each library: (student logits, teacher logits, labels) -> loss.
 MASKING = {
     "distilbert": lambda s, t, y: distilbert.step_loss(
         s[None], t[None], y[None] >= 0, y[None], alpha_mlm=1.0, alpha_clm=0.0, alpha_mse=0.1
@@ -107,7 +107,7 @@ def test_cuda_agrees_with_the_cpu(name):
 
 
 def test_every_adapter_has_a_section():
-    """Each section of docs/compat.md has an import that works."""
+    """Each adapter has a section in docs/compat.md, whose import works."""
     imports = re.findall(r"^\+ (from .*)$", (ROOT / "docs" / "compat.md").read_text(), re.MULTILINE)
     assert [line.split()[1] for line in imports] == [f"fastkd.compat.{n}" for n in compat.__all__]
     for line in imports:

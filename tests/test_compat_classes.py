@@ -1,4 +1,4 @@
-"""fastkd.compat against libraries for classifiers: their code, or their formula."""
+"""Adapters in fastkd.compat for classifiers equal the libraries' code, or their formula."""
 
 import copy
 import functools
@@ -13,10 +13,10 @@ from torch.nn import functional as F
 
 from fastkd.compat import deit, keras, mdistiller, timm, torchdistill
 
-# torch's warning about a default that several libraries use.
+# Several libraries use the default that torch warns about.
 pytestmark = pytest.mark.filterwarnings("ignore:reduction. 'mean' divides the total loss")
 
-# ------------------------------------------------------------- torchdistill
+# ---- torchdistill
 
 PATHS = ("head", "output", "classifier", "input")
 
@@ -59,7 +59,7 @@ def test_torchdistill_gives_its_own_loss(name, reduction, options):
 
 @pytest.mark.parametrize("reduction", ["batchmean", "mean", "sum"])
 def test_torchdistill_images_and_soft_targets(reduction):
-    """Per-pixel classes have two denominators; mixup has targets of probabilities."""
+    """Per-pixel classes have two denominators; mixup has labels of probabilities."""
     ours = torchdistill.KDLoss(*PATHS, temperature=2.0, alpha=0.3, reduction=reduction)
     theirs = torchdistill_code().KDLoss(*PATHS, temperature=2.0, alpha=0.3, reduction=reduction)
     student, teacher, _ = draw((2, 5, 3, 4))
@@ -97,7 +97,7 @@ def test_torchdistill_refuses_unsupported_options():
         torchdistill.LogitStdKDLoss(*PATHS, temperature=2.0, eps=1e-5, alpha=0.5)
 
 
-# --------------------------------------------------------------------- timm
+# ---- timm
 
 
 def models(classes: int = 5) -> tuple[nn.Module, nn.Module]:
@@ -157,12 +157,12 @@ def test_timm_refuses_a_name():
         timm.LogitDistillationTask(nn.Linear(2, 3), "resnet50")
 
 
-# -------------------------------------------------------------------- Keras
+# ---- Keras
 
 
 @pytest.fixture(scope="module")
 def keras_package(tmp_path_factory):
-    """Import Keras on the torch backend, which it reads from the environment."""
+    """Import Keras with torch as its backend, which Keras reads from the environment."""
     peers.folder("keras")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("KERAS_BACKEND", "torch")
@@ -173,7 +173,7 @@ def keras_package(tmp_path_factory):
 
 
 def keras_loss(package, temperature: float):
-    """Compute Keras' KL of softened probabilities by its instance, not its name."""
+    """Return Keras' distillation loss with the KL as an instance, not as a name."""
     return package.distillation.LogitsDistillation(temperature, package.losses.KLDivergence())
 
 
@@ -207,7 +207,7 @@ def test_keras_distiller_trains_like_its_own(keras_package, weight, with_labels)
     )
     x, y = torch.randn(6, 3), torch.arange(6) % 5 if with_labels else None
     torch.testing.assert_close(ours.compute_loss(x, y), theirs.compute_loss(x, y), **SINGLE)
-    if with_labels or weight < 1:  # gradient for the logits, which both take as y_pred
+    if with_labels or weight < 1:  # Both losses take the logits as y_pred
         agree(
             lambda s: ours.compute_loss(x, y, s),
             lambda s: theirs.compute_loss(x, y, s),
@@ -230,7 +230,7 @@ def test_keras_distiller_sets_training_modes(keras_package):
     ours = keras.Distiller(teacher, student, keras.LogitsDistillation()).train()
     x, y = torch.randn(6, 3), torch.arange(6) % 5
     before = copy.deepcopy(teacher.state_dict())
-    assert ours.compute_loss(x, y) != ours.compute_loss(x, y)  # in case of dropout in the student
+    assert ours.compute_loss(x, y) != ours.compute_loss(x, y)  # The student's dropout is active
     assert ours.compute_loss(x, y, training=False) == ours.compute_loss(x, y, training=False)
     torch.testing.assert_close(teacher.state_dict(), before, rtol=0, atol=0)
     assert not any(module.training for module in teacher.modules())
@@ -240,7 +240,7 @@ def test_keras_distiller_sets_training_modes(keras_package):
 
 def test_keras_without_the_teacher():
     logits, _, labels = draw((6, 5))
-    no_teacher = nn.Linear(1, 1)  # raises if it is called, since the inputs have another width
+    no_teacher = nn.Linear(1, 1)  # Raises if it is called, since the inputs have another width
     ours = keras.Distiller(
         no_teacher, nn.Identity(), keras.LogitsDistillation(), student_loss_weight=1.0
     )
@@ -286,7 +286,7 @@ def test_keras_refuses_unsupported_losses():
         keras.Distiller(teacher, student, [keras.LogitsDistillation()])
 
 
-# ----------- DeiT and mdistiller, which are no packages: the formulas written out
+# ---- DeiT and mdistiller have no packages, so their formulas are written out
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0])

@@ -1,4 +1,4 @@
-"""fastkd.compat against libraries with sparse teachers: their own code."""
+"""Adapters in fastkd.compat for sparse teachers equal the libraries' code."""
 
 import functools
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from peers import MASKS, agree, draw
 
 from fastkd.compat import ms_swift, trl_sdft
 
-# ---------------------------------------------------------------- TRL's SDFT and SDPO
+# ---- TRL's SDFT and SDPO
 
 
 @functools.cache
@@ -37,7 +37,7 @@ def test_trl_sdft_gives_its_own_loss(alpha):
     )
 
 
-# One class without a tail has the probability 1.
+# k=1 without a tail is left out: its only class has the probability 1.
 @pytest.mark.parametrize(
     ("k", "add_tail"), [(1, True), (3, True), (3, False), (10, True), (10, False)]
 )
@@ -56,7 +56,7 @@ def test_trl_sdft_of_the_students_top_k(k, add_tail, alpha):
     )
 
 
-# --------------------------------------------------------------------------- ms-swift
+# ---- ms-swift
 
 
 @functools.cache
@@ -67,7 +67,7 @@ def swift():
         "swift", "rlhf_trainers/gkd_loss.py", *names, *defaults, Enum=Enum, Optional=Optional
     )
     theirs.TeacherOutput.__module__ = __name__
-    dataclass(theirs.TeacherOutput)  # peers.code leaves decorators out
+    dataclass(theirs.TeacherOutput)  # peers.code removes decorators
     return theirs
 
 
@@ -77,7 +77,7 @@ def outputs(**arguments):
 
 
 def same_loss(student, target, beta, temperature, **teacher):
-    """Assert equal sums, gradients and numbers of tokens."""
+    """Assert equal sums, gradients and token counts."""
     call = (target, beta, temperature)
     theirs = swift().TeacherOutput(**teacher)
     agree(
@@ -101,10 +101,10 @@ def test_ms_swift_gives_its_own_loss(beta, temperature, mask):
 @pytest.mark.parametrize("form", ["log-probabilities", "logits"])
 @pytest.mark.parametrize("beta", [0.0, 0.5, 1.0])
 def test_ms_swift_with_lists(form, temperature, beta):
-    """ms-swift's servers send log-probabilities; its local teachers send logits."""
+    """Lists of log-probabilities (from servers) and of logits (local teachers) are accepted."""
     student, teacher, labels = draw((2, 6, 11), "some ignored")
     values, indices = (teacher if form == "logits" else teacher.log_softmax(-1)).topk(4)
-    values[0, 1] = -torch.inf  # a token that the server did not score, which does not count
+    values[0, 1] = -torch.inf  # A token that the server did not score has no soft term
     lists = {"topk_logprobs": values, "topk_indices": indices}
     same_loss(student, labels, beta, temperature, **lists, labels=labels)
 

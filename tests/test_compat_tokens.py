@@ -1,4 +1,4 @@
-"""fastkd.compat against libraries for language models: their code, or their formula."""
+"""Adapters in fastkd.compat for language models equal the libraries' code, or their formula."""
 
 import functools
 import math
@@ -12,10 +12,10 @@ from torch.nn import functional as F
 
 from fastkd.compat import distilbert, liger, modelopt, nemo, textbrewer, torchtune, trl
 
-# torch's warning about a default that several libraries use.
+# Several libraries use the default that torch warns about.
 pytestmark = pytest.mark.filterwarnings("ignore:reduction. 'mean' divides the total loss")
 
-# ---------------------------------------------------------------- torchtune
+# ---- torchtune
 
 TORCHTUNE = [
     ("ForwardKLLoss", "ForwardKLWithChunkedOutputLoss", {}),
@@ -96,7 +96,7 @@ def test_torchtune_refuses_labels_of_another_length(name):
         loss(student, teacher, labels.flatten()[:6])
 
 
-# ---------------------------------------------------------------------- TRL
+# ---- TRL
 
 
 @functools.cache
@@ -138,7 +138,7 @@ def test_trl_with_a_global_count(mask, count):
 
 @pytest.mark.parametrize("shape", [(), (1,), (2,), (2, 1)])
 def test_trl_with_a_count_for_every_gpu(shape):
-    """The trainer averages the count over the GPUs, as it does its own loss."""
+    """The count is averaged over the GPUs, as TRL's trainer averages its own loss."""
     student, teacher, labels = draw((2, 4, 11), "some ignored")
     options = {"labels": labels, "num_items_in_batch": torch.full(shape, 5.0).double()}
     agree(
@@ -170,9 +170,8 @@ def test_trl_refuses_unsupported_options():
                 trl.generalized_jsd_loss(student, teacher, labels, num_items_in_batch=count)
 
 
-# -------------------------------------------------------------------- Liger
-# Its modules are Triton kernels, which need a GPU. The JSD of its chunked losses is PyTorch; KL is
-# torch's own function by its documentation, and TVD is written out.
+# ---- Liger's modules are Triton kernels, which need a GPU. The oracle of the JSD is the PyTorch
+# code of Liger's chunked losses. KL is torch's own function, and TVD is written out.
 
 
 @pytest.mark.parametrize("beta", [0.0, 0.1, 0.5, 1.0])
@@ -270,7 +269,7 @@ def test_liger_refuses_losses_for_each_class(make):
         make(reduction="none")
 
 
-# --------------------------------------------------- TextBrewer, modelopt, NeMo
+# ---- TextBrewer, modelopt, NeMo
 
 
 @pytest.mark.parametrize("name", ["kd_ce_loss", "kd_mse_loss"])
@@ -341,7 +340,7 @@ def test_nemo_refuses_a_count_of_nothing():
         nemo.KDLoss()(*draw((2, 4, 11)), 0)
 
 
-# -------------------- DistilBERT, which is no package: the formula written out
+# ---- DistilBERT has no package, so its formula is written out
 
 
 @pytest.mark.parametrize("restrict", [False, True])
@@ -358,7 +357,7 @@ def test_nemo_refuses_a_count_of_nothing():
 def test_distilbert_gives_its_own_loss(weights, restrict):
     student, teacher, labels = draw((2, 6, 5), "some ignored")
     attention = torch.ones(2, 6, dtype=torch.long)
-    attention[1, 4:] = 0  # at least one row with and one without a label
+    attention[1, 4:] = 0  # At least one row with a label and one without
     rows = labels > -1 if restrict else attention.bool()
 
     def formula(s: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from fastkd._core import shapes
 from fastkd._core.dense import Arguments
 
 pytestmark = [
-    # Warnings of torch's own compiler and exporter on some versions.
+    # Some versions of torch's compiler and exporter warn.
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
     pytest.mark.filterwarnings("ignore::FutureWarning"),
 ]
@@ -32,7 +32,7 @@ def run(function, student, *rest):
 
 
 def recorder(graphs: list):
-    """Backend aot_eager that stores the graphs of forward and backward."""
+    """Return the backend aot_eager with a record of the graphs of forward and backward."""
     from functorch.compile import make_boxed_func
     from torch._dynamo.backends.common import aot_autograd
 
@@ -57,7 +57,7 @@ CALLS = {
 
 @pytest.mark.parametrize("call", CALLS)
 def test_a_compiled_loss_equals_the_eager_one(device, call):
-    """Forward and backward are one graph each, of the op and not of its formula."""
+    """Forward and backward are one graph each, which calls the op."""
     student, teacher, labels = make((3, 4, 50), device=device)
     graphs = []
     compiled = torch.compile(CALLS[call], fullgraph=True, backend=recorder(graphs))
@@ -78,7 +78,7 @@ def test_a_compiled_loss_equals_the_eager_one(device, call):
 
 @pytest.mark.parametrize("dtype", [BF16, FP16], ids=name_of)
 def test_compiled_16_bit_gradients(device, dtype):
-    """A compiled backward pass does not know the loss scale beforehand."""
+    """Compiled 16-bit gradients are exact, though the loss scale is unknown in the forward pass."""
     student, teacher, labels = make((64, 8000), dtype, device=device, spread=1.0)
     compiled = torch.compile(
         lambda *a: fastkd.loss(*a, temperature=4.0, alpha=0.1), fullgraph=True, backend="aot_eager"
@@ -103,7 +103,7 @@ def test_dynamic_shapes_need_one_graph(device):
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_inductor_gives_the_eager_gradient(device):
-    """The default backend fuses operations around the op."""
+    """The default backend fuses operations before and after the op."""
     student, teacher, labels = make((6, 50), device=device)
 
     def step(s, t, y):
@@ -185,7 +185,7 @@ EVERY_OPTION = {
 @pytest.mark.slow
 @pytest.mark.parametrize("name", EVERY_OPTION)
 def test_every_option_compiles(name):
-    """Every option compiles in one graph, including those without kernels."""
+    """Every option compiles to one graph, including options without kernels."""
     student, teacher, labels = make((6, 50))
     labels, options = labels.clamp(max=39), EVERY_OPTION[name]
     student.requires_grad_()
@@ -286,7 +286,7 @@ def arguments_of(teacher, labels, rows, reduction, *, smoothing=0.1, with_terms=
     ))  # fmt: skip
 
 
-@pytest.mark.parametrize(  # every pair of values occurs
+@pytest.mark.parametrize(  # Every pair of values occurs
     ("labels", "reduction", "dtype"),
     [
         (True, "none", FP32),

@@ -30,7 +30,7 @@ def step(student: Tensor, teacher: Tensor, labels: Tensor | None) -> tuple[Tenso
 
 @pytest.mark.parametrize("shape", [(40, 10), (300, 1000), (2, 3 * _C.segment + 5)], ids=str)
 def test_many_threads_at_once(device, each_autograd, shape):
-    """Each thread has its own problem, and gets the same answer as alone."""
+    """Each of several threads gets the result that its problem has in a single thread."""
     problems = [make(shape, device=device, seed=seed) for seed in range(TEAM)]
     alone = [step(*problem) for problem in problems]
     with ThreadPoolExecutor(TEAM) as pool:
@@ -54,7 +54,7 @@ def test_threads_share_a_graph(device, each_autograd):
             return torch.autograd.grad(value, leaf, outgoing, retain_graph=True)[0]
 
         with ThreadPoolExecutor(TEAM) as pool:
-            factors = [2.0**i for i in range(TEAM)]  # powers of two scale without rounding
+            factors = [2.0**i for i in range(TEAM)]  # Powers of two scale without rounding
             for factor, grad in zip(factors, pool.map(gradient, factors), strict=True):
                 torch.testing.assert_close(grad, factor * expected, rtol=1e-6, atol=0)
 
@@ -165,7 +165,7 @@ print("finished")
 """
 
 
-@pytest.mark.parametrize(  # every pair of values occurs
+@pytest.mark.parametrize(  # Every pair of values occurs
     ("language", "retain", "loss"),
     [
         ("cpp", "free", "dense"),
@@ -175,10 +175,10 @@ print("finished")
     ],
 )
 def test_threads_run_backward_through_one_graph(language, retain, loss):
-    """Each thread gets its own gradient or, without retain_graph, torch's error.
+    """Each thread gets a gradient of its own or, without retain_graph, torch's error.
 
-    Without retain_graph two threads may both get the gradient, as from torch's nodes: the engine
-    releases the saved tensors some time after the gradient is computed.
+    Without retain_graph, two threads may both get the gradient, as from torch's own nodes. The
+    engine releases saved tensors some time after it computes the gradient.
     """
     batches = "1" if retain == "retain" else "8"
     command = [sys.executable, "-c", ONE_GRAPH, language, loss, retain, batches]
@@ -189,7 +189,8 @@ def test_threads_run_backward_through_one_graph(language, retain, loss):
 def seen_during(work: Callable[[], object]) -> bool:
     """Return True if another Python thread runs during ``work``.
 
-    The switch interval is too long to hand the GIL over, so the thread runs only if it is released.
+    The switch interval is too long for Python to hand over the GIL, so ``work`` must release the
+    GIL.
     """
     phase, seen, done = "before", set(), threading.Event()
 
@@ -249,7 +250,7 @@ if __name__ == "__main__":
 
 @pytest.mark.parametrize("method", ["fork", pytest.param("spawn", marks=pytest.mark.slow)])
 def test_data_loader_workers_compute_the_loss(tmp_path, method):
-    """Workers are forked after the parent used threads; spawn needs a script."""
+    """Forked and spawned workers compute the loss after the parent has used threads."""
     script = tmp_path / "dataset.py"
     script.write_text(DATASET)
     command = [sys.executable, str(script), method]
@@ -277,7 +278,7 @@ OPENMP = {
 
 @pytest.mark.slow
 def test_openmp_settings_change_no_bit():
-    """Bits are equal in several Python threads, each with its own parallel region."""
+    """Bits are equal in several Python threads, each with a parallel region of its own."""
     answers = []
     for settings in OPENMP.values():
         environment = {**os.environ, "OMP_WAIT_POLICY": "passive", **settings}

@@ -1,4 +1,4 @@
-"""GPU behavior: no synchronization, graphs, streams, memory, more than 2^31 elements."""
+"""CUDA: no synchronization, graphs, streams, memory, more than 2^31 elements."""
 
 import pytest
 import torch
@@ -23,7 +23,7 @@ from fastkd import TopK
 
 pytestmark = pytest.mark.cuda
 
-# One width of each kernel of the planner, between its limits (support.CUDA_SIZE_CLASSES).
+# One width for each kernel of the planner, between the limits in support.CUDA_SIZE_CLASSES.
 WIDTHS = (10, 100, 500, 1000, 3000, 8193, 32000, 50257, 128256, 262145)
 CALLS = {
     "mean": lambda s, t, y: fastkd.loss(s, t, y, temperature=3.0, alpha=0.3),
@@ -45,7 +45,7 @@ def step(call, problem, scale: float = 1.0) -> tuple[Tensor, Tensor]:
 
 @pytest.fixture
 def no_waiting():
-    """Raise an error for any synchronization with the device."""
+    """Return a context in which any synchronization with the device raises an error."""
     torch.cuda.synchronize()
 
     class Watch:
@@ -81,7 +81,7 @@ def lists_of(problem, k: int = 20) -> TopK:
 def test_a_sparse_teacher_does_not_wait_either(no_waiting, classes, reduction):
     problem = make((64, classes), BF16, device="cuda")
     lists = lists_of(problem)
-    lists.indices[3] = classes  # a mistake that only the data shows
+    lists.indices[3] = classes  # An invalid class, visible only in the data
     with no_waiting:
         for scale in (1.0, 3.0):
             leaf = problem.student.detach().requires_grad_()
@@ -155,7 +155,7 @@ def test_graph_capture_and_replay(call, classes):
 
 @pytest.mark.parametrize("classes", [10, 1000, 32000, 128256])
 def test_a_side_stream_is_honoured(classes):
-    """The logits are late on the side stream: a launch on another stream would read old ones."""
+    """The kernels run on the current stream, on which the logits are copied late."""
     problem = make((64, classes), BF16, device="cuda")
     expected = step(CALLS["mean"], problem)
     late = [torch.zeros_like(x) for x in problem]
@@ -218,7 +218,7 @@ def test_half_of_the_rows_ignored(classes):
     value.backward()
     torch.testing.assert_close(value.detach(), expected[0], rtol=1e-6, atol=0)
     assert (leaf.grad[::2] == 0).all()
-    # The count and so the scale are equal; another number of rows may have another kernel.
+    # Both calls have the same scale, but another number of rows may use another kernel.
     torch.testing.assert_close(leaf.grad[1::2], expected[1], rtol=2**-7, atol=1e-9)
 
 
@@ -287,7 +287,7 @@ def test_pixels_beyond_2_to_the_31_elements():
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 @pytest.mark.parametrize(("inplace", "tensors"), [(False, 1.0), (True, 0.0)])
 def test_peak_memory_of_pixels(inplace, tensors, dtype):
-    """Peak memory is one gradient and less than 100 bytes a pixel, without copies."""
+    """Peak memory is one gradient and less than 100 bytes per pixel, without copies."""
     student, teacher = (torch.randn(2, 150, 64, 64, device="cuda").to(dtype) for _ in range(2))
     labels = torch.randint(150, (2, 64, 64), device="cuda")
     hidden = student.requires_grad_() * 1

@@ -1,4 +1,4 @@
-"""Exported students: what is written agrees, what runs is measured, and nothing is half written."""
+"""fastkd.export and reports of exported students: agreement, errors, incomplete files, timings."""
 
 import importlib
 import json
@@ -60,7 +60,7 @@ def logits_of(model: nn.Module, rows: torch.Tensor) -> torch.Tensor:
         return model(rows)
 
 
-# ---- what is written
+# ---- exported files
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -87,7 +87,7 @@ def test_int8_costs_little_accuracy_and_few_bytes(student, exported):
 
 
 def test_the_runtime_alone_reads_what_is_written(student, exported):
-    """The file works without fastkd, for batches of any size, and names no file of this machine."""
+    """ONNX runtime alone runs the file on batches of any size; no file contains a local path."""
     path = exported["ONNX"].path
     session = onnxruntime.InferenceSession(str(path))
     for count in (1, 7, 100):
@@ -100,7 +100,7 @@ def test_the_runtime_alone_reads_what_is_written(student, exported):
 @pytest.mark.slow
 @pytest.mark.parametrize(("file", "kind"), [("a.pte", "executorch"), ("a.pt2", "torch")])
 def test_int8_by_pt2e(student, tmp_path, file, kind):
-    """PT2E quantizes a convolution, too; ATen would limit its batch if traced with few samples."""
+    """PT2E quantizes the convolution, too, and the batch size stays dynamic."""
     torch.manual_seed(0)
     first = nn.Conv2d(1, 1, 1)
     nn.init.dirac_(first.weight)
@@ -154,7 +154,7 @@ def test_the_student_stays_as_it_is(tmp_path):
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
-# ---- what is not written
+# ---- refused exports
 
 
 class Fixed(nn.Module):
@@ -237,7 +237,7 @@ def test_a_missing_package_is_named_first(package, kind, tmp_path, monkeypatch):
             fastkd.report(Unasked(64, 10), path, LOADER, show=False)
 
 
-# ---- what runs
+# ---- reports of exported models
 
 
 def test_five_models_in_one_report(student, exported):
@@ -284,7 +284,7 @@ def test_programs_in_memory_and_what_is_unknown_is_a_dash(student, exported):
 
 @pytest.mark.parametrize("count", [1, 3, 4, 9])
 def test_programs_of_a_fixed_batch(student, count):
-    """Programs of a fixed batch are called several times, and their last batch is padded."""
+    """A program of a fixed batch is called several times, and its last batch is padded."""
     program = torch.export.export(student.eval(), (HELD_OUT[:4],))
     model = loading.load(program)
     assert torch.allclose(logits_of(model, HELD_OUT[:count]), logits_of(student, HELD_OUT[:count]))

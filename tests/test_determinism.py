@@ -1,4 +1,4 @@
-"""Bits are equal for every run and number of threads, and nearly so for instruction sets."""
+"""Bits are equal in every run and for any number of threads, and nearly for instruction sets."""
 
 import os
 import time
@@ -13,14 +13,14 @@ from fastkd import _C
 
 S = _C.segment
 SHAPES = [
-    (64, 10),  # on the calling thread alone
-    (300, 1000),  # whole rows for each thread
-    (5, 3 * S + 1),  # whole rows, and one shared row
-    (1, 5 * S + 100),  # one row, shared segment by segment
+    (64, 10),  # The calling thread computes all rows
+    (300, 1000),  # Each thread computes complete rows
+    (5, 3 * S + 1),  # Complete rows, and one shared row
+    (1, 5 * S + 100),  # One row, whose segments are shared
     (2, 2 * S),
     (7, S + 1),
 ]
-# Forms of sweeps: one; two with a sum of slopes; without the label; with squares and three.
+# One divergence for each form of the kernels' sweeps.
 SWEEPS = ["forward_kl", "reverse_kl", "jsd", "dkd", "cosine"]
 
 
@@ -66,7 +66,7 @@ def test_same_for_any_number_of_threads(divergence, shape, reduction, dtype):
 
 @pytest.mark.usefixtures("threads", "isa")
 def test_merged_sums_of_a_shared_row_are_those_of_a_whole_one():
-    """Regression: one row of twenty had sums of two segments merged with another rounding."""
+    """Regression: in one row of twenty, merging the sums of two segments changed the rounding."""
     for seed in range(60):
         student, teacher, _ = make((1, 2 * S - 3000), FP64, labels=False, seed=seed)
         student.requires_grad_()
@@ -81,13 +81,13 @@ def test_merged_sums_of_a_shared_row_are_those_of_a_whole_one():
 @pytest.mark.usefixtures("threads")
 @pytest.mark.parametrize("shape", [(64, 8 * S), (1, 64 * S)], ids=["whole rows", "one row"])
 def test_several_threads_do_the_work(shape):
-    """The calling thread's CPU time is well below the process's."""
+    """The calling thread uses far less CPU time than the process."""
     if len(os.sched_getaffinity(0)) < 2:
         pytest.skip("one processor")
     student, teacher, _ = make(shape, labels=False)
     torch.set_num_threads(2)
     student.requires_grad_()
-    fastkd.loss(student, teacher)  # starts the threads
+    fastkd.loss(student, teacher)  # Starts the threads
     mine, everyone = time.thread_time(), time.process_time()
     for _ in range(8):
         fastkd.loss(student, teacher)
@@ -109,7 +109,7 @@ def test_instruction_sets_agree(divergence, shape, dtype):
             grad, *terms = run(*problem, "mean", divergence)
             for ours, theirs in zip(terms, best[1:], strict=True):
                 torch.testing.assert_close(ours, theirs, rtol=bound, atol=bound / 10, msg=name)
-            # Rounding to 16 bits may go either way: one unit in the last place.
+            # Rounding to 16 bits may differ by one unit in the last place.
             eps = max(torch.finfo(dtype).eps, bound)
             torch.testing.assert_close(
                 grad, best[0], rtol=eps, atol=bound * float(best[0].abs().max()), msg=name
@@ -140,7 +140,7 @@ def test_isa_can_be_forced_and_unknown_ones_are_refused():
 def test_the_gradient_written_in_backward_is_the_one_written_in_forward(
     device, divergence, dtype, classes
 ):
-    """reduction="none" and a second backward pass recompute the same bits from row statistics."""
+    """Row statistics suffice to recompute the bits, in reduction="none" and in a second pass."""
     student, teacher, labels = make((24, classes), dtype, device=device)
     a, b = student.clone().requires_grad_(), student.clone().requires_grad_()
     total = fastkd.loss(a, teacher, labels, reduction="sum", divergence=divergence)
@@ -157,7 +157,7 @@ def test_the_gradient_written_in_backward_is_the_one_written_in_forward(
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 @pytest.mark.parametrize("divergence", [*SWEEPS, "topk"])
 def test_a_gradient_too_large_for_the_caches_has_the_same_bits(divergence, dtype, classes):
-    # Above 12 MiB stores are non-temporal; rows of an odd number of classes are misaligned.
+    # Stores are non-temporal above 12 MiB; rows of an odd number of classes are misaligned.
     few = 4
     times = -(-13 * 2**20 // (few * classes * dtype.itemsize))
     problem = make((few, classes), dtype)

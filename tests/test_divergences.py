@@ -47,7 +47,7 @@ def test_gradients_equal_finite_differences(device, name, standardize):
     assert torch.autograd.gradgradcheck(function, (leaf, t))
 
 
-# docs/maths.md, section 10: slopes as functions of d = log p - log q, p, q and mix.
+# Slopes in docs/maths.md, section 10, as functions of d = log p - log q, p, q and mix.
 SLOPES = {
     "forward_kl": lambda d, p, q, b: -p,
     "reverse_kl": lambda d, p, q, b: q * (1 - d),
@@ -148,9 +148,9 @@ def test_module_learns_its_temperature(device):
 
 @pytest.mark.parametrize("name", [n for n in NAMES if n not in ("soft_cross_entropy", "mse")])
 def test_zero_for_a_perfect_student_up_to_a_constant(device, name):
-    """Divergences of probabilities, and of centered logits, ignore a constant."""
+    """Divergences of probabilities, and of centered logits, ignore an added constant."""
     student, _, labels = make((ROWS, CLASSES), FP64, device=device, ignored=0.0)
-    # The cosine depends on a constant; the total variation's slope jumps where p rounds to q.
+    # The cosine depends on the constant; the total variation's slope jumps where p rounds to q.
     constant = 0.0 if name in ("cosine", "total_variation") else 3.0
     leaf = (student + constant).requires_grad_()
     options = {"divergence": name, "reduction": "none", "hard_weight": 0.0, "soft_weight": 1.0}
@@ -185,7 +185,8 @@ def test_standardized_logits_have_no_scale(device, name):
     options = {"divergence": name, "standardize": True, "hard_weight": 0.0, "soft_weight": 1.0}
     got = fastkd.loss(student, teacher, labels, **options)
     scaled = fastkd.loss(7.0 * student - 3.0, 0.2 * teacher + 1.0, labels, **options)
-    torch.testing.assert_close(scaled, got, rtol=1e-5, atol=0)  # 1e-7 is added to the deviation
+    # Standardizing adds 1e-7 to the deviation.
+    torch.testing.assert_close(scaled, got, rtol=1e-5, atol=0)
 
 
 def test_high_temperature_limit(device):
@@ -196,10 +197,10 @@ def test_high_temperature_limit(device):
         abs(float(fastkd.loss(student, teacher, temperature=t) - limit)) for t in (1e2, 1e3, 1e4)
     ]
     for before, after in itertools.pairwise(distances):
-        assert after < before / 8  # smaller terms are of order 1 / T
+        assert after < before / 8  # Smaller terms are of order 1 / T
     assert distances[-1] < 1e-3 * float(limit)
     at_its_own = fastkd.loss(student, teacher, temperature=37.0, divergence="centered_mse")
-    torch.testing.assert_close(at_its_own / 2, limit)  # the loss multiplies by T^2
+    torch.testing.assert_close(at_its_own / 2, limit)  # The loss multiplies by T^2
 
 
 def test_divergences_keep_their_relations(device):
@@ -221,7 +222,7 @@ def test_divergences_keep_their_relations(device):
     same(value("skewed_forward_kl", 0.2), value("skewed_reverse_kl", 0.2, swapped=True))
     same(value("skewed_forward_kl", 1e-9), forward, 1e-6)
     same(value("skewed_reverse_kl", 1e-9), reverse, 1e-6)
-    # The JSD over its weight tends to the forward KL, or at the other end to the reverse KL.
+    # The JSD over its weight tends to the forward KL as mix nears 0, and to the reverse KL near 1.
     same(value("jsd", 1e-7) / 1e-7, forward, 1e-4)
     same(value("jsd", 1 - 1e-7) / 1e-7, reverse, 1e-4)
     assert (value("jsd") <= 4 * torch.tensor(2.0).log()).all()
@@ -230,7 +231,7 @@ def test_divergences_keep_their_relations(device):
 
 
 def test_jsd_of_disjoint_teacher_and_student(device):
-    """Classes that only one of the two allows add up to a JSD of log 2."""
+    """Teacher and student without a common class have a JSD of log 2."""
     inf = float("inf")
     student = torch.tensor([[0.0, 1.0, -inf, -inf]], dtype=FP64, device=device)
     teacher = torch.tensor([[-inf, -inf, 2.0, 0.0]], dtype=FP64, device=device)
@@ -261,7 +262,7 @@ def test_a_class_that_both_mask_is_not_there(device, name, standardize, form):
     if form != "logits":
         teacher = teacher.log_softmax(-1) if form == "log_probs" else teacher.softmax(-1)
     options = {"divergence": name, "standardize": standardize, "teacher_form": form}
-    for temperature in (t, 1.5):  # a learned temperature is never fused
+    for temperature in (t, 1.5):  # A learned temperature is never fused
         wide, slim = student.clone().requires_grad_(), student[:, kept].clone().requires_grad_()
         got = fastkd.loss(wide, teacher, labels, temperature=temperature, **options)
         expected = fastkd.loss(slim, teacher[:, kept], narrow, temperature=1.5, **options)
@@ -274,7 +275,8 @@ def test_a_class_that_both_mask_is_not_there(device, name, standardize, form):
 
 
 INF = float("inf")
-# Value of a class that one side masks: (the teacher alone, the student alone); None if finite.
+# Value of a class that the teacher alone masks, and of one that the student alone masks; None if
+# the value is finite.
 PRICES = {
     "forward_kl": (None, INF),
     "reverse_kl": (INF, None),
@@ -364,7 +366,7 @@ def test_jsd_of_rows_with_parts_far_below_the_others(isa, name, temperature, dty
 
 
 def test_forward_gradient_where_the_student_alone_masks(device):
-    """The loss is +inf, with the finite gradient q - p."""
+    """If the student alone masks a class, the loss is +inf, with the finite gradient q - p."""
     student = torch.tensor([[0.0, 1.0, -INF]], device=device, requires_grad=True)
     teacher = torch.tensor([[0.0, 0.0, 0.0]], device=device)
     for name in ("forward_kl", "soft_cross_entropy"):
@@ -375,7 +377,7 @@ def test_forward_gradient_where_the_student_alone_masks(device):
 
 
 def masked_by_the_student(divergence, reduction, classes, device):
-    """Make a student leaf of two rows; the first masks a class that the teacher has."""
+    """Make a student leaf of two rows; the first row masks a class that the teacher has."""
     student = torch.linspace(-1, 1, classes, device=device).repeat(2, 1)
     student[0, 1] = -INF
     student.requires_grad_()
@@ -405,7 +407,7 @@ def test_centered_squared_error_where_the_student_alone_masks(device, classes, r
 
 
 def test_dkd_of_a_teacher_that_allows_the_label_alone(device):
-    """The second part is omitted; the first is -log q_y, of a one-hot teacher."""
+    """The loss is -log q_y, since the divergence of the other classes is omitted."""
     teacher = torch.tensor([[2.0, -INF, -INF]], device=device)
     student = torch.tensor([[1.0, 0.0, 0.5]], device=device, requires_grad=True)
     label = torch.tensor([0], device=device)
@@ -420,7 +422,7 @@ def test_dkd_of_a_teacher_that_allows_the_label_alone(device):
 @pytest.mark.parametrize("reduction", ["sum", "none"])
 @pytest.mark.parametrize("nothing", [0.0, 1e-40])
 def test_the_cosine_of_a_zero_row_is_finite(device, classes, reduction, nothing):
-    """A zero row has cosine distance 1 and a gradient of z / T alone, as have subnormal rows."""
+    """A zero or subnormal row has the cosine distance 1 and a finite gradient."""
     student, teacher, _ = make((4, classes), device=device, labels=False)
     student[:2], teacher[1:3] = 0, 0
     near_student, near_teacher = (x.masked_fill(x == 0, nothing) for x in (student, teacher))
@@ -444,7 +446,7 @@ def test_total_variation_has_slope_0_at_ties(device):
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("standardize", [False, True])
 def test_rows_without_spread_are_finite(device, name, standardize):
-    """Rows of equal logits, or of zeros, divide by no zero in any divergence."""
+    """Rows of equal logits, or of zeros, have finite losses in every divergence."""
     student = torch.zeros(2, 4, device=device, requires_grad=True)
     labels = torch.tensor([1, 2], device=device)
     teacher = torch.tensor([[3.0, 3.0, 3.0, 3.0], [1.0, 0.0, 0.0, 0.0]], device=device)

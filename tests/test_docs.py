@@ -1,4 +1,4 @@
-"""The code of the documentation runs, its links lead somewhere, and it has every public name."""
+"""The documentation: its code runs, its links work, and its reference has every public name."""
 
 import functools
 import importlib.metadata
@@ -18,7 +18,7 @@ DOCS = ROOT / "docs"
 PYTHON = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
 # Pages whose code blocks do not run: the blocks import other libraries, or omit arguments.
 EXCERPTS = {"compat.md", "index.md", "training.md"}
-SLOW = {"first-distillation.md", "report.md"}  # two trainings; pictures
+SLOW = {"first-distillation.md", "report.md"}  # Two trainings; pictures
 PAGES = sorted(
     path.relative_to(DOCS).as_posix()
     for path in DOCS.rglob("*.md")
@@ -49,7 +49,7 @@ def test_python_of_a_page(name, tmp_path, monkeypatch):
 
 
 class LanguageModel(nn.Module):
-    """A model that returns an output with logits, as those of transformers do."""
+    """Language model whose output has logits, as in transformers."""
 
     def __init__(self):
         super().__init__()

@@ -10,7 +10,7 @@ from fastkd import reference
 
 INF = float("inf")
 CLASSES = [6, 100, 200, 3000]
-# Divergences that are infinite if one side masks a class.
+# Divergences that are infinite if one side masks a class, by that side.
 INFINITE = {
     "teacher": ["reverse_kl", "symmetric_kl", "mse", "centered_mse"],
     "student": ["forward_kl", "symmetric_kl", "soft_cross_entropy", "mse", "centered_mse", "dkd"],
@@ -19,7 +19,7 @@ MASKED = [(who, name) for who, names in INFINITE.items() for name in names]
 
 
 def masked(who: str, classes: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, ...]:
-    """Return (student, teacher, labels) of four rows, of which one side masks a class in three."""
+    """Return (student, teacher, labels) of four rows; one side masks a class in three rows."""
     student, teacher, labels = make((4, classes), dtype, device=device, ignored=0.0)
     (student if who == "student" else teacher)[:3, 1] = -INF
     return student, teacher, labels.masked_fill(labels == 1, 2)
@@ -65,7 +65,7 @@ def test_the_reference_of_the_symmetric_kl_of_one_kl(who, mix):
     student, teacher, _ = masked(who, 6, FP64, torch.device("cpu"))
     name = "forward_kl" if mix else "reverse_kl"
     if (name == "reverse_kl") == (who == "teacher"):
-        return  # infinite by itself
+        return  # The divergence is infinite for every weight
     options = {"hard_weight": 0.0, "soft_weight": 1.0}
     leaf = student.requires_grad_()
     value = reference.loss(leaf, teacher, divergence="symmetric_kl", mix=mix, **options)
@@ -84,7 +84,7 @@ def test_the_reference_of_the_symmetric_kl_of_one_kl(who, mix):
     ids=str,
 )
 def test_a_mixture_next_to_its_ends(device, name, mix, dtype, classes):
-    """Mixtures next to 0 and 1 are accepted, 0 and 1 are refused."""
+    """Mixtures near 0 and 1 are accepted; 0 and 1 are refused."""
     student, teacher, _ = masked("teacher", classes, dtype, device)
     student[2, 3] = -INF
     options = {"divergence": name, "mix": mix, "reduction": "none"}
@@ -99,7 +99,7 @@ def test_a_mixture_next_to_its_ends(device, name, mix, dtype, classes):
     ids=str,
 )
 def test_an_infinite_soft_term_of_no_weight(device, masking, how, dtype, classes):
-    """The gradient is that of the hard term only."""
+    """An infinite soft term with weight 0 does not change the gradient of the hard term."""
     who, name = masking
     student, teacher, labels = masked(who, classes, dtype, device)
     weight = torch.zeros(4, device=device) if how == "rows" else 0.0
@@ -127,7 +127,7 @@ def test_an_infinite_soft_term_of_no_weight(device, masking, how, dtype, classes
 @pytest.mark.parametrize("classes", CLASSES)
 @pytest.mark.parametrize("smoothing", [0.0, 0.1, 1.0])
 def test_an_infinite_hard_term_of_no_weight(device, smoothing, classes):
-    """A student that masks the label's class has an infinite hard term, whose weight is 0."""
+    """The hard term of a masked label is infinite, and weight 0 removes the term."""
     student, teacher, labels = masked("student", classes, FP32, device)
     teacher[:3, 1] = -INF
     labels[:3] = 1
@@ -141,7 +141,7 @@ def test_an_infinite_hard_term_of_no_weight(device, smoothing, classes):
 
 @pytest.mark.parametrize("hard_weight", [0.0, 0.5])
 def test_the_reference_of_smoothing_1_where_the_student_masks_the_label(hard_weight):
-    """The label's class counts as one of all classes; its logarithm is infinite."""
+    """With smoothing 1 and a masked label, the hard term is infinite, and its gradient finite."""
     student, teacher, labels = masked("student", 6, FP64, torch.device("cpu"))
     teacher[:3, 1] = -INF
     labels[:3] = 1

@@ -1,4 +1,4 @@
-"""The fast path (fast_path.py) and autograd kernels: hooks, modes and second passes.
+"""The fast path (fast_path.py) and the autograd kernels: hooks, modes and second passes.
 
 Tests with the fixture ``each_autograd`` run with autograd in C++ and in Python.
 """
@@ -31,7 +31,7 @@ each_loss = pytest.mark.parametrize("name", LOSSES)
 
 
 def assert_near(gradient: Tensor, expected: Tensor) -> None:
-    """Assert equality up to rounding: the gradient may be scaled, or computed by the formula."""
+    """Assert equality up to rounding, since one gradient may be scaled or recomputed."""
     rtol = 1e-2 if expected.dtype == BF16 else 1e-5
     torch.testing.assert_close(gradient, expected, rtol=rtol, atol=1e-7)
 
@@ -111,7 +111,7 @@ def test_the_profiler_sees_the_loss(name, grad):
     with torch.profiler.profile(record_shapes=True) as profile:
         LOSSES[name](student.requires_grad_(grad), teacher, labels)
         with torch.inference_mode():
-            other = teacher + 1  # an inference tensor, which autograd cannot save
+            other = teacher + 1  # An inference tensor, which autograd cannot save
         LOSSES[name](student, other, labels)
     op = {"loss": "fastkd::loss", "topk": "fastkd::topk_loss"}[name]
     recorded = [event for event in profile.events() if event.name == (f"{op}_into" if grad else op)]
@@ -125,7 +125,7 @@ def test_the_profiler_sees_the_loss(name, grad):
 @each_loss
 @pytest.mark.parametrize("dtype", [FP32, BF16], ids=name_of)
 def test_hooks_may_save_tensors_elsewhere(name, dtype):
-    """Hooks of ``save_on_cpu`` and others may move, compress or re-stride saved tensors."""
+    """Hooks such as ``save_on_cpu`` may move, compress or re-stride saved tensors."""
     student, teacher, labels = make((6, 20), dtype)
     leaf = student.requires_grad_()
     plain = LOSSES[name](leaf, teacher, labels)
@@ -137,11 +137,11 @@ def test_hooks_may_save_tensors_elsewhere(name, dtype):
     }
     for way, (pack, unpack) in ways.items():
         if name == "topk" and way == "a negative":
-            continue  # the op refuses labels or indices that are negative views
+            continue  # The op refuses labels or indices that are negative views
         with saved_tensors_hooks(lambda x, f=pack: f(x), lambda x, f=unpack: f(x)):
             value = LOSSES[name](leaf, teacher, labels)
         torch.autograd.grad(value, leaf, retain_graph=True)
-        for _ in range(2):  # the forward pass's gradient is used up
+        for _ in range(2):  # The first pass has used up the forward pass's gradient
             (again,) = torch.autograd.grad(value, leaf, torch.tensor(3.0), retain_graph=True)
             assert_near(again, expected)
 
@@ -150,7 +150,7 @@ def test_hooks_may_save_tensors_elsewhere(name, dtype):
 @each_loss
 @pytest.mark.parametrize("with_labels", [False, True])
 def test_checkpointing_stops_when_it_has_what_it_needs(name, with_labels):
-    """Checkpointing raises an exception in the hook that saves tensors."""
+    """Checkpointing stops the recomputation by an exception in the hook that saves tensors."""
     _, teacher, labels = make((6, 40))
     hidden = torch.randn(6, 16, requires_grad=True)
     head = torch.randn(40, 16)
@@ -209,7 +209,7 @@ def test_hooks_may_give_back_wrappers(name, dtype):
     student, teacher, labels = make((6, 20), dtype)
     leaf = student.requires_grad_()
     expected = torch.autograd.grad(LOSSES[name](leaf, teacher, labels), leaf)[0]
-    for wrapped in range(2, 4):  # index of the saved tensor
+    for wrapped in range(2, 4):  # Index of the saved tensor
         seen = []
 
         def unpack(saved: Tensor, seen: list[Tensor] = seen, wrapped: int = wrapped) -> Tensor:
@@ -226,7 +226,7 @@ def test_hooks_may_give_back_wrappers(name, dtype):
 @pytest.mark.parametrize("dtype", [FP64, FP32, BF16], ids=name_of)
 @pytest.mark.parametrize("factor", [1.0, 3.0, float("inf")])
 def test_terms_do_not_change_a_gradient_that_is_written_anew(dtype, factor):
-    """The hard term may have weight 0, and be computed for the terms alone."""
+    """A recomputed gradient does not depend on a hard term that only the terms need."""
     student, teacher, labels = make((5, 170), dtype, ignored=0.0)
     leaf = student.requires_grad_()
     values = [
