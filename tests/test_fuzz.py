@@ -1,9 +1,8 @@
-"""Random calls compared with the reference in float64: sizes, layouts, dtypes, options.
+"""Random calls equal the reference in float64: sizes, layouts, dtypes, options.
 
-``make fuzz CASES=20000 SEED=7`` runs this file as a program, and the fuzzers of sparse teachers,
-linear heads and ops: batches of 500 cases from consecutive seeds. A failing batch prints the case
-that hypothesis has shrunk it to. Add such a case to REGRESSIONS with its fix. Options that only
-PyTorch computes (several teachers, standardize) are tested in test_objectives.py.
+``make fuzz CASES=20000 SEED=7`` runs the fuzzers as programs, in batches of 500 cases from
+consecutive seeds. A failing batch prints its shrunk case. Add the case to REGRESSIONS with its fix.
+test_objectives.py tests options that only PyTorch computes (several teachers, standardize).
 """
 
 import math
@@ -47,7 +46,7 @@ class Case(NamedTuple):
     classes: int = 10
     dtypes: tuple[torch.dtype, torch.dtype] = (FP32, FP32)
     spread: float = 3.0
-    apart: float = 1.0  # scale of the difference of teacher and student
+    apart: float = 1.0  # Scale of the difference of teacher and student
     seed: int = 0
     odd: tuple[tuple[int, int, int, float], ...] = ()  # (student or teacher, row, class, value)
     layout: str = "contiguous"
@@ -55,18 +54,19 @@ class Case(NamedTuple):
     ignored: float = 0.2
     divergence: str = "forward_kl"
     temperature: float = 2.0
-    teacher_t: float | None = None  # the teacher's temperature
-    per_row: frozenset[str] = frozenset()  # options that are tensors with a number for each row
-    constant: frozenset[str] = frozenset()  # options that are such tensors with equal numbers
+    teacher_t: float | None = None  # The teacher's temperature
+    per_row: frozenset[str] = frozenset()  # Options that are tensors with a number for each row
+    # Options that are tensors with equal numbers for each row.
+    constant: frozenset[str] = frozenset()
     weights: tuple[float, float] = (0.5, 0.5)
     smoothing: float = 0.0
     reduction: str = "mean"
     normalizer: float | None = None
     class_weight: bool = False
-    mix: float | None = None  # for divergences that have a mix
+    mix: float | None = None  # For divergences that have a mix
     grad_output: float = 1.0
     ignore_index: int = -100
-    unused: int = 0  # padded classes, removed by a slice
+    unused: int = 0  # Padded classes, removed by a slice
     dim: int = -1
     way: str = "loss"
     isa: str = "default"
@@ -112,7 +112,7 @@ CASES = st.builds(
 
 
 class Problem(NamedTuple):
-    """Tensors and options of a case; the options in the reference's form, too."""
+    """Tensors and options of a case, and the options in the form of the reference."""
 
     student: Tensor
     teacher: Tensor
@@ -223,7 +223,7 @@ def soft_terms(case: Case, problem: Problem) -> Tensor:
 
 
 def check_constants(case: Case, device: torch.device, problem: Problem, soft: Tensor) -> None:
-    """Raise if tensors with an option's number for each row cost the divergence accuracy."""
+    """Raise if option tensors with equal numbers for each row cost the divergence accuracy."""
     plain = soft_terms(case, build(case._replace(constant=frozenset()), device)).double()
     finite = soft.isfinite() & plain.isfinite()
     got, plain, soft = (x[finite] for x in (soft_terms(case, problem).double(), plain, soft))
@@ -236,9 +236,9 @@ def check_constants(case: Case, device: torch.device, problem: Problem, soft: Te
 
 
 def roundings(case: Case, problem: Problem) -> tuple[Tensor, Tensor]:
-    """Return the bounds of rounding: (squared error of each row, error of each gradient entry).
+    """Return rounding bounds: (squared error of each row, error of each gradient entry).
 
-    A class depends on the rounding of its own logits and, for centered ones, of their mean.
+    A class depends on the rounding of its own logits and, for centered errors, of their mean.
     """
     student, teacher, exact = problem.student.double(), problem.teacher.double(), problem.exact
     dim, classes = exact["dim"], case.classes
@@ -258,7 +258,7 @@ def roundings(case: Case, problem: Problem) -> tuple[Tensor, Tensor]:
 
 
 def check(case: Case, device: torch.device) -> None:
-    """Assert that the call equals the reference in float64, as far as the dtypes carry."""
+    """Assert that the call equals the reference in float64, up to rounding in the call's dtypes."""
     problem = build(case, device)
     student, teacher, labels, _, exact = problem
     dim = exact["dim"]
@@ -278,15 +278,15 @@ def check(case: Case, device: torch.device) -> None:
     if reference.DIVERGENCES[case.divergence].compares == "logits" and not all(
         bool(x.isfinite().all()) for x in (student, teacher)
     ):
-        return  # infinities of hostile calls are not predicted; the call returned
+        return  # Infinities of such calls are not predicted
     acc = compute_dtype(student, teacher)
     eps = torch.finfo(acc).eps
     assert value.dtype == acc and grad.dtype == student.dtype
     assert value.shape == want.shape and grad.shape == student.shape
-    if size > 1e30:  # float32 overflows where float64 does not, so nothing is compared
+    if size > 1e30:  # float32 overflows where float64 does not
         return
-    # A class masked by the student alone makes the loss infinite; float64 says so unless the
-    # teacher's probability of it underflows.
+    # A class masked by the student alone makes the loss infinite. In float64, the teacher's
+    # probability of the class may underflow.
     alone = ((student == -math.inf) & (teacher > -math.inf)).any(dim)
     if bool(alone.any()) and not bool(value.isfinite().all()):
         return
@@ -294,7 +294,7 @@ def check(case: Case, device: torch.device) -> None:
     in_value, in_gradient = torch.tensor(size * count), torch.tensor(size)
     hard = torch.as_tensor(exact.get("hard_weight", 0.0))
     if case.divergence in ("mse", "centered_mse") and is_fused(case) and not hard.any():
-        # The classes of these divergences do not depend on the size of other logits.
+        # In these divergences, a class does not depend on the size of other logits.
         of_rows, in_gradient = roundings(case, problem)
         in_value = of_rows.sum().clamp(min=1e-30) * count
     close(value, want.detach(), 8 * eps, 64 * eps * in_value, "loss")
@@ -303,7 +303,7 @@ def check(case: Case, device: torch.device) -> None:
     if case.constant and is_fused(case) and rows.loss.numel():
         check_constants(case, device, problem, rows.soft)
     if case.divergence == "total_variation":
-        return  # the gradient jumps at p = q, where roundings differ
+        return  # The gradient jumps at p = q, where roundings differ
     is_comparable = rows.loss.isfinite().unsqueeze(dim) & gradient.isfinite()
     info = torch.finfo(grad.dtype)
     close(
@@ -328,18 +328,18 @@ def sensitivity(case: Case, problem: Problem) -> float:
     in_exponent = 1 + largest / float(torch.minimum(t.min(), teacher_t.min()))
     fused = is_fused(case)
     if not fused and in_exponent > 1e30:
-        return math.inf  # a logit over its temperature overflows float32
-    # PyTorch rounds log-probabilities at their own size, and sums them one class after another in
-    # eight lanes; so does a truth of the same width.
+        return math.inf  # A logit over its temperature overflows float32
+    # PyTorch rounds log-probabilities relative to their size, and sums classes sequentially in
+    # eight lanes. The truth does, too, which matters for float64.
     if not fused or compute_dtype(student, teacher) is FP64:
         in_exponent += math.log(case.classes) + case.classes / 8 / 64
     size = float(hard.max()) * (1 + largest) + float(soft.max()) * greatest**2 * in_exponent
     size /= exact.get("normalizer", 1.0)
     if case.class_weight:
-        size *= 10  # divisor of the hard term's mean: at least a tenth for each row
+        size *= 10  # The hard term's mean divides by at least a tenth for each row
     if reference.DIVERGENCES[case.divergence].compares == "logits":
         size *= in_exponent
-    if case.divergence == "cosine":  # the cosine's gradient grows as the logits shrink
+    if case.divergence == "cosine":  # The cosine's gradient grows as the logits shrink
         lengths = [
             logits.double().movedim(exact["dim"], -1)[..., : case.classes].norm(dim=-1)
             for logits in (student, teacher)
@@ -359,15 +359,16 @@ def run(case: Case, device: torch.device) -> None:
 
 # Cases that failed once.
 REGRESSIONS = [
-    # No rows with invalid strides: refused with a message about inplace.
+    # A batch without rows and with invalid strides was refused by a message about inplace.
     Case(leading=(3, 5, 0), classes=35, layout="transposed", way="python"),
     Case(leading=(0,), classes=127, layout="classes apart"),
-    # Empty tensors without memory counted as sharing the teacher's.
+    # Empty tensors without memory counted as sharing the teacher's memory.
     Case(leading=(0,), classes=60, way="inplace"),
-    # 0 / 0 where the student's probability of a class is subnormal: a gradient of NaN.
+    # The gradient was NaN (0 / 0) where the student's probability of a class is subnormal.
     Case((2,), 2049, spread=100.0, divergence="skewed_reverse_kl", temperature=1.0),
     Case((4,), 2049, (BF16, BF16), spread=100.0, divergence="skewed_reverse_kl", temperature=1.0),
-    # The teacher masks a class whose student probability underflows, with weight 0: NaN.
+    # The gradient was NaN at weight 0: the teacher masks a class whose student probability
+    # underflows.
     Case(
         (1,),
         16,
@@ -385,7 +386,7 @@ REGRESSIONS = [
         temperature=1.0,
         weights=(0.0, 0.0),
     ),
-    # An infinite divergence with weight 0 and infinite slopes: NaN.
+    # The gradient was NaN at weight 0: the divergence and its slopes are infinite.
     Case(
         (1,),
         2,
@@ -402,7 +403,7 @@ REGRESSIONS = [
         temperature=0.25,
         weights=(0.0, 0.0),
     ),
-    # Sequential sums of many exponentials: their rounding was in the gradient.
+    # The gradient had the rounding error of sequential sums of many exponentials.
     Case(
         (),
         32768,
@@ -414,7 +415,7 @@ REGRESSIONS = [
         temperature=0.25,
         weights=(0.0, 0.3),
     ),
-    # PyTorch's operations round log C, which the bound did not include.
+    # The bound did not include PyTorch's rounding of log C.
     Case(
         (),
         32768,
@@ -425,7 +426,7 @@ REGRESSIONS = [
         teacher_t=8.0,
         weights=(0.0, 0.3),
     ),
-    # PyTorch sums classes sequentially, which the bound did not include.
+    # The bound did not include PyTorch's sequential sums.
     Case(
         (),
         32768,
@@ -437,9 +438,10 @@ REGRESSIONS = [
         teacher_t=8.0,
         weights=(0.0, 0.3),
     ),
-    # The truth sums classes sequentially: a divergence of -1e-13.
+    # The truth was a divergence of -1e-13, since its sum is sequential.
     Case((), 32768, (FP32, FP64), 0.0, 0.0, odd=((0, 0, 0, 6e-8),), labels="none", temperature=1.0),
-    # One KL alone, of a class that the teacher masks: the other KL's infinite slope made NaN.
+    # The gradient was NaN: the KL of weight 0 has an infinite slope for a class that the teacher
+    # masks.
     *(
         Case(
             (2,),
@@ -452,7 +454,7 @@ REGRESSIONS = [
         )
         for n in (6, 1000)
     ),
-    # Differences of other classes were lost when one logit's maximum was subtracted.
+    # Differences of other classes were lost when the maximum of one logit was subtracted.
     *(
         Case(
             (3,),
@@ -467,24 +469,24 @@ REGRESSIONS = [
         for name in ("mse", "centered_mse")
         for teacher_t in (None, 0.7)
     ),
-    # Tensors with equal numbers for each row: a difference of rounded quotients.
+    # Option tensors with equal numbers for each row cost accuracy.
     *(
         Case((20,), n, spread=3.0, apart=1e-4, temperature=3.0, constant=frozenset([name]))
         for n in (10, 100)
         for name in ("temperature", "soft_weight", "class_weight")
     ),
-    # A gradient with a grad_output other than 1.
+    # The gradient was wrong for a grad_output other than 1.
     *(
         Case((3,), n, reduction=reduction, grad_output=factor, odd=((0, 0, 1, -math.inf),))
         for n in (10, 1000)
         for reduction in ("mean", "none")
         for factor in (-0.5, 0.0)
     ),
-    # The label's weight is 0, and the label is masked: 0 * inf in the reference.
+    # The reference was NaN (0 * inf) for a masked label of weight 0.
     Case(
         (2,), 5, odd=((0, 0, 0, -math.inf), (1, 0, 0, -math.inf)), smoothing=1.0, weights=(0.0, 1.0)
     ),
-    # The teacher has a temperature for each row, and the student one for all rows.
+    # A teacher temperature for each row and one student temperature were refused.
     Case(teacher_t=3.0, per_row=frozenset(["teacher_temperature"])),
     Case(leading=(0,), teacher_t=2.0, per_row=frozenset(["teacher_temperature"])),
 ]

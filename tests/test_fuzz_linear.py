@@ -1,4 +1,4 @@
-"""Random heads: their loss compared with the reference on full logits, in float64."""
+"""Random heads: the loss equals the reference on full logits in float64."""
 
 import math
 from typing import Any, NamedTuple
@@ -52,7 +52,7 @@ class Case(NamedTuple):
     ignored: float = 0.2
     ignore_index: int = -100
     biases: tuple[bool, bool] = (True, False)
-    masked: bool = False  # a class that both biases mask
+    masked: bool = False  # One class that both biases mask
     teacher: str = "head"
     divergence: str = "forward_kl"
     temperature: float = 2.0
@@ -65,7 +65,7 @@ class Case(NamedTuple):
     softcap: float | None = None
     scale: float | None = None
     chunk: int | None = None
-    by_classes: bool = False  # if chunks of classes support the call
+    by_classes: bool = False  # Chunks of classes, if the call supports them
     grad_output: float = 1.0
     isa: str = "default"
     threads: int = 1
@@ -214,8 +214,8 @@ def exact(
     chosen = {k: v for k, v in options.items() if k != "chunks"}
     if labels is None:
         chosen |= {"hard_weight": 0.0, "soft_weight": 1.0}
-    # An infinite divergence with weight 0 counts as 0, though its slopes times 0 would be NaN. (The
-    # cosine of such a row is always NaN.)
+    # An infinite divergence with weight 0 counts as 0, though its slopes times 0 would be NaN. The
+    # cosine is an exception: such a row is always NaN.
     nothing = chosen.get("soft_weight") == 0 and case.divergence != "cosine"
     seen = student.detach() if nothing else teacher
     value = reference.loss(student, seen, labels, **chosen)
@@ -228,7 +228,7 @@ def sensitivity(case: Case, tensors: dict[str, Tensor | None], want: Exact) -> f
 
     A logit's error is eps times the sum of the magnitudes of its products. If logits over their
     temperature are at most L, log p - log q is at most R = 1 + 2 L. R bounds the slopes of every
-    divergence, and R^2 their derivatives.
+    divergence, and R^2 bounds their derivatives.
     """
     sums = 1.0
     for side, width in zip(("student", "teacher"), case.widths, strict=True):
@@ -269,7 +269,7 @@ def check(case: Case, device: torch.device) -> None:
         assert tensor is None or same_bits(tensor, before[name]), f"{name} was written"
     want, counted = exact(case, tensors, options)
     assert value.shape == want.loss.shape
-    # Rows of odd numbers have no effect if ignored, and affect only themselves otherwise.
+    # Rows with special values have no effect if ignored, and otherwise affect only themselves.
     hiddens = [x for k, x in before.items() if k.endswith("_hidden")]
     usual = torch.stack([(x.abs() < 1e5).all(-1) for x in hiddens]).all(0) | ~counted
     tame = {k: v.clone() if k.endswith("_hidden") else v for k, v in before.items()}
@@ -308,15 +308,15 @@ def test_random_heads_equal_the_reference(device, case):
 
 @pytest.mark.parametrize("teacher", ["head", "logits"])
 def test_earlier_failures_equal_the_reference(device, teacher):
-    # Infinite squares with weight 0: the gradient is the hard term's.
+    # The gradient was not the hard term's, as infinite squares had weight 0.
     biases, weights = (True, True), (0.5, 0.0)
     case = Case(divergence="mse", masked=True, biases=biases, teacher=teacher, weights=weights)
     run(case, device)
-    # An infinite slope of one class: the transposed layout gave 0 for the whole row.
+    # The transposed layout gave 0 for the whole row when the slope of one class is infinite.
     run(case._replace(leading=(), classes=2, weights=(0.0, 0.3)), device)
-    # An infinite slope of one class with centered squares: the whole gradient was 0.
+    # The whole gradient was 0 when the centered square of one class has an infinite slope.
     run(case._replace(biases=(True, False), divergence="centered_mse", weights=(0.0, 0.3)), device)
-    # A gradient below the least number of its dtype.
+    # The gradient is below the least number of its dtype.
     run(Case(leading=(), classes=2, widths=(1, 1), odd=((0, 0, 0, 1e-45),), labels="none"), device)
     # AMX products read NaN from between rows of odd width.
     apart = Case(leading=(3, 6), classes=127, widths=(1, 3), dtype=BF16, layout="rows apart")

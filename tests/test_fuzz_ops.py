@@ -1,8 +1,8 @@
-"""Hostile calls of the ops in ``torch.ops.fastkd``, which read memory by the sizes of tensors.
+"""Hostile calls of ``torch.ops.fastkd``, whose ops address memory by the sizes of tensors.
 
-Each call is nearly valid. It must raise an error that Python code expects, or return tensors of the
-right shapes. Each call is made twice, with different bytes around the tensors: the bytes must stay
-unchanged, and the results must not depend on them.
+Each call is nearly valid. The call must raise an error that Python code expects, or return tensors
+of the right shapes. Each call is made twice, with different bytes around the tensors: the bytes
+must stay unchanged, and the results must not depend on the bytes.
 """
 
 import math
@@ -58,12 +58,12 @@ class Case(NamedTuple):
     classes: int = 10
     k: int = 2
     dtypes: tuple[torch.dtype, torch.dtype] = (FP32, FP32)
-    layouts: tuple[str, ...] = ("contiguous",)  # dtypes of the tensors, in turn
+    layouts: tuple[str, ...] = ("contiguous",)  # One layout for each tensor, in turn
     seed: int = 0
     teachers: int = 1
     mixed: bool = False
-    present: int = 0  # bits: labels, row settings, denominator, temperatures of teachers
-    number: int = 0  # numbers of the divergence, the tail, the ensemble
+    present: int = 0  # Bits: labels, row settings, denominator, temperatures of teachers
+    number: int = 0  # Selects the divergence, the tail and the ensemble
     reduction: int = 2
     flags: tuple[bool, bool, bool] = (False, False, False)
     inplace: bool = False
@@ -105,7 +105,7 @@ CASES = st.builds(
 
 
 class Memory:
-    """Tensors with bytes of ``guard`` before, behind and between their elements."""
+    """Tensors with ``guard`` bytes before, behind and between their elements."""
 
     def __init__(self, guard: int) -> None:
         self.guard = guard
@@ -132,11 +132,11 @@ class Memory:
         return tensor
 
     def copy(self) -> list[tuple[bytes, Tensor]]:
-        """Return all bytes of the blocks, and the values of the tensors."""
+        """Return the bytes of all blocks, and the values of the tensors."""
         return [(bytes(block), tensor.clone()) for block, tensor in self.blocks]
 
     def check(self, before: list[tuple[bytes, Tensor]], writable: Tensor | None) -> None:
-        """Assert that nothing was written since ``before`` but elements of ``writable``."""
+        """Assert that only elements of ``writable`` have changed since ``before``."""
         for (block, tensor), (content, values) in zip(self.blocks, before, strict=True):
             if writable is not None and tensor.data_ptr() == writable.data_ptr():
                 tensor.copy_(values)
@@ -148,7 +148,7 @@ def expand(tensor: Tensor, rows: int) -> Tensor:
 
 
 def changed(value: Any, change: Any, first: Any) -> Any:
-    """Apply a change of CHANGES to a tensor argument, where torch has such a tensor."""
+    """Apply a change of CHANGES to an argument, if torch supports such a tensor."""
     if change == "absent":
         return None
     if not isinstance(value, Tensor):
@@ -202,7 +202,7 @@ def apply(tensor: Tensor, change: str, first: Any) -> Any:
 
 
 def arguments_of(case: Case, memory: Memory) -> dict[str, Any]:
-    """Return the op's arguments by name, after the changes."""
+    """Return the changed arguments of the op, by name."""
     generator = torch.Generator().manual_seed(case.seed)
     rows, classes, k = math.prod(case.leading), case.classes, min(case.k, case.classes)
     shape = (*case.leading, classes)
@@ -299,7 +299,7 @@ def arguments_of(case: Case, memory: Memory) -> dict[str, Any]:
 def linear_arguments(
     case: Case, tensors: dict[str, Any], floats: Any
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the arguments of the op with heads, whose tensors are one list."""
+    """Return the arguments of linear_loss, whose tensors are one list."""
     rows, classes = math.prod(case.leading), case.classes
     acc = tensors["log_probs"].dtype
     bias, sparse_teacher, teacher_head = case.flags
@@ -378,7 +378,7 @@ def call(case: Case, guard: int) -> tuple[str, list[Tensor]]:
     try:
         results = getattr(OPS, case.op)(*arguments.values())
     except ERRORS as error:
-        # An invalid list is found when its row is computed, after earlier rows are written.
+        # An invalid list is detected when its row is computed, after earlier rows are written.
         late = "indices must be different" in str(error)
         memory.check(before, grad if late and isinstance(grad, Tensor) else None)
         return type(error).__name__, []
@@ -394,8 +394,8 @@ def call(case: Case, guard: int) -> tuple[str, list[Tensor]]:
     if case.op == "empty_gradient":
         return "", []
     if case.op == "loss_into":
-        del results[1]  # statistics of ignored rows are not written
-    # A linear loss leaves outputs that it does not compute unchanged.
+        del results[1]  # Statistics of ignored rows are not written
+    # Outputs on "meta" have no values to compare.
     return "", [each for each in results if each.device.type == "cpu"]
 
 
@@ -413,33 +413,33 @@ def run(case: Case, _: torch.device) -> None:
 
 # Cases that failed once.
 REGRESSIONS = [
-    # A `filled` gradient was scaled by row-wise grad_output; zero rows were read from null.
+    # A `filled` gradient was scaled by the first row's grad_output, which is null without rows.
     Case(op="loss_backward_", leading=(0,), reduction=0, flags=(False, False, True)),
     Case(op="topk_loss_backward_", leading=(0,), reduction=0, flags=(False, False, True)),
     Case(op="loss_backward_", reduction=0, flags=(False, False, True)),
     # The number of a reduction lost its upper 32 bits before it was checked.
     Case(changes=((19, "absent", 2**40),)),
-    # With one tensor on "meta" the fake kernel answered with uninitialized memory.
+    # With one tensor on "meta" the fake kernel returned uninitialized memory.
     Case(present=1, changes=((8, "on meta", 0),)),
     Case(op="topk_loss_into", changes=((3, "on meta", 0),)),
     Case(op="linear_loss", changes=((0, "on meta", 0),)),
-    # An attribute error on None, and an assertion.
+    # The op failed with an attribute error on None, and with an assertion.
     Case(op="loss_gradient", number=_C.divergences.index("dkd"), reduction=1),
     Case(op="linear_loss", present=15, flags=(False, True, False)),
-    Case(op="linear_loss", changes=((20, "absent", 0),)),  # a division by a chunk of 0
+    Case(op="linear_loss", changes=((20, "absent", 0),)),  # The op divided by a chunk size of 0
 ]
 REFUSED = ("filled", "reduction", "device", "labels must be", "by_classes", "chunk")
 
 
 @pytest.mark.parametrize("case", REGRESSIONS)
 def test_regressions_are_refused(case):
-    """Each call that was accepted, or crashed, is refused by a message with the argument's name."""
+    """A call that was accepted, or crashed, is refused by a message with the argument's name."""
     with pytest.raises(ERRORS, match="|".join(REFUSED)):
         getattr(OPS, case.op)(*arguments_of(case, Memory(GUARDS[0])).values())
 
 
 def test_a_gradient_whose_classes_are_apart(isa):
-    """Elements between the classes stay, and the values equal those of adjacent classes."""
+    """Elements between the classes stay unchanged; the values equal those of adjacent classes."""
     for dtype, classes in ((FP64, 127), (FP32, 1000)):
         student, teacher = (torch.randn(1, classes, dtype=dtype) for _ in range(2))
         case = Case(dtypes=(dtype, dtype), present=0, reduction=1)

@@ -1,4 +1,4 @@
-"""Random sparse teachers compared with the definition in float64."""
+"""Random sparse teachers: the loss equals the definition in float64."""
 
 import math
 from typing import Any, NamedTuple
@@ -157,7 +157,7 @@ def is_refused(problem: Problem) -> bool:
 
 
 def of_soft_term(case: Case) -> dict[str, Any]:
-    """Return the soft term's options; tail "ignore" has the forward KL alone."""
+    """Return the options of the soft term; tail "ignore" supports only the forward KL."""
     if case.estimator is not None or case.tail == "ignore":
         return {}
     return {"divergence": case.divergence, "mix": reference.DIVERGENCES[case.divergence].mix}
@@ -233,7 +233,7 @@ def check(case: Case, device: torch.device) -> None:
     eps, t = torch.finfo(acc).eps, case.temperature
     mass = reference.topk.mass(indices.long(), log_probs.double())
     if is_infinite_without_rest(case.divergence, 0.5) and bool((1 - mass < eps / 2).any()):
-        return  # the ghost's least probability is the compute dtype's, not float64's
+        return  # The ghost's least probability depends on the compute dtype
     hard, soft = (0.0, 1.0) if labels is None else case.weights
     largest = largest_of(student, log_probs)
     size = (hard * (1 + largest) + soft * t * t * (1 + largest / min(t, 1.0))) / (
@@ -241,7 +241,7 @@ def check(case: Case, device: torch.device) -> None:
     )
     assert grad is not None and value.dtype == acc and grad.dtype == student.dtype
     assert value.shape == (student.shape[:-1] if case.reduction == "none" else ())
-    if size > 1e30:  # float32 overflows where float64 does not, so nothing is compared
+    if size > 1e30:  # float32 overflows where float64 does not
         return
     close(value.flatten(), want.flatten(), 8 * eps, 64 * eps * size * max(1, len(rows)), "loss")
     is_comparable = rows.isfinite().view(*student.shape[:-1], 1) & gradient.isfinite()
@@ -277,14 +277,14 @@ REGRESSIONS = [
     # Logits as log_probs: beyond exp(709) their sum overflowed to a small number.
     Case(odd=((1, 0, 0, 1e38),)),
     Case(odd=((1, 1, 2, 3e4),), dtypes=(FP64, FP64), tail="ignore"),
-    # A negative scale of an exponential: its bits overflowed.
+    # The bits of an exponential overflowed for a negative scale.
     *(
         Case(
             (4,), 40, k=40, spread=300.0, reduction="none", grad_output=-0.5, ignored=0.0, tail=tail
         )
         for tail in TAILS
     ),
-    # The fallback gave 0 for a row without any probability and an empty list.
+    # The fallback gave 0 for an empty list in a row without any probability.
     Case(leading=(), classes=1, k=1, odd=((0, 0, 0, -math.inf),), padding=1.0, labels="none"),
     # The fallback gave 0, not inf, for a masked class whose probability underflows.
     Case(

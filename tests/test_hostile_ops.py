@@ -1,6 +1,6 @@
-"""Test invalid calls of the ops and of autograd's nodes, by mistake or by an attacker.
+"""Invalid calls of the ops and of autograd's nodes raise errors.
 
-Each call must raise, since the ops read and write memory by the sizes of their arguments.
+The ops read and write memory by the sizes of their arguments, so each invalid call must raise.
 """
 
 import itertools
@@ -31,7 +31,7 @@ def arguments_of(*, rows: Tensor | None = None, denominator: Tensor | None = Non
 
 
 def released(tensor: Tensor) -> Tensor:
-    """Return a tensor with a released storage, as FSDP's parameters have."""
+    """Return a tensor with a released storage, like a parameter under FSDP."""
     tensor = tensor.detach().clone()
     tensor.untyped_storage().resize_(0)
     return tensor
@@ -78,7 +78,7 @@ def test_the_dense_ops_refuse(case):
     grad = torch.full((ROWS, CLASSES), 7.0)
     with pytest.raises(RuntimeError):
         OPS.loss_into(grad, *wrong, True)
-    if "reduction" not in case and "denominator" not in case:  # unused in the backward pass
+    if "reduction" not in case and "denominator" not in case:  # Unused in the backward pass
         with pytest.raises(RuntimeError):
             OPS.loss_backward_(grad, one, stats, *wrong, False)
     assert (grad == 7).all(), "a call that is refused writes nothing"
@@ -195,7 +195,7 @@ def test_a_student_released_after_the_forward_pass_raises():
 
 @pytest.mark.parametrize("reduction", shapes.REDUCTIONS)
 def test_grad_fn_called_by_hand_refuses_what_the_engine_would(reduction):
-    """The ops raise; nodes of autograd in Python cannot be called at all."""
+    """The ops raise an error; nodes of autograd in Python cannot be called at all."""
     student, teacher, labels = make((ROWS, CLASSES), FP32)
     leaf = student.requires_grad_()
     _, indices, log_probs = lists()

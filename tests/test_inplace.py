@@ -1,4 +1,4 @@
-"""``inplace=True``: the gradient in the memory of the logits."""
+"""``inplace=True`` writes the gradient into the memory of the logits."""
 
 import pytest
 import torch
@@ -23,10 +23,10 @@ def test_inplace_gives_the_same_gradient_in_the_logits_memory(device, scale, red
     seen = []
     hidden.register_hook(lambda grad: seen.append(grad.data_ptr()))
     (again * scale).backward()
-    assert seen == [hidden.data_ptr()]  # allocates no second tensor of this size
-    if dtype in (BF16, FP16) and scale != 1.0:  # scaled after rounding, as it cannot be recomputed
+    assert seen == [hidden.data_ptr()]  # No second tensor of this size is allocated
+    if dtype in (BF16, FP16) and scale != 1.0:  # The gradient is scaled after rounding
         info = torch.finfo(dtype)
-        smallest = info.smallest_normal * info.eps  # subnormals lose digits that no scale restores
+        smallest = info.smallest_normal * info.eps  # Subnormal numbers lose digits
         torch.testing.assert_close(over.grad, plain.grad, rtol=info.eps, atol=smallest * scale)
     else:
         assert torch.equal(over.grad, plain.grad)
@@ -35,8 +35,8 @@ def test_inplace_gives_the_same_gradient_in_the_logits_memory(device, scale, red
 def test_inplace_logits_cannot_be_used_afterwards(device):
     student, teacher, labels = make((6, 20), device=device)
     hidden = student.requires_grad_() * 1
-    other = hidden.exp().sum()  # saves its own result, so works
-    square = hidden.square().sum()  # saves the logits
+    other = hidden.exp().sum()  # exp() saves its result for backward
+    square = hidden.square().sum()  # square() saves the logits
     value = fastkd.loss(hidden, teacher, labels, inplace=True)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         (value + square).backward()
@@ -102,14 +102,14 @@ def test_inplace_refuses_rows_that_share_memory(device, overlapping):
 
 @pytest.mark.filterwarnings("ignore:.*torch.frombuffer")
 def test_inplace_refuses_logits_between_addresses():
-    """torch.frombuffer makes tensors at misaligned addresses."""
+    """Logits at an address that is no multiple of their element size are refused."""
     memory = torch.frombuffer(bytearray(4 * 60 + 1), dtype=torch.float32, offset=1).view(6, 10)
     leaf, teacher, _ = make((6, 10))
     logits = memory.copy_(leaf.requires_grad_())
     with pytest.raises(ValueError, match=r"inplace=True.*student .*multiple of its 4 bytes.*at 0x"):
         fastkd.loss(logits, teacher, inplace=True)
     assert torch.equal(memory, leaf)
-    fastkd.loss(logits, teacher).backward()  # accepted as a copy
+    fastkd.loss(logits, teacher).backward()  # Without inplace, the logits are copied
     (want,) = torch.autograd.grad(fastkd.loss(leaf * 1, teacher), leaf)
     assert torch.equal(leaf.grad, want)
 
@@ -124,7 +124,7 @@ def test_inplace_without_a_gradient_changes_nothing(device):
 
 
 def test_inplace_of_sliced_logits(device):
-    """Rows between the slices logits[:, :-1] stay unchanged."""
+    """The last row of each sequence, outside the slice logits[:, :-1], stays unchanged."""
     student, teacher, labels = make((3, 5, 40), device=device)
     plain, over = student.clone().requires_grad_(), student.clone().requires_grad_()
     fastkd.loss((plain * 1)[:, :-1], teacher[:, :-1], labels[:, :-1]).backward()

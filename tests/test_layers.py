@@ -1,4 +1,4 @@
-"""Import and include rules of the layers, checked in the sources."""
+"""The layers' rules for imports and includes, checked in the sources."""
 
 import ast
 import pathlib
@@ -66,7 +66,7 @@ IMPORTS = {
         "validation",
     },
 }
-# The optional module of C++ autograd, which has no stable interface.
+# C++ autograd has no stable interface; these files belong to the optional module.
 UNSTABLE = {"torch/eager.cpp", "torch/grad_buffer.h"}
 
 
@@ -96,7 +96,7 @@ def test_the_sources_are_where_this_test_looks():
 def test_csrc_includes_downwards_only(path):
     for name in includes(path):
         if (path.name, name) == ("module.cpp", "../cuda/plan.h"):
-            continue  # the planner is plain C++, called from test_plan.py
+            continue  # The planner is plain C++, and test_plan.py calls it
         target = own_part(path, name)
         if target is not None:
             assert target in LAYERS[part(path)], f"{path.name} must not include {name}"
@@ -179,7 +179,7 @@ def test_every_module_imports_what_stands_above_it():
 def test_python_files_import_lower_layers(path):
     layer = python_part(path)
     if layer == "__main__":
-        return  # the command line may import everything
+        return  # The command line may import everything
     names = {name for name in imported(path) if name.split(".")[0] == "fastkd"}
     parts = {name.split(".")[1] if "." in name else "" for name in names}
     if layer == "__init__":
@@ -200,7 +200,7 @@ def test_tests_and_benchmarks_do_not_import_each_other():
 
 
 def test_importing_fastkd_needs_torch_alone():
-    """Import fastkd in an interpreter that finds no other installed package."""
+    """fastkd can be imported in an interpreter that has torch and no other installed package."""
     script = """
 import sys
 import importlib.abc

@@ -1,4 +1,4 @@
-"""Learned temperatures and weights, and standardized logits, against float64 in each dtype."""
+"""Learned temperatures and weights, and standardized logits, equal float64 in each dtype."""
 
 import pytest
 import torch
@@ -51,7 +51,7 @@ def leaves_of(options):
 
 
 def problem(dtype, device="cpu"):
-    """Make a problem with a class masked by both and a NaN in an ignored row."""
+    """Make a problem with a class that both mask, and a NaN in an ignored row."""
     student, teacher, labels = make((ROWS, CLASSES), dtype, device=device, ignored=0.0)
     student[1, 3] = teacher[1, 3] = -torch.inf
     labels[1] = 5
@@ -83,10 +83,10 @@ def test_gradients_are_those_of_float64(name, learn, reduction):
         )
         expected = torch.autograd.grad(terms.loss, [wide, *learned], factor.double())
         torch.testing.assert_close(loss.double(), terms.loss, rtol=bound, atol=bound)
-        size = max(float(terms.loss.detach().abs().max()), 1.0)  # rounding of a gradient near 0
+        size = max(float(terms.loss.detach().abs().max()), 1.0)  # Rounding of a gradient near 0
         for mine, theirs in zip(got, expected, strict=True):
             scale = float(theirs.abs().max())
-            # Only the logits' gradient is rounded to their dtype.
+            # Only the logits' gradient is rounded to 16 bits.
             limit = bound if mine.shape == student.shape else min(bound, 2e-6)
             assert float((mine.double() - theirs).abs().max()) <= limit * max(scale, size)
 
@@ -189,7 +189,7 @@ def test_a_row_of_one_value_and_a_row_of_nan():
     assert grad.isfinite().all(-1).tolist() == [True, True, False, True]
 
 
-# ---- gradients in other ways, and other contents
+# ---- higher derivatives, batched gradients, masked and constant rows
 
 
 @pytest.mark.parametrize("learn", LEARN)

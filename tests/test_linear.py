@@ -1,4 +1,4 @@
-"""The loss of a student Head: against float64, and against PyTorch in the same dtypes."""
+"""The loss of a student Head equals float64, and PyTorch in the same dtypes."""
 
 from typing import Any
 
@@ -57,7 +57,7 @@ def on_full_logits(
     scale: Any = None,
     **options,
 ) -> tuple[Tensor, list[Tensor]]:
-    """Return loss and gradients by PyTorch: products in ``dtype``, the loss in ``loss_dtype``."""
+    """Return PyTorch's loss and gradients: products in ``dtype``, the loss in ``loss_dtype``."""
 
     def logits(hidden, weight, bias, cap, scale):
         z = F.linear(hidden, weight, bias) * (1.0 if scale is None else scale)
@@ -75,7 +75,7 @@ def on_full_logits(
 
 
 def loss_in(z: Tensor, w: Tensor, labels: Tensor, options: dict) -> Tensor:
-    """Compute the loss by the reference or, in 16 bits, by the usual PyTorch operations."""
+    """Compute the loss by the reference or, in 16 bits, by PyTorch's functions."""
     if z.dtype in (FP32, FP64):
         options = {k: v.to(z.dtype) if is_real(v) else v for k, v in options.items()}
         return reference.loss(z, w, labels, **weights(options, True))
@@ -110,7 +110,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 @pytest.mark.parametrize("dtype", [FP64, FP32], ids=name_of)
 def test_every_option_equals_the_truth(device, dtype, options):
-    """Test loss and gradients of every option, in several chunks with a smaller last one."""
+    """Loss and gradients of every option are right, in several chunks with a smaller last one."""
     heads = make_heads(dtype, device)
     options = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in options.items()}
     exact, exact_grads = on_full_logits(heads, FP64, **options)
@@ -125,7 +125,7 @@ def test_every_option_equals_the_truth(device, dtype, options):
 @pytest.mark.parametrize("reduction", ["none", "mean"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 def test_grad_output_scales_the_gradients(device, dtype, reduction):
-    """grad_output multiplies the gradients; with "none", each row's."""
+    """grad_output multiplies the gradients; with "none", each row has a grad_output."""
     heads = make_heads(dtype, device)
     outgoing = torch.linspace(0.5, 2, ROWS) if reduction == "none" else torch.tensor(3.0)
     options = {"reduction": reduction, "softcap": 5.0}
@@ -187,7 +187,7 @@ def test_summing_in_16_bits(device):
     assert errors[0] < errors[1] < 2 * distance(upcast, exact)
 
 
-# ---- what is not computed
+# ---- products that are not computed
 
 
 class Products(TorchDispatchMode):
@@ -210,7 +210,7 @@ def test_ignored_rows_take_part_in_no_product(device):
     with Products() as products:
         run(heads, chunks={"chunk_size": 8})
     chunk_count = -(-counted // 8)
-    for width in (CLASSES, WIDTH):  # logits, and the gradient of the hidden states
+    for width in (CLASSES, WIDTH):  # Logits, and the gradient of the hidden states
         rows = [shape[0] for shape in products.shapes if shape[1] == width and shape[0] < CLASSES]
         assert sum(rows) == counted * (2 if width == CLASSES else 1)
         assert max(rows) - min(rows) <= chunk_count
@@ -248,7 +248,7 @@ def test_no_gradient_is_computed_under_no_grad(device):
 
 
 def test_rows_are_kept_while_a_graph_is_captured(device, monkeypatch):
-    """All rows are computed under capture, where nothing may synchronize."""
+    """Under graph capture, which forbids synchronization, all rows are computed."""
     heads = make_heads(device=device)
     expected = run(heads, chunks={"chunk_size": 8})
     monkeypatch.setattr(linear_loss, "counted_rows", lambda labels, ignore_index: None)
@@ -269,8 +269,8 @@ def test_peak_memory_is_what_the_plan_says(dtype, cap):
         options["chunk_by"] = "rows"
         chosen = fastkd.chunks.plan(*heads, **options)
         peak = peak_bytes(lambda options=options: run(heads, softcap=cap, chunks=options))
-        small = 2**21  # biases, row statistics
-        if dtype == BF16:  # a factor of a product, which oneDNN packs for itself
+        small = 2**21  # Biases, row statistics
+        if dtype == BF16:  # oneDNN packs a factor of each product
             small += chosen.chunk * 16000 * dtype.itemsize
         assert 0.5 * chosen.peak_bytes <= peak <= chosen.peak_bytes + small
 
@@ -388,7 +388,7 @@ def test_the_module_takes_heads(device):
 
 
 def test_class_weights_of_labels_out_of_range(monkeypatch):
-    """Labels index the weights unchecked on CUDA, where an invalid one is a device-side assert."""
+    """Plans accept labels out of range, which on CUDA would index the weights unchecked."""
     heads = make_heads()._replace(labels=torch.full((ROWS,), CLASSES))
     monkeypatch.setattr(checks, "may_look", lambda tensor: False)
     assert fastkd.chunks.plan(*heads, class_weight=torch.ones(CLASSES)).rows == ROWS
@@ -459,7 +459,7 @@ def test_a_teacher_of_another_dtype(device, dtype, teacher_dtype):
         assert grad.dtype == dtype and distance(grad, right) <= bound * right.norm()
 
 
-# ---- bad input
+# ---- invalid arguments
 
 STUDENT = {
     "widths": ({"hidden": torch.zeros(ROWS, 3)}, r"Head\.hidden must have shape \(\.\.\., width\)"),

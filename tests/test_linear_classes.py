@@ -1,4 +1,4 @@
-"""Test chunks of classes against float64 and against chunks of rows, and their memory."""
+"""Chunks of classes equal float64 and chunks of rows, and take less memory."""
 
 import math
 from typing import Any
@@ -71,7 +71,7 @@ def on(device: torch.device, options: dict[str, Any]) -> dict[str, Any]:
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 @pytest.mark.parametrize("dtype", [FP64, FP32], ids=name_of)
 def test_every_option_equals_the_truth(device, dtype, options, size):
-    """Test loss and gradients of every supported option, with a smaller last chunk."""
+    """Loss and gradients of every supported option are right, with a smaller last chunk."""
     skip_what_cuda_lacks(device, options)
     heads, options = make_heads(dtype, device), on(device, options)
     exact, exact_grads = on_full_logits(heads, FP64, **options)
@@ -126,7 +126,7 @@ def test_float16_under_a_loss_scale(device):
 @pytest.mark.parametrize("chunks_of", [by_rows(8), by_classes()], ids=str)
 @pytest.mark.parametrize("largest", [2.0**13, 1e6])
 def test_float16_of_rows_under_a_loss_scale(device, largest, chunks_of):
-    """Row factors do not overflow, alone or times hidden states."""
+    """The factors of rows do not overflow, alone or times hidden states."""
     heads = make_heads(FP16, device)
     with torch.no_grad():
         heads.student.hidden[:, 0] = 20.0
@@ -135,7 +135,7 @@ def test_float16_of_rows_under_a_loss_scale(device, largest, chunks_of):
     small = torch.where(heads.labels == -100, 0.0, outgoing / largest)
     options = {"reduction": "none", "hard_weight": 1e-3, "soft_weight": 1e-3, "chunks": chunks_of}
     _, expected = run(heads, small, **options)
-    with torch.autocast(device.type, dtype=FP16):  # gradients of weights in float32
+    with torch.autocast(device.type, dtype=FP16):  # Gradients of weights are in float32
         hidden, weight, bias = heads.leaves()
         wide = heads._replace(student=Head(hidden, weight.float(), bias.float()))
         _, grads = run(wide, outgoing, **options)
@@ -147,7 +147,7 @@ def test_float16_of_rows_under_a_loss_scale(device, largest, chunks_of):
 @pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl"])
 @pytest.mark.parametrize("size", [1e-2, 1e-4])
 def test_nothing_cancels_near_the_teacher(device, divergence, size):
-    """Nothing cancels between chunks if the student nearly equals its teacher."""
+    """The loss keeps its accuracy across chunks if the student nearly equals its teacher."""
     skip_what_cuda_lacks(device, {"divergence": divergence} if divergence != "forward_kl" else {})
     torch.manual_seed(0)
     teacher = torch.randn(8, 5000, device=device) * 3
@@ -157,7 +157,7 @@ def test_nothing_cancels_near_the_teacher(device, divergence, size):
     value = loss_in_chunks(Head(hidden, weight), teacher, chunks=by_classes(), **options)
     exact = fastkd.loss(weight.t().double(), teacher.double(), **options)
     assert exact.max() < size**2
-    # The gradient depends on the squared difference, which includes the statistics' rounding.
+    # The loss is of the order size^2, and the rounding of the statistics contributes eps * size.
     bound = torch.finfo(FP32).eps / size
     torch.testing.assert_close(value.double(), exact, rtol=bound, atol=0)
 
@@ -175,7 +175,7 @@ MASKS = {
 @pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl", "soft_cross_entropy"])
 @pytest.mark.parametrize("masks", MASKS.values(), ids=MASKS)
 def test_masked_chunks_equal_chunks_of_rows(device, masks, divergence):
-    """Fully masked chunks, of one or both, give the results of chunks of rows."""
+    """Chunks of masked classes give the results of chunks of rows."""
     skip_what_cuda_lacks(device, {"divergence": divergence} if divergence != "forward_kl" else {})
     heads = make_heads(FP64, device)
     with torch.no_grad():
@@ -223,7 +223,7 @@ def test_references_of_the_cuda_kernels(temperature):
     for z in logits.split(32, 1):
         top = z.max(1).values
         hard = scale(z, top, log2e, top * log2e)
-        if temperature == 3.0:  # a power of the tempered exponentials
+        if temperature == 3.0:  # A power of the tempered exponentials
             hard = (3 * (z.double() * slope.double() - (top * slope).double()[:, None])).exp2()
             hard = hard.sum(1).reciprocal()
         tempered = scale(z, top, slope, top * slope)
@@ -240,7 +240,7 @@ def test_references_of_the_cuda_kernels(temperature):
         torch.testing.assert_close(hard.double(), right, rtol=2e-7, atol=0)
 
 
-# ---- what is not computed
+# ---- products that are not computed
 
 
 def test_ignored_rows_take_part_in_no_product(device):
@@ -265,7 +265,7 @@ def test_all_rows_ignored_give_zero(device):
 
 @pytest.mark.parametrize("options", [{}, {"alpha": 1.0}, {"soft_weight": 1.0, "hard_weight": 0.0}])
 def test_labels_out_of_range_are_nan_rows(device, monkeypatch, options):
-    """Labels are not checked on CUDA, and not by this path on a CPU."""
+    """Labels out of range give NaN rows where data are not checked, as on CUDA."""
     monkeypatch.setattr(checks, "may_look", lambda tensor: False)
     heads = make_heads(device=device, ignored=0.0)
     expected = loss_in_chunks(*heads, chunks=by_classes(64), reduction="none", **options)
@@ -281,11 +281,11 @@ def test_labels_out_of_range_are_nan_rows(device, monkeypatch, options):
 @pytest.mark.parametrize("ignore_index", [0, 5, CLASSES - 1])
 @pytest.mark.parametrize("captured", [False, True])
 def test_an_ignored_class_marks_no_other_chunk(device, ignore_index, captured, monkeypatch):
-    """An ignore_index that is a class, such as a pad id, marks no other chunk's class."""
+    """An ignore_index that is a valid class, such as a pad id, does not count in other chunks."""
     heads = make_heads(FP64, device, rows=300)
     heads = heads._replace(labels=heads.labels.masked_fill(heads.labels == -100, ignore_index))
     expected, right = run(heads, chunks=by_rows(64), ignore_index=ignore_index)
-    if captured:  # mimics graph capture, where all rows are computed
+    if captured:  # Mimics graph capture, where all rows are computed
         monkeypatch.setattr(linear_loss, "counted_rows", lambda labels, ignore_index: None)
     value, grads = run(heads, chunks=by_classes(32), ignore_index=ignore_index)
     torch.testing.assert_close(value, expected)
@@ -344,7 +344,7 @@ def test_rows_are_kept_while_a_graph_is_captured(device, monkeypatch):
 
 
 def wide_heads(dtype, rows=256, width=256, classes=8000) -> Heads:
-    """Make heads whose largest tensor is the weight's gradient, as language models have."""
+    """Make heads whose largest tensor is the weight's gradient, as in language models."""
     torch.manual_seed(0)
     heads = make_heads(dtype, rows=rows, classes=classes, ignored=0.0)
     hidden = torch.randn(rows, width).to(dtype).requires_grad_()
@@ -355,7 +355,7 @@ def wide_heads(dtype, rows=256, width=256, classes=8000) -> Heads:
 @pytest.mark.parametrize("cap", [None, 5.0], ids=["plain", "soft cap"])
 @pytest.mark.parametrize("dtype", [FP32, BF16], ids=name_of)
 def test_peak_memory_is_what_the_plan_says(dtype, cap):
-    """The peak is the gradients and a little, a third of that of chunks of rows."""
+    """The peak is little more than the gradients, and a third of that of chunks of rows."""
     heads = wide_heads(dtype)._replace(labels=None)
     rows, width = heads.student.hidden.shape
     classes = len(heads.student.weight)
@@ -363,8 +363,8 @@ def test_peak_memory_is_what_the_plan_says(dtype, cap):
     gradients = (rows * max(4, dtype.itemsize) + classes * dtype.itemsize) * width
     scratch = products.scratch_bytes(rows, width) if dtype == BF16 else 0
     assert gradients < chosen.peak_bytes < 1.1 * gradients + scratch
-    small = 2**18  # biases
-    if dtype == BF16:  # a factor of a product, as oneDNN packs it
+    small = 2**18  # Biases
+    if dtype == BF16:  # oneDNN packs a factor of each product
         small += 4 * chosen.chunk * width
     peak = peak_bytes(lambda: run(heads, softcap=cap, chunks=by_classes()))
     assert gradients <= peak <= chosen.peak_bytes + small
@@ -406,10 +406,10 @@ def test_a_bound_holds_where_16_bit_products_go_through_float32(monkeypatch, chu
     for bound in (5 * 2**20, 9 * 2**20):
         options = {"max_workspace": bound, "chunk_by": chunk_by}
         peak = peak_bytes(lambda options=options: run(heads, chunks=options))
-        assert peak <= bound + 2**17  # biases
+        assert peak <= bound + 2**17  # Biases
 
 
-# ---- other ways in
+# ---- tied weights, unsupported calls
 
 
 def test_tied_weights_and_autocast(device):
@@ -442,7 +442,7 @@ LACKS = {
 
 @pytest.mark.parametrize(("options", "message"), LACKS.values(), ids=LACKS)
 def test_unsupported_calls_are_refused(options, message):
-    """Unsupported calls, and calls with another call's plan, are refused."""
+    """Calls that chunks of classes do not support, and plans of other calls, are refused."""
     heads = make_heads()
     with pytest.raises(ValueError, match=f'chunk_by must be "auto" or "rows" with {message}'):
         run(heads, chunks=by_classes(), **options)

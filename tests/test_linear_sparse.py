@@ -1,4 +1,4 @@
-"""A Head with a sparse teacher, against the definition on full logits in float64."""
+"""The loss of a Head with a sparse teacher equals the definition on full logits in float64."""
 
 from typing import Any
 
@@ -38,7 +38,7 @@ def make(dtype=FP32, device="cpu", rows=ROWS, classes=CLASSES, ignored=0.3) -> H
 
 
 def loss(heads: Heads, *, softcap=None, scale=None, tail="ghost", **options) -> Tensor:
-    """Compute the loss at temperature 2, unless the options have another."""
+    """Compute the loss, at temperature 2 by default."""
     heads = heads._replace(teacher=heads.teacher._replace(tail=tail)).with_options(softcap, scale)
     return loss_in_chunks(*heads, **{"temperature": 2.0, **options})
 
@@ -79,7 +79,7 @@ def on_full_logits(
     softcap: float | None = None,
     scale: float = 1.0,
 ) -> tuple[Tensor, list[Tensor]]:
-    """Return loss and gradients by PyTorch: products in ``dtype``, the loss in float32 or wider."""
+    """Return PyTorch's loss and gradients: products in ``dtype``, the loss in float32 or wider."""
     leaves = [leaf.detach().to(dtype).requires_grad_() for leaf in heads.leaves()]
     wide = torch.promote_types(dtype, FP32)
     z = F.linear(*leaves).to(wide) * scale
@@ -124,7 +124,7 @@ def way(request, monkeypatch):
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 @pytest.mark.parametrize("dtype", [FP64, FP32], ids=name_of)
 def test_every_option_equals_the_truth(device, way, dtype, options):
-    """Test loss and gradients in one chunk, and in several with a smaller last one."""
+    """Loss and gradients are right in one chunk, and in several with a smaller last one."""
     heads = make(dtype, device)
     exact, exact_grads = on_full_logits(heads, **options)
     bound = 64 * torch.finfo(dtype).eps
@@ -139,7 +139,7 @@ def test_every_option_equals_the_truth(device, way, dtype, options):
 @pytest.mark.parametrize("reduction", ["none", "mean"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 def test_grad_output_scales_the_gradients(device, dtype, reduction):
-    """grad_output multiplies the gradients; with "none", each row's."""
+    """grad_output multiplies the gradients; with "none", each row has a grad_output."""
     heads = make(dtype, device)
     outgoing = torch.linspace(0.5, 2, ROWS) if reduction == "none" else torch.tensor(3.0)
     options = {"reduction": reduction, "softcap": 5.0}
@@ -240,13 +240,13 @@ def test_autocast_keeps_float32_gradients(device, dtype):
 
 @pytest.mark.parametrize("cap", [None, 5.0], ids=["plain", "soft cap"])
 def test_peak_memory_is_what_the_plan_says(cap):
-    """The peak includes the gradient of the logits, which a sparse teacher needs separately."""
+    """The planned peak includes the gradient of the logits, which a sparse teacher needs."""
     heads = make(rows=512, classes=16000, ignored=0.0)
     for options in ({"chunk_size": 128}, {"max_workspace": 2**24}, {"chunk_size": 512}):
         options["chunk_by"] = "rows"
         chosen = fastkd.chunks.plan(*heads.with_options(cap), **options)
         peak = peak_bytes(lambda options=options: run(heads, softcap=cap, chunks=options))
-        small = 2**22  # a block of a product, biases, lists
+        small = 2**22  # A block of a product, biases, lists
         assert 0.5 * chosen.peak_bytes <= peak <= chosen.peak_bytes + small
 
 
@@ -342,7 +342,7 @@ def test_a_compiled_loss_equals_the_eager_one(reduction):
     torch._dynamo.reset()
 
 
-# ---- the module, bad input
+# ---- the module, invalid arguments
 
 
 def test_the_module_takes_heads_and_lists(device):

@@ -39,7 +39,7 @@ def fresh_compiler():
 
 
 class Model(nn.Module):
-    """Model of a body, a head, and the loss."""
+    """Model with a body, a head, and the loss."""
 
     def __init__(
         self,
@@ -141,7 +141,7 @@ def test_checkpointing_gives_the_same_gradients(options, reentrant):
     ],
 )
 def test_a_compiled_model_equals_the_eager_one(options, fresh_compiler):
-    """The call compiles to one graph with the op, not its formula."""
+    """The call compiles to one graph with the op, not with the op's formula."""
     from functorch.compile import make_boxed_func
     from torch._dynamo.backends.common import aot_autograd
 

@@ -1,4 +1,4 @@
-"""Value and gradient against float64, for every option, dtype and layout."""
+"""Value and gradient of the loss equal float64, for every option, dtype and layout."""
 
 import itertools
 import math
@@ -50,7 +50,7 @@ def check(
         ).view(rows)
     exact = truth(student, teacher, labels, grad_output=grad_output, **options)
     theirs = (None, None)
-    if against_eager and acc == FP32:  # in float64, eager PyTorch and the truth are the same
+    if against_eager and acc == FP32:  # In float64, eager PyTorch and the truth are the same
         theirs = eager(student, teacher, labels, grad_output=grad_output, **options)
     leaf = student.detach().requires_grad_()
     value = fastkd.loss(leaf, teacher, labels, **options)
@@ -58,7 +58,7 @@ def check(
     value.backward(grad_output)
     assert leaf.grad.dtype == student.dtype
     assert_grad(leaf.grad, exact.grad, acc, theirs[1])
-    # Without a gradient the kernels have another path, with the same result.
+    # Without a gradient the kernels have another code path, with the same result.
     assert torch.equal(fastkd.loss(student.detach(), teacher, labels, **options), value.detach())
 
 
@@ -287,7 +287,7 @@ LONG_WIDTHS = {
 @pytest.mark.parametrize("dtype", [FP32, BF16], ids=name_of)
 @pytest.mark.parametrize("classes", LONG_WIDTHS, ids=str)
 def test_long_rows_equal_the_truth(device, classes, dtype):
-    # Three rows: whole rows and rows shared among threads, for two threads and for more.
+    # With three rows, two or more threads compute both complete and shared rows.
     check(*make((3, classes), dtype, device=device, ignored=0.0), against_eager=dtype == FP32)
 
 
@@ -299,7 +299,7 @@ def test_long_rows_equal_the_truth(device, classes, dtype):
         ((1, 151936), FP32),  # Qwen
         ((1, 151936), FP64),
         ((1, 151936), FP16),
-        ((1, 128257), BF16),  # odd, so no row is aligned
+        ((1, 128257), BF16),  # Odd, so rows are misaligned
     ],
     ids=str,
 )
@@ -328,7 +328,7 @@ def test_every_number_of_rows_equals_the_truth(device, rows, dtype):
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 @pytest.mark.parametrize("shape", [(0, 10), (0, 3, 10), (4, 0, 10), (0, 100000)])
 def test_no_rows_give_zero(device, shape, dtype):
-    """Without rows the loss is 0, as if all rows are ignored."""
+    """Without rows the loss is 0, as if all rows were ignored."""
     student, teacher, labels = make(shape, dtype, device=device)
     for reduction in ("mean", "sum", "none"):
         for index in (labels, None):
@@ -421,7 +421,7 @@ def test_views_give_the_bits_of_copies(device, layout, dtype):
 @pytest.mark.parametrize("dtype", [FP32, BF16, FP16], ids=name_of)
 @pytest.mark.parametrize("classes", [33, 1000, 5001])
 def test_misaligned_rows_equal_the_truth(device, classes, dtype):
-    """Rows start at each pair of base alignments and each offset from a vector."""
+    """Rows may start at each pair of base alignments, at each offset from a vector."""
     student, teacher, labels = make((9, classes), dtype, device=device)
     expected = fastkd.loss(student, teacher, labels)
     for a, b in itertools.product(range(0, 8, 3), repeat=2):
@@ -441,7 +441,7 @@ def test_rows_far_apart_equal_the_truth(device):
     """Strides are int64: two rows are more than 2^31 elements apart."""
     if device.type == "cuda":
         pytest.skip("CUDA memory is not committed lazily; test_cuda has a case that is full")
-    base = torch.empty(2**31 + 64, dtype=torch.float16)  # mostly unwritten, so not resident
+    base = torch.empty(2**31 + 64, dtype=torch.float16)  # Mostly unwritten, so not resident
     student = base.as_strided((2, 40), (2**31, 1))
     fresh, teacher, labels = make((2, 40), FP16, ignored=0.0)
     student.copy_(fresh)
@@ -482,7 +482,7 @@ NORMALIZED = ({"divergence": "jsd"}, {}, {"standardize": True}, {"label_smoothin
 @pytest.mark.parametrize("options", NORMALIZED, ids=str)
 @pytest.mark.usefixtures("each_autograd")
 def test_a_normalizer_of_0_goes_with_ignored_rows_alone(normalizer, options, device):
-    """An accumulation step may have no label; its token count is 0."""
+    """A step of accumulated batches may have no label, so its token count is 0."""
     student, teacher, labels = make((6, 20), device=device)
     ignored = torch.full_like(labels, -100)
     weight, top = torch.eye(20, device=device), fastkd.TopK(*teacher.log_softmax(-1).topk(3))

@@ -16,7 +16,7 @@ from fastkd._core.arguments import Call, check_tensors
 from fastkd._core.objective import Options
 
 INF = math.inf
-# Tolerance of log p, relative to its size; of p, absolute.
+# Tolerance of log p, relative to its size, and absolute tolerance of p.
 BOUND = {FP32: 4e-7, FP64: 1e-14}
 CPU = torch.device("cpu")
 
@@ -46,7 +46,7 @@ def mixed_logits(teachers: list[Tensor], dtype: torch.dtype = FP32, **options: A
 
 
 def mixed(teachers: list[Tensor], dtype: torch.dtype = FP32, **options: Any) -> Tensor:
-    """Compute the mixture's logits at temperature 1 in float64 on the CPU."""
+    """Compute the mixture's logits at temperature 1, in float64 on the CPU."""
     logits = mixed_logits(teachers, dtype, **options)
     assert logits.is_contiguous() and logits.dtype == dtype
     temperature = options.get("temperature", 2.0)
@@ -56,7 +56,7 @@ def mixed(teachers: list[Tensor], dtype: torch.dtype = FP32, **options: Any) -> 
 
 
 def check(teachers: list[Tensor], dtype: torch.dtype = FP32, **options: Any) -> None:
-    """Assert p, its logarithm and the masked classes against float64."""
+    """Assert that p, log p and the masked classes equal float64."""
     classes = teachers[0].shape[-1]
     got = mixed(teachers, dtype, **options).log_softmax(-1).reshape(-1, classes)
     form, teacher_t = options.get("teacher_form", "logits"), options.get("teacher_temperature")
@@ -106,7 +106,7 @@ def test_options_equal_the_truth(device):
 
 
 def test_rows_of_any_stride_are_mixed(device):
-    """Rows of any stride are read in place; non-adjacent classes are mixed too."""
+    """Rows of any stride are read in place; non-adjacent classes are mixed, too."""
     wide = teachers_of("logits", (3, 6, 50), FP32, 2, device)
     check([logits[:, :-1, 3:44] for logits in wide])
     check([wide[0][:, 1:, :40], wide[1][:, :5, 9:49].contiguous()])
@@ -117,7 +117,7 @@ def test_rows_of_any_stride_are_mixed(device):
 
 @pytest.mark.usefixtures("isa")
 def test_masked_classes_are_mixed(device):
-    """A class masked by one teacher has the others' share; one masked by all is masked."""
+    """A class masked by one teacher gets the other teachers' share; one masked by all is masked."""
     first, second = teachers_of("logits", (3, 2100), FP32, 2, device)
     first[0, :1500] = -INF
     second[0, 1200:] = -INF
@@ -128,7 +128,7 @@ def test_masked_classes_are_mixed(device):
     probs = teachers_of("probs", (2, 40), FP32, 2, device)
     probs[0][0, :9] = 0.0
     probs[1][0, 5:12] = 0.0
-    probs[0][1, 3] = 1e-42  # subnormal
+    probs[0][1, 3] = 1e-42  # Subnormal
     check(probs, teacher_form="probs")
     check(probs[:1], teacher_form="probs")
     huge = [logits * 1e30 for logits in teachers_of("logits", (2, 40), FP32, 2, device)]
@@ -205,7 +205,7 @@ def test_a_mixture_of_one_teacher_with_itself_is_that_teacher():
     torch.testing.assert_close(fastkd.loss(student, [teacher, teacher], temperature=3.0), alone)
 
 
-# ---- in place of a call's teacher, some rows at a time
+# ---- mixtures inside a loss
 
 SHAPES = [(70, 10), (300, 100), (3, 1000), (37, 5000), (3, 140_000)]
 
@@ -248,7 +248,7 @@ def test_as_a_teacher_that_was_mixed_before(shape, options):
 
 
 def test_rows_have_their_own_numbers():
-    """The mixture and the loss share temperatures and weights of rows."""
+    """Temperatures and weights of rows apply to the mixture and to the loss."""
     generator = torch.Generator().manual_seed(2)
     student = torch.randn(70, 300, generator=generator)
     teachers = teachers_of("logits", (70, 300), FP32, 2)
@@ -272,7 +272,7 @@ def test_pixels_are_mixed():
 
 
 def test_many_teachers_are_mixed(device):
-    """More teachers than the CUDA kernel takes are mixed by PyTorch operations."""
+    """PyTorch's operations mix more teachers than the CUDA kernel takes."""
     student = torch.randn(3, 40, generator=torch.Generator().manual_seed(8)).to(device)
     first, second = teachers_of("logits", (3, 40), FP32, 2, device)
     got = fastkd.loss(student, [first, second] * 20, temperature=3.0)
@@ -320,7 +320,7 @@ def test_again_and_differentiated_twice():
 
 @pytest.mark.parametrize("ensemble", ["probs", "logits"])
 def test_statistics_of_rows_mix_teachers(ensemble):
-    """Two passes of the linear loop mix several teachers."""
+    """The linear loss, which reads statistics in two passes, mixes several teachers."""
     student = torch.randn(3, 40, generator=torch.Generator().manual_seed(1))
     teachers = teachers_of("logits", (3, 40), FP32, 2)
     options = {"reduction": "none", "ensemble": ensemble}
@@ -336,7 +336,7 @@ def test_statistics_of_rows_mix_teachers(ensemble):
     torch.testing.assert_close(gradient, of_sum)
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, in tracing
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # Torch's own warning in tracing
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_a_compiled_mixture_equals_the_eager_one(reduction):

@@ -1,4 +1,4 @@
-"""Inputs where simple code cancels or overflows: near the teacher, masked, huge, fp16."""
+"""Inputs on which simple code cancels or overflows: near the teacher, masked, huge, fp16."""
 
 import math
 from typing import Any
@@ -52,8 +52,8 @@ def test_divergence_near_the_teacher(device, kl):
     rows = fastkd.loss(leaf, teacher, temperature=1.0, reduction="none")
     assert float((rows.detach() / exact.loss - 1).abs().max()) <= 2e-6
     rows.sum().backward()
-    # q - p is computed without cancellation: its error is the rounding of the row's normalizer, a
-    # unit in the last place of p. Eager PyTorch has one such rounding error for each class.
+    # q - p is computed without cancellation. Its error is the rounding of the row's normalizer: a
+    # unit in the last place of p. Eager PyTorch has one such error for each class.
     error = distance(leaf.grad, exact.grad)
     assert error <= 2 * FLOOR[FP32] * float(teacher.double().softmax(-1).norm())
     theirs = eager(student, teacher, temperature=1.0, reduction="sum")[1]
@@ -61,7 +61,7 @@ def test_divergence_near_the_teacher(device, kl):
 
 
 def rows_of(leaf: Tensor, teacher: Tensor, **options: Any) -> Tensor:
-    """Compute row losses and their gradient on ``leaf``; both calls give equal losses."""
+    """Compute row losses and their gradient on ``leaf``; calls with and without it agree."""
     rows = fastkd.loss(leaf, teacher, **options)
     rows.sum().backward()
     with torch.no_grad():
@@ -72,7 +72,7 @@ def rows_of(leaf: Tensor, teacher: Tensor, **options: Any) -> Tensor:
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.5, 4.0])
 @pytest.mark.parametrize("classes", [300, CLASSES])
 def test_divergence_of_either_form(device, classes, temperature):
-    """Test rows on both sides of the bound of well-separated rows (docs/maths.md, section 3)."""
+    """The KL is right below and above the bound of well-separated rows (docs/maths.md, 3)."""
     options = {"temperature": temperature, "reduction": "none"}
     worst, errors = [0.0, 0.0], [0.0, 0.0]
     for kl in (0.03, 0.05, 0.08, 0.3, 2.0):
@@ -105,7 +105,7 @@ def test_reverse_kl_of_either_form(device, classes, temperature):
 @pytest.mark.parametrize("share", [0.04, 0.06, 0.125, 0.5, 1.5])
 @pytest.mark.parametrize("classes", [300, 1000, CLASSES])
 def test_one_class_above_many_equal_ones(device, classes, share):
-    """All additions of a sum round the same way, and both parts of a mean are large."""
+    """The KL is right if all additions of a sum round the same way."""
     teacher = torch.zeros(1, classes, device=device)
     student = teacher.clone()
     student[0, 7] = math.log(math.expm1(share) * classes)
@@ -124,7 +124,7 @@ def test_one_class_above_many_equal_ones(device, classes, share):
     ids=str,
 )
 def test_jsd_near_and_far(device, classes, apart, mix):
-    """At the border of series and logarithm, the logarithm loses four bits of a class."""
+    """The JSD is right where its series ends and its logarithm loses four bits of a class."""
     student, teacher = near(apart**2 / 2, device, classes=classes)
     options = {"divergence": "jsd", "mix": mix, "temperature": 1.0, "reduction": "none"}
     exact = truth(student, teacher, **options)
@@ -138,7 +138,7 @@ def test_jsd_near_and_far(device, classes, apart, mix):
 @pytest.mark.parametrize("kl", [1e-2, 1e-4, 1e-6, 1e-8])
 @pytest.mark.parametrize("classes", [10, 100, CLASSES])
 def test_dkd_near_the_teacher(device, classes, kl):
-    """Both divergences are small, and so are the differences of the labels' log-odds."""
+    """dkd is right where its divergences and the differences of the log-odds are small."""
     if device.type == "cuda":
         pytest.skip("by PyTorch operations")
     student, teacher = near(kl, device, rows=16, classes=classes)
@@ -147,13 +147,13 @@ def test_dkd_near_the_teacher(device, classes, kl):
     exact = truth(student, teacher, labels, reduction="none", **options)
     leaf = student.requires_grad_()
     rows = fastkd.loss(leaf, teacher, labels, reduction="none", **options)
-    # Rounding of a row's sum of exponentials enters by its square alone.
+    # The rounding of a row's sum of exponentials contributes its square.
     floor = torch.finfo(FP32).eps ** 2 / 2
     # The greatest error of 60 draws of 64 rows of 10 classes at 1e-8 is 22 times the floor by the
     # kernels of November 2026, and 29 times by those of December.
     torch.testing.assert_close(rows.detach().double(), exact.loss, rtol=4e-6, atol=30 * floor)
     rows.sum().backward()
-    # A unit in the last place of the probabilities' factors is allowed, as for the KL.
+    # As for the KL, the factors of probabilities are off by a unit in the last place.
     others = teacher.double().softmax(-1)
     share = 1 - others.gather(-1, labels.unsqueeze(-1))
     others = others.scatter(-1, labels.unsqueeze(-1), 0) / share
@@ -170,7 +170,7 @@ def test_cosine_near_the_teacher(device, classes, distance):
     rows = fastkd.loss(leaf, teacher, divergence="cosine", temperature=1.0, reduction="none")
     u = F.normalize(exact_leaf, dim=-1)
     exact = (u - F.normalize(teacher.double(), dim=-1)).square().sum(-1) / 2
-    # Rounding of u and v enters by their distance; 1 - c would be off by a unit of 1.
+    # Rounding errors of u and v are multiplied by their distance.
     off = (rows.detach().double() - exact.detach()).abs()
     assert (off <= 2e-6 * exact.detach() + FLOOR[FP32] * (2 * exact.detach()).sqrt()).all()
     rows.sum().backward()
@@ -182,7 +182,7 @@ def test_cosine_near_the_teacher(device, classes, distance):
 @pytest.mark.parametrize("gap", [30.0, 150.0, 1500.0])
 @pytest.mark.parametrize("classes", [10, 1000])
 def test_dkd_of_labels_far_above_or_below_the_rest(device, classes, gap):
-    """The label's exponential, relative to the greatest other one, overflows or underflows."""
+    """The label's exponential, relative to the greatest other one, may overflow or underflow."""
     student, teacher, _ = make((4, classes), FP32, device=device, labels=False)
     labels = torch.tensor([0, 3, 5, classes - 1], device=device)
     signs = torch.tensor([[1.0, 1.0, -1.0, -1.0], [1.0, -1.0, 1.0, -1.0]], device=device)
@@ -263,7 +263,7 @@ def test_gradient_errors_are_at_most_eagers(device, options, dtype):
         assert error <= ROUNDING * distance(exact.to(dtype), exact)
     else:
         assert_grad(leaf.grad, exact, dtype)
-    if dtype is FP32:  # eager's error plus less than a unit in the last place
+    if dtype is FP32:  # Eager's error plus less than a unit in the last place
         _, theirs = eager(*problem, **options)
         assert error <= distance(theirs, exact) + FLOOR[dtype] * float(exact.norm())
 
@@ -293,7 +293,7 @@ def test_gradient_error_of_few_classes_is_below_eagers(shape, temperature, alpha
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("scale", [65536.0, 3.0])
 def test_loss_scale_brings_16_bit_gradients_back(device, scale, reduction, dtype):
-    """Gradients below fp16's range are kept under a loss scale, and rounded once."""
+    """Gradients below fp16's range are not lost under a loss scale, and are rounded once."""
     student, teacher, labels = make((64, 32000), dtype, device=device, spread=1.0)
     options = {"temperature": 4.0, "alpha": 0.1, "reduction": reduction}
     exact = truth(student, teacher, labels, **options).grad * scale
@@ -320,7 +320,7 @@ def _exp2(values, by_registers):
 
 @pytest.mark.parametrize("by_registers", [False, True])
 def test_exp2_over_its_whole_range(isa, by_registers):
-    """Every 97th float in [-126, 128), and all near integers and halves, against float64."""
+    """Every 97th float in [-126, 128), and all floats near integers and halves, are right."""
     # In ulp; the x86 baseline has no FMA.
     bound = 1.3 if isa == "default" else 1.2 if isa == "avx2" and by_registers else 1.0
     bits = np.arange(0, 0x43000000, 97, dtype=np.uint32)
@@ -366,7 +366,7 @@ MASKS = {
 def test_masked_classes_give_exact_values(device, where, classes, dtype, reduction):
     student, teacher, labels = make((6, classes), dtype, device=device, ignored=0.0)
     columns = torch.arange(classes, device=device) % 3 == 1
-    labels = torch.where(labels % 3 == 1, labels - 1, labels)  # never a masked class
+    labels = torch.where(labels % 3 == 1, labels - 1, labels)  # Never a masked class
     masked_student, masked_teacher = MASKS[where]
     if masked_student:
         student = student.masked_fill(columns, -INF)
@@ -376,7 +376,8 @@ def test_masked_classes_give_exact_values(device, where, classes, dtype, reducti
     value = fastkd.loss(leaf, teacher, labels, reduction=reduction)
     value.sum().backward()
     if where == "student":
-        assert (value == INF).all()  # the teacher's mass of the class is lost
+        # The mass that the teacher gives the class makes the loss infinite.
+        assert (value == INF).all()
         assert leaf.grad.isfinite().all()
         # d KL / dz = q - p holds in the limit, also where q = 0.
         p = teacher.double().div(2).softmax(-1)
@@ -416,7 +417,7 @@ def test_a_term_without_weight_may_be_infinite(device):
 
 @pytest.mark.parametrize("masked", ["student", "teacher", "both"])
 def test_rows_without_any_class(device, masked):
-    """The softmax of a row of -inf does not exist: NaN, for that row alone."""
+    """A row of -inf has no softmax, so its loss is NaN; other rows are finite."""
     student, teacher, labels = make((5, 70), device=device, ignored=0.0)
     if masked != "teacher":
         student[2] = -INF
@@ -426,7 +427,7 @@ def test_rows_without_any_class(device, masked):
     assert rows.isnan().tolist() == [False, False, True, False, False]
 
 
-# ---- rows that hold no answer
+# ---- NaN and infinite logits
 
 
 @pytest.mark.parametrize(
@@ -440,7 +441,7 @@ def test_nan_and_inf_stay_in_their_row(device, where, bad, classes, dtype):
     clean = student.clone().requires_grad_()
     expected = fastkd.loss(clean, teacher, labels, reduction="none")
     expected.sum().backward()
-    # First, middle and last class: each thread of a kernel, whole vectors and remainders.
+    # First, middle and last class: each thread of a kernel, full vectors and remainders.
     for column in (0, classes // 2, classes - 1):
         inputs = {"student": student.clone(), "teacher": teacher.clone()}
         inputs[where][2, column] = bad
@@ -485,7 +486,7 @@ def test_ignored_rows_may_hold_anything(device, classes):
 )
 @pytest.mark.parametrize("sign", [1.0, -1.0])
 def test_huge_offsets(device, sign, size, dtype):
-    """Loss and gradient of rows with a huge offset are those without it."""
+    """Loss and gradient do not depend on a huge offset of the logits."""
     student, teacher, labels = make((5, 100), dtype, device=device)
     student, teacher = student + sign * size, teacher - sign * size
     exact = truth(student, teacher, labels)
@@ -516,7 +517,7 @@ def test_huge_differences(device, size, dtype):
     ids=str,
 )
 def test_probabilities_may_underflow(device, classes, temperature, dtype):
-    """Exponentials are normal numbers before the division by a large sum."""
+    """The loss is right where exponentials underflow only after the division by a large sum."""
     student, teacher, _ = make((16, classes), dtype, device=device, spread=0.1)
     depth = (690, 750) if dtype == FP64 else (70, 110)
     student[:, 3] = -temperature * torch.linspace(*depth, 16, device=device).to(dtype)
