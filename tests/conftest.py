@@ -21,7 +21,7 @@ sys.path.insert(0, str(FOLDER))
 collect_ignore: list[str] = []
 try:
     from hypothesis import HealthCheck, settings
-except ModuleNotFoundError:  # A GPU machine without network may lack hypothesis
+except ModuleNotFoundError:  # a GPU machine without network may lack hypothesis
     collect_ignore += sorted(
         path.name for path in FOLDER.glob("test_*.py") if "from hypothesis" in path.read_text()
     )
@@ -51,7 +51,7 @@ DEVICES = ["cpu"] if WHY_NO_CUDA else ["cpu", "cuda"]
 
 
 def pytest_report_header() -> list[str]:
-    header = [f"left out, for want of hypothesis: {', '.join(collect_ignore)}"] * bool(
+    header = [f"skipped, since hypothesis is not installed: {', '.join(collect_ignore)}"] * bool(
         collect_ignore
     )
     return header + [f"tests on the CPU alone: {WHY_NO_CUDA}"] * bool(WHY_NO_CUDA)
@@ -59,7 +59,7 @@ def pytest_report_header() -> list[str]:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "cuda: needs a CUDA device and a build with CUDA kernels")
-    config.addinivalue_line("markers", "slow: left out by `make test`, run by `make test-all`")
+    config.addinivalue_line("markers", "slow: skipped by `make test`, run by `make test-all`")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

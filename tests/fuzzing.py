@@ -70,7 +70,7 @@ def laid_out(values: Tensor, layout: str) -> Tensor:
         memory = bytearray(values.numel() * size + 1)
         view = torch.frombuffer(memory, dtype=values.dtype, offset=1, count=values.numel())
         return view.view(shape).copy_(values)
-    if layout == "sliced":  # Like logits[..., :vocabulary] and logits[:, :-1]
+    if layout == "sliced":  # like logits[..., :vocabulary] and logits[:, :-1]
         more = [n + (1 if i else 0) for i, n in enumerate(shape)]
         base = values.new_full(more, math.nan)
         view = base[tuple(slice(0, n) for n in shape)]

@@ -35,7 +35,7 @@ def code(package: str, file: str, *names: str, **extra_globals: Any) -> SimpleNa
     """
     path = folder(package) / file
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Escapes in the libraries' docstrings
+        warnings.simplefilter("ignore")  # escapes in the libraries' docstrings
         tree = ast.parse(path.read_text())
     definitions = {
         node.name: node

@@ -41,7 +41,7 @@ def sentences(count: int = 32) -> list[dict[str, list[int]]]:
         length = 4 + index * 5 % (LENGTH - 3)
         tokens = torch.randint(3, VOCABULARY, (length,), generator=generator)
         labels = tokens.clone()
-        labels[: index % 3] = -100  # A prompt without labels
+        labels[: index % 3] = -100  # a prompt without labels
         samples.append({"input_ids": tokens.tolist(), "labels": labels.tolist()})
     return samples
 

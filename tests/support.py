@@ -159,7 +159,7 @@ class Answer(NamedTuple):
     loss: Tensor
     grad: Tensor
     noise: float
-    """Rounding of the truth: its sum of p (log p - log q) cancels, the kernels' sum does not."""
+    """Rounding error of the truth, whose sum of p (log p - log q) cancels."""
 
 
 def truth(
@@ -302,7 +302,7 @@ def assert_grad(
         few = 2 * FLOOR[acc] * math.sqrt(exact.numel() / exact.shape[-1]) * weight
     if grad.dtype == acc:
         limit = GRAD_BOUND[acc] * size + few
-    else:  # A 16-bit gradient is rounded once
+    else:  # a 16-bit gradient is rounded once
         limit = ROUNDING * distance(exact.to(grad.dtype), exact) + FLOOR[acc] * size + few
     assert error <= limit, f"off by {error:.2e} of {size:.2e}, allowed {limit:.2e}"
     if theirs is not None:

@@ -262,7 +262,7 @@ def test_teacher_gets_no_gradient(device):
     with pytest.raises(ValueError, match=r"teacher requires grad.*\.detach\(\)"):
         fastkd.terms(student, teacher, labels)
     with torch.no_grad(), pytest.raises(ValueError, match="teacher requires grad"):
-        fastkd.loss(student, teacher, labels)  # Raised without gradients, too
+        fastkd.loss(student, teacher, labels)  # raised without gradients, too
     for reduction in REDUCTIONS:
         value = fastkd.loss(student, teacher.detach(), labels, reduction=reduction)
         value.sum().backward()
@@ -286,9 +286,9 @@ def test_memory_on_the_cpu(inplace, tensors, dtype):
     events = profile.profiler.kineto_results.events()
     taken = sum(max(e.nbytes(), 0) for e in events if e.name() == "[memory]")
     if inplace:
-        tensors += 1.0  # Memory of the product `leaf * 1`
+        tensors += 1.0  # memory of the product `leaf * 1`
     assert taken <= tensors * student.nbytes + 8192
-    assert taken >= tensors * student.nbytes  # The profiler recorded allocations
+    assert taken >= tensors * student.nbytes  # the profiler recorded allocations
 
 
 def test_a_gradient_in_use_is_not_written_over():
@@ -311,7 +311,7 @@ def test_a_gradient_in_use_is_not_written_over():
     assert torch.equal(again, alone[1])
     if native.EAGER is not None:
         assert again.data_ptr() in addresses
-    again.resize_(40, 20000)  # The memory may be a view of a larger buffer
+    again.resize_(40, 20000)  # the memory may be a view of a larger buffer
     assert torch.equal(again[:32], alone[1])
 
 
@@ -346,7 +346,7 @@ def test_inference_mode_and_no_grad(device):
             inside = fastkd.loss(leaf, teacher, labels)
         assert torch.equal(inside, value) and not inside.requires_grad
     with torch.inference_mode():
-        frozen = teacher.clone()  # An inference tensor, like many teachers' outputs
+        frozen = teacher.clone()  # an inference tensor, like many teachers' outputs
     fastkd.loss(leaf, frozen.clone(), labels).backward()
     assert_grad(leaf.grad, truth(student, teacher, labels).grad, FP32)
 
@@ -371,7 +371,7 @@ def test_what_inference_mode_has_made(device, options, labels):
     inputs = indices if labels == "indices" else teacher.softmax(-1)
     options = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in options.items()}
     if labels == "probabilities":
-        options.pop("inplace", None)  # Inplace needs a kernel
+        options.pop("inplace", None)  # inplace needs a kernel
     with torch.inference_mode():
         frozen, frozen_labels = teacher.clone(), inputs.clone()
         made = {k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in options.items()}

@@ -401,11 +401,11 @@ def test_tensors_of_other_layouts_are_refused(function, name, layout):
     if (layout == "csr" and value.dim() < 2) or (
         layout == "mkldnn" and not value.is_floating_point()
     ):
-        value = torch.rand(4, 7)  # A tensor of torch.long, or of one dimension, has no such layout
+        value = torch.rand(4, 7)  # a tensor of torch.long, or of one dimension, has no such layout
     arguments[name] = make_other(value)
     kind = getattr(fastkd, function)
     with pytest.raises(TypeError, match=f"{name} must be a dense tensor") as caught:
-        if function in ("TopK", "Head"):  # The constructor checks the layout
+        if function in ("TopK", "Head"):  # the constructor checks the layout
             side = {"TopK": "teacher", "Head": "student"}[function]
             fields = {key: arguments.pop(key) for key in kind._fields if key in arguments}
             fastkd.loss(**{**arguments, side: kind(**fields)})
@@ -435,7 +435,7 @@ def test_arguments_of_another_type_are_named(function, arguments):
 
 def test_check_inputs_accepts_good_ones(device):
     student, teacher, labels = make((6, 40), device=device)
-    student[0], labels[0] = NAN, -100  # Values of ignored rows are not checked
+    student[0], labels[0] = NAN, -100  # values of ignored rows are not checked
     teacher[1, :39] = -INF
     assert fastkd.check_inputs(student, teacher, labels) is None
     fastkd.check_inputs(student[1:], teacher[1:], temperature=torch.ones(5, device=device))

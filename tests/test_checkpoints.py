@@ -105,7 +105,7 @@ def test_a_loader_of_other_generators_is_refused_within_a_pass(tmp_path):
     ):
         losses(trainer, plain())
     losses(trainer, OWN["loader"](torch.Generator()), 10)
-    trainer = trainer_in(tmp_path)  # After the pass, another sampler is accepted
+    trainer = trainer_in(tmp_path)  # after the pass, another sampler is accepted
     trainer.resume()
     losses(trainer, plain())
 
@@ -333,8 +333,8 @@ def test_an_old_checkpoint_may_be_a_link(tmp_path, dangling):
     (folder / "step-00000005").symlink_to(elsewhere)
     if dangling:
         elsewhere.rename(tmp_path / "away")
-        trainer.save()  # The new checkpoint of step 5 has the name of the dangling link
-    (folder / ".discarded").symlink_to(elsewhere)  # Mimics an interrupted deletion
+        trainer.save()  # the new checkpoint of step 5 has the name of the dangling link
+    (folder / ".discarded").symlink_to(elsewhere)  # mimics an interrupted deletion
     logged += losses(trainer, plain(), 15)
     assert len(logged) == 15
     assert sorted(path.name for path in folder.iterdir()) == ["step-00000010", "step-00000015"]

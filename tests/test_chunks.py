@@ -82,7 +82,7 @@ def test_chunks_of_classes_cover_all_classes(sizes, most, writes):
     rows, classes, width = sizes["rows"], sizes["classes"], sizes["student_width"]
     item = int(sizes["logits_per_row"]) * sizes["dtype"].itemsize
     grad_row = width * sizes["dtype"].itemsize * sizes["weight_grad"]
-    classes = min(classes, 500 * most)  # Bounds the test's time
+    classes = min(classes, 500 * most)  # bounds the test's time
     end = 0
     for chunk in class_chunks(rows, classes, most, item, grad_row, writes=writes):
         assert chunk.start == end and 0 < chunk.size <= most
@@ -251,5 +251,5 @@ def test_a_bound_too_small_is_refused():
         ValueError, match=r"max_workspace=1048576 .* accumulate_dtype=torch.bfloat16"
     ):
         plan(4096, 128256, 2048, dtype=torch.bfloat16, max_workspace=MIB)
-    with pytest.raises(ValueError, match=r"take [0-9]+ bytes$"):  # The sum cannot be in float16
+    with pytest.raises(ValueError, match=r"take [0-9]+ bytes$"):  # the sum cannot be in float16
         plan(4096, 128256, 2048, dtype=FP16, max_workspace=MIB, chunk_by="rows")

@@ -239,7 +239,7 @@ def test_history_goes_on_where_a_run_was_interrupted(config_path, monkeypatch, c
     arguments = (monkeypatch, "distill", "--config", config_path)
     run(*arguments, "--epochs", 1)
     run(*arguments, "--resume=true")
-    run(*arguments, "--resume=true")  # No epoch remains
+    run(*arguments, "--resume=true")  # no epoch remains
     history = json.loads((config_path.parent / "out" / "history.json").read_text())
     assert len(history) == 3 and history[2]["soft"] < history[1]["soft"] < history[0]["soft"]
     assert f"accuracy {100 * history[-1]['accuracy']:.1f} %" in capsys.readouterr().out
@@ -268,7 +268,7 @@ def test_a_cache_that_does_not_fit(config_path, monkeypatch, capsys, change):
 @pytest.mark.parametrize(
     "other",
     [
-        ["train_options={first: 7, last: 400}"],  # Extends the cache
+        ["train_options={first: 7, last: 400}"],  # extends the cache
         ["train_options={first: 7, last: 214}", "teacher="],
         ["validation_options.first=250"],
         ["validation_options.first=250", "teacher="],
@@ -482,7 +482,7 @@ def test_a_sweep_continues_where_it_stopped(config_path, monkeypatch):
     whole = file.read_text()
     lines = whole.splitlines(keepends=True)
     assert len(lines) == 1 + 2 * 2
-    file.write_text("".join(lines[:3]) + lines[3][:9])  # As if killed while writing a line
+    file.write_text("".join(lines[:3]) + lines[3][:9])  # as if killed while writing a line
     trained = []
     fit = fastkd.Trainer.fit
     monkeypatch.setattr(
@@ -490,7 +490,7 @@ def test_a_sweep_continues_where_it_stopped(config_path, monkeypatch):
     )
     run(*arguments, "--seeds=2")
     assert file.read_text() == whole and len(trained) == 2
-    run(*arguments, "--seeds=3")  # One more seed
+    run(*arguments, "--seeds=3")  # one more seed
     assert file.read_text().startswith(whole) and len(trained) == 4
 
 
@@ -623,7 +623,7 @@ def test_a_sentence_names_the_key(config_path, monkeypatch, capsys, change, mess
 def test_a_configuration_runs_no_command(config_path, monkeypatch, capsys, command, key, factory):
     name, proof = next(config_path.parent.glob("parts_*.py")).stem, config_path.parent / "proof"
     if command == "report" and key == "train":
-        key = "validation"  # A report has no training data
+        key = "validation"  # a report has no training data
     lines = [
         line for line in config_path.read_text().splitlines() if not line.startswith(f"{key}:")
     ]
@@ -655,7 +655,7 @@ def test_class_path_imports_nothing(config_path, monkeypatch, capsys, key, neste
     ]
     lines += [f"{key}: {f'{{width: {value}}}' if nested else value}"]
     config_path.write_text("\n".join(lines))
-    with pytest.raises((SystemExit, TypeError)):  # The student's constructor refuses this width
+    with pytest.raises((SystemExit, TypeError)):  # the student's constructor refuses this width
         run(monkeypatch, "distill", "--config", config_path)
     assert not proof.exists() and "evil" not in sys.modules
 

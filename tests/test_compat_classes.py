@@ -207,7 +207,7 @@ def test_keras_distiller_trains_like_its_own(keras_package, weight, with_labels)
     )
     x, y = torch.randn(6, 3), torch.arange(6) % 5 if with_labels else None
     torch.testing.assert_close(ours.compute_loss(x, y), theirs.compute_loss(x, y), **SINGLE)
-    if with_labels or weight < 1:  # Both losses take the logits as y_pred
+    if with_labels or weight < 1:  # both losses take the logits as y_pred
         agree(
             lambda s: ours.compute_loss(x, y, s),
             lambda s: theirs.compute_loss(x, y, s),
@@ -230,7 +230,7 @@ def test_keras_distiller_sets_training_modes(keras_package):
     ours = keras.Distiller(teacher, student, keras.LogitsDistillation()).train()
     x, y = torch.randn(6, 3), torch.arange(6) % 5
     before = copy.deepcopy(teacher.state_dict())
-    assert ours.compute_loss(x, y) != ours.compute_loss(x, y)  # The student's dropout is active
+    assert ours.compute_loss(x, y) != ours.compute_loss(x, y)  # the student's dropout is active
     assert ours.compute_loss(x, y, training=False) == ours.compute_loss(x, y, training=False)
     torch.testing.assert_close(teacher.state_dict(), before, rtol=0, atol=0)
     assert not any(module.training for module in teacher.modules())
@@ -240,7 +240,7 @@ def test_keras_distiller_sets_training_modes(keras_package):
 
 def test_keras_without_the_teacher():
     logits, _, labels = draw((6, 5))
-    no_teacher = nn.Linear(1, 1)  # Raises if it is called, since the inputs have another width
+    no_teacher = nn.Linear(1, 1)  # raises if it is called, since the inputs have another width
     ours = keras.Distiller(
         no_teacher, nn.Identity(), keras.LogitsDistillation(), student_loss_weight=1.0
     )

@@ -104,7 +104,7 @@ def test_ms_swift_with_lists(form, temperature, beta):
     """Lists of log-probabilities (from servers) and of logits (local teachers) are accepted."""
     student, teacher, labels = draw((2, 6, 11), "some ignored")
     values, indices = (teacher if form == "logits" else teacher.log_softmax(-1)).topk(4)
-    values[0, 1] = -torch.inf  # A token that the server did not score has no soft term
+    values[0, 1] = -torch.inf  # a token that the server did not score has no soft term
     lists = {"topk_logprobs": values, "topk_indices": indices}
     same_loss(student, labels, beta, temperature, **lists, labels=labels)
 

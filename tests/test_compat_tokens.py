@@ -357,7 +357,7 @@ def test_nemo_refuses_a_count_of_nothing():
 def test_distilbert_gives_its_own_loss(weights, restrict):
     student, teacher, labels = draw((2, 6, 5), "some ignored")
     attention = torch.ones(2, 6, dtype=torch.long)
-    attention[1, 4:] = 0  # At least one row with a label and one without
+    attention[1, 4:] = 0  # at least one row with a label and one without
     rows = labels > -1 if restrict else attention.bool()
 
     def formula(s: Tensor) -> Tensor:

@@ -286,7 +286,7 @@ def arguments_of(teacher, labels, rows, reduction, *, smoothing=0.1, with_terms=
     ))  # fmt: skip
 
 
-@pytest.mark.parametrize(  # Every pair of values occurs
+@pytest.mark.parametrize(  # every pair of values occurs
     ("labels", "reduction", "dtype"),
     [
         (True, "none", FP32),

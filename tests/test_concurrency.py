@@ -54,7 +54,7 @@ def test_threads_share_a_graph(device, each_autograd):
             return torch.autograd.grad(value, leaf, outgoing, retain_graph=True)[0]
 
         with ThreadPoolExecutor(TEAM) as pool:
-            factors = [2.0**i for i in range(TEAM)]  # Powers of two scale without rounding
+            factors = [2.0**i for i in range(TEAM)]  # powers of two scale without rounding
             for factor, grad in zip(factors, pool.map(gradient, factors), strict=True):
                 torch.testing.assert_close(grad, factor * expected, rtol=1e-6, atol=0)
 
@@ -124,7 +124,7 @@ log_probs, indices = teacher.log_softmax(-1).topk(3)
 leaf = student.requires_grad_()
 
 def make_value():
-    hidden = leaf * 1  # only the graph holds the tensors that it saves
+    hidden = leaf * 1  # only the graph holds the saved tensors
     if name == "dense":
         return fastkd.loss(hidden, teacher.clone())
     return fastkd.loss(hidden, fastkd.TopK(log_probs.clone(), indices.clone()))
@@ -134,7 +134,7 @@ expected = torch.autograd.grad(make_value(), leaf, outgoing)[0]
 again = "Trying to backward through the graph a second time"
 
 def run_backward(values, start, results):
-    # A thread that comes late to a graph gets its error soon, and so meets the first one later.
+    # A late thread fails soon, so the threads meet again at a later graph.
     start.wait()
     for value, of_graph in zip(values, results, strict=True):
         try:
@@ -165,7 +165,7 @@ print("finished")
 """
 
 
-@pytest.mark.parametrize(  # Every pair of values occurs
+@pytest.mark.parametrize(  # every pair of values occurs
     ("language", "retain", "loss"),
     [
         ("cpp", "free", "dense"),
@@ -239,7 +239,7 @@ class Losses(Dataset):
 
 if __name__ == "__main__":
     torch.set_num_threads(2)
-    fastkd.loss(*problem(0, 64, 40000))  # both threads exist from here on
+    fastkd.loss(*problem(0, 64, 40000))  # starts both threads
     alone = [fastkd.loss(*problem(i, 64, 3000)) for i in range(8)]
     how = {"num_workers": 2, "multiprocessing_context": sys.argv[1]}
     loader = DataLoader(Losses(), batch_size=None, **how)

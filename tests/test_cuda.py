@@ -81,7 +81,7 @@ def lists_of(problem, k: int = 20) -> TopK:
 def test_a_sparse_teacher_does_not_wait_either(no_waiting, classes, reduction):
     problem = make((64, classes), BF16, device="cuda")
     lists = lists_of(problem)
-    lists.indices[3] = classes  # An invalid class, visible only in the data
+    lists.indices[3] = classes  # an invalid class, visible only in the data
     with no_waiting:
         for scale in (1.0, 3.0):
             leaf = problem.student.detach().requires_grad_()

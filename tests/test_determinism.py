@@ -13,10 +13,10 @@ from fastkd import _C
 
 S = _C.segment
 SHAPES = [
-    (64, 10),  # The calling thread computes all rows
-    (300, 1000),  # Each thread computes complete rows
-    (5, 3 * S + 1),  # Complete rows, and one shared row
-    (1, 5 * S + 100),  # One row, whose segments are shared
+    (64, 10),  # the calling thread computes all rows
+    (300, 1000),  # each thread computes complete rows
+    (5, 3 * S + 1),  # complete rows, and one shared row
+    (1, 5 * S + 100),  # one row, whose segments are shared
     (2, 2 * S),
     (7, S + 1),
 ]
@@ -87,7 +87,7 @@ def test_several_threads_do_the_work(shape):
     student, teacher, _ = make(shape, labels=False)
     torch.set_num_threads(2)
     student.requires_grad_()
-    fastkd.loss(student, teacher)  # Starts the threads
+    fastkd.loss(student, teacher)  # starts the threads
     mine, everyone = time.thread_time(), time.process_time()
     for _ in range(8):
         fastkd.loss(student, teacher)

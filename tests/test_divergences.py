@@ -197,10 +197,10 @@ def test_high_temperature_limit(device):
         abs(float(fastkd.loss(student, teacher, temperature=t) - limit)) for t in (1e2, 1e3, 1e4)
     ]
     for before, after in itertools.pairwise(distances):
-        assert after < before / 8  # Smaller terms are of order 1 / T
+        assert after < before / 8  # smaller terms are of order 1 / T
     assert distances[-1] < 1e-3 * float(limit)
     at_its_own = fastkd.loss(student, teacher, temperature=37.0, divergence="centered_mse")
-    torch.testing.assert_close(at_its_own / 2, limit)  # The loss multiplies by T^2
+    torch.testing.assert_close(at_its_own / 2, limit)  # the loss multiplies by T^2
 
 
 def test_divergences_keep_their_relations(device):
@@ -262,7 +262,7 @@ def test_a_class_that_both_mask_is_not_there(device, name, standardize, form):
     if form != "logits":
         teacher = teacher.log_softmax(-1) if form == "log_probs" else teacher.softmax(-1)
     options = {"divergence": name, "standardize": standardize, "teacher_form": form}
-    for temperature in (t, 1.5):  # A learned temperature is never fused
+    for temperature in (t, 1.5):  # a learned temperature is never fused
         wide, slim = student.clone().requires_grad_(), student[:, kept].clone().requires_grad_()
         got = fastkd.loss(wide, teacher, labels, temperature=temperature, **options)
         expected = fastkd.loss(slim, teacher[:, kept], narrow, temperature=1.5, **options)

@@ -65,7 +65,7 @@ def test_the_reference_of_the_symmetric_kl_of_one_kl(who, mix):
     student, teacher, _ = masked(who, 6, FP64, torch.device("cpu"))
     name = "forward_kl" if mix else "reverse_kl"
     if (name == "reverse_kl") == (who == "teacher"):
-        return  # The divergence is infinite for every weight
+        return  # the divergence is infinite for every weight
     options = {"hard_weight": 0.0, "soft_weight": 1.0}
     leaf = student.requires_grad_()
     value = reference.loss(leaf, teacher, divergence="symmetric_kl", mix=mix, **options)

@@ -120,14 +120,14 @@ def fresh_dynamo() -> Iterator[None]:
 def test_compiled_autograd_gives_the_gradients_of_autograd(name, backend):
     x = torch.randn(8, 6, generator=torch.Generator().manual_seed(1))
     _, teacher, labels = make((8, 50))
-    dtype = FP32  # The Python backend passes 16-bit tensors in float32, except for heads
+    dtype = FP32  # the Python backend passes 16-bit tensors in float32, except for heads
     if backend == "eager" and not name.startswith("linear"):
         dtype = (BF16, FP16)[len(name) % 2]
     module = Student(lambda s, t, y: LOSSES[name](s.to(dtype), t, y))
     expected = gradients(lambda: module(x, teacher, labels), module)
     with compiled_autograd._enable(torch.compile(backend=backend, fullgraph=True)):
         value = 3 * module(x, teacher, labels)
-        for last in (False, True):  # Saved tensors must be unchanged for the second pass
+        for last in (False, True):  # saved tensors must be unchanged for the second pass
             module.weight.grad = None
             value.backward(retain_graph=not last)
             assert module.weight.grad is not None

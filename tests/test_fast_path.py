@@ -111,7 +111,7 @@ def test_the_profiler_sees_the_loss(name, grad):
     with torch.profiler.profile(record_shapes=True) as profile:
         LOSSES[name](student.requires_grad_(grad), teacher, labels)
         with torch.inference_mode():
-            other = teacher + 1  # An inference tensor, which autograd cannot save
+            other = teacher + 1  # an inference tensor, which autograd cannot save
         LOSSES[name](student, other, labels)
     op = {"loss": "fastkd::loss", "topk": "fastkd::topk_loss"}[name]
     recorded = [event for event in profile.events() if event.name == (f"{op}_into" if grad else op)]
@@ -137,11 +137,11 @@ def test_hooks_may_save_tensors_elsewhere(name, dtype):
     }
     for way, (pack, unpack) in ways.items():
         if name == "topk" and way == "a negative":
-            continue  # The op refuses labels or indices that are negative views
+            continue  # the op refuses labels or indices that are negative views
         with saved_tensors_hooks(lambda x, f=pack: f(x), lambda x, f=unpack: f(x)):
             value = LOSSES[name](leaf, teacher, labels)
         torch.autograd.grad(value, leaf, retain_graph=True)
-        for _ in range(2):  # The first pass has used up the forward pass's gradient
+        for _ in range(2):  # the first pass has used up the forward pass's gradient
             (again,) = torch.autograd.grad(value, leaf, torch.tensor(3.0), retain_graph=True)
             assert_near(again, expected)
 
@@ -209,7 +209,7 @@ def test_hooks_may_give_back_wrappers(name, dtype):
     student, teacher, labels = make((6, 20), dtype)
     leaf = student.requires_grad_()
     expected = torch.autograd.grad(LOSSES[name](leaf, teacher, labels), leaf)[0]
-    for wrapped in range(2, 4):  # Index of the saved tensor
+    for wrapped in range(2, 4):  # index of the saved tensor
         seen = []
 
         def unpack(saved: Tensor, seen: list[Tensor] = seen, wrapped: int = wrapped) -> Tensor:

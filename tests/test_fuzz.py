@@ -46,7 +46,7 @@ class Case(NamedTuple):
     classes: int = 10
     dtypes: tuple[torch.dtype, torch.dtype] = (FP32, FP32)
     spread: float = 3.0
-    apart: float = 1.0  # Scale of the difference of teacher and student
+    apart: float = 1.0  # scale of the difference of teacher and student
     seed: int = 0
     odd: tuple[tuple[int, int, int, float], ...] = ()  # (student or teacher, row, class, value)
     layout: str = "contiguous"
@@ -54,8 +54,8 @@ class Case(NamedTuple):
     ignored: float = 0.2
     divergence: str = "forward_kl"
     temperature: float = 2.0
-    teacher_t: float | None = None  # The teacher's temperature
-    per_row: frozenset[str] = frozenset()  # Options that are tensors with a number for each row
+    teacher_t: float | None = None  # the teacher's temperature
+    per_row: frozenset[str] = frozenset()  # options that are tensors with a number for each row
     # Options that are tensors with equal numbers for each row.
     constant: frozenset[str] = frozenset()
     weights: tuple[float, float] = (0.5, 0.5)
@@ -63,10 +63,10 @@ class Case(NamedTuple):
     reduction: str = "mean"
     normalizer: float | None = None
     class_weight: bool = False
-    mix: float | None = None  # For divergences that have a mix
+    mix: float | None = None  # for divergences that have a mix
     grad_output: float = 1.0
     ignore_index: int = -100
-    unused: int = 0  # Padded classes, removed by a slice
+    unused: int = 0  # padded classes, removed by a slice
     dim: int = -1
     way: str = "loss"
     isa: str = "default"
@@ -278,7 +278,7 @@ def check(case: Case, device: torch.device) -> None:
     if reference.DIVERGENCES[case.divergence].compares == "logits" and not all(
         bool(x.isfinite().all()) for x in (student, teacher)
     ):
-        return  # Infinities of such calls are not predicted
+        return  # infinities of such calls are not predicted
     acc = compute_dtype(student, teacher)
     eps = torch.finfo(acc).eps
     assert value.dtype == acc and grad.dtype == student.dtype
@@ -303,7 +303,7 @@ def check(case: Case, device: torch.device) -> None:
     if case.constant and is_fused(case) and rows.loss.numel():
         check_constants(case, device, problem, rows.soft)
     if case.divergence == "total_variation":
-        return  # The gradient jumps at p = q, where roundings differ
+        return  # the gradient jumps at p = q, where roundings differ
     is_comparable = rows.loss.isfinite().unsqueeze(dim) & gradient.isfinite()
     info = torch.finfo(grad.dtype)
     close(
@@ -328,7 +328,7 @@ def sensitivity(case: Case, problem: Problem) -> float:
     in_exponent = 1 + largest / float(torch.minimum(t.min(), teacher_t.min()))
     fused = is_fused(case)
     if not fused and in_exponent > 1e30:
-        return math.inf  # A logit over its temperature overflows float32
+        return math.inf  # a logit over its temperature overflows float32
     # PyTorch rounds log-probabilities relative to their size, and sums classes sequentially in
     # eight lanes. The truth does, too, which matters for float64.
     if not fused or compute_dtype(student, teacher) is FP64:
@@ -336,10 +336,10 @@ def sensitivity(case: Case, problem: Problem) -> float:
     size = float(hard.max()) * (1 + largest) + float(soft.max()) * greatest**2 * in_exponent
     size /= exact.get("normalizer", 1.0)
     if case.class_weight:
-        size *= 10  # The hard term's mean divides by at least a tenth for each row
+        size *= 10  # the hard term's mean divides by at least a tenth for each row
     if reference.DIVERGENCES[case.divergence].compares == "logits":
         size *= in_exponent
-    if case.divergence == "cosine":  # The cosine's gradient grows as the logits shrink
+    if case.divergence == "cosine":  # the cosine's gradient grows as the logits shrink
         lengths = [
             logits.double().movedim(exact["dim"], -1)[..., : case.classes].norm(dim=-1)
             for logits in (student, teacher)

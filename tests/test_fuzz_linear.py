@@ -52,7 +52,7 @@ class Case(NamedTuple):
     ignored: float = 0.2
     ignore_index: int = -100
     biases: tuple[bool, bool] = (True, False)
-    masked: bool = False  # One class that both biases mask
+    masked: bool = False  # one class that both biases mask
     teacher: str = "head"
     divergence: str = "forward_kl"
     temperature: float = 2.0
@@ -65,7 +65,7 @@ class Case(NamedTuple):
     softcap: float | None = None
     scale: float | None = None
     chunk: int | None = None
-    by_classes: bool = False  # Chunks of classes, if the call supports them
+    by_classes: bool = False  # chunks of classes, if the call supports them
     grad_output: float = 1.0
     isa: str = "default"
     threads: int = 1

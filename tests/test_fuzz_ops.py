@@ -58,18 +58,18 @@ class Case(NamedTuple):
     classes: int = 10
     k: int = 2
     dtypes: tuple[torch.dtype, torch.dtype] = (FP32, FP32)
-    layouts: tuple[str, ...] = ("contiguous",)  # One layout for each tensor, in turn
+    layouts: tuple[str, ...] = ("contiguous",)  # one layout for each tensor, in turn
     seed: int = 0
     teachers: int = 1
     mixed: bool = False
-    present: int = 0  # Bits: labels, row settings, denominator, temperatures of teachers
-    number: int = 0  # Selects the divergence, the tail and the ensemble
+    present: int = 0  # bits: labels, row settings, denominator, temperatures of teachers
+    number: int = 0  # selects the divergence, the tail and the ensemble
     reduction: int = 2
     flags: tuple[bool, bool, bool] = (False, False, False)
     inplace: bool = False
     requires_grad: bool = False
     changes: tuple[tuple[int, Any, Any], ...] = ()
-    """Each is (argument, change if it is a tensor, change if it is a number)."""
+    """(index of the argument, change of a tensor, replacement of a number)"""
     isa: str = "default"
     threads: int = 1
     in_python: bool = False
@@ -140,7 +140,7 @@ class Memory:
         for (block, tensor), (content, values) in zip(self.blocks, before, strict=True):
             if writable is not None and tensor.data_ptr() == writable.data_ptr():
                 tensor.copy_(values)
-            assert bytes(block) == content, "memory was written that is no result's"
+            assert bytes(block) == content, "memory outside the results was written"
 
 
 def expand(tensor: Tensor, rows: int) -> Tensor:
@@ -394,7 +394,7 @@ def call(case: Case, guard: int) -> tuple[str, list[Tensor]]:
     if case.op == "empty_gradient":
         return "", []
     if case.op == "loss_into":
-        del results[1]  # Statistics of ignored rows are not written
+        del results[1]  # statistics of ignored rows are not written
     # Outputs on "meta" have no values to compare.
     return "", [each for each in results if each.device.type == "cpu"]
 
@@ -426,7 +426,7 @@ REGRESSIONS = [
     # The op failed with an attribute error on None, and with an assertion.
     Case(op="loss_gradient", number=_C.divergences.index("dkd"), reduction=1),
     Case(op="linear_loss", present=15, flags=(False, True, False)),
-    Case(op="linear_loss", changes=((20, "absent", 0),)),  # The op divided by a chunk size of 0
+    Case(op="linear_loss", changes=((20, "absent", 0),)),  # the op divided by a chunk size of 0
 ]
 REFUSED = ("filled", "reduction", "device", "labels must be", "by_classes", "chunk")
 

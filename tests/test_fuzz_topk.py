@@ -233,7 +233,7 @@ def check(case: Case, device: torch.device) -> None:
     eps, t = torch.finfo(acc).eps, case.temperature
     mass = reference.topk.mass(indices.long(), log_probs.double())
     if is_infinite_without_rest(case.divergence, 0.5) and bool((1 - mass < eps / 2).any()):
-        return  # The ghost's least probability depends on the compute dtype
+        return  # the ghost's least probability depends on the compute dtype
     hard, soft = (0.0, 1.0) if labels is None else case.weights
     largest = largest_of(student, log_probs)
     size = (hard * (1 + largest) + soft * t * t * (1 + largest / min(t, 1.0))) / (

@@ -78,7 +78,7 @@ def test_the_dense_ops_refuse(case):
     grad = torch.full((ROWS, CLASSES), 7.0)
     with pytest.raises(RuntimeError):
         OPS.loss_into(grad, *wrong, True)
-    if "reduction" not in case and "denominator" not in case:  # Unused in the backward pass
+    if "reduction" not in case and "denominator" not in case:  # unused in the backward pass
         with pytest.raises(RuntimeError):
             OPS.loss_backward_(grad, one, stats, *wrong, False)
     assert (grad == 7).all(), "a call that is refused writes nothing"

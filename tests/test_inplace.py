@@ -23,10 +23,10 @@ def test_inplace_gives_the_same_gradient_in_the_logits_memory(device, scale, red
     seen = []
     hidden.register_hook(lambda grad: seen.append(grad.data_ptr()))
     (again * scale).backward()
-    assert seen == [hidden.data_ptr()]  # No second tensor of this size is allocated
-    if dtype in (BF16, FP16) and scale != 1.0:  # The gradient is scaled after rounding
+    assert seen == [hidden.data_ptr()]  # no second tensor of this size is allocated
+    if dtype in (BF16, FP16) and scale != 1.0:  # the gradient is scaled after rounding
         info = torch.finfo(dtype)
-        smallest = info.smallest_normal * info.eps  # Subnormal numbers lose digits
+        smallest = info.smallest_normal * info.eps  # subnormal numbers lose digits
         torch.testing.assert_close(over.grad, plain.grad, rtol=info.eps, atol=smallest * scale)
     else:
         assert torch.equal(over.grad, plain.grad)
@@ -109,7 +109,7 @@ def test_inplace_refuses_logits_between_addresses():
     with pytest.raises(ValueError, match=r"inplace=True.*student .*multiple of its 4 bytes.*at 0x"):
         fastkd.loss(logits, teacher, inplace=True)
     assert torch.equal(memory, leaf)
-    fastkd.loss(logits, teacher).backward()  # Without inplace, the logits are copied
+    fastkd.loss(logits, teacher).backward()  # without inplace, the logits are copied
     (want,) = torch.autograd.grad(fastkd.loss(leaf * 1, teacher), leaf)
     assert torch.equal(leaf.grad, want)
 

@@ -96,7 +96,7 @@ def test_the_sources_are_where_this_test_looks():
 def test_csrc_includes_downwards_only(path):
     for name in includes(path):
         if (path.name, name) == ("module.cpp", "../cuda/plan.h"):
-            continue  # The planner is plain C++, and test_plan.py calls it
+            continue  # the planner is plain C++, and test_plan.py calls it
         target = own_part(path, name)
         if target is not None:
             assert target in LAYERS[part(path)], f"{path.name} must not include {name}"
@@ -179,7 +179,7 @@ def test_every_module_imports_what_stands_above_it():
 def test_python_files_import_lower_layers(path):
     layer = python_part(path)
     if layer == "__main__":
-        return  # The command line may import everything
+        return  # the command line may import everything
     names = {name for name in imported(path) if name.split(".")[0] == "fastkd"}
     parts = {name.split(".")[1] if "." in name else "" for name in names}
     if layer == "__init__":

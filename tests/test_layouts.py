@@ -87,7 +87,7 @@ def check(student: Tensor, teacher: Tensor, labels: Tensor | None, **options: An
     )
     if grad.dtype is not FP64:
         assert_grad(grad.movedim(1, -1), exact_grad, acc)
-    else:  # The bound is the rounding of the float64 truth
+    else:  # the bound is the rounding of the float64 truth
         atol = 1e-14 * float(exact_grad.abs().max()) + 1e-16
         torch.testing.assert_close(grad.movedim(1, -1), exact_grad, rtol=1e-12, atol=atol)
     return grad
@@ -142,7 +142,7 @@ def test_any_two_layouts_give_the_truth(device, shape, ours, theirs):
     student, teacher = make(shape, ours, device=device), make(shape, theirs, seed=1, device=device)
     grad = check(student, teacher, labels)
     expected = torch.empty_like(student)
-    if ours == "spread":  # Neither classes nor pixels are adjacent
+    if ours == "spread":  # neither classes nor pixels are adjacent
         expected = make(shape, "plain")
     assert grad.stride() == expected.stride()
 
@@ -182,10 +182,10 @@ def test_labels_of_pixels_are_checked_and_ignored():
 def test_masked_classes_and_rows_without_an_answer(device):
     shape = (1, 5, 2, 4)
     student, teacher = make(shape, device=device), make(shape, seed=1, device=device)
-    student[0, 1, 0, 0] = teacher[0, 1, 0, 0] = -torch.inf  # Masked by both: contributes 0
-    teacher[0, 1, 0, 1] = -torch.inf  # Masked by the teacher: contributes 0
-    student[0, 1, 0, 2] = -torch.inf  # Masked by the student alone: +inf
-    student[0, :, 0, 3] = -torch.inf  # All masked, NaN, or +inf: NaN
+    student[0, 1, 0, 0] = teacher[0, 1, 0, 0] = -torch.inf  # masked by both: contributes 0
+    teacher[0, 1, 0, 1] = -torch.inf  # masked by the teacher: contributes 0
+    student[0, 1, 0, 2] = -torch.inf  # masked by the student alone: +inf
+    student[0, :, 0, 3] = -torch.inf  # all masked, NaN, or +inf: NaN
     student[0, 2, 1, 0] = torch.nan
     teacher[0, 2, 1, 1] = torch.inf
     losses = fastkd.loss(student, teacher, dim=1, reduction="none")

@@ -83,7 +83,7 @@ def test_gradients_are_those_of_float64(name, learn, reduction):
         )
         expected = torch.autograd.grad(terms.loss, [wide, *learned], factor.double())
         torch.testing.assert_close(loss.double(), terms.loss, rtol=bound, atol=bound)
-        size = max(float(terms.loss.detach().abs().max()), 1.0)  # Rounding of a gradient near 0
+        size = max(float(terms.loss.detach().abs().max()), 1.0)  # rounding of a gradient near 0
         for mine, theirs in zip(got, expected, strict=True):
             scale = float(theirs.abs().max())
             # Only the logits' gradient is rounded to 16 bits.

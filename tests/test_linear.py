@@ -210,7 +210,7 @@ def test_ignored_rows_take_part_in_no_product(device):
     with Products() as products:
         run(heads, chunks={"chunk_size": 8})
     chunk_count = -(-counted // 8)
-    for width in (CLASSES, WIDTH):  # Logits, and the gradient of the hidden states
+    for width in (CLASSES, WIDTH):  # logits, and the gradient of the hidden states
         rows = [shape[0] for shape in products.shapes if shape[1] == width and shape[0] < CLASSES]
         assert sum(rows) == counted * (2 if width == CLASSES else 1)
         assert max(rows) - min(rows) <= chunk_count
@@ -269,7 +269,7 @@ def test_peak_memory_is_what_the_plan_says(dtype, cap):
         options["chunk_by"] = "rows"
         chosen = fastkd.chunks.plan(*heads, **options)
         peak = peak_bytes(lambda options=options: run(heads, softcap=cap, chunks=options))
-        small = 2**21  # Biases, row statistics
+        small = 2**21  # biases, row statistics
         if dtype == BF16:  # oneDNN packs a factor of each product
             small += chosen.chunk * 16000 * dtype.itemsize
         assert 0.5 * chosen.peak_bytes <= peak <= chosen.peak_bytes + small

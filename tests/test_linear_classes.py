@@ -135,7 +135,7 @@ def test_float16_of_rows_under_a_loss_scale(device, largest, chunks_of):
     small = torch.where(heads.labels == -100, 0.0, outgoing / largest)
     options = {"reduction": "none", "hard_weight": 1e-3, "soft_weight": 1e-3, "chunks": chunks_of}
     _, expected = run(heads, small, **options)
-    with torch.autocast(device.type, dtype=FP16):  # Gradients of weights are in float32
+    with torch.autocast(device.type, dtype=FP16):  # gradients of weights are in float32
         hidden, weight, bias = heads.leaves()
         wide = heads._replace(student=Head(hidden, weight.float(), bias.float()))
         _, grads = run(wide, outgoing, **options)
@@ -223,7 +223,7 @@ def test_references_of_the_cuda_kernels(temperature):
     for z in logits.split(32, 1):
         top = z.max(1).values
         hard = scale(z, top, log2e, top * log2e)
-        if temperature == 3.0:  # A power of the tempered exponentials
+        if temperature == 3.0:  # a power of the tempered exponentials
             hard = (3 * (z.double() * slope.double() - (top * slope).double()[:, None])).exp2()
             hard = hard.sum(1).reciprocal()
         tempered = scale(z, top, slope, top * slope)
@@ -285,7 +285,7 @@ def test_an_ignored_class_marks_no_other_chunk(device, ignore_index, captured, m
     heads = make_heads(FP64, device, rows=300)
     heads = heads._replace(labels=heads.labels.masked_fill(heads.labels == -100, ignore_index))
     expected, right = run(heads, chunks=by_rows(64), ignore_index=ignore_index)
-    if captured:  # Mimics graph capture, where all rows are computed
+    if captured:  # mimics graph capture, where all rows are computed
         monkeypatch.setattr(linear_loss, "counted_rows", lambda labels, ignore_index: None)
     value, grads = run(heads, chunks=by_classes(32), ignore_index=ignore_index)
     torch.testing.assert_close(value, expected)
@@ -363,7 +363,7 @@ def test_peak_memory_is_what_the_plan_says(dtype, cap):
     gradients = (rows * max(4, dtype.itemsize) + classes * dtype.itemsize) * width
     scratch = products.scratch_bytes(rows, width) if dtype == BF16 else 0
     assert gradients < chosen.peak_bytes < 1.1 * gradients + scratch
-    small = 2**18  # Biases
+    small = 2**18  # biases
     if dtype == BF16:  # oneDNN packs a factor of each product
         small += 4 * chosen.chunk * width
     peak = peak_bytes(lambda: run(heads, softcap=cap, chunks=by_classes()))
@@ -406,7 +406,7 @@ def test_a_bound_holds_where_16_bit_products_go_through_float32(monkeypatch, chu
     for bound in (5 * 2**20, 9 * 2**20):
         options = {"max_workspace": bound, "chunk_by": chunk_by}
         peak = peak_bytes(lambda options=options: run(heads, chunks=options))
-        assert peak <= bound + 2**17  # Biases
+        assert peak <= bound + 2**17  # biases
 
 
 # ---- tied weights, unsupported calls

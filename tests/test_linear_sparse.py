@@ -246,7 +246,7 @@ def test_peak_memory_is_what_the_plan_says(cap):
         options["chunk_by"] = "rows"
         chosen = fastkd.chunks.plan(*heads.with_options(cap), **options)
         peak = peak_bytes(lambda options=options: run(heads, softcap=cap, chunks=options))
-        small = 2**22  # A block of a product, biases, lists
+        small = 2**22  # a block of a product, biases, lists
         assert 0.5 * chosen.peak_bytes <= peak <= chosen.peak_bytes + small
 
 

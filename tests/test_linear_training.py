@@ -237,7 +237,7 @@ DISTRIBUTED = """
     store = "file://" + folder + "/store"
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=2)
     for name, wrap in (("ddp", torch.nn.parallel.DistributedDataParallel), ("fsdp", fully_shard)):
-        model = Model(rows=20, normalizer=15 / 2)  # the mean over both of what counts
+        model = Model(rows=20, normalizer=15 / 2)  # the mean over the valid rows of both processes
         inputs = [value[rank * 10 : rank * 10 + 10] for value in model.inputs]
         wrapped = wrap(model)
         wrapped(*inputs).backward()
@@ -245,7 +245,7 @@ DISTRIBUTED = """
         if rank == 0:
             torch.save(grads, folder + "/" + name + ".pt")
     dist.destroy_process_group()
-    os._exit(0)  # as training_run.py does
+    os._exit(0)  # threads of the process group may abort the process at exit
 """
 
 

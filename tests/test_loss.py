@@ -50,7 +50,7 @@ def check(
         ).view(rows)
     exact = truth(student, teacher, labels, grad_output=grad_output, **options)
     theirs = (None, None)
-    if against_eager and acc == FP32:  # In float64, eager PyTorch and the truth are the same
+    if against_eager and acc == FP32:  # in float64, eager PyTorch and the truth are the same
         theirs = eager(student, teacher, labels, grad_output=grad_output, **options)
     leaf = student.detach().requires_grad_()
     value = fastkd.loss(leaf, teacher, labels, **options)
@@ -299,7 +299,7 @@ def test_long_rows_equal_the_truth(device, classes, dtype):
         ((1, 151936), FP32),  # Qwen
         ((1, 151936), FP64),
         ((1, 151936), FP16),
-        ((1, 128257), BF16),  # Odd, so rows are misaligned
+        ((1, 128257), BF16),  # odd, so rows are misaligned
     ],
     ids=str,
 )
@@ -441,7 +441,7 @@ def test_rows_far_apart_equal_the_truth(device):
     """Strides are int64: two rows are more than 2^31 elements apart."""
     if device.type == "cuda":
         pytest.skip("CUDA memory is not committed lazily; test_cuda has a case that is full")
-    base = torch.empty(2**31 + 64, dtype=torch.float16)  # Mostly unwritten, so not resident
+    base = torch.empty(2**31 + 64, dtype=torch.float16)  # mostly unwritten, so not resident
     student = base.as_strided((2, 40), (2**31, 1))
     fresh, teacher, labels = make((2, 40), FP16, ignored=0.0)
     student.copy_(fresh)

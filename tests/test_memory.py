@@ -34,7 +34,7 @@ options = {"reduction": "none"} if what == "backward" else {}
 shape = (8_000_000, 2) if what == "rows" else (64, 250_000)
 student, teacher = torch.randn(shape), torch.randn(shape)  # 64 MB each
 if what == "copy":
-    student = torch.randn(250_000, 64).t()  # the kernels need a copy of it
+    student = torch.randn(250_000, 64).t()  # the kernels need a contiguous copy
 small = torch.randn(2, 10, requires_grad=True)
 fastkd.loss(small, small.detach() + 1).backward()
 before, (leaf, other) = student.clone(), (student.requires_grad_(), teacher.clone())
@@ -117,7 +117,7 @@ print((resident() - before) / used)
     ],
     ids=["65 KB", "1 MB", "2.1 MB", "3 MB"],
 )
-@pytest.mark.parametrize(  # Every pair of values occurs
+@pytest.mark.parametrize(  # every pair of values occurs
     ("language", "loss"),
     [
         ("cpp", "dense"),

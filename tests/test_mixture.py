@@ -128,7 +128,7 @@ def test_masked_classes_are_mixed(device):
     probs = teachers_of("probs", (2, 40), FP32, 2, device)
     probs[0][0, :9] = 0.0
     probs[1][0, 5:12] = 0.0
-    probs[0][1, 3] = 1e-42  # Subnormal
+    probs[0][1, 3] = 1e-42  # subnormal
     check(probs, teacher_form="probs")
     check(probs[:1], teacher_form="probs")
     huge = [logits * 1e30 for logits in teachers_of("logits", (2, 40), FP32, 2, device)]

@@ -263,7 +263,7 @@ def test_gradient_errors_are_at_most_eagers(device, options, dtype):
         assert error <= ROUNDING * distance(exact.to(dtype), exact)
     else:
         assert_grad(leaf.grad, exact, dtype)
-    if dtype is FP32:  # Eager's error plus less than a unit in the last place
+    if dtype is FP32:  # eager's error plus less than a unit in the last place
         _, theirs = eager(*problem, **options)
         assert error <= distance(theirs, exact) + FLOOR[dtype] * float(exact.norm())
 
@@ -366,7 +366,7 @@ MASKS = {
 def test_masked_classes_give_exact_values(device, where, classes, dtype, reduction):
     student, teacher, labels = make((6, classes), dtype, device=device, ignored=0.0)
     columns = torch.arange(classes, device=device) % 3 == 1
-    labels = torch.where(labels % 3 == 1, labels - 1, labels)  # Never a masked class
+    labels = torch.where(labels % 3 == 1, labels - 1, labels)  # never a masked class
     masked_student, masked_teacher = MASKS[where]
     if masked_student:
         student = student.masked_fill(columns, -INF)

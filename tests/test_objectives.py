@@ -1,4 +1,4 @@
-"""Every divergence, teacher form, label kind, reduction and dtype against float64 in NumPy."""
+"""Every divergence, teacher form, label kind, reduction and dtype equals NumPy in float64."""
 
 import re
 from typing import Any
@@ -16,14 +16,14 @@ from fastkd import reference
 NAMES = fastkd.divergences()
 OF_LOGITS = [name for name, kind in reference.DIVERGENCES.items() if kind.compares == "logits"]
 ROWS, CLASSES = 5, 6
-# Tolerance in float32 (float64) for sums of a few products of exponentials and logarithms, relative
-# to T^2 and to the logits' size.
+# Tolerance for sums of a few products of exponentials and logarithms, relative to T^2 and to the
+# size of the logits.
 BOUND = {FP32: 4e-6, FP64: 1e-13}
 GRAD_BOUND = {FP32: 4e-6, FP64: 1e-9, BF16: 2**-8, FP16: 2**-10}
 
 
 def teacher_of(form: str, dtype: torch.dtype, device: Any, seed: int = 1) -> Any:
-    """Make a teacher in a form: one tensor, or three."""
+    """Make a teacher of a form: one tensor, or three."""
     many = [
         make((ROWS, CLASSES), FP64, labels=False, device=device, seed=seed + i).student
         for i in range(3 if form.startswith("three") else 1)
@@ -106,7 +106,7 @@ def check(student: Tensor, teacher: Any, labels: Tensor | None, **options: Any) 
 def test_every_objective_equals_numpys(device, name, form, kind):
     labels = labels_of(kind, device)
     message = refusal(name, form, kind)
-    # Each reduction and each dtype; their pairs would show nothing more.
+    # Each reduction and each dtype once; other pairs would test nothing more.
     for reduction, dtype in zip(("mean", "sum", "none", "mean"), DTYPES, strict=True):
         student = make((ROWS, CLASSES), dtype, labels=False, device=device).student
         teacher = teacher_of(form, dtype, device)
@@ -140,7 +140,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize(  # dkd takes no probabilities as labels
+@pytest.mark.parametrize(  # dkd refuses probabilities as labels
     ("kind", "options", "name"),
     [
         *pairwise(
@@ -191,7 +191,7 @@ def test_a_sequence_of_one_is_one_teacher(device):
     assert torch.equal(fastkd.loss(student, [teacher], labels, teacher_weights=[3.0]), alone)
 
 
-# ---- F.cross_entropy
+# ---- the hard term equals F.cross_entropy
 
 
 @pytest.mark.parametrize(
@@ -224,7 +224,7 @@ def test_labels_without_weight_leave_zero(device):
 
 
 def test_class_weights_in_place_and_of_pixels(device):
-    """Class weights become row weights in every kernel that takes row weights."""
+    """Class weights become row weights, also with inplace and for pixels."""
     student, teacher, _ = make((2, 7, 5, 3), device=device, labels=False)
     labels = torch.randint(7, (2, 5, 3), generator=torch.Generator().manual_seed(3)).to(device)
     labels[0, 0] = -100
@@ -247,7 +247,7 @@ def test_class_weights_in_place_and_of_pixels(device):
     torch.testing.assert_close(results[0], (torch.stack(exact[:6]), leaf.grad))
 
 
-# ---- where the classes are
+# ---- classes in another dimension, slices of padded classes
 
 
 @pytest.mark.parametrize(
@@ -313,13 +313,13 @@ def test_slices_of_padded_classes_in_dimension_1(device):
     torch.testing.assert_close(got, fastkd.loss(*few, dim=1))
 
 
-# ---- what is fused
+# ---- calls with kernels
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("labels_are", ["probabilities", "indices"])
 def test_targets_by_the_kernels(labels_are, reduction, monkeypatch):
-    """Kernels compute probabilities as labels, and class weights with smoothing."""
+    """Kernels compute labels of probabilities, and class weights with smoothing."""
     student, teacher, labels = make((3, ROWS, CLASSES), ignored=0.3)
     options: dict[str, Any] = {"class_weight": torch.rand(CLASSES) + 0.1, "label_smoothing": 0.1}
     options |= {"reduction": reduction, "hard_weight": torch.rand(3, ROWS), "soft_weight": 0.3}
@@ -351,7 +351,7 @@ def test_second_derivatives_of_targets():
 
 
 def test_labels_that_are_no_probabilities(device):
-    """Rows of zeros and negative weights give the results of F.cross_entropy."""
+    """Labels whose rows do not sum to 1 give the result of F.cross_entropy."""
     student, teacher, _ = make((ROWS, CLASSES), device=device, labels=False)
     labels = torch.rand(student.shape, device=device)
     labels[0], labels[1, 2] = 0, -0.5

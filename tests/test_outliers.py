@@ -11,7 +11,7 @@ CLASSES = [7, 100, 144, 145, 3000]
 
 
 def errors(divergence, student, teacher, **options):
-    """Return (relative errors of each row's value, errors of the gradient, its true magnitude)."""
+    """Return (relative errors of rows, errors of the gradient, its true magnitude)."""
     options = {"divergence": divergence, "reduction": "none", "temperature": 1.5, **options}
     exact = truth(student, teacher, **options)
     leaf = student.clone().requires_grad_()
@@ -29,7 +29,7 @@ def errors(divergence, student, teacher, **options):
 def test_squared_error_of_one_logit_far_from_the_rest(
     device, classes, size_of_one, teacher_temperature
 ):
-    """No class loses digits to the maxima that softmaxes subtract."""
+    """No class loses digits to the maximum that a softmax would subtract."""
     student, teacher, _ = make((6, classes), device=device, labels=False)
     student[:, classes // 2] = size_of_one
     value, grad, size = errors("mse", student, teacher, teacher_temperature=teacher_temperature)
@@ -48,14 +48,14 @@ def test_squared_error_of_one_logit_far_from_the_rest(
 def test_centered_squared_error_of_one_logit_far_from_the_rest(
     device, classes, size_of_one, teacher_temperature
 ):
-    """The centered error is not the difference of a mean of squares and a squared mean."""
+    """Centered errors are exact, unlike a mean of squares minus a squared mean."""
     student, teacher, _ = make((6, classes), device=device, labels=False)
     student[:, classes // 2] = size_of_one
     value, grad, size = errors(
         "centered_mse", student, teacher, teacher_temperature=teacher_temperature
     )
     assert float(value.max()) < 1e-6
-    # The one logit makes the mean large, and each class is compared with the mean.
+    # The outlier makes the mean large, and each class is compared with the mean.
     scale = (20 + abs(size_of_one) / classes) * 2 / classes
     assert bool((grad <= 1e-6 * (size + scale)).all())
 
@@ -63,7 +63,7 @@ def test_centered_squared_error_of_one_logit_far_from_the_rest(
 @pytest.mark.parametrize("dtype", [FP32, FP64, BF16, FP16], ids=name_of)
 @pytest.mark.parametrize("classes", CLASSES)
 def test_centered_squared_error_of_logits_that_differ_by_a_constant(device, classes, dtype):
-    """The constant enters neither value nor gradient, and costs no digits."""
+    """A constant added to all logits changes neither value nor gradient."""
     student, noise, _ = make((6, classes), FP64, device=device, labels=False)
     student = student.to(dtype)
     teacher = (student.double() + 1e-2 * noise + 1000).to(dtype if dtype is FP64 else FP32)
@@ -119,7 +119,7 @@ SAME = {
     ("offset", "classes", "how"), pairwise([0.0, 20.0], [3, 10, 100, 144, 145, 1000], SAME), ids=str
 )
 def test_row_tensors_that_change_nothing_cost_no_accuracy(device, how, classes, offset):
-    """A rounded difference of quotients would exceed the KL of a student near its teacher."""
+    """The error is at most twice that of a call with numbers in place of row tensors."""
     teacher, noise, labels = make((ROWS, classes), device=device, ignored=0.0)
     teacher += offset
     student = teacher + 1e-3 * noise

@@ -1,4 +1,4 @@
-"""The planner of the CUDA kernels, plain C++, for devices that are not at hand."""
+"""The planner of the CUDA kernels chooses valid launches for devices that are not installed."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 
 from fastkd import _C
 
-FLOAT32, FLOAT64, FLOAT16, BFLOAT16 = range(4)  # csrc/dtypes.h
+FLOAT32, FLOAT64, FLOAT16, BFLOAT16 = range(4)  # as in csrc/dtypes.h
 DTYPES = (FLOAT32, FLOAT64, FLOAT16, BFLOAT16)
 HOT = (FLOAT32, FLOAT16, BFLOAT16)
 
@@ -61,15 +61,15 @@ def test_every_plan_can_be_launched(name: str, pair: tuple[int, int]) -> None:
         assert 32 <= p["threads"] <= 1024 and p["threads"] % 32 == 0
         assert 1 <= p["cluster"] <= device.cluster
         blocks = -(-rows // p["rows_per_block"])
-        if p["finish_inside"]:  # the grid is that one cluster, which processes all rows
+        if p["finish_inside"]:  # the grid is the cluster
             assert p["cluster"] == blocks <= 8
         else:
             assert p["cluster"] == 1
-        # The row fits its memory.
+        # The threads of a row hold all of its classes.
         if p["family"] == "tiny":
             assert p["lanes"] in (8, 32) and classes <= 4 * p["lanes"]
             assert p["rows_per_block"] * p["lanes"] == p["threads"]
-        if strided:  # whole warps of neighboring rows
+        if strided:  # full warps of neighboring rows
             assert (
                 p["rows_per_block"] * p["lanes"] == p["threads"] and p["rows_per_block"] % 32 == 0
             )
@@ -118,7 +118,7 @@ def test_threads_share_rows_whose_classes_are_not_adjacent() -> None:
     assert sharing(25, many) == sharing(48, many) == 2
     assert sharing(49, many) == 4
     assert sharing(97, many) == sharing(2**20, many) == 8
-    # Few rows, so the device has spare threads.
+    # With few rows, the device has spare threads.
     assert sharing(19, 512 * 512) == sharing(19, 132 * 512) == 1
     assert sharing(19, 132 * 512 - 1) == 2
     assert sharing(19, 1) == 4

@@ -1,4 +1,4 @@
-"""Properties that hold for every input, tested by hypothesis."""
+"""Properties of the loss that hold for every input, tested by hypothesis."""
 
 import math
 from typing import Any
@@ -62,7 +62,7 @@ def test_a_constant_added_to_a_row_changes_nothing(device, classes, rows, t, see
     torch.testing.assert_close(other, value, rtol=2e-6, atol=2e-6)
     value.backward()
     other.backward()
-    scale = 1 + t  # rounding of the gradient's parts, differences of probabilities
+    scale = 1 + t  # rounding of the gradient's two parts
     torch.testing.assert_close(moved.grad, leaf.grad, rtol=2e-5, atol=2e-7 * scale)
 
 
@@ -105,7 +105,7 @@ def test_rows_are_independent(device, classes, rows, t, seed, dtype):
         value, grad = run(student[row : row + 1], teacher[row : row + 1], labels[row : row + 1])
         if device.type == "cpu":
             assert torch.equal(value[0], values[row]) and torch.equal(grad[0], grads[row])
-        else:  # another number of rows may use another kernel, with another order of sums
+        else:  # the kernel depends on the number of rows
             torch.testing.assert_close(value[0], values[row], rtol=2e-6, atol=1e-7)
 
 
@@ -179,12 +179,12 @@ def test_reductions_agree(device, classes, rows, t, seed, ignored, n):
 
 @st.composite
 def calls(draw: st.DrawFn) -> tuple[tuple[int, ...], dict[str, Any], dict[str, Any]]:
-    """Strategy of a shape, a memory layout, and options."""
+    """Draw a shape, a memory layout, and options."""
     leading = draw(st.lists(st.integers(1, 4), max_size=3))
     shape = (*leading, draw(WIDTHS))
     layout = {
         "dtypes": draw(st.tuples(st.sampled_from(DTYPES), st.sampled_from(DTYPES))),
-        # Layout of each tensor: classes cut off at either end, rows left out, dimensions swapped.
+        # Layout of each tensor: classes cut off at either end, rows skipped, dimensions swapped.
         "cut": draw(st.tuples(st.integers(0, 3), st.integers(0, 3))),
         "step": draw(st.tuples(st.integers(1, 2), st.integers(1, 2))),
         "swap": draw(st.tuples(st.booleans(), st.booleans())),
@@ -210,7 +210,7 @@ def calls(draw: st.DrawFn) -> tuple[tuple[int, ...], dict[str, Any], dict[str, A
 
 
 def lay_out(values: Tensor, cut: int, step: int, swap: bool) -> Tensor:
-    """Copy logits into a view of a larger tensor with its first dimensions swapped."""
+    """Copy logits into a view of a larger tensor, with the first dimensions swapped."""
     swap = swap and values.dim() > 2
     shape = list(values.transpose(0, 1).shape if swap else values.shape)
     if len(shape) > 1:
@@ -250,7 +250,7 @@ def test_any_call_is_what_the_reference_says(device, call):
     exact = truth(student, teacher, labels, **options)
     leaf = student.detach().requires_grad_()
     got = fastkd.terms(leaf, teacher, labels, **options)
-    # A loss sums terms with weights up to 3 T^2; where they nearly vanish, rounding remains.
+    # A loss sums terms with weights up to 3 T^2, and keeps their rounding if the terms vanish.
     size = float(torch.as_tensor(options["temperature"]).max()) ** 2 * 4
     slack = Answer(exact.terms, exact.loss, exact.grad, exact.noise + size * torch.finfo(acc).eps)
     assert_value(got.loss, slack, acc)

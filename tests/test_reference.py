@@ -1,4 +1,4 @@
-"""The reference against torch's cross_entropy and kl_div, in float64."""
+"""The reference equals torch's cross_entropy and kl_div in float64."""
 
 import itertools
 import math
@@ -137,9 +137,9 @@ def test_entropies_and_agreement_are_their_formulas():
 @pytest.mark.parametrize(
     ("student", "teacher", "soft"),
     [
-        # The teacher masks a class: it contributes 0, and q keeps its mass.
+        # The teacher masks a class: the class contributes 0, and q keeps its mass.
         ([0.0, 0.0], [0.0, -INF], math.log(2)),
-        # Both mask a class: as if it did not exist.
+        # Both mask a class: as if the class did not exist.
         ([0.0, 1.0, -INF], [1.0, 0.0, -INF], None),
         # The student alone masks a class with teacher mass: infinite.
         ([0.0, -INF], [0.0, 0.0], INF),

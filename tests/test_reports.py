@@ -1,4 +1,4 @@
-"""The report: its figures against plain computation, and its page as a browser shows it."""
+"""fastkd.report: its figures equal plain computation, and its page renders in a browser."""
 
 import copy
 import errno
@@ -94,7 +94,7 @@ def test_answers(models, report):
 
 
 def test_calibration_of_what_is_known():
-    """A sure model is always right, and then right half of the time."""
+    """A sure model has the error 0 if it is always right, and 0.5 if it is right half the time."""
     logits = torch.tensor([[50.0, 0.0], [50.0, 0.0]])
     for labels, error in (([0, 0], 0.0), ([0, 1], 0.5)):
         result = fastkd.report(
@@ -119,7 +119,7 @@ def test_a_copy_agrees_where_logits_hardly_differ(dtype, scale):
 
 
 def test_float64_is_kept():
-    """float32 cannot tell these logits apart."""
+    """Logits that float32 cannot distinguish give the right figures in float64."""
     logits = 1e9 + torch.eye(4, dtype=torch.float64)
     result = fastkd.report(
         nn.Identity(), nn.Identity(), [(logits, torch.arange(4))], seconds=0, show=False
@@ -129,7 +129,7 @@ def test_float64_is_kept():
 
 
 def test_wilson_interval_against_its_definition():
-    """The ends of the interval are the shares at which the normal test just rejects."""
+    """At each end of the interval, the normal test just rejects the share."""
     for share, rows in ((0.9, 50), (0.5, 7), (0.0, 20), (1.0, 3)):
         for end in measure.compute_wilson_interval(share, rows):
             gap = abs(share - end)
@@ -212,7 +212,7 @@ def test_models_without_parameters():
 
 
 class Slow(nn.Module):
-    """Module that waits, and stores the batches of its calls."""
+    """Module that sleeps, and records the batches of its calls."""
 
     def __init__(self, seconds: float) -> None:
         super().__init__()
@@ -281,11 +281,11 @@ def test_inputs_that_are_no_sample_s_and_named_tuples():
         assert result.models[0].answers.rows == 6
 
 
-# ---- whether timings can be trusted
+# ---- reliability of timings
 
 
 def make_turns(*turns: tuple[float, list[float], list[float]]) -> list[measure.Turn]:
-    """Turns of a teacher and a student, each with its share of processor time."""
+    """Make turns of a teacher and a student from (share of processor time, times, times)."""
     return [measure.Turn(share, {"teacher": a, "student": b}) for share, a, b in turns]
 
 
@@ -348,7 +348,7 @@ def test_processor_time_of_every_thread():
 
 @pytest.fixture
 def busy_cores():
-    """Keep every core busy with a process of its own."""
+    """Keep every core busy with a process per core."""
     command = [sys.executable, "-c", "while True: pass"]
     processes = [subprocess.Popen(command) for _ in range(os.cpu_count())]
     yield
@@ -373,7 +373,7 @@ class Repeated(nn.Module):
 @pytest.mark.slow
 @pytest.mark.parametrize("threads", [1, 2])
 def test_speed_ratios_on_a_busy_machine(busy_cores, threads):
-    """Ratios are within 2x of the true ratio, 30, or withheld with the reason."""
+    """Each ratio is within 2x of the true ratio, 30, or withheld with the reason."""
     loader = [(torch.randn(32, 256), torch.randint(256, (32,)))]
     result = fastkd.report(Repeated(60), Repeated(2), loader, threads=threads, show=False)
     for batch, latency in result.models[1].latency["cpu"].items():
@@ -419,7 +419,7 @@ def test_modules_without_an_evaluation_mode():
 
 
 def make_report(count: int, speedup: float | None = 3650.0) -> fastkd.Report:
-    """Make a report whose models differ little, as exports of one student do."""
+    """Make a report of models that differ little, like exports of one student."""
     models = []
     for index in range(count):
         name = ["teacher", "alone", "distilled"][index] if index < 3 else f"exported as {index}"
@@ -496,7 +496,8 @@ def test_labels_of_a_plot_never_overlap(count, width, speedup):
         if axis.get_view_interval()[0] <= tick.get_loc() <= axis.get_view_interval()[1]
     ]
     assert len(ticks) >= 4
-    extent = importlib.import_module("matplotlib.text").Text.get_window_extent  # without the line
+    # Excludes the line to the point.
+    extent = importlib.import_module("matplotlib.text").Text.get_window_extent
     boxes = [extent(text) for text in (*names, *ticks, axes.xaxis.label)]
     for one, other in itertools.combinations(boxes, 2):
         assert not one.overlaps(other)
@@ -514,12 +515,12 @@ def test_pictures_suit_light_and_dark_pages(tmp_path):
         linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in parts]
         return sum(w * c for w, c in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
 
-    for paper in ("#ffffff", "#0d1117"):  # GitHub's
+    for paper in ("#ffffff", "#0d1117"):  # GitHub's page colors
         low, high = sorted([luminance(paper), luminance(plots.INK)])
         assert (high + 0.05) / (low + 0.05) > 4.1
 
 
-# ---- what does not fit
+# ---- invalid arguments
 
 
 @pytest.mark.parametrize(
@@ -573,7 +574,7 @@ def test_what_is_no_list(name, value):
         fastkd.report(nn.Linear(64, 10), nn.Linear(64, 10), LOADER, **{name: value})
 
 
-# ---- what is shown
+# ---- output
 
 
 def test_terminal(models, capsys):
@@ -703,7 +704,7 @@ def test_a_full_disk_leaves_no_half_of_a_report(report, tmp_path, monkeypatch, w
 
 @pytest.mark.skipif(sys.platform == "win32", reason="this system has no limits of file sizes")
 def test_a_file_that_may_not_grow_leaves_no_half_of_a_report(report, tmp_path):
-    """A limit of the file size has the effect of a full disk, by the system's own error."""
+    """A limit of the file size, unlike a patched write, raises the system's own error."""
     import resource
 
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -745,7 +746,7 @@ def test_page_in_a_browser(report, tmp_path, dark):
             if max(abs(a - b) for a, b in zip(result, wanted, strict=True)) < 30
         ]
         assert sum(near) > 500, colour
-    # The pictures' own text is light on dark, dark on light.
+    # Text in the pictures is light on dark, or dark on light.
     plot = drawn.crop((60, 650, 940, 1000)).convert("L")
     darkest, lightest = plot.getextrema()
     assert lightest > 200 and darkest < 80
@@ -764,7 +765,7 @@ def test_page_is_understood_by_a_browser(report, tmp_path):
 
 @pytest.mark.skipif(BROWSER is None, reason="no Chromium is installed")
 def test_page_on_a_phone(tmp_path):
-    """The page is as wide as the phone, and shows the figures that are drawn for it."""
+    """The page is as wide as the phone, and shows its narrow figures."""
     (tmp_path / "report.html").write_text(make_report(10).html(), encoding="utf-8")
     frame = tmp_path / "frame.html"
     frame.write_text(

@@ -1,4 +1,4 @@
-"""Exact resumption, also after SIGKILL in a save, and with two processes."""
+"""Exact resumption of training, also after SIGKILL in a save, and with two processes."""
 
 import json
 import pathlib
@@ -16,7 +16,7 @@ SCRIPT = pathlib.Path(__file__).with_name("training_run.py")
 
 
 def run(*arguments: object, processes: int = 1) -> subprocess.CompletedProcess:
-    """Run training_run.py in processes of its own."""
+    """Run training_run.py in new processes."""
     distributed = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
     before = [*distributed, str(processes)] if processes > 1 else []
     return subprocess.run(
@@ -29,18 +29,18 @@ def run_here(*arguments: object) -> None:
 
 
 def losses(path: pathlib.Path) -> dict[str, str]:
-    """Return the last loss of each step: steps after the last checkpoint are repeated."""
+    """Return the last loss of each step, since steps after the last checkpoint are repeated."""
     return dict(line.split(" ", 1) for line in path.with_suffix(".losses").read_text().splitlines())
 
 
 def evaluations(path: pathlib.Path) -> list[list[float]]:
-    """Return the Evaluation fields of each held-out part; valid rows come last."""
+    """Return the Evaluation fields of each held-out part; the valid rows come last."""
     return json.loads(path.with_suffix(".evaluations").read_text())
 
 
 @pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_killed_in_a_save(workers, tmp_path):
-    """A resumed run gives the bits of an uninterrupted one."""
+    """A resumed run gives the bits of an uninterrupted run."""
     straight, out, checkpoints = tmp_path / "a.pt", tmp_path / "b.pt", tmp_path / "checkpoints"
     run_here(straight, "--workers", workers)
     arguments = (out, "--workers", workers, "--checkpoints", checkpoints)
@@ -58,7 +58,7 @@ def test_killed_in_a_save(workers, tmp_path):
 
 @pytest.mark.slow
 def test_two_processes_give_the_parameters_of_one(tmp_path):
-    """Global batches are equal; valid rows differ between processes and batches."""
+    """Global batches are equal, though valid rows differ between processes and batches."""
     same = ("--no-shuffle", "--noise", 0, "--dropout", 0)
     one, two = tmp_path / "one.pt", tmp_path / "two.pt"
     run_here(one, "--batch", 16, *same)
@@ -81,7 +81,7 @@ def test_two_processes_give_the_parameters_of_one(tmp_path):
 
 @pytest.mark.slow
 def test_two_processes_with_a_sharded_student(tmp_path):
-    """FSDP, resumed half way, gives the parameters of one process."""
+    """A run under FSDP, resumed half way, gives the parameters of one process."""
     same = ("--no-shuffle", "--noise", 0, "--dropout", 0)
     one, two = tmp_path / "one.pt", tmp_path / "two.pt"
     run_here(one, "--batch", 16, *same)

@@ -1,4 +1,4 @@
-"""Routed teachers: one of several teachers for each row."""
+"""Routed teachers: each row has one of several teachers."""
 # ruff: noqa: E501 - one mistake a line
 
 import pytest
@@ -40,7 +40,7 @@ def of_device(options, device):
 
 
 def chosen(logits, indices):
-    """Select the logits of each row's teacher from all teachers' logits."""
+    """Select the logits of each row's teacher from the logits of all teachers."""
     stacked = torch.stack([x.float() for x in logits])
     return stacked.gather(0, indices[None, ..., None].expand(1, *SHAPE, CLASSES))[0]
 

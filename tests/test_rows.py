@@ -1,4 +1,4 @@
-"""Losses computed in parts equal losses computed at once."""
+"""Losses computed in parts of the rows equal losses computed at once."""
 
 import pytest
 import torch
@@ -57,7 +57,7 @@ def test_parts_equal_the_whole(monkeypatch, device, options, kind):
 
 
 def test_memory_is_that_of_the_parts(monkeypatch):
-    """The memory between the passes is less than one tensor of the logits' size."""
+    """No tensor of the logits' size is kept between the passes."""
     student, teacher, labels = make((64, CLASSES))
     kept: list[int] = []
 
@@ -68,6 +68,6 @@ def test_memory_is_that_of_the_parts(monkeypatch):
 
     monkeypatch.setattr(rows, "MAX_LOGITS_PER_PART", 8 * CLASSES)
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        options = {"divergence": "cosine", "standardize": True}  # a call without a kernel
+        options = {"divergence": "cosine", "standardize": True}  # no kernel computes this call
         fastkd.loss(student.requires_grad_(), teacher, labels, **options).backward()
     assert not kept

@@ -1,4 +1,4 @@
-"""Sampled teachers: estimates of KL(student || teacher) from one token a row."""
+"""Sampled teachers: estimates of KL(student || teacher) from one token per row."""
 # ruff: noqa: E501 - one mistake a line
 
 import math
@@ -55,7 +55,7 @@ def test_values_and_gradients_are_schulmans(device, estimator, temperature, dtyp
 
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 def test_expected_values_and_gradients(device, estimator):
-    """Weighted by the student's probabilities over all tokens, means agree with the docstring."""
+    """Means over the student's distribution agree with the docstring of Sampled."""
     student, log_p = make(device)
     student = student.detach()[:1].expand(CLASSES, -1).contiguous().requires_grad_()
     tokens = torch.arange(CLASSES, device=device)

@@ -20,7 +20,7 @@ REFUSED_MODULES = {
     *("socket", "ssl", "http", "urllib", "ftplib", "smtplib", "requests", "aiohttp", "subprocess"),
     "tempfile",
 }
-ALLOWED = {"reports/memory.py": ["ctypes"]}  # which calls malloc_trim of the C library
+ALLOWED = {"reports/memory.py": ["ctypes"]}  # ctypes calls malloc_trim of the C library
 REFUSED_CALLS = {"eval", "exec", "compile", "__import__"}
 REFUSED_ATTRIBUTES = {
     ("yaml", "load"), ("yaml", "unsafe_load"), ("yaml", "full_load"), ("torch", "load"),
@@ -30,7 +30,7 @@ REFUSED_ATTRIBUTES = {
 
 
 def is_restricted(node: ast.AST) -> bool:
-    """Return True for a torch.load with weights_only, which builds tensors alone."""
+    """Return True for a torch.load with weights_only, which builds only tensors."""
     return (
         isinstance(node, ast.Call)
         and ast.unparse(node.func) == "torch.load"
@@ -98,7 +98,7 @@ print(calls)
 
 
 def test_nobody_is_called_at_import_or_later():
-    """The interpreter audits connections and processes."""
+    """Importing and calling fastkd opens no connection and starts no process."""
     command = [sys.executable, "-c", CALLED]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.stdout.strip() == "[]", done.stdout + done.stderr

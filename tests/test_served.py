@@ -1,7 +1,7 @@
-"""Replies of inference servers: alignment of their log-probabilities, and refused replies.
+"""Replies of inference servers: log-probabilities align with tokens, and bad replies are refused.
 
-tests/fixtures/vllm.json was recorded from a real server (its header names the version);
-sglang.json was written by hand. Both include the model's log-probabilities of every class.
+tests/fixtures/vllm.json was recorded from a real server, whose version the file names. sglang.json
+was written by hand. Both files include the model's log-probabilities of every class.
 """
 # ruff: noqa: E501 - one mistake a line
 
@@ -45,7 +45,7 @@ def choice(name: str, index: int = 0) -> dict[str, Any]:
 def assert_scores(topk: TopK, reference: list[list[float]], k: int, first: int = 0) -> None:
     """Assert that row i has the k most probable classes of ``reference[first + i - 1]``.
 
-    That is the distribution of token i. With ``first=0``, row 0 is padding.
+    ``reference[i - 1]`` is the distribution of token i. With ``first=0``, row 0 is padding.
     """
     assert topk.log_probs.dtype == torch.float32 and topk.indices.dtype == torch.int64
     truth = torch.tensor(reference, dtype=torch.float64)
@@ -69,7 +69,7 @@ def assert_scores(topk: TopK, reference: list[list[float]], k: int, first: int =
 def test_a_prompt_is_scored(index):
     reply, tokens = choice("prompts, k = 3", index), VLLM["prompts"][index]
     topk = served.from_vllm(reply, tokens=tokens)
-    # The longest list has the prompt's own token besides the 3 most probable.
+    # The longest list has the prompt's own token besides the 3 most probable tokens.
     assert topk.indices.shape == (len(tokens), 4) and topk.tail == "ghost"
     assert_scores(topk, VLLM["reference"][index], 3)
     assert tokens == reply["prompt_token_ids"]
@@ -158,7 +158,7 @@ def test_objects_of_vllm_itself():
 
 
 def test_the_temperature_of_prompts_is_1():
-    """Scores of prompts agree with the module's docstring in both modes of vLLM."""
+    """The scores of prompts have temperature 1 in both modes of vLLM."""
     for mode in ("raw_logprobs", "processed_logprobs"):
         recorded = VLLM["objects"][mode]["T = 2"]
         topk = served.from_vllm(objects(recorded["prompt_logprobs"]))
@@ -183,7 +183,7 @@ def test_logits_are_refused():
 
 
 def test_a_probability_of_0_is_minus_infinity():
-    """Samples from the 2 most probable tokens have others at -inf, or -9999 in JSON."""
+    """The 2 most probable tokens are sampled; other tokens have -inf, or -9999 in JSON."""
     recorded = VLLM["objects"]["processed_logprobs"]["top_k = 2"]["logprobs"]
     in_json = [
         row and {str(token): {"logprob": max(lp, -9999.0)} for token, lp, _ in row}
@@ -204,7 +204,7 @@ def test_a_probability_of_0_is_minus_infinity():
 def test_generated_tokens_are_scored(name, whole):
     reply = choice(name)
     topk = served.from_openai(reply if whole else reply["logprobs"], tokens=reply["token_ids"])
-    # A chat reply lists the generated token and the 2 or 3 most probable ones, 3 in all.
+    # A chat reply lists 3 tokens: the generated token and the 2 or 3 most probable tokens.
     is_chat = name == "chat"
     reference = (REPLIES["chat"] if is_chat else reply)["reference"]
     first = len(reference) + 1 - len(reply["token_ids"])
@@ -282,7 +282,7 @@ def test_replies_of_sglang_are_read(whole):
 
 
 def test_the_form_of_sglang():
-    """SGLang's own types decode the hand-written fixture."""
+    """SGLang's types decode the hand-written fixture."""
     types = pytest.importorskip("sglang.api.v1.api_types")
     decoded = types.GenerateResponse.from_json_value(SGLANG["reply"])
     assert len(decoded.meta_info.input_top_logprobs) == PART
@@ -322,7 +322,7 @@ def test_a_batch_of_sampled_tokens():
         [-1] * (missing + 1) + VLLM["prompts"][1][1:],
     ]
     assert (batch.log_probs == -math.inf).tolist() == (batch.tokens == -1).tolist()
-    # A batch's tokens, padded by labels of -100, give equal results.
+    # The batch as one tensor of tokens, padded by labels of -100, gives equal results.
     labels = torch.tensor([PROMPT, [-100] * missing + VLLM["prompts"][1]])
     lists = [served.from_vllm(each) for each in REPLIES["prompts, k = 3"]["choices"]]
     again = served.gather(served.collate(lists, padding_side="left"), labels, "k2")
@@ -330,7 +330,7 @@ def test_a_batch_of_sampled_tokens():
     assert torch.equal(again.log_probs, batch.log_probs)
 
 
-# ---- what is refused
+# ---- refused replies
 
 GOOD = [None, {"5": {"logprob": -2.5, "rank": 3}, "7": {"logprob": -0.5, "rank": 1}}]
 TOP = [None, [[-0.5, 7, None], [-2.5, 5, "x"]]]
@@ -372,7 +372,7 @@ def token(value: Any) -> Any:
 
 LIST = TopK(torch.tensor([[-1.0, -2.0]]), torch.tensor([[3, 4]]))
 ONE = Sampled(torch.tensor([-1.0]), torch.tensor([3]))
-# (a call, the error, a part of its message)
+# (a call, the error, a part of the error's message)
 MISTAKES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     # the reply
     "no reply": (lambda: served.from_vllm(None), ValueError, "prompt_logprobs must be a list with an entry for each token; got None"),
@@ -484,12 +484,12 @@ def test_a_mistake_is_named(name):
 
 
 def test_a_number_of_json_may_be_an_int():
-    """JavaScript writes 0.0 as 0."""
+    """JavaScript writes 0.0 as 0, so an int is a log-probability."""
     assert served.from_vllm([{"5": {"logprob": 0}}]).log_probs.tolist() == [[0.0]]
 
 
 def test_a_bfloat16_server_is_not_refused():
-    """16-bit log-probabilities add up to 1 up to their rounding."""
+    """16-bit log-probabilities add up to 1 only up to rounding."""
     torch.manual_seed(0)
     log_probs = torch.randn(50, 400).log_softmax(-1).bfloat16().topk(200)
     rows = [
@@ -499,7 +499,7 @@ def test_a_bfloat16_server_is_not_refused():
     assert served.from_sglang({"input_top_logprobs": rows}).indices.shape == (50, 200)
 
 
-# ---- any reply at all: a valid value, or a ValueError or TypeError
+# ---- arbitrary replies give a valid value, a ValueError or a TypeError
 
 JUNK = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8)
@@ -576,6 +576,6 @@ def test_any_reply_is_read_or_refused(name, seed, junk, k):
 
 
 def test_every_good_reply_is_valid():
-    """The fuzzer's seeds are valid, so that it reaches later checks."""
+    """The fuzzer's seeds are valid, so that mutations reach later checks."""
     for reader, reply in READERS.values():
         assert_valid(reader(reply))

@@ -1,4 +1,4 @@
-"""shift=1: row i of a causal model predicts label i + 1."""
+"""With shift=1, row i of a causal model predicts label i + 1."""
 
 import math
 
@@ -32,7 +32,7 @@ def labels(device):
 
 
 def check(student, ours, sliced, sliced_labels, **options):
-    """Compare a shifted call with a call on slices: loss, gradient and terms."""
+    """Assert that a shifted call equals a call on slices: loss, gradient and terms."""
     teacher, labels = ours
     reduction = options.get("reduction", "mean")
     one = fastkd.loss(student, teacher, labels, shift=1, **options)
@@ -72,7 +72,7 @@ def test_lists_belong_to_tokens(student, teacher, labels, divergence, with_label
 
 
 def test_sampled_tokens_with_weights(student, teacher, labels, device):
-    """Weights belong to tokens, as importance ratios and masks do."""
+    """Weights belong to tokens, like importance ratios and masks."""
     tokens = labels.clamp(min=0)
     log_probs = teacher.log_softmax(-1).gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
     weights = draw(BATCH, POSITIONS, seed=2).abs().to(device)
@@ -114,7 +114,7 @@ def test_the_module_shifts(student, teacher, labels):
 
 
 def test_narrow_labels_are_shifted(student, teacher, labels):
-    """uint8 labels cannot hold ignore_index."""
+    """uint8 labels are shifted, though ignore_index is no uint8."""
     labels = labels.clamp(min=0)
     ours = fastkd.loss(student, teacher, labels.to(torch.uint8), shift=1)
     torch.testing.assert_close(ours, fastkd.loss(student, teacher, labels, shift=1))

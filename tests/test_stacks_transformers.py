@@ -1,4 +1,4 @@
-"""transformers.Trainer with the mixin, 20 steps, beside a trainer with a loss by hand."""
+"""transformers.Trainer with the mixin gives the losses of a hand-written trainer in 20 steps."""
 
 import copy
 import json
@@ -116,7 +116,7 @@ def run(kind, folder, **options) -> list[float]:
 
 
 def moved(samples):
-    """Collate with labels aligned with their logits, as collators without padding do."""
+    """Collate with labels shifted to their logits, like collators without padding."""
     batch = pad(samples)
     return {**batch, "shift_labels": causal_labels(batch), "labels": batch["labels"] * 0 + 7}
 
@@ -147,7 +147,7 @@ def test_each_step_has_the_loss_by_hand(situation, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("everywhere", [True, False])
 def test_two_gpus_are_one_with_batches_twice_as_large(everywhere, tmp_path):
-    """The trainer counts two simulated GPUs, (2, 1), and DataParallel finds none."""
+    """The trainer counts two simulated GPUs, (2, 1), though DataParallel finds none."""
     even = [sample for sample in sentences(64) if len(sample["input_ids"]) % 2][:32]
     for sample in even:  # the token count is divided by the GPUs, rounded down
         sample["labels"] = sample["input_ids"]
@@ -187,7 +187,7 @@ def packed_and_padded():
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["mixin", "fastkd.Trainer"])
 def test_a_packed_batch_has_the_loss_of_the_padded_one(kind, tmp_path):
-    """No sequence attends to the previous one, in the student or in the teacher."""
+    """No sequence attends to the previous sequence, in the student or in the teacher."""
     options = {"temperature": TEMPERATURE, "alpha": ALPHA}
     values = []
     for batch in packed_and_padded():
@@ -209,7 +209,7 @@ def test_a_packed_batch_has_the_loss_of_the_padded_one(kind, tmp_path):
 
 
 class Asked(nn.Module):
-    """Output of logits that records the call's use of the cache."""
+    """Model that records whether calls asked for the cache."""
 
     def __init__(self):
         super().__init__()
@@ -245,7 +245,8 @@ def test_wrapped_models_are_asked_for_no_cache_unless_the_batch_wants_one():
     batches.outputs(Wrapped(asked), {"x": torch.zeros(1, 2)})
     batches.outputs(Wrapped(asked), {"x": torch.zeros(1, 2), "use_cache": True})
     batches.outputs(Wrapped(asked), (torch.zeros(1, 2), True))
-    batches.outputs(Wrapped(nn.Linear(2, 3)), torch.zeros(1, 2))  # this model takes no cache
+    # This model has no use_cache argument.
+    batches.outputs(Wrapped(nn.Linear(2, 3)), torch.zeros(1, 2))
     assert asked.seen == [False, True, True]
 
 
@@ -262,7 +263,7 @@ def test_labels_that_are_shifted_stay_where_they_are():
 
 
 def test_granite_takes_it_by_its_base_model():
-    """Granite's head takes ``**kwargs`` alone, and calls a base model that names the argument."""
+    """Granite's head takes ``**kwargs`` alone, and calls a base model that has use_cache."""
     config = transformers.GraniteMoeConfig(
         vocab_size=VOCABULARY, hidden_size=8, intermediate_size=8, num_hidden_layers=1,
         num_attention_heads=2, num_key_value_heads=2, num_local_experts=2, num_experts_per_tok=1,
@@ -276,11 +277,11 @@ def test_granite_takes_it_by_its_base_model():
     assert packed.past_key_values is None and padded.past_key_values is None
 
 
-# ---- models of every kind
+# ---- models with other outputs
 
 
 class Head(nn.Module):
-    """Plain module; ``form`` is the type of its forward's output."""
+    """Module that is no transformers model; ``form`` is the type of its forward's output."""
 
     def __init__(self, width, form, seed):
         super().__init__()
@@ -347,7 +348,7 @@ def test_a_teacher_in_bf16_gets_its_dtype(tmp_path):
     assert len(losses(made)) == STEPS
 
 
-# ---- what cannot be, said when the trainer is made
+# ---- refused arguments
 
 
 def refused(error, match, folder, **options):
@@ -412,7 +413,7 @@ def test_label_smoothing_of_the_loss_and_of_the_arguments_is_the_same(tmp_path):
     assert run(Distilling, tmp_path, loss=loss, label_smoothing_factor=0.2) == expected
 
 
-# ---- interrupted, and on two processes
+# ---- interrupted runs, two processes
 
 
 @pytest.mark.slow

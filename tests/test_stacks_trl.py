@@ -1,4 +1,4 @@
-"""TRL's GKD, distillation and SFT trainers, 20 steps: their own loss beside fastkd's."""
+"""TRL's GKD, distillation and SFT trainers log the losses of fastkd's trainers in 20 steps."""
 
 import json
 import os
@@ -196,7 +196,7 @@ def test_gkd_trainer_of_several_processes(return_outputs, tmp_path, monkeypatch)
 
 
 def two_steps(folder, processes: int) -> dict[str, list[float]]:
-    """Train on batches of 4 in all, and return what was logged."""
+    """Train on batches of 4 in all processes together; return the logged values."""
     trainer = gkd_trainer(
         integration.GKDTrainer,
         folder,
@@ -211,7 +211,7 @@ def two_steps(folder, processes: int) -> dict[str, list[float]]:
 
 
 def test_gkd_trainer_takes_the_same_steps_with_two_processes(tmp_path):
-    """TRL's own losses and gradients under DDP are half of one process's."""
+    """Under DDP, TRL's own losses and gradients are half of one process's; fastkd's are equal."""
     file = tmp_path / "log.json"
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     done = subprocess.run([*command, __file__, file], capture_output=True, text=True)
@@ -361,13 +361,13 @@ def test_the_sft_trainer_logs_losses_by_hand(packing, tmp_path):
 
 
 def test_packing_gives_the_loss_of_padding(tmp_path):
-    """One step holds all sentences."""
+    """A step on packed sentences has the loss of the padded sentences."""
     options = {"max_steps": 1, "per_device_train_batch_size": 32}
     packed, padded = (sft(Distilling, tmp_path, packing=each, **options) for each in (True, False))
     assert packed == pytest.approx(padded, rel=1e-6)
 
 
-if __name__ == "__main__":  # one of the two processes
+if __name__ == "__main__":  # run by one of the two processes
     log = two_steps(pathlib.Path(sys.argv[1]).parent, 2)
     if os.environ["RANK"] == "0":
         pathlib.Path(sys.argv[1]).write_text(json.dumps(log))

@@ -1,4 +1,4 @@
-"""Test the teacher cache: round trips, interruptions, losses, and forged files."""
+"""The teacher cache: round trips, interruptions, losses, and forged files."""
 
 import itertools
 import json
@@ -40,7 +40,7 @@ class Counting(nn.Module):
         torch.manual_seed(0)
         self.layers = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, classes))
         for parameter in self.layers[2].parameters():
-            parameter.data *= 8  # confident, as teachers are
+            parameter.data *= 8  # confident, like trained teachers
         self.samples, self.fail_after = 0, fail_after
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
@@ -121,7 +121,7 @@ def test_the_kl_that_was_lost_is_measured(tmp_path, dtype, top_k):
 
 @pytest.mark.parametrize("top_k", [None, 8])
 def test_what_is_lost_is_finite_and_not_negative(tmp_path, top_k):
-    """A row has a subnormal tail, another a loss that is all rounding."""
+    """The KL is finite and at least 0 for a subnormal tail, and for a loss of rounding errors."""
     torch.manual_seed(0)
     sure, level = torch.randn(1, 1000), torch.zeros(1, 14)
     sure[0, 3], level[0, 4:] = 105.0, -15.669451713562012
@@ -146,7 +146,7 @@ def test_masked_classes_are_cached(tmp_path):
 
 
 def test_the_loss_of_a_dense_cache_is_that_of_the_teacher(tmp_path):
-    """Times T, cached log-probabilities are logits up to a constant, at any other temperature."""
+    """Cached log-probabilities times T are logits up to a constant, at any other temperature."""
     cache = write(Counting(), tmp_path, dtype=torch.float32, temperature=2.0)
     student, ids = torch.randn(64, 10), torch.arange(64)
     with torch.no_grad():
@@ -298,7 +298,7 @@ def test_resumes_after_an_error_with_all_that_was_done(tmp_path, cache, error):
 
 @pytest.mark.parametrize("interrupted", [1, 2])
 def test_an_interrupt_while_a_file_is_written_loses_nothing(tmp_path, monkeypatch, interrupted):
-    """The interrupt comes in the first file of two, or in the last, after all samples."""
+    """The interrupt comes in the first file of two, or in the last file, after all samples."""
     shards, whole = [], shard.write
 
     def interrupt(folder, part):
@@ -379,11 +379,11 @@ def test_what_a_killed_process_left_half_written_is_not_read(tmp_path, cache):
 
 
 def test_two_processes_may_write_different_samples(tmp_path, cache, monkeypatch):
-    """Under a distributed sampler, both processes see the same next free name."""
+    """Under a distributed sampler, both processes choose the same next free name."""
     halves = [DataLoader(Subset(DATA, range(first, 200, 2)), 32) for first in (0, 1)]
     write(Counting(), tmp_path, loader=halves[0], top_k=4)
     monkeypatch.setattr(pathlib.Path, "glob", lambda *_: iter(()))
-    with pytest.raises(FileNotFoundError):  # neither can a reader see the files
+    with pytest.raises(FileNotFoundError):  # nor can a reader see the files
         write(Counting(), tmp_path, loader=halves[1], top_k=4)
     monkeypatch.undo()
     same(TeacherCache(tmp_path), cache)
@@ -435,7 +435,7 @@ def test_it_says_what_it_is(cache):
     assert len(cache) == 200
 
 
-# ---- what does not fit
+# ---- other teachers, other data, invalid arguments
 
 
 def test_another_teacher_is_refused(cache):
@@ -453,7 +453,7 @@ def test_the_teacher_s_wrappers_make_no_difference(cache):
 
 
 class Packed(nn.Module):
-    """Module with its weights in a tuple of its state, as quantized layers have them."""
+    """Module with a tuple of weights in its state, like quantized layers."""
 
     def __init__(self, weight):
         super().__init__()
@@ -610,7 +610,7 @@ def joined(header: dict | bytes, body: bytes) -> bytes:
 
 @pytest.fixture
 def forged(cache, tmp_path):
-    """Write a forged file as a cache of one shard; return the valid header and body."""
+    """Return a shard's bytes, and a function that writes forged bytes as a cache of one shard."""
     data = (cache.path / "shard-00000.safetensors").read_bytes()
 
     def forge(new: bytes) -> pathlib.Path:
@@ -688,7 +688,7 @@ READ = "import sys; from fastkd.teachers import TeacherCache; TeacherCache(sys.a
     ["pipe", *(pytest.param(k, marks=pytest.mark.slow) for k in ("socket", "device", "folder"))],
 )
 def test_only_regular_files_are_opened(tmp_path, kind):
-    """A process of its own tries it, since opening a named pipe blocks."""
+    """Opening the cache does not block on a named pipe, a socket, a device or a folder."""
     file = tmp_path / "shard-00000.safetensors"
     if kind == "pipe":
         os.mkfifo(file)
@@ -716,7 +716,7 @@ def test_forged_lengths_and_classes(forged):
 
 
 def test_a_forged_class_is_refused(cache, tmp_path):
-    """The forged file has a valid checksum."""
+    """A class out of range is refused, though the file's checksum is valid."""
     content, _ = shard.read(cache.path / "shard-00000.safetensors")
     content.indices[0, 0] = 10
     shard.write(tmp_path, content)
@@ -732,7 +732,7 @@ def contents(path: pathlib.Path) -> list[torch.Tensor]:
 
 
 def test_damaged_bytes_and_cut_files_are_refused(forged):
-    """A process of its own tries each file: a crash would end the tests."""
+    """A damaged file is refused, or its cache has the original contents."""
     data, forge = forged
     original = contents(forge(data))
     header_size = struct.unpack("<Q", data[:8])[0] + 8
@@ -753,14 +753,15 @@ def test_damaged_bytes_and_cut_files_are_refused(forged):
 
 @pytest.mark.parametrize("top_k", [None, 2])
 def test_flipped_bits_are_seen(tmp_path, top_k):
-    """A flipped sign of a log-probability makes a probability above 1."""
+    """A flipped bit is detected, or the cache has the original contents."""
     few = Subset(DATA, range(3))
     write(Counting(5), tmp_path, loader=DataLoader(few, 3), top_k=top_k)
     (file,) = tmp_path.iterdir()
     data, original = file.read_bytes(), contents(tmp_path)
     kept = 0
     for place, bit in itertools.product(range(len(data)), (7, None)):
-        bit = place * 5 % 7 if bit is None else bit  # the highest bit of each byte and one other
+        # The highest bit of each byte and one other bit.
+        bit = place * 5 % 7 if bit is None else bit
         damaged = bytearray(data)
         damaged[place] ^= 1 << bit
         file.write_bytes(damaged)
@@ -770,11 +771,11 @@ def test_flipped_bits_are_seen(tmp_path, top_k):
             continue
         kept += 1
         assert all(map(torch.equal, read, original)), f"bit {bit} of byte {place}"
-    assert kept < 50  # blanks of the header, for example
+    assert kept < 50  # flips in blanks of the header, for example, change nothing
 
 
 def test_each_sample_has_its_checksum(tmp_path):
-    """Damage is found when a sample is read, and other samples stay readable."""
+    """Damage is detected when a sample is read, and other samples stay readable."""
     write(Counting(), tmp_path)
     (file,) = tmp_path.iterdir()
     header, body = parts_of(file.read_bytes())

@@ -1,4 +1,4 @@
-"""fastkd.terms: every field against the reference, and its gradient."""
+"""Every field of fastkd.terms, and the gradient, equal the reference."""
 
 import math
 
@@ -23,7 +23,7 @@ import fastkd
 from fastkd import _C
 
 RELATIVE = {FP32: 2e-6, FP64: 1e-13}
-# Entropies and divergences are differences of log-probabilities: a unit in the last place.
+# Absolute bound, since entropies and divergences are differences of log-probabilities.
 ABSOLUTE = {FP32: 1e-6, FP64: 1e-14}
 
 
@@ -153,7 +153,7 @@ def test_agreement_counts_equal_greatest_classes(device, width, student, teacher
 
 
 def test_agreement_sees_every_segment(device):
-    """The greatest class lies in any part of a row that threads share."""
+    """The greatest class may be in any segment of a row that threads share."""
     width = 3 * _C.segment + 7
     student, teacher = torch.zeros(5, width, device=device), torch.zeros(5, width, device=device)
     places = [0, _C.segment - 1, _C.segment, 2 * _C.segment + 3, width - 1]

@@ -1,4 +1,4 @@
-"""Sparse teachers of k classes a row, against the definition in float64."""
+"""Sparse teachers of k classes per row: the loss equals the definition in float64."""
 # ruff: noqa: E501 - one mistake a line
 
 import collections
@@ -148,7 +148,7 @@ def run(
     problem: Problem, tail: str = "ghost", grad_output: Tensor | None = None, **options: Any
 ) -> tuple[Tensor, Tensor]:
     leaf = problem.student.detach().requires_grad_()
-    options = {"temperature": 2.0, **options}  # mixture weight for make()'s lists
+    options = {"temperature": 2.0, **options}  # the lists of make() have temperature 2
     value = fastkd.loss(leaf, problem.teacher(tail), problem.labels, **options)
     outgoing = torch.ones_like(value) if grad_output is None else grad_output.to(value)
     (grad,) = torch.autograd.grad(value, leaf, outgoing)
@@ -169,11 +169,11 @@ def formula(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(topk, "KERNEL_DEVICES", ())
 
 
-# ---- against the definition
+# ---- options and dtypes
 
 # (shape, k): more mass outside the list, and less; one listed class; a list longer than the
 # kernel's chunk of 64; rows that end within a vector, a word of 64, a block and a segment; leading
-# dimensions
+# dimensions.
 SHAPES = [
     *(((5, 10), 3), ((5, 10), 9), ((6, 2), 1), ((4, 1000), 64), ((3, 333), 130)),
     *(((2, 1025), 20), ((2, S + 65), 64), ((2, 3, 40), 5), ((7,), 2)),
@@ -292,9 +292,9 @@ def test_autograd_in_cpp_and_in_python_give_the_same_bits(options, dtype):
 @pytest.mark.parametrize("requires_grad", [True, False])
 @pytest.mark.usefixtures("each_autograd")
 def test_an_entry_of_minus_infinity_is_padding(device, tail, requires_grad):
-    """Padding has any class: 0 in TRL, consecutive ids in a server's reply."""
+    """Padding may have any class: 0 in TRL, consecutive ids in a server's reply."""
     student, indices, log_probs, labels = make((6, 40), 5, device=device)
-    labels = indices[:, 1]  # include the padding's classes
+    labels = indices[:, 1]  # includes the padding's classes
     shorter = (indices[:, :3], log_probs[:, :3])
     minus_infinity = torch.full((6, 2), -math.inf, dtype=log_probs.dtype, device=device)
     padded = torch.cat((shorter[1], minus_infinity), -1)
@@ -319,7 +319,7 @@ def test_an_entry_of_minus_infinity_is_padding(device, tail, requires_grad):
         ids = torch.cat((shorter[0], classes.to(device)), -1)
         for one, other in zip(run_list(ids, padded), expected, strict=True):
             torch.testing.assert_close(one, other, msg=name)
-        with torch.no_grad():  # also by the formula
+        with torch.no_grad():  # the formula agrees, too
             head, teacher = Head(student, torch.eye(40, device=device)), TopK(padded, ids, tail)
             linear = fastkd.loss(head, teacher, labels, temperature=2.0)
             torch.testing.assert_close(linear, expected[0])
@@ -330,7 +330,7 @@ def test_an_entry_of_minus_infinity_is_padding(device, tail, requires_grad):
 
 
 def test_a_list_is_of_temperature_1_unless_the_call_says_otherwise():
-    """The default temperature is 1, that of servers and of log_softmax."""
+    """The default temperature is 1, as in servers' replies and in log_softmax."""
     logits = make((6, 40), 5).student
     teacher = TopK(*logits.log_softmax(-1).topk(40))
     student = torch.randn(6, 40, generator=torch.Generator().manual_seed(2))
@@ -351,7 +351,7 @@ def test_a_tensor_as_normalizer(device):
     )
 
 
-# ---- what the tails mean
+# ---- tails
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
@@ -394,7 +394,7 @@ def test_a_perfect_student_has_no_loss(device, tail):
 @pytest.mark.parametrize("noise", [1e-4, 1e-6])
 @pytest.mark.parametrize("tail", ["ghost", "renormalize"])
 def test_a_student_close_to_its_teacher(tail, noise):
-    """Terms of both signs add up to a millionth of their size; lists are in float64."""
+    """In float64, terms of both signs may cancel to a millionth of their size."""
     problem = perfect(tail, FP64)
     generator = torch.Generator().manual_seed(1)
     student = problem.student + noise * torch.randn(8, 500, generator=generator, dtype=FP64)
@@ -432,7 +432,7 @@ def near_teacher(classes: int, k: int, spread: float, t: float) -> Problem:
     [(500, 30, 1.5, 1.0), (500, 64, 3.0, 1.7), (5000, 64, 1.5, 1.7), (128256, 64, 3.0, 1.0)],
 )
 def test_near_the_teacher_in_float32(classes, k, spread, t, tail, name):
-    """Value and gradient of each row would show an error of 1e-8 in the tail's mass."""
+    """Value and gradient of each row are right; an error of 1e-8 in the tail's mass would show."""
     problem = near_teacher(classes, k, spread, t)
     options = {"divergence": name, "temperature": t, "reduction": "none"}
     value, grad = run(problem, tail, **options)
@@ -449,7 +449,7 @@ def test_near_the_teacher_in_float32(classes, k, spread, t, tail, name):
 @pytest.mark.parametrize("gap", [5.0, 20.0, 60.0, 300.0])
 @pytest.mark.parametrize("dtype", [FP32, FP64], ids=name_of)
 def test_little_is_left_outside_the_list(gap, dtype):
-    """1 minus the listed probabilities rounds to 0, and its logarithm to -inf."""
+    """The loss is right where 1 minus the listed probabilities rounds to 0."""
     generator = torch.Generator().manual_seed(0)
     student = torch.randn(4, 200, generator=generator, dtype=dtype)
     student[:, :5] += gap
@@ -548,7 +548,7 @@ def test_narrow_dtypes_are_accepted(device, index_dtype, dtype):
 
 @pytest.mark.parametrize("tail", TAILS)
 def test_a_rounded_mass_above_1_is_accepted(device, tail):
-    """With a rounded mass above 1, the gradient is the value's, and "ghost" is at least 0."""
+    """With a rounded mass above 1, the gradient is that of the value, and "ghost" is at least 0."""
     problem = make((6, 40), 10, FP64, labels=False, padding=0.0, device=device)
     normal = problem.log_probs.log_softmax(-1) + math.log(1.05)
     problem = problem._replace(log_probs=normal)
@@ -583,7 +583,7 @@ def test_a_masked_class_that_is_listed(device, tail):
     assert (value == INF).all()
     assert grad.isfinite().all()
     assert (grad[rows, problem.indices[:, 0]] < 0).all()
-    # The teacher masks the class too.
+    # The teacher masks the class, too.
     problem.log_probs[:, 0] = -INF
     check(problem, tail, reduction="none")
     assert (run(problem, tail)[1][rows, problem.indices[:, 0]] == 0).all()
@@ -653,7 +653,7 @@ def test_no_rows_give_zero(device, reduction):
 
 @pytest.mark.parametrize("scale", [1e4, 1e30])
 def test_huge_logits_keep_their_differences(scale):
-    """Differences from the maximum are exact, so softmax is."""
+    """A constant added to huge logits changes nothing, since differences are exact."""
     problem = make((4, 64), 6, FP64, labels=False)
     student = problem.student.round() + 2.0**60 * (scale > 1e20)
     value, _ = run(problem._replace(student=student))
@@ -754,7 +754,7 @@ def test_a_second_backward_pass_is_right(device, reduction, dtype):
 
 
 def test_fp16_gradients_survive_a_loss_scale(device):
-    """Gradients are recomputed for the loss scale, so nothing has underflowed."""
+    """Gradients are recomputed for the loss scale, so no gradient has underflowed."""
     problem = make((64, 2000), 20, FP16, device=device)
     scale = torch.tensor(2.0**15)
     grad = run(problem, grad_output=scale)[1]
@@ -840,7 +840,7 @@ def test_the_plain_formula_is_quiet(formula):
         run(make((4, 50), 5))
 
 
-# ---- mistakes
+# ---- invalid arguments
 
 
 def good() -> dict[str, Any]:
@@ -854,7 +854,7 @@ def good() -> dict[str, Any]:
 
 
 Z, L = torch.zeros, torch.int64
-# (changes of a valid call, the error, a part of its message)
+# (changes of a valid call, the error, a part of the error's message)
 MISTAKES: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "student a list": ({"student": [1.0]}, TypeError, "student must be a tensor; got list"),
     "integer student": ({"student": Z(3, 5, dtype=L)}, TypeError, "student must be float64, float32, bfloat16 or float16; got torch.int64"),
@@ -914,7 +914,7 @@ MISTAKES: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
 
 
 def loss_of(arguments: dict[str, Any], **options: Any) -> Tensor:
-    """Compute the loss with these lists, which are checked when the teacher is made."""
+    """Compute the loss with these lists, which TopK checks."""
     teacher_and_labels = {**arguments, **options}
     fields = {
         name: teacher_and_labels.pop(name) for name in TopK._fields if name in teacher_and_labels
@@ -949,7 +949,7 @@ DATA = [name for name, (_, _, message) in MISTAKES.items() if re.search(r"row \d
 @pytest.mark.parametrize("mistake", DATA)
 @pytest.mark.parametrize("way", ["formula", pytest.param("cuda", marks=pytest.mark.cuda)])
 def test_where_nothing_waits_a_mistake_makes_its_row_nan(mistake, way, request):
-    """The formula alone, and CUDA kernels, cannot read data without synchronization."""
+    """The formula and the CUDA kernels, which cannot check data, give NaN for an invalid row."""
     changed, _, message = MISTAKES[mistake]
     arguments = {**good(), **changed}
     if way == "formula":
@@ -972,7 +972,7 @@ def test_where_nothing_waits_a_mistake_makes_its_row_nan(mistake, way, request):
 
 
 def test_a_table_of_characters_learns_from_the_top_four():
-    """A student learns character pairs of pydoc_data.topics from four successors a row."""
+    """A student learns character pairs of pydoc_data.topics from four successors per row."""
     text = "".join(pydoc_data.topics.topics.values()).lower()[:200_000]
     kept = [character for character, _ in collections.Counter(text).most_common(40)]
     place = {character: i for i, character in enumerate(kept)}

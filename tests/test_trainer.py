@@ -1,4 +1,4 @@
-"""The training loop against loops written by hand, on real digits."""
+"""The training loop equals loops written by hand, on real digits."""
 
 import copy
 import dataclasses
@@ -26,7 +26,7 @@ LOSS = {"temperature": 3.0, "alpha": 0.3}
 
 @pytest.fixture(autouse=True)
 def accelerate_state():
-    """Reset Accelerate's state, which keeps a process's precision."""
+    """Reset Accelerate's state, which keeps the precision of the process."""
     yield
     accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
 
@@ -50,7 +50,7 @@ def trainer_of(student: nn.Module, teacher, **options) -> fastkd.Trainer:
 
 
 def by_hand(student: nn.Module, teacher, steps, **options) -> nn.Module:
-    """Train a copy on batches; the teacher is the average of several teachers' probabilities."""
+    """Train a copy by hand on batches; return the trained copy."""
     student = copy.deepcopy(student)
     optimizer = torch.optim.SGD(student.parameters(), 0.5)
     for inputs, labels in steps:
@@ -113,7 +113,7 @@ def test_anything_else_through_forward_and_labels():
 
 @dataclasses.dataclass
 class Pictures:
-    """Batch in a class of its own."""
+    """Batch that is neither a tuple nor a mapping."""
 
     names: list[str]
     pixels: torch.Tensor
@@ -309,7 +309,7 @@ def test_a_cached_teacher_is_as_good_as_the_live_one(tmp_path):
 @pytest.mark.parametrize("top_k", [None, 3])
 @pytest.mark.parametrize("dim", [-1, 1])
 def test_cached_sequences_in_batches_that_are_padded_longer(tmp_path, top_k, dim):
-    """Each sequence is padded to 8 rows; none of these 16 is longer than 7."""
+    """Cached sequences of at most 7 rows serve batches that are padded to 8 rows."""
     images, digit = load_digits(return_X_y=True)
     inputs = torch.tensor(images[:16] / 16).view(16, 8, 8)
     lengths = 4 + torch.arange(16) % 4
@@ -482,7 +482,7 @@ def test_an_evaluation_of_nothing_is_refused():
 @pytest.mark.parametrize("dim", [-1, 1])
 @pytest.mark.parametrize("soft", [False, True])
 def test_accuracy_is_among_the_classes_that_count(dim, soft):
-    """Predictions on padding do not count."""
+    """Predictions on padding classes do not count."""
     labels = torch.tensor([[0, 1], [2, 0], [1, 1], [2, 2]])
     right = F.one_hot(labels, 3).double()
     logits = torch.cat((right, torch.full((4, 2, 2), 9.0)), -1).movedim(-1, dim)
@@ -498,7 +498,7 @@ def test_accuracy_is_among_the_classes_that_count(dim, soft):
     assert (evaluated.accuracy, evaluated.agreement) == (1.0, 1.0)
 
 
-# ---- what goes wrong
+# ---- failures, interruptions, checkpoints, invalid arguments
 
 
 @pytest.mark.parametrize("term", ["hard and soft", "soft", "hint"])
@@ -533,7 +533,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_step(term):
 
 
 def test_gradients_that_are_there_before_a_step_are_not_in_it():
-    """Earlier gradients are the user's, of a non-finite loss, or of an interrupted step."""
+    """Gradients of the user, of a non-finite loss, or of an interrupted step are discarded."""
     student, teacher, (data, *_) = network(), network(24, 1), batches(digits())
     expected = by_hand(student, teacher, 2 * [data])
     inputs, labels = data
@@ -668,7 +668,7 @@ def scheduled_trainer(folder: pathlib.Path, **options) -> fastkd.Trainer:
 
 
 def test_no_code_in_a_checkpoint_is_executed(tmp_path):
-    """Each pickled file of a checkpoint is replaced in turn, also Accelerate's."""
+    """A malicious object in place of any pickled file, also Accelerate's, is not executed."""
     folder, proof = tmp_path / "run", tmp_path / "proof"
     scheduled_trainer(folder).fit(DataLoader(digits(), 32))
     checkpoint = folder / "step-00000002"
@@ -688,7 +688,8 @@ def test_no_code_in_a_checkpoint_is_executed(tmp_path):
         torch.save(Malicious(proof), tmp_path / "malicious")
         file.write_bytes((tmp_path / "malicious").read_bytes())
         checkpoints.write_checksums(checkpoint)  # an attacker recomputes checksums
-        if name == "random_states_0.pkl":  # unused; fastkd's are in position-0.pt
+        # The file is not read, since fastkd's states are in position-0.pt.
+        if name == "random_states_0.pkl":
             assert scheduled_trainer(folder).resume()
         else:
             with pytest.raises((pickle.UnpicklingError, ValueError), match=r"weights|execute"):
@@ -698,7 +699,7 @@ def test_no_code_in_a_checkpoint_is_executed(tmp_path):
         checkpoints.write_checksums(checkpoint)
     assert scheduled_trainer(folder).resume()
     torch.load(tmp_path / "malicious", weights_only=False)
-    assert proof.exists()  # the file would be there
+    assert proof.exists()  # without the check, the file is written
 
 
 def test_what_could_not_be_resumed_is_not_saved(tmp_path):

@@ -99,13 +99,13 @@ TRANSFORMS = {
     "name", [pytest.param(n, marks=pytest.mark.slow if i else ()) for i, n in enumerate(LOSSES)]
 )
 def test_compiled_transforms_equal_eager_ones(name, transform):
-    """Ops without a batching formula must not be compiled without their derivatives."""
+    """Compiled derivatives are right for ops without a batching formula."""
     student, teacher, labels = problem64(torch.device("cpu"))
 
     def function(x: Tensor) -> Tensor:
         return TRANSFORMS[transform](lambda z: LOSSES[name](z, teacher, labels), x)
 
-    torch.compiler.reset()  # beyond its recompilation limit Dynamo gives up
+    torch.compiler.reset()  # Dynamo compiles nothing beyond its recompilation limit
     compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
     want = function(student)
     assert want.abs().max() > 0
@@ -154,7 +154,7 @@ def test_gradients_that_are_negatives_of_what_lies_in_memory(device, dtype):
     assert not torch.autograd.grad(value, student, nothing)[0].any()
 
 
-# ---- what has no derivative, or no effect
+# ---- tangents that are refused, inplace without effect
 
 
 @OLD_SCRIPT

@@ -1,4 +1,4 @@
-"""The loss of fastkd.integrations.trl against TRL's code, without trainers."""
+"""The loss of fastkd.integrations.trl equals TRL's code, without trainers."""
 
 import functools
 import math
@@ -21,7 +21,7 @@ SCALES = {"student_logit_scale": 0.7, "teacher_logit_scale": 1.3}
 
 @functools.cache
 def theirs():
-    """Compute TRL's _chunked_divergence_loss by its torch code, for devices without Triton."""
+    """Return TRL's _chunked_divergence_loss with its PyTorch code, for devices without Triton."""
     names = {"_BLOCK_SIZE": 0, "_MM_OUT_DTYPE": False, "_use_triton": lambda device: False}
     steps = peers.code(
         "trl", "kernels/chunked_logprob.py", "_torch_transform", "_addmm_fp32", **names
@@ -42,7 +42,7 @@ def theirs():
 
 
 def draw(bias: bool = False, dtype: torch.dtype = torch.float32):
-    """Draw the student's tensors, the teacher's, and a mask."""
+    """Draw the student's tensors, the teacher's tensors, and a mask."""
     generator = torch.Generator().manual_seed(1)
 
     def tensor(*shape: int) -> Tensor:
@@ -133,7 +133,7 @@ def test_heads_of_different_classes_are_refused():
 
 
 def test_a_weight_of_another_dtype_is_converted():
-    """TRL accepts a backbone in bfloat16 with a head in another dtype."""
+    """As in TRL, a backbone in bfloat16 may have a head in another dtype."""
     student, teacher, mask = draw()
     student[0], teacher[0] = student[0].bfloat16(), teacher[0].bfloat16()
     ours = run(trl.chunked_divergence_loss, student, teacher, mask, 0.5)

@@ -1,4 +1,4 @@
-"""``Head`` and ``TopK``: checks, other code that moves them, and the loss of every pair."""
+"""``Head`` and ``TopK``: checks, other code that moves tensors, and the loss of every pair."""
 # ruff: noqa: E501 - one mistake a line
 
 import copy
@@ -75,7 +75,7 @@ def assert_same_value(value: Head | TopK, expected: Head | TopK) -> None:
 FLOATS = "must be float64, float32, bfloat16 or float16; got torch.int64"
 SHAPES = "Head.hidden must have shape (..., width) and Head.weight (classes, width); got "
 LISTS = "TopK.log_probs and TopK.indices must have the same shape (..., k) with k >= 1; got "
-# (the constructor, its arguments, the error, a part of its message)
+# (the constructor, its arguments, the error, a part of the error's message)
 MISTAKES: dict[str, tuple[Any, dict[str, Any], type[Exception], str]] = {
     "hidden a list": (Head, {"hidden": [1.0], "weight": Z(5, 4)}, TypeError, "Head.hidden must be a tensor; got list"),
     "hidden None": (Head, {"hidden": None, "weight": Z(5, 4)}, TypeError, "Head.hidden must be a tensor; got NoneType"),
@@ -178,7 +178,7 @@ def test_classes_that_differ_name_the_slices():
     assert torch.equal(sliced, fastkd.loss(student[..., :5].contiguous(), teacher))
 
 
-# ---- as values
+# ---- repr, copies, pytrees, data loaders
 
 
 def test_repr_shows_no_numbers():
@@ -217,7 +217,8 @@ def test_values_are_pytrees(value):
     assert_same_value(pytree.tree_unflatten(leaves, tree)["value"], value)
     doubled = pytree.tree_map_only(Tensor, lambda x: x * 2, value)
     assert torch.equal(doubled[0], value[0] * 2)
-    shapes = pytree.tree_map_only(Tensor, lambda x: x.shape, value)  # not a tensor, so not checked
+    # Shapes are not tensors, so TopK does not check them.
+    shapes = pytree.tree_map_only(Tensor, lambda x: x.shape, value)
     assert type(shapes) is type(value) and shapes[0] == value[0].shape
 
 
@@ -330,7 +331,7 @@ def test_function_transforms_give_the_gradients(student, teacher):
     torch.testing.assert_close(rows, expected)
 
 
-# ---- options
+# ---- options of every pair
 
 
 @pytest.mark.parametrize("function", [fastkd.loss, fastkd.terms, fastkd.KDLoss.__init__])
@@ -389,7 +390,7 @@ def test_batchmean_is_refused_and_mean_named(way, student, teacher):
         fastkd.KDLoss(reduction="batchmean")
 
 
-# ---- the terms of every pair
+# ---- terms of every pair
 
 
 @pytest.mark.parametrize("fused", [True, False])
@@ -545,7 +546,7 @@ def mistakes(logits: Tensor, top: TopK) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("checker", ["mypy", "pyright"])
 def test_types_of_every_pair(checker, tmp_path):
-    """A type checker accepts the calls that work, and finds the mistakes."""
+    """A type checker accepts the calls that work, and rejects the mistakes."""
     pytest.importorskip(checker)
     path = tmp_path / "typed_use.py"
     path.write_text(TYPED_USE)

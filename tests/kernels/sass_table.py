@@ -1,9 +1,9 @@
 """Count the instructions per class of the kernels' sweeps, on the shortest path.
 
-A sweep is a loop, or in the registers kernels the whole row. Its path is the shortest one that
-loads student and teacher, computes two exponentials a class and, in the second sweep, stores the
-gradient: aligned rows at T = 1 whose maxima do not change. The table has the issued slots, the
-shares of three pipes, and the bound by each.
+A sweep is a loop, or in the registers kernels the complete row. The shortest path loads student and
+teacher, computes two exponentials per class and, in the second sweep, stores the gradient. The path
+has aligned rows at T = 1 whose maxima do not change. The table has the issued slots, the shares of
+three pipes, and the bound by each pipe.
 
 Usage: cuobjdump -sass -arch sm_90 build/cuda/libfastkd_cuda.a | python tests/kernels/sass_table.py
 """
@@ -20,8 +20,8 @@ from typing import NamedTuple
 
 from ptxas_table import has_terms
 
-# Limits of an SM of compute capability 9.0 a cycle: thread instructions issued, and results of each
-# pipe (CUDA C++ Programming Guide, "Arithmetic Instructions").
+# Limits of an SM of compute capability 9.0 per cycle: thread instructions issued, and results of
+# each pipe (CUDA C++ Programming Guide, "Arithmetic Instructions").
 ISSUED, RATES = 128, {"mufu": 16, "alu": 64, "fma": 128}
 PROCESSORS, GIGAHERTZ, BYTES_PER_NS = 132, 1.755, 3000  # an H100 SXM, and its copy bandwidth
 PIPES = {
@@ -108,7 +108,7 @@ def blocks_of(code: list[Instruction]) -> list[Block]:
 
 
 def shortest(code: list[Instruction], need: Need) -> Counter[str] | None:
-    """Return the opcodes of the shortest path from first to last block with all needs."""
+    """Return the opcodes of the shortest path from first to last block that meets all needs."""
     blocks = blocks_of(code)
     available = zip(*(block.counts for block in blocks), strict=True)
     if any(sum(count) < wanted for count, wanted in zip(available, need, strict=True)):
@@ -153,7 +153,7 @@ def loops(code: list[Instruction]) -> list[list[Instruction]]:
 
 
 def sweep(code: list[Instruction], element: int, stores: bool) -> Counter | None:
-    """Return opcodes per class of the loop with fewest; one or two vectors an iteration."""
+    """Return opcodes per class of the loop with the fewest; an iteration has one or two vectors."""
     best = None
     for body in loops(code):
         if len(body) > 2500:
@@ -163,7 +163,7 @@ def sweep(code: list[Instruction], element: int, stores: bool) -> Counter | None
             need = Need(EXPONENTIALS * classes, 2 * vectors, vectors * stores)
             path = shortest(body, need)
             if path is None or (not stores and any(o.startswith("STG") for o in path)):
-                continue  # belongs to another sweep
+                continue  # the loop belongs to another sweep
             per_class = Counter({opcode: n / classes for opcode, n in path.items()})
             if best is None or per_class.total() < best.total():
                 best = per_class
@@ -171,7 +171,7 @@ def sweep(code: list[Instruction], element: int, stores: bool) -> Counter | None
 
 
 def row(code: list[Instruction], element: int) -> Counter | None:
-    """Return opcodes per class of a registers kernel, with 64 bytes of each input a thread."""
+    """Return opcodes per class of a registers kernel, with 64 bytes of each input per thread."""
     classes = 64 // element
     need = Need(2 * EXPONENTIALS * classes, 8, 4)
     paths = [shortest(body, need) for body in loops(code) if len(body) > 2500]
@@ -180,7 +180,7 @@ def row(code: list[Instruction], element: int) -> Counter | None:
 
 
 def line(name: str, what: str, per_class: Counter, bytes_moved: float) -> str:
-    """Return a table line: counts, and each pipe's speed limit over the memory's."""
+    """Return a table line: counts, and each pipe's speed limit over that of the memory."""
     pipes = {
         pipe: sum(n for opcode, n in per_class.items() if re.match(opcodes, opcode))
         for pipe, opcodes in PIPES.items()
