@@ -1,6 +1,5 @@
-# Fail if a function that is compiled for several instruction sets could stand in for another's: the linker keeps
-# one of several weak functions of a name, perhaps the AVX-512 one, which other processors cannot run. Every function
-# must be local, or lie in the namespace of its instruction set.
+# Fail if a function is neither local nor in the namespace of its instruction set. The linker keeps one of several weak
+# functions of a name, perhaps the AVX-512 function, which other processors cannot run.
 #   cmake -DNM=nm -DISA=avx2 "-DOBJECTS=a.o;b.o" -P isa_symbols.cmake
 foreach(OBJECT IN LISTS OBJECTS)
   execute_process(COMMAND ${NM} --demangle --defined-only --extern-only ${OBJECT}
