@@ -20,9 +20,9 @@ from torch import Tensor
 from fastkd import _C
 from fastkd._core import autograd
 
-ODD = (0.0, -0.0, 1e-40, 1e-45, 6e-8, 1e38, -1e38, 3e4, -math.inf, math.inf, math.nan)
+SPECIAL_VALUES = (0.0, -0.0, 1e-40, 1e-45, 6e-8, 1e38, -1e38, 3e4, -math.inf, math.inf, math.nan)
 BATCH = 500
-LAYOUTS = ("contiguous", "rows apart", "sliced", "transposed", "classes apart", "odd bytes")
+LAYOUTS = ("contiguous", "rows apart", "sliced", "transposed", "classes apart", "misaligned")
 TEMPERATURES = st.one_of(st.sampled_from([1.0, 2.0, 3.0, 4.0]), st.floats(0.25, 30.0))
 WEIGHTS = st.tuples(*[st.sampled_from([0.0, 0.3, 1.0, 2.5])] * 2)
 SMOOTHING = st.sampled_from([0.0, 0.1, 0.9, 1.0])
@@ -30,16 +30,16 @@ SMOOTHING = st.sampled_from([0.0, 0.1, 0.9, 1.0])
 GRAD_OUTPUTS = st.sampled_from([1.0, 1.0, -1.0, -0.5, 2.0, 0.0])
 
 
-def odd_numbers(tensors: int) -> st.SearchStrategy[tuple[tuple[int, int, int, float], ...]]:
+def special_values(tensors: int) -> st.SearchStrategy[tuple[tuple[int, int, int, float], ...]]:
     """Draw (tensor index, row, column, value) for a few entries."""
     place = (st.integers(0, tensors - 1), st.integers(0, 4), st.integers(0, 2**14))
-    return st.lists(st.tuples(*place, st.sampled_from(ODD)), max_size=4).map(tuple)
+    return st.lists(st.tuples(*place, st.sampled_from(SPECIAL_VALUES)), max_size=4).map(tuple)
 
 
 NARROW = {"int32": torch.int32, "int16": torch.int16, "uint8": torch.uint8}
 
 
-def narrowed(labels: Tensor, dtype: str, classes: int, ignore_index: int = -100) -> Tensor:
+def narrow_labels(labels: Tensor, dtype: str, classes: int, ignore_index: int = -100) -> Tensor:
     """Convert labels to a dtype by name; unsigned dtypes wrap ``ignore_index``."""
     if dtype not in NARROW:
         return labels
@@ -49,12 +49,14 @@ def narrowed(labels: Tensor, dtype: str, classes: int, ignore_index: int = -100)
     return labels.clamp(max=largest).to(NARROW[dtype])
 
 
-def rarely(usual: Any, others: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
+def draw_rarely(usual: Any, others: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
     """Draw the usual value in two of three cases, and another value otherwise."""
     return st.one_of(st.just(usual), st.just(usual), others)
 
 
-def sprinkle(values: list[Tensor], odd: tuple[tuple[int, int, int, float], ...]) -> None:
+def write_special_values(
+    values: list[Tensor], odd: tuple[tuple[int, int, int, float], ...]
+) -> None:
     """Write special values into contiguous matrices; row and column wrap around."""
     for which, row, column, value in odd:
         matrix = values[which].view(-1, values[which].shape[-1])
@@ -62,10 +64,10 @@ def sprinkle(values: list[Tensor], odd: tuple[tuple[int, int, int, float], ...])
             matrix[row % len(matrix), column % matrix.shape[1]] = value
 
 
-def laid_out(values: Tensor, layout: str) -> Tensor:
+def copy_to_layout(values: Tensor, layout: str) -> Tensor:
     """Copy a tensor into another memory layout, surrounded by NaN."""
     shape = values.shape
-    if layout == "odd bytes" and values.device.type == "cpu" and values.numel():
+    if layout == "misaligned" and values.device.type == "cpu" and values.numel():
         size = values.element_size()
         memory = bytearray(values.numel() * size + 1)
         view = torch.frombuffer(memory, dtype=values.dtype, offset=1, count=values.numel())
@@ -86,7 +88,7 @@ def laid_out(values: Tensor, layout: str) -> Tensor:
     return view.copy_(values)
 
 
-def same_bits(a: Tensor, b: Tensor) -> bool:
+def has_equal_bits(a: Tensor, b: Tensor) -> bool:
     if not a.is_floating_point():
         return torch.equal(a, b)
     return torch.equal(torch.nan_to_num(a, 7.0), torch.nan_to_num(b, 7.0)) and torch.equal(
@@ -94,7 +96,9 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
     )
 
 
-def close(got: Tensor, want: Tensor, relative: float, absolute: float | Tensor, what: str) -> None:
+def check_close(
+    got: Tensor, want: Tensor, relative: float, absolute: float | Tensor, name: str
+) -> None:
     """Raise an AssertionError if NaN or infinities differ, or other entries exceed the bounds."""
     # Values beyond the dtype's range may be inf.
     largest = min(torch.finfo(got.dtype).max, torch.finfo(FP32).max) / 2
@@ -107,7 +111,7 @@ def close(got: Tensor, want: Tensor, relative: float, absolute: float | Tensor, 
     if not bool(fits.all()):
         at = int((~fits).flatten().nonzero()[0])
         pair = (float(got.flatten()[at]), float(want.flatten()[at]))
-        raise AssertionError(f"{what}[{at}] is {pair[0]!r}, float64 says {pair[1]!r}")
+        raise AssertionError(f"{name}[{at}] is {pair[0]!r}, float64 says {pair[1]!r}")
 
 
 def largest_of(*tensors: Tensor) -> float:
@@ -122,7 +126,7 @@ def lacks_inverse(lengths: Tensor, dtype: torch.dtype) -> bool:
 
 
 @contextmanager
-def settled(isa: str, threads: int, *, in_python: bool) -> Iterator[None]:
+def execution_settings(isa: str, threads: int, *, in_python: bool) -> Iterator[None]:
     """Set the instruction set, thread count and autograd language within the context."""
     before, count = _C.isa(), torch.get_num_threads()
     _C.use_isa(isa)

@@ -179,8 +179,8 @@ def truth(
     if labels is not None and not labels.is_floating_point():
         valid = labels != options.get("ignore_index", -100)
     reducing = (options.get("reduction", "mean"), options.get("normalizer"))
-    one = reference.reduce(torch.ones_like(leaf[..., 0]), valid, *reducing).detach()
-    terms = terms._replace(student_mass=one, teacher_mass=one)
+    denominator = reference.reduce(torch.ones_like(leaf[..., 0]), valid, *reducing).detach()
+    terms = terms._replace(student_mass=denominator, teacher_mass=denominator)
     outgoing = torch.ones_like(terms.loss) if grad_output is None else grad_output.double()
     (grad,) = torch.autograd.grad(terms.loss, leaf, outgoing)
     t = torch.as_tensor(options.get("temperature", 2.0))
@@ -297,23 +297,28 @@ def assert_grad(
     assert grad.shape == exact.shape
     error, size = distance(grad, exact), float(exact.norm())
     # With one or two classes, the gradient is a small difference of probabilities near 1.
-    few = 2 * FLOOR[acc] * math.sqrt(exact.numel()) if exact.shape[-1] <= 2 else 0.0
+    cancellation = 2 * FLOOR[acc] * math.sqrt(exact.numel()) if exact.shape[-1] <= 2 else 0.0
     if weight is not None:
-        few = 2 * FLOOR[acc] * math.sqrt(exact.numel() / exact.shape[-1]) * weight
+        cancellation = 2 * FLOOR[acc] * math.sqrt(exact.numel() / exact.shape[-1]) * weight
     if grad.dtype == acc:
-        limit = GRAD_BOUND[acc] * size + few
+        limit = GRAD_BOUND[acc] * size + cancellation
     else:  # a 16-bit gradient is rounded once
-        limit = ROUNDING * distance(exact.to(grad.dtype), exact) + FLOOR[acc] * size + few
+        limit = ROUNDING * distance(exact.to(grad.dtype), exact) + FLOOR[acc] * size + cancellation
     assert error <= limit, f"off by {error:.2e} of {size:.2e}, allowed {limit:.2e}"
     if theirs is not None:
-        limit = distance(theirs, exact) + 2 * FLOOR[acc] * size + few
+        limit = distance(theirs, exact) + 2 * FLOOR[acc] * size + cancellation
         assert error <= limit, f"off by {error:.2e} of {size:.2e}, eager and floor {limit:.2e}"
     if exact.numel() == 0:
         return
     # The norm hides single classes, so each class has a bound, too.
     info, largest = torch.finfo(grad.dtype), float(exact.abs().max())
     rounding = 0.51 * max(info.eps, torch.finfo(acc).eps) * exact.abs()
-    allowed = rounding + 8 * torch.finfo(acc).eps * largest + info.smallest_normal * info.eps + few
+    allowed = (
+        rounding
+        + 8 * torch.finfo(acc).eps * largest
+        + info.smallest_normal * info.eps
+        + cancellation
+    )
     worst = float(((grad.double() - exact).abs() - allowed).max())
     assert worst <= 0, (
         f"a class is off by {worst:.2e} more than allowed, largest entry {largest:.2e}"
@@ -336,8 +341,8 @@ def peak_bytes(function: Callable[[], Any]) -> int:
     with torch.autograd.profiler.profile(profile_memory=True) as profile:
         function()
     events = [e for e in profile.kineto_results.events() if e.name() == "[memory]"]
-    live = most = 0
+    live = peak = 0
     for event in sorted(events, key=lambda e: e.start_ns()):
         live += event.nbytes()
-        most = max(most, live)
-    return most
+        peak = max(peak, live)
+    return peak

@@ -302,11 +302,11 @@ def test_a_gradient_in_use_is_not_written_over():
 
     alone = [gradient(seed).clone() for seed in range(3)]
     held = [gradient(seed) for seed in range(3)]
-    for one, other in zip(alone, held, strict=True):
-        assert torch.equal(one, other)
-    addresses = {one.data_ptr() for one in held}
+    for expected, grad in zip(alone, held, strict=True):
+        assert torch.equal(grad, expected)
+    addresses = {grad.data_ptr() for grad in held}
     assert len(addresses) == 3
-    del one, other, held
+    del grad, held
     again = gradient(1)
     assert torch.equal(again, alone[1])
     if native.EAGER is not None:
@@ -325,8 +325,8 @@ def test_gradients_do_not_depend_on_the_scales_of_other_calls(dtype, shape, dive
     def gradients(factor: float) -> list[Tensor]:
         leaf = student.clone().requires_grad_()
         value = fastkd.loss(leaf, teacher, labels, divergence=divergence)
-        factors = [torch.tensor(one) for one in (factor, factor, 3.0)]
-        return [torch.autograd.grad(value, leaf, one, retain_graph=True)[0] for one in factors]
+        factors = [torch.tensor(g) for g in (factor, factor, 3.0)]
+        return [torch.autograd.grad(value, leaf, g, retain_graph=True)[0] for g in factors]
 
     for factor in (1.0, 1024.0, 0.25):
         first, second = gradients(factor), gradients(factor)
@@ -411,9 +411,9 @@ def test_checkpointing_gives_the_same_gradient(device, reentrant):
     checkpoint(
         lambda x: fastkd.loss(x * 1, teacher, labels), leaf, use_reentrant=reentrant
     ).backward()
-    plain = student.clone().requires_grad_()
-    fastkd.loss(plain, teacher, labels).backward()
-    assert torch.equal(leaf.grad, plain.grad)
+    expected = student.clone().requires_grad_()
+    fastkd.loss(expected, teacher, labels).backward()
+    assert torch.equal(leaf.grad, expected.grad)
 
 
 @pytest.mark.parametrize("half", [BF16, FP16], ids=name_of)

@@ -180,15 +180,15 @@ MISTAKES: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("way", ["loss", "terms"])
+@pytest.mark.parametrize("function", ["loss", "terms"])
 @pytest.mark.parametrize("mistake", MISTAKES)
-def test_the_message_names_argument_and_values(mistake, way):
+def test_the_message_names_argument_and_values(mistake, function):
     changed, error, message = MISTAKES[mistake]
     arguments = {**good(), **changed}
     tensors = {k: v for k, v in arguments.items() if isinstance(v, torch.Tensor)}
     before = {k: (v.clone(), v._version) for k, v in tensors.items()}
     with pytest.raises(error, match=re.escape(message)):
-        getattr(fastkd, way)(**arguments)
+        getattr(fastkd, function)(**arguments)
     for name, (value, version) in before.items():
         assert tensors[name]._version == version
         if value.device.type == "cpu" and value.layout is torch.strided:
@@ -325,9 +325,9 @@ def test_non_adjacent_classes_work(device):
     value = fastkd.loss(leaf, teacher.t().contiguous().t(), labels)
     assert torch.equal(value, fastkd.loss(student, teacher, labels))
     value.backward()
-    plain = student.clone().requires_grad_()
-    fastkd.loss(plain, teacher, labels).backward()
-    assert torch.equal(leaf.grad, plain.grad)
+    contiguous = student.clone().requires_grad_()
+    fastkd.loss(contiguous, teacher, labels).backward()
+    assert torch.equal(leaf.grad, contiguous.grad)
 
 
 def test_integers_are_accepted_as_numbers():

@@ -77,15 +77,15 @@ def test_keeps_to_max_workspace(sizes, mib, chunk_by):
 
 
 @given(HEADS, st.integers(1, 9000), st.booleans())
-def test_chunks_of_classes_cover_all_classes(sizes, most, writes):
+def test_chunks_of_classes_cover_all_classes(sizes, largest, writes):
     """Chunks cover all classes; logits lie only in the unwritten part of the gradient."""
     rows, classes, width = sizes["rows"], sizes["classes"], sizes["student_width"]
     item = int(sizes["logits_per_row"]) * sizes["dtype"].itemsize
     grad_row = width * sizes["dtype"].itemsize * sizes["weight_grad"]
-    classes = min(classes, 500 * most)  # bounds the test's time
+    classes = min(classes, 500 * largest)  # bounds the test's time
     end = 0
-    for chunk in class_chunks(rows, classes, most, item, grad_row, writes=writes):
-        assert chunk.start == end and 0 < chunk.size <= most
+    for chunk in class_chunks(rows, classes, largest, item, grad_row, writes=writes):
+        assert chunk.start == end and 0 < chunk.size <= largest
         end += chunk.size
         if chunk.is_inside:
             written = end * grad_row if writes else 0
@@ -183,11 +183,11 @@ def sizes(inputs: Any, **options: Any) -> Sizes:
 
 def test_sizes_of_a_call(device):
     inputs = make_heads(BF16, device)
-    one = sizes(inputs)
-    assert one[:4] == (37, 203, 24, 40)
-    assert one[4:7] == (BF16, BF16, BF16) and one.weight_grad
-    assert one.device == device.type and one.logits_per_row == 2
-    assert one.cast_per_class == 0 and one.copied_per_row == (24 + 40) * 2
+    inferred = sizes(inputs)
+    assert inferred[:4] == (37, 203, 24, 40)
+    assert inferred[4:7] == (BF16, BF16, BF16) and inferred.weight_grad
+    assert inferred.device == device.type and inferred.logits_per_row == 2
+    assert inferred.cast_per_class == 0 and inferred.copied_per_row == (24 + 40) * 2
     assert sizes(inputs[:2]).copied_per_row == 0
     with torch.no_grad():
         assert not sizes(inputs).weight_grad
@@ -201,9 +201,11 @@ def test_sizes_of_a_call(device):
 
 def test_autocast_changes_the_sizes():
     with torch.autocast("cpu", dtype=BF16):
-        one = sizes(make_heads())
-    assert one[4:7] == (BF16, BF16, FP32)
-    assert one.cast_per_class == (24 + 40) * 2 and one.copied_per_row == (24 + 40) * (4 + 2)
+        inferred = sizes(make_heads())
+    assert inferred[4:7] == (BF16, BF16, FP32)
+    assert inferred.cast_per_class == (24 + 40) * 2 and inferred.copied_per_row == (24 + 40) * (
+        4 + 2
+    )
 
 
 def test_meta_tensors_are_planned_for_a_gpu():
@@ -216,8 +218,8 @@ def test_meta_tensors_are_planned_for_a_gpu():
     student, teacher = head(2048), head(4096)
     student.weight.requires_grad_()
     labels = torch.empty(4096, dtype=torch.int64, device="meta")
-    one = sizes((student, teacher, labels))
-    assert one == Sizes(
+    inferred = sizes((student, teacher, labels))
+    assert inferred == Sizes(
         4096, 128256, 2048, 4096, BF16, BF16, BF16, True, "cuda", copied_per_row=12288
     )
     for options in ({}, {"max_workspace": 560 * MIB}):
@@ -229,9 +231,9 @@ def test_meta_tensors_are_planned_for_a_gpu():
 def test_a_plan_serves_fewer_rows():
     inputs = make_heads()
     plan = fastkd.chunks.plan(*inputs, chunk_size=8)
-    few = [head._replace(hidden=head.hidden[:5]) for head in inputs[:2]]
-    value = fastkd.loss(*few, inputs.labels[:5], chunks=plan)
-    torch.testing.assert_close(value, fastkd.loss(*few, inputs.labels[:5]))
+    smaller = [head._replace(hidden=head.hidden[:5]) for head in inputs[:2]]
+    value = fastkd.loss(*smaller, inputs.labels[:5], chunks=plan)
+    torch.testing.assert_close(value, fastkd.loss(*smaller, inputs.labels[:5]))
 
 
 @given(HEADS, st.integers(1, 4096), st.integers(1, 4096), st.sampled_from(["auto", "rows"]))

@@ -229,10 +229,10 @@ def test_resumed_it_ends_as_if_it_had_never_stopped(config_path, monkeypatch):
     run(*arguments, "--output", config_path.parent / "whole", "--epochs", 4)
     run(*arguments, "--epochs", 2)
     run(*arguments, "--epochs", 4, "--resume=true")
-    for one, other in zip(
+    for expected, actual in zip(
         load(config_path, "whole").parameters(), load(config_path).parameters(), strict=True
     ):
-        assert torch.equal(one, other)
+        assert torch.equal(expected, actual)
 
 
 def test_history_goes_on_where_a_run_was_interrupted(config_path, monkeypatch, capsys):
@@ -266,7 +266,7 @@ def test_a_cache_that_does_not_fit(config_path, monkeypatch, capsys, change):
 
 
 @pytest.mark.parametrize(
-    "other",
+    "changes",
     [
         ["train_options={first: 7, last: 400}"],  # extends the cache
         ["train_options={first: 7, last: 214}", "teacher="],
@@ -274,14 +274,14 @@ def test_a_cache_that_does_not_fit(config_path, monkeypatch, capsys, change):
         ["validation_options.first=250", "teacher="],
     ],
 )
-def test_a_cache_of_other_data(config_path, monkeypatch, capsys, other):
+def test_a_cache_of_other_data(config_path, monkeypatch, capsys, changes):
     """A cache of other data is refused, and no file is added to the cache."""
     cache = config_path.parent / "cache"
     cached = ("distill", "--config", config_path, f"--teacher_cache={cache}")
     run(monkeypatch, *cached, "--checkpoints=false", "--train_options.last=207")
     files = list(cache.iterdir())
-    changes = [f"--{change}" for change in other]
-    error = refused(monkeypatch, capsys, *cached, "--train_options.last=207", *changes)
+    flags = [f"--{change}" for change in changes]
+    error = refused(monkeypatch, capsys, *cached, "--train_options.last=207", *flags)
     assert "fastkd distill: teacher_cache: batch: the inputs of 50 of 50 samples" in error
     assert "Choose another folder" in error and list(cache.iterdir()) == files
 
@@ -338,15 +338,15 @@ def test_a_cached_teacher_teaches_the_same(config_path, monkeypatch, capsys):
     run(*once)
     asked = module_of(config_path).asked - asked - 50 * 1700
     assert asked == 300 and list(cache.glob("shard-*.safetensors"))
-    for one, other in zip(
+    for expected, actual in zip(
         load(config_path, "live").parameters(), load(config_path).parameters(), strict=True
     ):
-        torch.testing.assert_close(one, other, rtol=1e-2, atol=2e-3)
+        torch.testing.assert_close(expected, actual, rtol=1e-2, atol=2e-3)
     run(*once, "--teacher=", "--output", config_path.parent / "again")
-    for one, other in zip(
+    for expected, actual in zip(
         load(config_path, "again").parameters(), load(config_path).parameters(), strict=True
     ):
-        assert torch.equal(one, other)
+        assert torch.equal(expected, actual)
     error = refused(
         *(*once[:1], capsys, *once[1:], "--output", config_path.parent / "none"),
         f"--train={module_of(config_path).__name__}:batches",
@@ -361,10 +361,10 @@ def test_the_most_probable_classes_teach_nearly_the_same(config_path, monkeypatc
     run(*arguments, "--output", config_path.parent / "live")
     cache = config_path.parent / "cache"
     run(*arguments, f"--teacher_cache={cache}", "--teacher_top_k=10")
-    for one, other in zip(
+    for expected, actual in zip(
         load(config_path, "live").parameters(), load(config_path).parameters(), strict=True
     ):
-        torch.testing.assert_close(one, other, rtol=1e-2, atol=2e-3)
+        torch.testing.assert_close(expected, actual, rtol=1e-2, atol=2e-3)
 
 
 def test_without_labels_the_history_is_json(config_path, monkeypatch, capsys):
@@ -399,8 +399,8 @@ def test_info_says_why_the_fast_path_is_off(monkeypatch):
     facts = command_line.info()
     assert facts["fast path"] == native.FAST_PATH and facts["fast path"][:3] in ("on,", "off")
     monkeypatch.setattr(torch, "__version__", "2.14.1")
-    other = SimpleNamespace(torch_version="2.13.0", register_kernels=pytest.fail)
-    monkeypatch.setattr(fastkd, "_eager", other, raising=False)
+    old_eager = SimpleNamespace(torch_version="2.13.0", register_kernels=pytest.fail)
+    monkeypatch.setattr(fastkd, "_eager", old_eager, raising=False)
     reason = "off: built with torch 2.13.0, running 2.14.1: reinstall to get it"
     assert native._load_eager() == (None, reason)
     monkeypatch.delattr(fastkd, "_eager")
@@ -479,8 +479,8 @@ def test_a_sweep_continues_where_it_stopped(config_path, monkeypatch):
     arguments = (monkeypatch, "sweep", "--config", config_path, *options)
     run(*arguments, "--seeds=2")
     file = config_path.parent / "out" / "sweep.jsonl"
-    whole = file.read_text()
-    lines = whole.splitlines(keepends=True)
+    complete = file.read_text()
+    lines = complete.splitlines(keepends=True)
     assert len(lines) == 1 + 2 * 2
     file.write_text("".join(lines[:3]) + lines[3][:9])  # as if killed while writing a line
     trained = []
@@ -489,9 +489,9 @@ def test_a_sweep_continues_where_it_stopped(config_path, monkeypatch):
         fastkd.Trainer, "fit", lambda self, *args: trained.append(1) or fit(self, *args)
     )
     run(*arguments, "--seeds=2")
-    assert file.read_text() == whole and len(trained) == 2
+    assert file.read_text() == complete and len(trained) == 2
     run(*arguments, "--seeds=3")  # one more seed
-    assert file.read_text().startswith(whole) and len(trained) == 4
+    assert file.read_text().startswith(complete) and len(trained) == 4
 
 
 @pytest.mark.parametrize(

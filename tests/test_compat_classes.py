@@ -75,12 +75,12 @@ def test_torchdistill_images_and_soft_targets(reduction):
 def test_torchdistill_ignored_rows_are_out_of_both_terms():
     """Documented difference: torchdistill's soft term includes ignored rows."""
     student, teacher, labels = draw((6, 5), "some ignored")
-    kept = labels != -100
+    valid = labels != -100
     ours = torchdistill.KDLoss(*PATHS, temperature=2.0, alpha=0.3)
     theirs = torchdistill_code().KDLoss(*PATHS, temperature=2.0, alpha=0.3)
     agree(
         lambda s: ours(*filled(s, teacher), labels),
-        lambda s: theirs(*filled(s[kept], teacher[kept]), labels[kept]),
+        lambda s: theirs(*filled(s[valid], teacher[valid]), labels[valid]),
         student,
     )
     assert ours(*filled(student, teacher), labels) != theirs(*filled(student, teacher), labels)
@@ -256,7 +256,9 @@ def test_signatures_are_those_of_the_libraries(keras_package):
         (keras.LogitsDistillation, keras_package.distillation.LogitsDistillation),
     ]
     for ours, theirs in pairs:
-        arguments, expected = (inspect.signature(one).parameters for one in (ours, theirs))
+        arguments, expected = (
+            inspect.signature(function).parameters for function in (ours, theirs)
+        )
         names = [name for name, p in expected.items() if p.kind is not p.VAR_KEYWORD]
         assert [*arguments] == names
         assert [p.default for p in arguments.values()] == [expected[name].default for name in names]

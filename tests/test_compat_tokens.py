@@ -63,14 +63,14 @@ def test_torchtune_chunked_gives_its_own_loss(_, name, options, mask):
     )
 
 
-@pytest.mark.parametrize(("whole", "chunked", "options"), TORCHTUNE)
-def test_torchtune_without_a_row_is_zero(whole, chunked, options):
+@pytest.mark.parametrize(("unchunked", "chunked", "options"), TORCHTUNE)
+def test_torchtune_without_a_row_is_zero(unchunked, chunked, options):
     student, teacher, labels = draw((2, 4, 5))
     student.requires_grad_()
     labels.fill_(-100)
     chunks = student.chunk(2, 1), teacher.chunk(2, 1)
     for loss in (
-        getattr(torchtune, whole)(**options)(student, teacher, labels),
+        getattr(torchtune, unchunked)(**options)(student, teacher, labels),
         getattr(torchtune, chunked)(2, **options)(*chunks, labels),
     ):
         assert loss == 0
@@ -221,13 +221,13 @@ def test_liger_kl_needs_no_eps():
 @pytest.mark.parametrize("mask", [*MASKS, "no labels"])
 def test_liger_tvd_gives_its_own_loss(reduction, mask):
     student, teacher, labels = draw((7, 11), mask)
-    kept = labels != -100
-    divisor = {"batchmean": kept.sum(), "mean": kept.sum() * 11, "sum": 1}[reduction]
+    valid = labels != -100
+    divisor = {"batchmean": valid.sum(), "mean": valid.sum() * 11, "sum": 1}[reduction]
     target = None if mask == "no labels" else labels
     ours = liger.LigerTVDLoss(reduction=reduction)
     agree(
         lambda s: ours(s.softmax(-1), teacher.softmax(-1), target),
-        lambda s: 0.5 * (s.softmax(-1) - teacher.softmax(-1))[kept].abs().sum() / divisor,
+        lambda s: 0.5 * (s.softmax(-1) - teacher.softmax(-1))[valid].abs().sum() / divisor,
         student,
     )
 

@@ -320,12 +320,12 @@ def test_opcheck_passes_for_the_loss(device, labels, reduction, dtype):
 def test_opcheck_the_backward_op(device):
     student, teacher, labels = make((6, 50), device=device)
     arguments = arguments_of(teacher, labels, None, "mean")
-    one = torch.ones((), device=device)
+    grad_output = torch.ones((), device=device)
     for filled in (False, True):
         grad = torch.empty_like(student)
         _, stats = torch.ops.fastkd.loss_into.default(grad, student, *arguments, True)
         torch.library.opcheck(
             torch.ops.fastkd.loss_backward_.default,
-            (grad, one * 3, stats, student, *arguments, filled),
+            (grad, grad_output * 3, stats, student, *arguments, filled),
             test_utils=CHECKS,
         )

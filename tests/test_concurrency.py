@@ -201,16 +201,16 @@ def seen_during(work: Callable[[], object]) -> bool:
 
     before = sys.getswitchinterval()
     sys.setswitchinterval(1000)
-    other = threading.Thread(target=watch)
+    watcher = threading.Thread(target=watch)
     try:
-        other.start()
+        watcher.start()
         time.sleep(0.01)
         phase = "during"
         work()
         phase = "after"
     finally:
         done.set()
-        other.join()
+        watcher.join()
         sys.setswitchinterval(before)
     return "during" in seen
 

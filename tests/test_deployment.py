@@ -69,8 +69,8 @@ def test_the_figures_are_those_of_the_file(student, exported, name):
     expected, logits = logits_of(student, HELD_OUT), logits_of(loading.load(result.path), HELD_OUT)
     assert result.rows == len(HELD_OUT) and result.bytes == result.path.stat().st_size
     assert result.difference == pytest.approx(float((logits - expected).abs().max()), rel=1e-3)
-    same = (logits.argmax(-1) == expected.argmax(-1)).double().mean()
-    assert result.agreement == pytest.approx(float(same), abs=1e-9)
+    agreement = (logits.argmax(-1) == expected.argmax(-1)).double().mean()
+    assert result.agreement == pytest.approx(float(agreement), abs=1e-9)
     if "int8" not in name:
         assert result.difference < 1e-4 and result.agreement == 1
     assert f"{result.bytes:,} bytes" in str(result)

@@ -88,11 +88,14 @@ def test_several_threads_do_the_work(shape):
     torch.set_num_threads(2)
     student.requires_grad_()
     fastkd.loss(student, teacher)  # starts the threads
-    mine, everyone = time.thread_time(), time.process_time()
+    thread_seconds, process_seconds = time.thread_time(), time.process_time()
     for _ in range(8):
         fastkd.loss(student, teacher)
-    mine, everyone = time.thread_time() - mine, time.process_time() - everyone
-    assert mine < 0.75 * everyone
+    thread_seconds, process_seconds = (
+        time.thread_time() - thread_seconds,
+        time.process_time() - process_seconds,
+    )
+    assert thread_seconds < 0.75 * process_seconds
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
@@ -158,11 +161,11 @@ def test_the_gradient_written_in_backward_is_the_one_written_in_forward(
 @pytest.mark.parametrize("divergence", [*SWEEPS, "topk"])
 def test_a_gradient_too_large_for_the_caches_has_the_same_bits(divergence, dtype, classes):
     # Stores are non-temporal above 12 MiB; rows of an odd number of classes are misaligned.
-    few = 4
-    times = -(-13 * 2**20 // (few * classes * dtype.itemsize))
-    problem = make((few, classes), dtype)
-    indices = torch.arange(64).expand(few, 64)
-    log_probs = torch.full((few, 64), -5.0, dtype=FP64 if dtype is FP64 else FP32)
+    few_rows = 4
+    times = -(-13 * 2**20 // (few_rows * classes * dtype.itemsize))
+    problem = make((few_rows, classes), dtype)
+    indices = torch.arange(64).expand(few_rows, 64)
+    log_probs = torch.full((few_rows, 64), -5.0, dtype=FP64 if dtype is FP64 else FP32)
 
     def gradient(times: int) -> Tensor:
         student, teacher, labels, ids, list_ = (
@@ -173,7 +176,7 @@ def test_a_gradient_too_large_for_the_caches_has_the_same_bits(divergence, dtype
             loss = fastkd.loss(student, fastkd.TopK(list_, ids), labels, reduction="sum")
         else:
             loss = fastkd.loss(student, teacher, labels, reduction="sum", divergence=divergence)
-        return torch.autograd.grad(loss, student)[0].view(times, few, classes)
+        return torch.autograd.grad(loss, student)[0].view(times, few_rows, classes)
 
     small, large = gradient(1), gradient(times)
     assert all(torch.equal(part, small[0]) for part in large)

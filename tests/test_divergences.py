@@ -210,21 +210,21 @@ def test_divergences_keep_their_relations(device):
         z, w = (teacher, student) if swapped else (student, teacher)
         return fastkd.loss(z, w, divergence=name, mix=mix, reduction="none")
 
-    def same(a: Tensor, b: Tensor, rtol: float = 1e-10) -> None:
+    def assert_close(a: Tensor, b: Tensor, rtol: float = 1e-10) -> None:
         torch.testing.assert_close(a, b, rtol=rtol, atol=1e-13)
 
     forward, reverse = value("forward_kl"), value("reverse_kl")
-    same(value("symmetric_kl", 1.0), forward)
-    same(value("symmetric_kl", 0.0), reverse)
-    same(value("symmetric_kl"), (forward + reverse) / 2)
-    same(value("forward_kl", swapped=True), reverse)
-    same(value("jsd", 0.3), value("jsd", 0.7, swapped=True))
-    same(value("skewed_forward_kl", 0.2), value("skewed_reverse_kl", 0.2, swapped=True))
-    same(value("skewed_forward_kl", 1e-9), forward, 1e-6)
-    same(value("skewed_reverse_kl", 1e-9), reverse, 1e-6)
+    assert_close(value("symmetric_kl", 1.0), forward)
+    assert_close(value("symmetric_kl", 0.0), reverse)
+    assert_close(value("symmetric_kl"), (forward + reverse) / 2)
+    assert_close(value("forward_kl", swapped=True), reverse)
+    assert_close(value("jsd", 0.3), value("jsd", 0.7, swapped=True))
+    assert_close(value("skewed_forward_kl", 0.2), value("skewed_reverse_kl", 0.2, swapped=True))
+    assert_close(value("skewed_forward_kl", 1e-9), forward, 1e-6)
+    assert_close(value("skewed_reverse_kl", 1e-9), reverse, 1e-6)
     # The JSD over its weight tends to the forward KL as mix nears 0, and to the reverse KL near 1.
-    same(value("jsd", 1e-7) / 1e-7, forward, 1e-4)
-    same(value("jsd", 1 - 1e-7) / 1e-7, reverse, 1e-4)
+    assert_close(value("jsd", 1e-7) / 1e-7, forward, 1e-4)
+    assert_close(value("jsd", 1 - 1e-7) / 1e-7, reverse, 1e-4)
     assert (value("jsd") <= 4 * torch.tensor(2.0).log()).all()
     assert (value("total_variation") <= 4).all()
     assert (2 * (value("total_variation") / 4) ** 2 <= forward / 4).all()  # Pinsker's inequality
@@ -255,21 +255,21 @@ def test_jsd_of_disjoint_teacher_and_student(device):
 def test_a_class_that_both_mask_is_not_there(device, name, standardize, form):
     student, teacher, labels = make((ROWS, CLASSES), FP64, device=device)
     t = torch.tensor(1.5, dtype=FP64, device=device, requires_grad=True)
-    kept = torch.tensor([0, 1, 2, 3, 5], device=device)
+    unmasked = torch.tensor([0, 1, 2, 3, 5], device=device)
     labels = labels.masked_fill(labels == 4, 0)
-    narrow = torch.searchsorted(kept, labels.clamp(min=0)).where(labels >= 0, labels)
+    narrow = torch.searchsorted(unmasked, labels.clamp(min=0)).where(labels >= 0, labels)
     student[:, 4] = teacher[:, 4] = -float("inf")
     if form != "logits":
         teacher = teacher.log_softmax(-1) if form == "log_probs" else teacher.softmax(-1)
     options = {"divergence": name, "standardize": standardize, "teacher_form": form}
     for temperature in (t, 1.5):  # a learned temperature is never fused
-        wide, slim = student.clone().requires_grad_(), student[:, kept].clone().requires_grad_()
+        wide, slim = student.clone().requires_grad_(), student[:, unmasked].clone().requires_grad_()
         got = fastkd.loss(wide, teacher, labels, temperature=temperature, **options)
-        expected = fastkd.loss(slim, teacher[:, kept], narrow, temperature=1.5, **options)
+        expected = fastkd.loss(slim, teacher[:, unmasked], narrow, temperature=1.5, **options)
         torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-14)
         got.backward()
         expected.backward()
-        torch.testing.assert_close(wide.grad[:, kept], slim.grad, rtol=1e-10, atol=1e-13)
+        torch.testing.assert_close(wide.grad[:, unmasked], slim.grad, rtol=1e-10, atol=1e-13)
         assert (wide.grad[:, 4] == 0).all()
     assert t.grad.isfinite()
 
@@ -313,10 +313,10 @@ def test_a_class_that_one_masks(device, name):
         assert leaf.grad.isfinite().all()
 
 
-def far_below(where, offset, classes=3000):
+def far_below(part, offset, classes=3000):
     def change(student, teacher):
-        student[:, where] += offset
-        teacher[:, where] += offset
+        student[:, part] += offset
+        teacher[:, part] += offset
 
     return classes, change
 
@@ -427,14 +427,14 @@ def test_the_cosine_of_a_zero_row_is_finite(device, classes, reduction, nothing)
     student[:2], teacher[1:3] = 0, 0
     near_student, near_teacher = (x.masked_fill(x == 0, nothing) for x in (student, teacher))
     options = {"divergence": "cosine", "temperature": 3.0, "reduction": reduction}
-    leaf, other = near_student.requires_grad_(), student.double().requires_grad_()
+    leaf, exact_leaf = near_student.requires_grad_(), student.double().requires_grad_()
     got = fastkd.loss(leaf, near_teacher, **options)
     weigh = {"hard_weight": 0.0, "soft_weight": 1.0}
-    expected = reference.loss(other, teacher.double(), **options, **weigh)
+    expected = reference.loss(exact_leaf, teacher.double(), **options, **weigh)
     torch.testing.assert_close(got.double(), expected, rtol=1e-6, atol=0)
     got.sum().backward()
     expected.sum().backward()
-    torch.testing.assert_close(leaf.grad.double(), other.grad, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(leaf.grad.double(), exact_leaf.grad, rtol=1e-5, atol=1e-6)
 
 
 def test_total_variation_has_slope_0_at_ties(device):

@@ -132,6 +132,6 @@ def test_install_lists_the_extras():
     }
     metadata: dict[str, set[str]] = {}
     for line in importlib.metadata.requires("fastkd"):
-        if found := re.match(r"([\w-]+).*extra == [\"'](\w+)[\"']", line):
-            metadata.setdefault(found[2], set()).add(found[1])
+        if match := re.match(r"([\w-]+).*extra == [\"'](\w+)[\"']", line):
+            metadata.setdefault(match[2], set()).add(match[1])
     assert listed == metadata

@@ -14,7 +14,7 @@ from fastkd._core.objective import Options
 PAGE = pathlib.Path(__file__).parents[1] / "docs" / "objectives.py"
 
 
-def said(**options) -> str:
+def explain_on_one_line(**options) -> str:
     """Return the explanation without its line breaks."""
     return " ".join(fastkd.explain(show=False, **options).split())
 
@@ -76,7 +76,7 @@ def test_prints_what_it_returns(capsys):
 )
 def test_the_text_names_the_options(options, words):
     for expected in words:
-        assert expected in said(**options)
+        assert expected in explain_on_one_line(**options)
 
 
 @pytest.mark.parametrize(
@@ -89,7 +89,7 @@ def test_the_text_names_the_options(options, words):
 )
 def test_the_text_omits_other_options(divergence, words):
     """The explanation omits options that the divergence lacks or refuses."""
-    text = said(divergence=divergence)
+    text = explain_on_one_line(divergence=divergence)
     assert not any(unexpected in text for unexpected in words)
 
 
@@ -99,7 +99,9 @@ def test_the_teacher_s_distribution_is_the_loss_s(form, teacher_t):
     """The printed formula of p equals the teacher's distribution in the loss."""
     student, w = torch.randn(2, 4, 6, generator=torch.Generator().manual_seed(0)).double()
     w = {"logits": w, "log_probs": w.log_softmax(-1), "probs": w.softmax(-1)}[form]
-    formula = re.search(r", p = (.*?);", said(teacher_form=form, teacher_temperature=teacher_t))[1]
+    formula = re.search(
+        r", p = (.*?);", explain_on_one_line(teacher_form=form, teacher_temperature=teacher_t)
+    )[1]
     names = {
         "softmax": lambda x: x.softmax(-1),
         "log": torch.log,
@@ -118,7 +120,7 @@ def test_the_teacher_s_distribution_is_the_loss_s(form, teacher_t):
 @pytest.mark.parametrize("name", fastkd.divergences())
 def test_names_formula_and_source(name):
     kind = reference.DIVERGENCES[name]
-    text = said(divergence=name)
+    text = explain_on_one_line(divergence=name)
     assert kind.formula in text and kind.source in text
     assert ("mix " in text.split("weights ")[1]) == (kind.mix is not None)
 
@@ -149,8 +151,8 @@ def test_the_text_describes_a_list(tail):
     top = fastkd.TopK(torch.zeros(2, 3) - 2, torch.arange(6).view(2, 3), tail)
     text = fastkd.explain(teacher=top, show=False)
     assert "T = T_t = 1 softens" in text or "T = 1 softens" in text
-    what = {"ghost": "k + 1 classes", "renormalize": "alone", "ignore": "may be negative"}
-    assert what[tail] in " ".join(text.split())
+    words = {"ghost": "k + 1 classes", "renormalize": "alone", "ignore": "may be negative"}
+    assert words[tail] in " ".join(text.split())
 
 
 @pytest.mark.parametrize(("estimator", "gradient"), [("k1", "q || p"), ("k3", "p || q")])

@@ -85,8 +85,10 @@ def gradients(step: Callable[[], Tensor], module: nn.Module) -> list[Tensor]:
 def assert_same_step(ours: list[Tensor], theirs: list[Tensor], dtype: torch.dtype = FP32) -> None:
     assert len(ours) == len(theirs) > 1
     bound = {FP32: 1e-5, BF16: 2e-2, FP16: 2e-3}[dtype]
-    for one, other in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(one, other, rtol=bound, atol=bound * float(other.abs().max()))
+    for ours_grad, theirs_grad in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(
+            ours_grad, theirs_grad, rtol=bound, atol=bound * float(theirs_grad.abs().max())
+        )
 
 
 @pytest.mark.usefixtures("each_autograd")
@@ -152,5 +154,5 @@ def test_rows_chosen_by_a_mask_are_compiled(name, backend):
         (value, torch.autograd.grad(value, leaf)[0])
         for value in (f(leaf, teacher, labels, mask) for f in (compiled, step))
     )
-    for one, other in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(one, other)
+    for actual, expected_grad in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(actual, expected_grad)

@@ -111,8 +111,8 @@ def test_the_profiler_sees_the_loss(name, grad):
     with torch.profiler.profile(record_shapes=True) as profile:
         LOSSES[name](student.requires_grad_(grad), teacher, labels)
         with torch.inference_mode():
-            other = teacher + 1  # an inference tensor, which autograd cannot save
-        LOSSES[name](student, other, labels)
+            inference_tensor = teacher + 1  # an inference tensor, which autograd cannot save
+        LOSSES[name](student, inference_tensor, labels)
     op = {"loss": "fastkd::loss", "topk": "fastkd::topk_loss"}[name]
     recorded = [event for event in profile.events() if event.name == (f"{op}_into" if grad else op)]
     assert [event.input_shapes[1 if grad else 0] for event in recorded] == 2 * [[6, 20]]
@@ -128,15 +128,15 @@ def test_hooks_may_save_tensors_elsewhere(name, dtype):
     """Hooks such as ``save_on_cpu`` may move, compress or re-stride saved tensors."""
     student, teacher, labels = make((6, 20), dtype)
     leaf = student.requires_grad_()
-    plain = LOSSES[name](leaf, teacher, labels)
-    (expected,) = torch.autograd.grad(plain, leaf, torch.tensor(3.0))
-    ways = {
+    value = LOSSES[name](leaf, teacher, labels)
+    (expected,) = torch.autograd.grad(value, leaf, torch.tensor(3.0))
+    hooks = {
         "a copy": (Tensor.clone, lambda saved: saved),
         "a transposed copy": (lambda x: x.t().contiguous(), Tensor.t),
         "a negative": (Tensor.neg, lambda saved: torch._neg_view(saved)),
     }
-    for way, (pack, unpack) in ways.items():
-        if name == "topk" and way == "a negative":
+    for kind, (pack, unpack) in hooks.items():
+        if name == "topk" and kind == "a negative":
             continue  # the op refuses labels or indices that are negative views
         with saved_tensors_hooks(lambda x, f=pack: f(x), lambda x, f=unpack: f(x)):
             value = LOSSES[name](leaf, teacher, labels)
@@ -234,19 +234,19 @@ def test_terms_do_not_change_a_gradient_that_is_written_anew(dtype, factor):
         fastkd.terms(leaf, teacher, labels, alpha=0).loss,
     ]
     for _ in range(2):
-        one, other = (
+        first, second = (
             torch.autograd.grad(value, leaf, torch.tensor(factor), retain_graph=True)[0]
             for value in values
         )
-        assert torch.equal(one, other) or (one.isnan() == other.isnan()).all()
+        assert torch.equal(first, second) or (first.isnan() == second.isnan()).all()
 
 
 @pytest.mark.usefixtures("each_autograd")
 def test_hooks_that_give_back_something_else_raise():
     student, teacher, labels = make((6, 20))
     leaf = student.requires_grad_()
-    for other in (lambda x: x[..., :10], lambda x: x.to("meta"), lambda x: x[:3]):
-        with saved_tensors_hooks(lambda x: x, other):
+    for change in (lambda x: x[..., :10], lambda x: x.to("meta"), lambda x: x[:3]):
+        with saved_tensors_hooks(lambda x: x, change):
             value = fastkd.loss(leaf, teacher, labels)
         with pytest.raises(RuntimeError):
             value.backward(retain_graph=True)

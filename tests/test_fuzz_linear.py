@@ -12,17 +12,17 @@ from fuzzing import (
     SMOOTHING,
     TEMPERATURES,
     WEIGHTS,
-    close,
+    check_close,
+    copy_to_layout,
+    draw_rarely,
+    execution_settings,
+    has_equal_bits,
     lacks_inverse,
-    laid_out,
     largest_of,
-    narrowed,
-    odd_numbers,
+    narrow_labels,
     program,
-    rarely,
-    same_bits,
-    settled,
-    sprinkle,
+    special_values,
+    write_special_values,
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -46,7 +46,7 @@ class Case(NamedTuple):
     dtype: torch.dtype = FP32
     spread: float = 1.0
     seed: int = 0
-    odd: tuple[tuple[int, int, int, float], ...] = ()  # (tensor, row, column, value)
+    special: tuple[tuple[int, int, int, float], ...] = ()  # (tensor, row, column, value)
     layout: str = "contiguous"
     labels: str = "indices"
     ignored: float = 0.2
@@ -79,26 +79,26 @@ CASES = st.builds(
     dtype=st.sampled_from([FP32, FP64, BF16]),
     spread=st.sampled_from([0.0, 1e-2, 1.0, 3.0]),
     seed=st.integers(0, 2**31),
-    odd=rarely((), odd_numbers(2)),
+    special=draw_rarely((), special_values(2)),
     layout=st.sampled_from(LAYOUTS),
     labels=st.sampled_from(["indices", "none", "probabilities", *NARROW]),
     ignored=st.sampled_from([0.0, 0.2, 1.0]),
-    ignore_index=rarely(-100, st.integers(-1, 3)),
+    ignore_index=draw_rarely(-100, st.integers(-1, 3)),
     biases=st.tuples(st.booleans(), st.booleans()),
-    masked=rarely(False, st.booleans()),
+    masked=draw_rarely(False, st.booleans()),
     teacher=st.sampled_from(["head", "head", "logits"]),
     divergence=st.sampled_from(
         ["forward_kl", *(n for n in fastkd.divergences() if n != "total_variation")]
     ),
     temperature=TEMPERATURES,
-    teacher_t=rarely(None, st.floats(0.25, 30.0)),
-    per_row=rarely(False, st.booleans()),
+    teacher_t=draw_rarely(None, st.floats(0.25, 30.0)),
+    per_row=draw_rarely(False, st.booleans()),
     weights=WEIGHTS,
     smoothing=SMOOTHING,
     reduction=st.sampled_from(["mean", "sum", "none"]),
-    normalizer=rarely(None, st.sampled_from([0.5, 7.0, 1e4])),
-    softcap=rarely(None, st.floats(1.0, 50.0)),
-    scale=rarely(None, st.floats(0.1, 2.0)),
+    normalizer=draw_rarely(None, st.sampled_from([0.5, 7.0, 1e4])),
+    softcap=draw_rarely(None, st.floats(1.0, 50.0)),
+    scale=draw_rarely(None, st.floats(0.1, 2.0)),
     chunk=st.one_of(st.none(), st.integers(1, 7)),
     by_classes=st.booleans(),
     grad_output=GRAD_OUTPUTS,
@@ -115,8 +115,8 @@ def build(case: Case, device: torch.device) -> tuple[dict[str, Tensor | None], d
         return (torch.randn(shape, generator=generator) * scale).to(case.dtype)
 
     hiddens = [draw(*case.leading, width, scale=case.spread) for width in case.widths]
-    sprinkle(hiddens, case.odd)
-    hidden, teacher_hidden = (laid_out(x.to(device), case.layout) for x in hiddens)
+    write_special_values(hiddens, case.special)
+    hidden, teacher_hidden = (copy_to_layout(x.to(device), case.layout) for x in hiddens)
     weight, teacher_weight = (draw(case.classes, width) for width in case.widths)
     biases = [draw(case.classes) if is_given else None for is_given in case.biases]
     if case.masked and case.classes > 1:
@@ -178,9 +178,9 @@ def labels_of(case: Case, generator: torch.Generator, device: torch.device) -> T
     if case.labels == "none" and case.divergence != "dkd":
         return None
     labels = torch.randint(case.classes, case.leading, generator=generator)
-    gone = torch.rand(case.leading, generator=generator) < case.ignored
-    labels = labels.masked_fill(gone, case.ignore_index).to(device)
-    return narrowed(labels, case.labels, case.classes, case.ignore_index)
+    is_ignored = torch.rand(case.leading, generator=generator) < case.ignored
+    labels = labels.masked_fill(is_ignored, case.ignore_index).to(device)
+    return narrow_labels(labels, case.labels, case.classes, case.ignore_index)
 
 
 class Exact(NamedTuple):
@@ -266,7 +266,7 @@ def check(case: Case, device: torch.device) -> None:
     value = loss_of(case, copies, options)
     value.backward(torch.full_like(value, case.grad_output))
     for name, tensor in tensors.items():
-        assert tensor is None or same_bits(tensor, before[name]), f"{name} was written"
+        assert tensor is None or has_equal_bits(tensor, before[name]), f"{name} was written"
     want, counted = exact(case, tensors, options)
     assert value.shape == want.loss.shape
     # Rows with special values have no effect if ignored, and otherwise affect only themselves.
@@ -280,7 +280,7 @@ def check(case: Case, device: torch.device) -> None:
     rows = max(1, math.prod(case.leading))
     if bool(usual.all()):
         count = 1 if case.reduction == "none" else rows
-        close(value.detach(), want.loss, 8 * eps, 16 * slope * eps * count, "loss")
+        check_close(value.detach(), want.loss, 8 * eps, 16 * slope * eps * count, "loss")
         gains = {"student_hidden": largest_of(before["student_weight"]), "student_bias": rows}
         gains |= {"student_weight": largest_of(tame["student_hidden"]) * rows}
         names = [name for name in NAMES if copies[name] is not None]
@@ -288,14 +288,14 @@ def check(case: Case, device: torch.device) -> None:
             gain = gains[name] * (case.scale or 1.0)
             exact_gradient = gradient * case.grad_output
             limit = 16 * slope * eps * gain * max(1.0, abs(case.grad_output))
-            close(copies[name].grad, exact_gradient, 8 * eps, limit, name)
+            check_close(copies[name].grad, exact_gradient, 8 * eps, limit, name)
     elif case.reduction == "none":
         got, true = value.detach()[usual], want.loss[usual]
-        close(got, true, 8 * eps, 16 * slope * eps, "loss of the usual rows")
+        check_close(got, true, 8 * eps, 16 * slope * eps, "loss of the usual rows")
 
 
 def run(case: Case, device: torch.device) -> None:
-    with settled(case.isa, case.threads, in_python=False):
+    with execution_settings(case.isa, case.threads, in_python=False):
         check(case, device)
 
 
@@ -317,7 +317,10 @@ def test_earlier_failures_equal_the_reference(device, teacher):
     # The whole gradient was 0 when the centered square of one class has an infinite slope.
     run(case._replace(biases=(True, False), divergence="centered_mse", weights=(0.0, 0.3)), device)
     # The gradient is below the least number of its dtype.
-    run(Case(leading=(), classes=2, widths=(1, 1), odd=((0, 0, 0, 1e-45),), labels="none"), device)
+    run(
+        Case(leading=(), classes=2, widths=(1, 1), special=((0, 0, 0, 1e-45),), labels="none"),
+        device,
+    )
     # AMX products read NaN from between rows of odd width.
     apart = Case(leading=(3, 6), classes=127, widths=(1, 3), dtype=BF16, layout="rows apart")
     run(apart._replace(teacher=teacher, ignored=0.0), device)

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from fuzzing import program, rarely, same_bits, settled
+from fuzzing import draw_rarely, execution_settings, has_equal_bits, program
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support import BF16, FP16, FP32, FP64
@@ -41,7 +41,7 @@ CHANGES = (
     "negated lazily", "a list", "far out of range", "negative", "the first argument",
     *(FP64, FP32, FP16, BF16, torch.int64, torch.int32, torch.bool, torch.complex64),
 )  # fmt: skip
-LAYOUTS = ("contiguous", "contiguous", "classes apart", "transposed", "expanded", "odd bytes")
+LAYOUTS = ("contiguous", "contiguous", "classes apart", "transposed", "expanded", "misaligned")
 # Replacements of a number, an enum, a flag or a name.
 NUMBERS = (
     0, 1, -1, 2, 3, 99, 2**31, 2**32, 2**40, -(2**63), 2**63 - 1, 0.0, -0.0, -1.0, 1e-46, 1e-300,
@@ -86,21 +86,21 @@ CASES = st.builds(
     dtypes=st.tuples(*[st.sampled_from(FLOATS)] * 2),
     layouts=st.lists(st.sampled_from(LAYOUTS), min_size=1, max_size=3).map(tuple),
     seed=st.integers(0, 2**31),
-    teachers=rarely(1, st.integers(1, 3)),
-    mixed=rarely(False, st.just(True)),
+    teachers=draw_rarely(1, st.integers(1, 3)),
+    mixed=draw_rarely(False, st.just(True)),
     present=st.integers(0, 15),
-    number=rarely(0, st.integers(0, len(_C.divergences) - 1)),
+    number=draw_rarely(0, st.integers(0, len(_C.divergences) - 1)),
     reduction=st.integers(0, 2),
     flags=st.tuples(*[st.booleans()] * 3),
-    inplace=rarely(False, st.just(True)),
-    requires_grad=rarely(False, st.just(True)),
+    inplace=draw_rarely(False, st.just(True)),
+    requires_grad=draw_rarely(False, st.just(True)),
     changes=st.lists(
         st.tuples(st.integers(0, 25), st.sampled_from(CHANGES), st.sampled_from(NUMBERS)),
         max_size=2,
     ).map(tuple),
     isa=st.sampled_from(_C.available_isas()),
     threads=st.integers(1, 3),
-    in_python=rarely(False, st.just(True)),
+    in_python=draw_rarely(False, st.just(True)),
 )
 
 
@@ -124,7 +124,7 @@ class Memory:
         else:
             strides = [factor * math.prod(shape[dim + 1 :]) for dim in range(len(shape))]
         count = 1 + sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True))
-        start = GUARD_BYTES + (1 if layout == "odd bytes" else 0)
+        start = GUARD_BYTES + (1 if layout == "misaligned" else 0)
         block = bytearray([self.guard]) * (start + count * size + GUARD_BYTES)
         flat = torch.frombuffer(block, dtype=values.dtype, offset=start, count=count)
         tensor = flat.as_strided(shape, strides).copy_(values)
@@ -303,7 +303,7 @@ def linear_arguments(
     rows, classes = math.prod(case.leading), case.classes
     acc = tensors["log_probs"].dtype
     bias, sparse_teacher, teacher_head = case.flags
-    student_dtype, other = case.dtypes
+    student_dtype, teacher_dtype = case.dtypes
     lists = [None, None]
     if sparse_teacher:
         lists = [
@@ -311,7 +311,7 @@ def linear_arguments(
             for name in ("indices", "log_probs")
         ]
     head = teacher_head and not sparse_teacher
-    logits = None if head or sparse_teacher else floats((rows, classes), other)
+    logits = None if head or sparse_teacher else floats((rows, classes), teacher_dtype)
     labels = tensors["labels"]
     settings_of_rows = tensors["row_settings"]
     numbers_of_rows = [None] * 4 if settings_of_rows is None else list(settings_of_rows)
@@ -319,9 +319,9 @@ def linear_arguments(
         floats((rows, HIDDEN), student_dtype),
         floats((classes, HIDDEN), student_dtype),
         floats((classes,), student_dtype) if bias else None,
-        floats((rows, HIDDEN), other) if head else None,
-        floats((classes, HIDDEN), other) if head else None,
-        floats((classes,), other) if head and bias else None,
+        floats((rows, HIDDEN), teacher_dtype) if head else None,
+        floats((classes, HIDDEN), teacher_dtype) if head else None,
+        floats((classes,), teacher_dtype) if head and bias else None,
         logits,
         *lists,
         None if labels is None else labels.reshape(rows),
@@ -336,8 +336,8 @@ def linear_arguments(
         "label_smoothing": 0.1, "divergence": _C.divergences[case.number], "mix": None,
         "standardize": False, "tail": topk.TAILS[case.number % len(topk.TAILS)], "estimator": None,
         "student_softcap": None, "teacher_softcap": None, "student_scale": 1.0,
-        "teacher_scale": 1.0, "dtype": student_dtype, "teacher_dtype": other, "accumulate": FP32,
-        "chunk": max(case.k, classes // 8), "by_classes": case.present == 15,
+        "teacher_scale": 1.0, "dtype": student_dtype, "teacher_dtype": teacher_dtype,
+        "accumulate": FP32, "chunk": max(case.k, classes // 8), "by_classes": case.present == 15,
         "hidden_grad": case.mixed, "weight_grad": case.mixed, "bias_grad": case.mixed and bias,
     }  # fmt: skip
     return {"inputs": inputs}, numbers
@@ -402,12 +402,12 @@ def call(case: Case, guard: int) -> tuple[str, list[Tensor]]:
 def check(case: Case) -> None:
     (error, results), (other_error, others) = (call(case, guard) for guard in GUARDS)
     assert error == other_error
-    for result, other in zip(results, others, strict=True):
-        assert same_bits(result, other), "memory around the tensors was read"
+    for result, expected in zip(results, others, strict=True):
+        assert has_equal_bits(result, expected), "memory around the tensors was read"
 
 
 def run(case: Case, _: torch.device) -> None:
-    with settled(case.isa, case.threads, in_python=case.in_python):
+    with execution_settings(case.isa, case.threads, in_python=case.in_python):
         check(case)
 
 

@@ -12,16 +12,16 @@ from fuzzing import (
     SMOOTHING,
     TEMPERATURES,
     WEIGHTS,
-    close,
-    laid_out,
+    check_close,
+    copy_to_layout,
+    draw_rarely,
+    execution_settings,
+    has_equal_bits,
     largest_of,
-    narrowed,
-    odd_numbers,
+    narrow_labels,
     program,
-    rarely,
-    same_bits,
-    settled,
-    sprinkle,
+    special_values,
+    write_special_values,
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -45,7 +45,7 @@ class Case(NamedTuple):
     dtypes: tuple[torch.dtype, torch.dtype] = (FP32, FP32)
     spread: float = 3.0
     seed: int = 0
-    odd: tuple[tuple[int, int, int, float], ...] = ()  # (student or list, row, column, value)
+    special: tuple[tuple[int, int, int, float], ...] = ()  # (student or list, row, column, value)
     padding: float = 0.0
     wrong: tuple[int, int, int] | None = None  # (row, position in the list, an invalid class)
     layout: str = "contiguous"
@@ -76,9 +76,9 @@ CASES = st.builds(
     dtypes=st.tuples(*[st.sampled_from([FP32, FP32, BF16, FP16, FP64])] * 2),
     spread=st.sampled_from([0.0, 1e-3, 1.0, 3.0, 100.0, 300.0, 1e4]),
     seed=st.integers(0, 2**31),
-    odd=odd_numbers(2),
+    special=special_values(2),
     padding=st.sampled_from([0.0, 0.3, 1.0]),
-    wrong=rarely(
+    wrong=draw_rarely(
         None,
         st.tuples(
             st.integers(0, 30),
@@ -91,13 +91,13 @@ CASES = st.builds(
     ignored=st.sampled_from([0.0, 0.2, 1.0]),
     tail=st.sampled_from(TAILS),
     divergence=st.sampled_from(SPARSE_DIVERGENCES),
-    estimator=rarely(None, st.sampled_from(ESTIMATORS)),
+    estimator=draw_rarely(None, st.sampled_from(ESTIMATORS)),
     row_weights=st.booleans(),
     temperature=TEMPERATURES,
     weights=WEIGHTS,
     smoothing=SMOOTHING,
     reduction=st.sampled_from(["mean", "sum", "none"]),
-    normalizer=rarely(None, st.sampled_from([0.5, 7.0, 1e4])),
+    normalizer=draw_rarely(None, st.sampled_from([0.5, 7.0, 1e4])),
     grad_output=GRAD_OUTPUTS,
     isa=st.sampled_from(_C.available_isas()),
     threads=st.integers(1, 3),
@@ -127,18 +127,18 @@ def build(case: Case, device: torch.device) -> Problem:
         lists = indices.view(-1, k)
         lists[row % len(lists), place % k] = wrong
     values = [student.to(case.dtypes[0]), log_probs.to(case.dtypes[1]).contiguous()]
-    sprinkle(values, case.odd)
+    write_special_values(values, case.special)
     labels = None
     if case.labels != "none":
         labels = torch.randint(case.classes, case.leading, generator=generator)
-        gone = torch.rand(case.leading, generator=generator) < case.ignored
-        labels = labels.masked_fill(gone, -100).to(device)
-        labels = narrowed(labels, case.labels, case.classes)
-    student, log_probs = (laid_out(x.to(device), case.layout) for x in values)
-    return Problem(student, laid_out_indices(indices, case.layout), log_probs, labels)
+        is_ignored = torch.rand(case.leading, generator=generator) < case.ignored
+        labels = labels.masked_fill(is_ignored, -100).to(device)
+        labels = narrow_labels(labels, case.labels, case.classes)
+    student, log_probs = (copy_to_layout(x.to(device), case.layout) for x in values)
+    return Problem(student, copy_indices(indices, case.layout), log_probs, labels)
 
 
-def laid_out_indices(indices: Tensor, layout: str) -> Tensor:
+def copy_indices(indices: Tensor, layout: str) -> Tensor:
     """Return the indices contiguous, or as a view of every second entry."""
     if layout != "classes apart":
         return indices
@@ -224,7 +224,7 @@ def check(case: Case, device: torch.device) -> None:
     value.backward(torch.full_like(value, case.grad_output))
     grad, value = leaf.grad, value.detach()
     for tensor, copy in zip(problem, before, strict=True):
-        assert tensor is None or same_bits(tensor, copy), "an input was written"
+        assert tensor is None or has_equal_bits(tensor, copy), "an input was written"
     want, gradient = exact(case, problem, case.reduction)
     gradient = gradient * case.grad_output
     rows, _ = exact(case, problem, "none")
@@ -243,10 +243,12 @@ def check(case: Case, device: torch.device) -> None:
     assert value.shape == (student.shape[:-1] if case.reduction == "none" else ())
     if size > 1e30:  # float32 overflows where float64 does not
         return
-    close(value.flatten(), want.flatten(), 8 * eps, 64 * eps * size * max(1, len(rows)), "loss")
+    check_close(
+        value.flatten(), want.flatten(), 8 * eps, 64 * eps * size * max(1, len(rows)), "loss"
+    )
     is_comparable = rows.isfinite().view(*student.shape[:-1], 1) & gradient.isfinite()
     info = torch.finfo(grad.dtype)
-    close(
+    check_close(
         grad.where(is_comparable, torch.zeros_like(grad)),
         gradient.where(is_comparable, torch.zeros_like(gradient)),
         0.51 * info.eps + 8 * eps,
@@ -256,7 +258,7 @@ def check(case: Case, device: torch.device) -> None:
 
 
 def run(case: Case, device: torch.device) -> None:
-    with settled(case.isa, case.threads, in_python=False):
+    with execution_settings(case.isa, case.threads, in_python=False):
         check(case, device)
 
 
@@ -275,8 +277,8 @@ REGRESSIONS = [
         divergence="reverse_kl",
     ),
     # Logits as log_probs: beyond exp(709) their sum overflowed to a small number.
-    Case(odd=((1, 0, 0, 1e38),)),
-    Case(odd=((1, 1, 2, 3e4),), dtypes=(FP64, FP64), tail="ignore"),
+    Case(special=((1, 0, 0, 1e38),)),
+    Case(special=((1, 1, 2, 3e4),), dtypes=(FP64, FP64), tail="ignore"),
     # The bits of an exponential overflowed for a negative scale.
     *(
         Case(
@@ -285,14 +287,14 @@ REGRESSIONS = [
         for tail in TAILS
     ),
     # The fallback gave 0 for an empty list in a row without any probability.
-    Case(leading=(), classes=1, k=1, odd=((0, 0, 0, -math.inf),), padding=1.0, labels="none"),
+    Case(leading=(), classes=1, k=1, special=((0, 0, 0, -math.inf),), padding=1.0, labels="none"),
     # The fallback gave 0, not inf, for a masked class whose probability underflows.
     Case(
         leading=(),
         classes=2,
         k=2,
         spread=1e4,
-        odd=((0, 0, 1, -math.inf),),
+        special=((0, 0, 1, -math.inf),),
         ignored=0.0,
         temperature=1.0,
         weights=(0.0, 0.3),

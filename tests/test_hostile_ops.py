@@ -70,7 +70,7 @@ WRONG = {
 @pytest.mark.parametrize("case", WRONG)
 def test_the_dense_ops_refuse(case):
     wrong = arguments_of(**WRONG[case])
-    stats, one = torch.zeros(shapes.STATS * ROWS + 1), torch.ones(())
+    stats, grad_output = torch.zeros(shapes.STATS * ROWS + 1), torch.ones(())
     with pytest.raises(RuntimeError):
         OPS.loss(*wrong)
     with pytest.raises(RuntimeError):
@@ -80,7 +80,7 @@ def test_the_dense_ops_refuse(case):
         OPS.loss_into(grad, *wrong, True)
     if "reduction" not in case and "denominator" not in case:  # unused in the backward pass
         with pytest.raises(RuntimeError):
-            OPS.loss_backward_(grad, one, stats, *wrong, False)
+            OPS.loss_backward_(grad, grad_output, stats, *wrong, False)
     assert (grad == 7).all(), "a call that is refused writes nothing"
 
 
@@ -150,20 +150,20 @@ def test_the_sparse_op_refuses():
         (reduction, -1),
     ]
     for place, number in wrong_numbers:
-        other = [*settings[:place], number, *settings[place + 1 :]]
+        changed = [*settings[:place], number, *settings[place + 1 :]]
         with pytest.raises(RuntimeError):
-            OPS.topk_loss(student, indices, log_probs, None, None, None, *other)
+            OPS.topk_loss(student, indices, log_probs, None, None, None, *changed)
     cut_off = [*settings[:5], 2, 0.5, topk.TAILS.index("ignore"), *settings[8:]]
     with pytest.raises(RuntimeError):
         OPS.topk_loss(student, indices, log_probs, None, None, None, *cut_off)
 
 
 @pytest.mark.usefixtures("each_autograd")
-@pytest.mark.parametrize("what", ["student", "teacher", "labels", "temperature"])
+@pytest.mark.parametrize("name", ["student", "teacher", "labels", "temperature"])
 @pytest.mark.parametrize("options", [{}, {"reduction": "none"}, {"divergence": "jsd"}], ids=str)
-def test_released_tensors_raise(what, options):
+def test_released_tensors_raise(name, options):
     all_arguments = dict(make((ROWS, CLASSES))._asdict(), temperature=torch.ones(ROWS))
-    all_arguments[what] = released(all_arguments[what])
+    all_arguments[name] = released(all_arguments[name])
     student, teacher, labels, temperature = all_arguments.values()
     for leaf in (student, student.detach().requires_grad_()):
         with pytest.raises(RuntimeError):
@@ -171,10 +171,10 @@ def test_released_tensors_raise(what, options):
 
 
 @pytest.mark.usefixtures("each_autograd")
-@pytest.mark.parametrize("what", range(4))
-def test_released_lists_raise(what):
+@pytest.mark.parametrize("index", range(4))
+def test_released_lists_raise(index):
     all_arguments = [*lists(), make((ROWS, CLASSES)).labels]
-    all_arguments[what] = released(all_arguments[what])
+    all_arguments[index] = released(all_arguments[index])
     student, indices, log_probs, labels = all_arguments
     for requires_grad in (False, True):
         leaf = student.detach().requires_grad_(requires_grad)

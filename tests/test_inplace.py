@@ -12,10 +12,10 @@ import fastkd
 @pytest.mark.parametrize("scale", [1.0, 2.5])
 def test_inplace_gives_the_same_gradient_in_the_logits_memory(device, scale, reduction, dtype):
     student, teacher, labels = make((6, 1003), dtype, device=device)
-    plain, over = student.clone().requires_grad_(), student.clone().requires_grad_()
-    value = fastkd.loss(plain * 1, teacher, labels, reduction=reduction)
+    expected, overwritten = student.clone().requires_grad_(), student.clone().requires_grad_()
+    value = fastkd.loss(expected * 1, teacher, labels, reduction=reduction)
     (value * scale).backward()
-    hidden = over * 1
+    hidden = overwritten * 1
     version = hidden._version
     again = fastkd.loss(hidden, teacher, labels, reduction=reduction, inplace=True)
     assert hidden._version > version
@@ -27,22 +27,24 @@ def test_inplace_gives_the_same_gradient_in_the_logits_memory(device, scale, red
     if dtype in (BF16, FP16) and scale != 1.0:  # the gradient is scaled after rounding
         info = torch.finfo(dtype)
         smallest = info.smallest_normal * info.eps  # subnormal numbers lose digits
-        torch.testing.assert_close(over.grad, plain.grad, rtol=info.eps, atol=smallest * scale)
+        torch.testing.assert_close(
+            overwritten.grad, expected.grad, rtol=info.eps, atol=smallest * scale
+        )
     else:
-        assert torch.equal(over.grad, plain.grad)
+        assert torch.equal(overwritten.grad, expected.grad)
 
 
 def test_inplace_logits_cannot_be_used_afterwards(device):
     student, teacher, labels = make((6, 20), device=device)
     hidden = student.requires_grad_() * 1
-    other = hidden.exp().sum()  # exp() saves its result for backward
+    exp_sum = hidden.exp().sum()  # exp() saves its result for backward
     square = hidden.square().sum()  # square() saves the logits
     value = fastkd.loss(hidden, teacher, labels, inplace=True)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         (value + square).backward()
     hidden = student * 1
-    other = hidden.exp().sum()
-    (fastkd.loss(hidden, teacher, labels, inplace=True) + other).backward()
+    exp_sum = hidden.exp().sum()
+    (fastkd.loss(hidden, teacher, labels, inplace=True) + exp_sum).backward()
     student.grad = None
 
 
@@ -126,7 +128,7 @@ def test_inplace_without_a_gradient_changes_nothing(device):
 def test_inplace_of_sliced_logits(device):
     """The last row of each sequence, outside the slice logits[:, :-1], stays unchanged."""
     student, teacher, labels = make((3, 5, 40), device=device)
-    plain, over = student.clone().requires_grad_(), student.clone().requires_grad_()
-    fastkd.loss((plain * 1)[:, :-1], teacher[:, :-1], labels[:, :-1]).backward()
-    fastkd.loss((over * 1)[:, :-1], teacher[:, :-1], labels[:, :-1], inplace=True).backward()
-    assert torch.equal(plain.grad, over.grad)
+    expected, overwritten = student.clone().requires_grad_(), student.clone().requires_grad_()
+    fastkd.loss((expected * 1)[:, :-1], teacher[:, :-1], labels[:, :-1]).backward()
+    fastkd.loss((overwritten * 1)[:, :-1], teacher[:, :-1], labels[:, :-1], inplace=True).backward()
+    assert torch.equal(expected.grad, overwritten.grad)

@@ -57,7 +57,7 @@ def mapped(student, teacher, labels):
 
 
 WEIGHT = torch.linspace(0.5, 1.5, CLASSES)
-WAYS = {
+LOSSES = {
     "loss": fastkd.loss,
     "standardize": lambda *a: fastkd.loss(*a, standardize=True),
     "class_weight": lambda *a: fastkd.loss(*a, class_weight=WEIGHT),
@@ -78,22 +78,22 @@ WAYS = {
 
 
 @pytest.mark.parametrize("dtype", NARROW, ids=str)
-@pytest.mark.parametrize("way", WAYS)
-def test_a_loss_is_that_of_int64(way, dtype):
+@pytest.mark.parametrize("name", LOSSES)
+def test_a_loss_is_that_of_int64(name, dtype):
     student, teacher, _ = make((6, CLASSES))
     labels = labels_in(dtype)
-    got, want = (WAYS[way](student, teacher, y) for y in (labels, labels.long()))
+    got, want = (LOSSES[name](student, teacher, y) for y in (labels, labels.long()))
     torch.testing.assert_close(got, want, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("way", ["loss", "topk", "heads", "topk of heads", "dkd"])
-def test_one_out_of_range_is_refused(way):
+@pytest.mark.parametrize("name", ["loss", "topk", "heads", "topk of heads", "dkd"])
+def test_one_out_of_range_is_refused(name):
     student, teacher, _ = make((6, 100))
     labels = torch.tensor([3, 5, 156, 2, 1, 0], dtype=torch.uint8)
     with pytest.raises(
         ValueError, match=r"labels must be in \[0, 100\) or ignore_index=-100; row 2 has 156"
     ):
-        WAYS[way](student, teacher, labels)
+        LOSSES[name](student, teacher, labels)
 
 
 def test_lists_of_narrow_indices():

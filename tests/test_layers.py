@@ -106,18 +106,20 @@ def test_csrc_includes_downwards_only(path):
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(CSRC)))
 def test_torch_headers_are_in_the_glue_and_stable(path):
-    where = str(path.relative_to(CSRC))
+    relative = str(path.relative_to(CSRC))
     for name in includes(path):
         if TORCH.match(name):
-            assert part(path) == "torch", f"{where} must not include {name}"
-            if where not in UNSTABLE:
+            assert part(path) == "torch", f"{relative} must not include {name}"
+            if relative not in UNSTABLE:
                 assert name.startswith(("torch/csrc/stable/", "torch/headeronly/")), (
-                    f"{where} includes {name}, which is not stable"
+                    f"{relative} includes {name}, which is not stable"
                 )
         if name.startswith("pybind11/") or name == "Python.h":
-            assert where in {"torch/module.cpp", *UNSTABLE}, f"{where} must not include {name}"
+            assert relative in {"torch/module.cpp", *UNSTABLE}, (
+                f"{relative} must not include {name}"
+            )
         if name.startswith("cuda") and own_part(path, name) is None:
-            assert part(path) == "cuda", f"{where} must not include {name}"
+            assert part(path) == "cuda", f"{relative} must not include {name}"
 
 
 @pytest.mark.parametrize("path", [p for p in SOURCES if part(p) == "cpu"], ids=lambda p: p.name)

@@ -44,7 +44,7 @@ def make(
         return values.movedim(1, -1).contiguous().movedim(-1, 1)
     if layout == "classes outside":
         return values.transpose(0, 1).contiguous().transpose(0, 1)
-    whole = {
+    view = {
         "plain": values.new_empty(shape),
         "fewer classes": values.new_empty((n, classes + 2, *pixels))[:, :classes],
         "crop": values.new_empty((n, classes, *(x + 3 for x in pixels)))[
@@ -52,7 +52,7 @@ def make(
         ],
         "spread": values.new_empty((*shape[:-1], 2 * shape[-1]))[..., ::2],
     }[layout]
-    return whole.copy_(values)
+    return view.copy_(values)
 
 
 def make_labels(shape: tuple[int, ...], device: torch.device | str = "cpu") -> Tensor:
@@ -223,20 +223,20 @@ def test_second_derivatives_of_pixels_are_right():
 @pytest.mark.parametrize("shape", [(2, 19, 5, 7), (1, 1100, 40)], ids=str)
 @pytest.mark.parametrize("name", ["forward_kl", "reverse_kl"])
 def test_pixels_are_overwritten_in_place(device, shape, name):
-    plain, over = (make(shape, device=device).requires_grad_() for _ in range(2))
+    expected, overwritten = (make(shape, device=device).requires_grad_() for _ in range(2))
     teacher, labels = make(shape, seed=1, device=device), make_labels(shape, device)
-    value = fastkd.loss(plain, teacher, labels, dim=1, divergence=name)
+    value = fastkd.loss(expected, teacher, labels, dim=1, divergence=name)
     value.backward()
-    hidden = over * 1
+    hidden = overwritten * 1
     seen = []
     hidden.register_hook(lambda grad: seen.append(grad.data_ptr()))
     again = fastkd.loss(hidden, teacher, labels, dim=1, divergence=name, inplace=True)
     again.backward()
     assert torch.equal(again, value)
-    assert torch.equal(over.grad, plain.grad)
+    assert torch.equal(overwritten.grad, expected.grad)
     assert seen == [hidden.data_ptr()]
     with pytest.raises(ValueError, match="inplace=True needs student to be laid out"):
-        fastkd.loss((plain * 1)[..., ::2], teacher[..., ::2], dim=1, inplace=True)
+        fastkd.loss((expected * 1)[..., ::2], teacher[..., ::2], dim=1, inplace=True)
 
 
 @pytest.mark.usefixtures("threads")

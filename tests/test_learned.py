@@ -84,11 +84,11 @@ def test_gradients_are_those_of_float64(name, learn, reduction):
         expected = torch.autograd.grad(terms.loss, [wide, *learned], factor.double())
         torch.testing.assert_close(loss.double(), terms.loss, rtol=bound, atol=bound)
         size = max(float(terms.loss.detach().abs().max()), 1.0)  # rounding of a gradient near 0
-        for mine, theirs in zip(got, expected, strict=True):
+        for ours, theirs in zip(got, expected, strict=True):
             scale = float(theirs.abs().max())
             # Only the logits' gradient is rounded to 16 bits.
-            limit = bound if mine.shape == student.shape else min(bound, 2e-6)
-            assert float((mine.double() - theirs).abs().max()) <= limit * max(scale, size)
+            limit = bound if ours.shape == student.shape else min(bound, 2e-6)
+            assert float((ours.double() - theirs).abs().max()) <= limit * max(scale, size)
 
 
 MIXTURES = {
@@ -118,8 +118,8 @@ def test_a_mixture_of_teachers(name, which):
             loss = reference.terms(leaf, teachers, labels, **weights, **options).loss
         gradients = torch.autograd.grad(loss, [leaf, t])
         results.append([loss.detach(), *gradients])
-    for mine, theirs in zip(*results, strict=True):
-        torch.testing.assert_close(mine.double(), theirs.double(), rtol=1e-5, atol=2e-6)
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours.double(), theirs.double(), rtol=1e-5, atol=2e-6)
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
@@ -150,8 +150,8 @@ def test_labels_that_take_another_pass(kind, learn, reduction):
             terms = reference.terms(leaf, teacher, labels, **{"hard_weight": 1.0, **options})
             gradients = torch.autograd.grad(terms.loss.sum(), [leaf, *learned])
         results.append([*terms[:6], *gradients])
-    for mine, theirs in zip(*results, strict=True):
-        torch.testing.assert_close(mine.double(), theirs.double(), rtol=1e-5, atol=2e-6)
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours.double(), theirs.double(), rtol=1e-5, atol=2e-6)
 
 
 @pytest.mark.parametrize("dtype", [FP32, BF16], ids=name_of)
@@ -161,8 +161,8 @@ def test_terms_of_each_row(dtype):
     expected = reference.terms(
         student.double(), teacher.double(), labels, standardize=True, reduction="none"
     )
-    for mine, theirs in zip(got[:6], expected[:6], strict=True):
-        torch.testing.assert_close(mine.double(), theirs, rtol=2e-6, atol=2e-6)
+    for ours, theirs in zip(got[:6], expected[:6], strict=True):
+        torch.testing.assert_close(ours.double(), theirs, rtol=2e-6, atol=2e-6)
 
 
 def test_only_the_temperature_learns():
@@ -198,9 +198,9 @@ def test_gradients_that_will_be_differentiated_are_the_same(learn):
     options, learned = leaves_of(LEARN[learn])
     leaf = student.requires_grad_()
 
-    def gradients(**how):
+    def gradients(create_graph=False):
         loss = fastkd.loss(leaf, teacher, labels, **options)
-        return torch.autograd.grad(loss, [leaf, *learned], **how)
+        return torch.autograd.grad(loss, [leaf, *learned], create_graph=create_graph)
 
     for once, again in zip(gradients(), gradients(create_graph=True), strict=True):
         torch.testing.assert_close(again, once, rtol=1e-11, atol=1e-13)
@@ -222,8 +222,8 @@ def test_a_batch_of_gradients(learn):
     )
     for row in range(ROWS):
         alone = torch.autograd.grad(losses[row], [leaf, *learned], retain_graph=True)
-        for mine, theirs in zip(batch, alone, strict=True):
-            torch.testing.assert_close(mine[row], theirs, rtol=1e-11, atol=1e-13)
+        for ours, theirs in zip(batch, alone, strict=True):
+            torch.testing.assert_close(ours[row], theirs, rtol=1e-11, atol=1e-13)
 
 
 @pytest.mark.parametrize("name", ["forward_kl", "reverse_kl", "jsd", "total_variation"])
@@ -243,8 +243,8 @@ def test_a_class_that_one_side_masks(learn, side, name):
         return torch.autograd.grad(value, [leaf, *learned])
 
     exact = gradients(reference.loss, FP64, hard_weight=0.0, soft_weight=1.0)
-    for mine, theirs in zip(gradients(fastkd.loss, FP32), exact, strict=True):
-        torch.testing.assert_close(mine.to(theirs), theirs, rtol=1e-5, atol=1e-6, equal_nan=True)
+    for ours, theirs in zip(gradients(fastkd.loss, FP32), exact, strict=True):
+        torch.testing.assert_close(ours.to(theirs), theirs, rtol=1e-5, atol=1e-6, equal_nan=True)
 
 
 def test_logits_of_inference_mode():

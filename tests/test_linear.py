@@ -166,12 +166,12 @@ def test_float16_under_a_loss_scale(device):
 @pytest.mark.parametrize("dtype", [FP64, FP32, BF16], ids=name_of)
 def test_chunks_change_rounding_alone(device, dtype):
     heads = make_heads(dtype, device)
-    whole, whole_grads = run(heads, chunks={"chunk_size": ROWS})
+    expected, expected_grads = run(heads, chunks={"chunk_size": ROWS})
     bound = 16 * torch.finfo(dtype).eps
     for size in (1, 7, 8, 36, 1000):
         value, grads = run(heads, chunks={"chunk_size": size})
-        torch.testing.assert_close(value, whole, rtol=1e-5 if dtype != FP64 else 1e-14, atol=0)
-        for grad, right in zip(grads, whole_grads, strict=True):
+        torch.testing.assert_close(value, expected, rtol=1e-5 if dtype != FP64 else 1e-14, atol=0)
+        for grad, right in zip(grads, expected_grads, strict=True):
             assert distance(grad, right.double()) <= bound * right.double().norm()
 
 
@@ -181,8 +181,10 @@ def test_summing_in_16_bits(device):
     _, (_, exact, _) = on_full_logits(heads, FP64)
     _, (_, upcast, _) = on_full_logits(heads, BF16, loss_dtype=FP32)
     errors = [
-        distance(run(heads, chunks={"chunk_size": 16, "accumulate_dtype": how})[1][1], exact)
-        for how in (FP32, BF16)
+        distance(
+            run(heads, chunks={"chunk_size": 16, "accumulate_dtype": dtype_of_sum})[1][1], exact
+        )
+        for dtype_of_sum in (FP32, BF16)
     ]
     assert errors[0] < errors[1] < 2 * distance(upcast, exact)
 
@@ -579,8 +581,8 @@ def test_terms_are_those_of_full_logits(device, teacher):
         ours = fastkd.terms(heads.student, teachers[teacher], heads.labels, chunks=plan, **options)
         dense = teachers["lists"] if teacher == "lists" else logits
         theirs = fastkd.terms(heads.student.logits(), dense, heads.labels, **options)
-        for one, other in zip(ours, theirs, strict=True):
-            torch.testing.assert_close(one, other)
+        for ours_grad, theirs_grad in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(ours_grad, theirs_grad)
         grads = [torch.autograd.grad(t.loss.sum(), heads.leaves()) for t in (ours, theirs)]
-        for one, other in zip(*grads, strict=True):
-            torch.testing.assert_close(one, other)
+        for ours_grad, theirs_grad in zip(*grads, strict=True):
+            torch.testing.assert_close(ours_grad, theirs_grad)

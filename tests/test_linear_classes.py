@@ -109,7 +109,7 @@ def test_16_bit_errors_are_at_most_pytorchs(device, dtype):
     baselines = (upcast, eager, in_rows)
     for name, grad, right, *others in zip("xwb", grads, exact, *baselines, strict=True):
         error = distance(grad, right)
-        of_cast, of_eager, of_rows = (distance(other, right) for other in others)
+        of_cast, of_eager, of_rows = (distance(baseline, right) for baseline in others)
         assert error <= of_eager and error <= 1.1 * of_cast, name
         assert error <= 1.01 * of_rows, name
 
@@ -187,8 +187,8 @@ def test_masked_chunks_equal_chunks_of_rows(device, masks, divergence):
         value, grads = run(heads, chunks=by_classes(32), **options)
         expected, right = run(heads, chunks=by_rows(8), **options)
         torch.testing.assert_close(value, expected, equal_nan=True)
-        for one, other in zip(grads, right, strict=True):
-            torch.testing.assert_close(one, other, equal_nan=True)
+        for grad, expected_grad in zip(grads, right, strict=True):
+            torch.testing.assert_close(grad, expected_grad, equal_nan=True)
 
 
 @pytest.mark.parametrize("wrong", [math.nan, math.inf])
@@ -289,8 +289,8 @@ def test_an_ignored_class_marks_no_other_chunk(device, ignore_index, captured, m
         monkeypatch.setattr(linear_loss, "counted_rows", lambda labels, ignore_index: None)
     value, grads = run(heads, chunks=by_classes(32), ignore_index=ignore_index)
     torch.testing.assert_close(value, expected)
-    for grad, other in zip(grads, right, strict=True):
-        torch.testing.assert_close(grad, other)
+    for grad, expected_grad in zip(grads, right, strict=True):
+        torch.testing.assert_close(grad, expected_grad)
 
 
 @pytest.mark.parametrize("frozen", ["hidden", "weight", "bias", "all"])
@@ -306,7 +306,8 @@ def test_frozen_parts_cost_nothing(device, frozen):
     widths = {"hidden": (counted, WIDTH), "weight": WIDTH, "bias": 1}
     for name, shape in widths.items():
         requires_grad = any(
-            one == shape or (one[0] != counted and one[1] == shape) for one in products.shapes
+            product == shape or (product[0] != counted and product[1] == shape)
+            for product in products.shapes
         )
         assert requires_grad == (frozen not in (name, "all")), name
     if frozen == "all":
@@ -389,8 +390,8 @@ def test_a_bound_that_rows_cannot_keep_to():
     assert peak_bytes(lambda: run(heads, chunks={"max_workspace": bound})) <= bound
     expected, right = run(heads)
     torch.testing.assert_close(value, expected)
-    for one, other in zip(grads, right, strict=True):
-        torch.testing.assert_close(one, other)
+    for grad, expected_grad in zip(grads, right, strict=True):
+        torch.testing.assert_close(grad, expected_grad)
     with pytest.raises(ValueError, match=r"max_workspace=1048576 is too small"):
         run(heads, chunks={"max_workspace": 2**20})
     with pytest.raises(ValueError, match=r"too small for chunks of classes"):

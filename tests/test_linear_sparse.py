@@ -115,7 +115,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 
 @pytest.fixture(params=["kernel", "formula"])
-def way(request, monkeypatch):
+def implementation(request, monkeypatch):
     """Run the test with the kernel, and as on a device without kernels."""
     if request.param == "formula":
         monkeypatch.setattr(topk, "KERNEL_DEVICES", ())
@@ -123,7 +123,7 @@ def way(request, monkeypatch):
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 @pytest.mark.parametrize("dtype", [FP64, FP32], ids=name_of)
-def test_every_option_equals_the_truth(device, way, dtype, options):
+def test_every_option_equals_the_truth(device, implementation, dtype, options):
     """Loss and gradients are right in one chunk, and in several with a smaller last one."""
     heads = make(dtype, device)
     exact, exact_grads = on_full_logits(heads, **options)
@@ -279,37 +279,37 @@ def test_derivatives_equal_finite_differences(tail, reduction):
     hidden, weight, bias = heads.leaves()
     leaves = [x[:, :3].detach().requires_grad_() for x in (hidden, weight)] + [bias]
 
-    def of(x, w, b):
+    def compute_loss(x, w, b):
         options = {"tail": tail, "reduction": reduction, "softcap": 5.0}
         return loss(heads._replace(student=Head(x, w, b)), chunks={"chunk_size": 2}, **options)
 
-    assert torch.autograd.gradcheck(of, leaves)
-    assert torch.autograd.gradgradcheck(of, leaves)
+    assert torch.autograd.gradcheck(compute_loss, leaves)
+    assert torch.autograd.gradgradcheck(compute_loss, leaves)
 
 
 def test_a_second_backward_pass_is_right():
     heads = make()
     value = loss(heads, chunks={"chunk_size": 8})
     first = torch.autograd.grad(value, heads.leaves(), retain_graph=True)
-    kept = [grad.clone() for grad in first]
+    copies = [grad.clone() for grad in first]
     second = torch.autograd.grad(value, heads.leaves())
-    for one, copy, two in zip(first, kept, second, strict=True):
-        assert torch.equal(one, copy) and torch.equal(one, two)
+    for before, copy, repeated in zip(first, copies, second, strict=True):
+        assert torch.equal(before, copy) and torch.equal(before, repeated)
 
 
 def test_function_transforms_give_the_gradient():
     heads = make(FP64, ignored=0.0)
     hidden, weight, bias = (leaf.detach() for leaf in heads.leaves())
 
-    def of(x, log_probs, indices, labels):
+    def compute_loss(x, log_probs, indices, labels):
         return loss(Heads(Head(x, weight, bias), TopK(log_probs, indices), labels))
 
     rows = (hidden, *heads.teacher[:2], heads.labels)
     _, (right, _, _) = run(heads)
-    torch.testing.assert_close(torch.func.grad(of)(*rows), right)
+    torch.testing.assert_close(torch.func.grad(compute_loss)(*rows), right)
     batch = [value[:36].unflatten(0, (4, 9)) for value in rows]
-    each = torch.stack([of(*one) for one in zip(*batch, strict=True)])
-    torch.testing.assert_close(torch.func.vmap(of)(*batch), each)
+    each = torch.stack([compute_loss(*row) for row in zip(*batch, strict=True)])
+    torch.testing.assert_close(torch.func.vmap(compute_loss)(*batch), each)
 
 
 @pytest.mark.filterwarnings(
@@ -329,15 +329,15 @@ def test_a_compiled_loss_equals_the_eager_one(reduction):
     teacher = heads.teacher._replace(tail="renormalize")
     plan = fastkd.chunks.plan(heads.student, teacher, heads.labels, chunk_size=8)
 
-    def of(x, w, b):
+    def compute_loss(x, w, b):
         return fastkd.loss(Head(x, w, b), teacher, heads.labels, reduction=reduction, chunks=plan)
 
     backend = aot_autograd(fw_compiler=keep, bw_compiler=keep)
-    compiled = torch.compile(of, fullgraph=True, backend=backend)
+    compiled = torch.compile(compute_loss, fullgraph=True, backend=backend)
     leaves = heads.leaves()
-    grads = [torch.autograd.grad(call(*leaves).sum(), leaves) for call in (compiled, of)]
-    for one, other in zip(*grads, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-7)
+    grads = [torch.autograd.grad(call(*leaves).sum(), leaves) for call in (compiled, compute_loss)]
+    for ours_grad, theirs_grad in zip(*grads, strict=True):
+        torch.testing.assert_close(ours_grad, theirs_grad, rtol=1e-5, atol=1e-7)
     assert "fastkd.linear_loss.default" in graphs[0]
     torch._dynamo.reset()
 

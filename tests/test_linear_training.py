@@ -86,8 +86,8 @@ def step(model, function=None):
 
 
 def assert_same_step(ours, theirs):
-    for one, other in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-7)
+    for ours_grad, theirs_grad in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(ours_grad, theirs_grad, rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.parametrize("options", CALLS.values(), ids=CALLS)
@@ -114,10 +114,10 @@ def test_a_second_backward_pass_is_right(dtype):
     model = Model(dtype)
     value = model(*model.inputs)
     first = torch.autograd.grad(value, list(model.parameters()), retain_graph=True)
-    kept = [grad.clone() for grad in first]
+    copies = [grad.clone() for grad in first]
     second = torch.autograd.grad(value, list(model.parameters()))
-    for one, copy, two in zip(first, kept, second, strict=True):
-        assert torch.equal(one, copy) and torch.equal(one, two)
+    for before, copy, repeated in zip(first, copies, second, strict=True):
+        assert torch.equal(before, copy) and torch.equal(before, repeated)
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
@@ -167,11 +167,13 @@ def test_inductor_gives_the_eager_gradients(fresh_compiler):
     """The default backend works, also in float16, where gradients are scaled last."""
     dtype = FP16
     model = Model(dtype)
-    for one, other in zip(
+    for compiled_grad, eager_grad in zip(
         step(model, torch.compile(model, fullgraph=True)), step(model), strict=True
     ):
         bound = 4 * torch.finfo(dtype).eps
-        torch.testing.assert_close(one, other, rtol=bound, atol=bound * float(other.abs().max()))
+        torch.testing.assert_close(
+            compiled_grad, eager_grad, rtol=bound, atol=bound * float(eager_grad.abs().max())
+        )
 
 
 @pytest.mark.slow
@@ -221,7 +223,7 @@ def test_function_transforms_give_the_gradients():
     right = torch.autograd.grad(loss(x.requires_grad_(), t, labels), x)[0]
     torch.testing.assert_close(torch.func.grad(loss)(x.detach(), t, labels), right)
     batch = [value[:20].unflatten(0, (4, 5)) for value in (x.detach(), t, labels)]
-    each = torch.stack([loss(*one) for one in zip(*batch, strict=True)])
+    each = torch.stack([loss(*row) for row in zip(*batch, strict=True)])
     torch.testing.assert_close(torch.func.vmap(loss)(*batch), each)
 
 

@@ -69,8 +69,8 @@ def check(
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_every_pair_of_dtypes_equals_the_truth(device, pair, reduction):
     problem = make((9, 1003), *pair, device=device)
-    same = pair[0] == pair[1]
-    check(*problem, reduction=reduction, against_eager=same)
+    equal_dtypes = pair[0] == pair[1]
+    check(*problem, reduction=reduction, against_eager=equal_dtypes)
 
 
 @pytest.mark.parametrize("dtype", [FP32, BF16, FP64], ids=name_of)
@@ -184,9 +184,9 @@ def test_temperature_of_each_row(device, dtype, reduction):
     student, teacher, labels = make((4, 3, 50), dtype, device=device)
     temperature = torch.linspace(0.5, 8.0, 12, device=device).view(4, 3)
     check(student, teacher, labels, temperature=temperature, reduction=reduction)
-    one = torch.tensor(3.0, device=device)
+    scalar = torch.tensor(3.0, device=device)
     exact = truth(student, teacher, labels, temperature=3.0)
-    got = fastkd.loss(student, teacher, labels, temperature=one)
+    got = fastkd.loss(student, teacher, labels, temperature=scalar)
     assert_value(got, exact, compute_dtype(student, teacher))
 
 
@@ -390,32 +390,34 @@ LAYOUTS = list(views(torch.empty(4, 6, 40), torch.empty(4, 6, 40)))
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_views_give_the_bits_of_copies(device, layout, dtype):
     """A view gives the bits of its contiguous copy, and a gradient for its base."""
-    same = assert_same
+    assert_equal = assert_same
     if layout == "classes not adjacent" and dtype is FP64 and device.type == "cpu":
         # Pixels use the transposed layout; adjacent float64 classes do not.
-        same = partial(torch.testing.assert_close, rtol=1e-13, atol=1e-15)
+        assert_equal = partial(torch.testing.assert_close, rtol=1e-13, atol=1e-15)
     base, teacher, _ = make((4, 6, 40), dtype, device=device, labels=False)
     for reduction in ("mean", "none"):
         leaf = base.clone().requires_grad_()
-        student, other = views(leaf, teacher)[layout]
+        student, teacher_view = views(leaf, teacher)[layout]
         labels = torch.arange(math.prod(student.shape[:-1]), device=device).view(student.shape[:-1])
         labels = (labels % student.shape[-1]).masked_fill(labels % 5 == 1, -100)
         copy = student.detach().clone(memory_format=torch.contiguous_format).requires_grad_()
-        value = fastkd.loss(student, other, labels, reduction=reduction)
-        expected = fastkd.loss(copy, other.contiguous(), labels, reduction=reduction)
-        same(value.detach(), expected.detach())
+        value = fastkd.loss(student, teacher_view, labels, reduction=reduction)
+        expected = fastkd.loss(copy, teacher_view.contiguous(), labels, reduction=reduction)
+        assert_equal(value.detach(), expected.detach())
         outgoing = torch.linspace(1, 2, value.numel(), device=device, dtype=value.dtype).view_as(
             value
         )
         inner = torch.autograd.grad(value, student, outgoing)[0]
         expected.backward(outgoing)
-        same(inner, copy.grad)
+        assert_equal(inner, copy.grad)
         if student.grad_fn is not None:
-            again = fastkd.loss(views(leaf, teacher)[layout][0], other, labels, reduction=reduction)
+            again = fastkd.loss(
+                views(leaf, teacher)[layout][0], teacher_view, labels, reduction=reduction
+            )
             again.backward(outgoing)
             behind = views(leaf, teacher)[layout][0]
-            same(leaf.grad, torch.autograd.grad(behind, leaf, copy.grad)[0])
-    check(student.detach(), other, labels)
+            assert_equal(leaf.grad, torch.autograd.grad(behind, leaf, copy.grad)[0])
+    check(student.detach(), teacher_view, labels)
 
 
 @pytest.mark.parametrize("dtype", [FP32, BF16, FP16], ids=name_of)

@@ -29,12 +29,12 @@ def teachers_of(
     device: torch.device = CPU,
 ) -> list[Tensor]:
     generator = torch.Generator().manual_seed(count)
-    many = [4 * torch.randn(shape, generator=generator, dtype=FP64) for _ in range(count)]
+    teachers = [4 * torch.randn(shape, generator=generator, dtype=FP64) for _ in range(count)]
     if form == "probs":
-        many = [logits.softmax(-1) for logits in many]
+        teachers = [logits.softmax(-1) for logits in teachers]
     if form == "log_probs":
-        many = [logits.log_softmax(-1) for logits in many]
-    return [logits.to(device, dtype) for logits in many]
+        teachers = [logits.log_softmax(-1) for logits in teachers]
+    return [logits.to(device, dtype) for logits in teachers]
 
 
 def mixed_logits(teachers: list[Tensor], dtype: torch.dtype = FP32, **options: Any) -> Tensor:
@@ -71,9 +71,9 @@ def check(teachers: list[Tensor], dtype: torch.dtype = FP32, **options: Any) -> 
     masked = [torch.from_numpy(x) == (0 if form == "probs" else -INF) for x in shared]
     together = torch.stack(masked).all(0) if ensemble == "probs" else torch.stack(masked).any(0)
     assert torch.equal(got == -INF, together)
-    there = p > 0  # float64 may underflow where the logarithm does not
-    bound = BOUND[dtype] * p[there].log().abs().max().clamp(min=1)
-    torch.testing.assert_close(got[there], p[there].log(), rtol=0, atol=float(bound))
+    positive = p > 0  # float64 may underflow where the logarithm does not
+    bound = BOUND[dtype] * p[positive].log().abs().max().clamp(min=1)
+    torch.testing.assert_close(got[positive], p[positive].log(), rtol=0, atol=float(bound))
 
 
 @pytest.mark.usefixtures("isa")
@@ -156,10 +156,10 @@ def test_a_row_without_an_answer_is_nan(device, value):
 def test_same_bits_for_any_number_of_threads():
     teachers = teachers_of("logits", (37, 5000), FP32, 3)
     torch.set_num_threads(1)
-    one = mixed(teachers)
+    expected = mixed(teachers)
     for threads in (2, 5):
         torch.set_num_threads(threads)
-        assert torch.equal(mixed(teachers), one)
+        assert torch.equal(mixed(teachers), expected)
 
 
 @pytest.mark.parametrize("of_rows", [None, torch.tensor([1.0, 2.0, 3.0, 1.5, 2.5, 3.5])])
@@ -252,9 +252,9 @@ def test_rows_have_their_own_numbers():
     generator = torch.Generator().manual_seed(2)
     student = torch.randn(70, 300, generator=generator)
     teachers = teachers_of("logits", (70, 300), FP32, 2)
-    teacher_t, mine = (torch.rand(70, generator=generator) + 0.5 for _ in range(2))
-    before = mixed_logits(teachers, temperature=mine, teacher_temperature=teacher_t)
-    shared = {"temperature": mine, "soft_weight": teacher_t, "hard_weight": 0.5}
+    teacher_t, temperature = (torch.rand(70, generator=generator) + 0.5 for _ in range(2))
+    before = mixed_logits(teachers, temperature=temperature, teacher_temperature=teacher_t)
+    shared = {"temperature": temperature, "soft_weight": teacher_t, "hard_weight": 0.5}
     expected = call(student, before, **shared)
     got = call(student, teachers, teacher_temperature=teacher_t, **shared)
     assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))

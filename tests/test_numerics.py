@@ -359,15 +359,15 @@ MASKS = {
 
 
 @pytest.mark.parametrize(
-    ("dtype", "where", "classes", "reduction"),
+    ("dtype", "side", "classes", "reduction"),
     pairwise(DTYPES, MASKS, [5, 40, 1500, 20000], ["mean", "none"]),
     ids=str,
 )
-def test_masked_classes_give_exact_values(device, where, classes, dtype, reduction):
+def test_masked_classes_give_exact_values(device, side, classes, dtype, reduction):
     student, teacher, labels = make((6, classes), dtype, device=device, ignored=0.0)
     columns = torch.arange(classes, device=device) % 3 == 1
     labels = torch.where(labels % 3 == 1, labels - 1, labels)  # never a masked class
-    masked_student, masked_teacher = MASKS[where]
+    masked_student, masked_teacher = MASKS[side]
     if masked_student:
         student = student.masked_fill(columns, -INF)
     if masked_teacher:
@@ -375,7 +375,7 @@ def test_masked_classes_give_exact_values(device, where, classes, dtype, reducti
     leaf = student.requires_grad_()
     value = fastkd.loss(leaf, teacher, labels, reduction=reduction)
     value.sum().backward()
-    if where == "student":
+    if side == "student":
         # The mass that the teacher gives the class makes the loss infinite.
         assert (value == INF).all()
         assert leaf.grad.isfinite().all()
@@ -431,11 +431,11 @@ def test_rows_without_any_class(device, masked):
 
 
 @pytest.mark.parametrize(
-    ("dtype", "bad", "where", "classes"),
+    ("dtype", "bad", "side", "classes"),
     pairwise(DTYPES, [NAN, INF], ["student", "teacher"], [10, 200, 3000, 40000]),
     ids=str,
 )
-def test_nan_and_inf_stay_in_their_row(device, where, bad, classes, dtype):
+def test_nan_and_inf_stay_in_their_row(device, side, bad, classes, dtype):
     rows = 5
     student, teacher, labels = make((rows, classes), dtype, device=device, ignored=0.0)
     clean = student.clone().requires_grad_()
@@ -444,7 +444,7 @@ def test_nan_and_inf_stay_in_their_row(device, where, bad, classes, dtype):
     # First, middle and last class: each thread of a kernel, full vectors and remainders.
     for column in (0, classes // 2, classes - 1):
         inputs = {"student": student.clone(), "teacher": teacher.clone()}
-        inputs[where][2, column] = bad
+        inputs[side][2, column] = bad
         leaf = inputs["student"].requires_grad_()
         value = fastkd.loss(leaf, inputs["teacher"], labels, reduction="none")
         value.sum().backward()
@@ -458,7 +458,7 @@ def test_nan_and_inf_stay_in_their_row(device, where, bad, classes, dtype):
             total.backward()
             assert total.isnan()
             assert again.grad[2].isnan().all() and again.grad[others].isfinite().all()
-    if where == "teacher":
+    if side == "teacher":
         # Weight 0 does not hide NaN.
         assert fastkd.loss(student, inputs["teacher"], labels, alpha=1.0).isnan()
 

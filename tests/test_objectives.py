@@ -24,16 +24,16 @@ GRAD_BOUND = {FP32: 4e-6, FP64: 1e-9, BF16: 2**-8, FP16: 2**-10}
 
 def teacher_of(form: str, dtype: torch.dtype, device: Any, seed: int = 1) -> Any:
     """Make a teacher of a form: one tensor, or three."""
-    many = [
+    teachers = [
         make((ROWS, CLASSES), FP64, labels=False, device=device, seed=seed + i).student
         for i in range(3 if form.startswith("three") else 1)
     ]
     if form == "log_probs":
-        many = [x.log_softmax(-1) for x in many]
+        teachers = [x.log_softmax(-1) for x in teachers]
     if form == "probs":
-        many = [x.softmax(-1) for x in many]
-    many = [x.to(dtype) for x in many]
-    return many if len(many) > 1 else many[0]
+        teachers = [x.softmax(-1) for x in teachers]
+    teachers = [x.to(dtype) for x in teachers]
+    return teachers if len(teachers) > 1 else teachers[0]
 
 
 FORMS = {
@@ -295,22 +295,22 @@ def test_slices_of_padded_classes(device, extra, name):
     padded = [
         F.pad(x, (0, more), value=50.0) for x, more in zip((student, teacher), extra, strict=True)
     ]
-    leaf, plain = padded[0].requires_grad_(), student.clone().requires_grad_()
+    leaf, unpadded_leaf = padded[0].requires_grad_(), student.clone().requires_grad_()
     options = {"divergence": name, "class_weight": torch.ones(7, device=device)}
     got = fastkd.loss(leaf[:, :7], padded[1][:, :7], labels, **options)
-    expected = fastkd.loss(plain, teacher, labels, **options)
+    expected = fastkd.loss(unpadded_leaf, teacher, labels, **options)
     torch.testing.assert_close(got, expected)
     got.backward()
     expected.backward()
-    torch.testing.assert_close(leaf.grad[:, :7], plain.grad)
+    torch.testing.assert_close(leaf.grad[:, :7], unpadded_leaf.grad)
     assert (leaf.grad[:, 7:] == 0).all()
 
 
 def test_slices_of_padded_classes_in_dimension_1(device):
     student, teacher, _ = make((2, 6, 3), device=device, labels=False)
     got = fastkd.loss(student[:, :4], teacher[:, :5][:, :4], dim=1)
-    few = [logits[:, :4].contiguous() for logits in (student, teacher)]
-    torch.testing.assert_close(got, fastkd.loss(*few, dim=1))
+    sliced = [logits[:, :4].contiguous() for logits in (student, teacher)]
+    torch.testing.assert_close(got, fastkd.loss(*sliced, dim=1))
 
 
 # ---- calls with kernels
@@ -331,8 +331,8 @@ def test_targets_by_the_kernels(labels_are, reduction, monkeypatch):
     monkeypatch.setattr(reference, "terms", None)
     got = fastkd.terms(leaf, teacher, labels, **options)
     got.loss.sum().backward()
-    for mine, double in zip(got[:6], expected[:6], strict=True):
-        torch.testing.assert_close(mine.double(), double, rtol=2e-6, atol=2e-6)
+    for field, double in zip(got[:6], expected[:6], strict=True):
+        torch.testing.assert_close(field.double(), double, rtol=2e-6, atol=2e-6)
     torch.testing.assert_close(leaf.grad, gradient, rtol=2e-5, atol=2e-7)
     with pytest.raises(ValueError, match="inplace"):
         fastkd.loss(leaf * 1, teacher, labels, **options, inplace=True)

@@ -104,7 +104,7 @@ def test_an_outlier_in_every_dtype_and_pass(device, divergence, classes, dtype):
 
 
 ROWS = 20
-SAME = {
+NEUTRAL = {
     "row weights": lambda classes: {"soft_weight": torch.ones(ROWS)},
     "temperatures of rows": lambda classes: {"temperature": torch.full((ROWS,), 3.0)},
     "equal temperatures": lambda classes: {
@@ -116,21 +116,23 @@ SAME = {
 
 
 @pytest.mark.parametrize(
-    ("offset", "classes", "how"), pairwise([0.0, 20.0], [3, 10, 100, 144, 145, 1000], SAME), ids=str
+    ("offset", "classes", "row_tensors"),
+    pairwise([0.0, 20.0], [3, 10, 100, 144, 145, 1000], NEUTRAL),
+    ids=str,
 )
-def test_row_tensors_that_change_nothing_cost_no_accuracy(device, how, classes, offset):
+def test_row_tensors_that_change_nothing_cost_no_accuracy(device, row_tensors, classes, offset):
     """The error is at most twice that of a call with numbers in place of row tensors."""
     teacher, noise, labels = make((ROWS, classes), device=device, ignored=0.0)
     teacher += offset
     student = teacher + 1e-3 * noise
     options = {"temperature": 3.0, "reduction": "none", "hard_weight": 0.0, "soft_weight": 1.0}
     exact = truth(student, teacher, labels, **options)
-    plain = fastkd.loss(student, teacher, labels, **options)
-    tensors = {name: value.to(device) for name, value in SAME[how](classes).items()}
+    baseline = fastkd.loss(student, teacher, labels, **options)
+    tensors = {name: value.to(device) for name, value in NEUTRAL[row_tensors](classes).items()}
     value = fastkd.loss(student, teacher, labels, **{**options, **tensors})
     error = ((value.double() - exact.loss) / exact.loss).abs().max()
-    of_plain = ((plain.double() - exact.loss) / exact.loss).abs().max()
-    assert float(error) <= 2 * float(of_plain) + 2e-7
+    of_baseline = ((baseline.double() - exact.loss) / exact.loss).abs().max()
+    assert float(error) <= 2 * float(of_baseline) + 2e-7
 
 
 @pytest.mark.usefixtures("isa")

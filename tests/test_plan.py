@@ -95,10 +95,10 @@ def test_each_size_has_its_kernel(name: str, dtype: int, warps: int, ctas: int) 
     assert kind(ctas + 1)[0] == "streaming"
     assert kind(8193) == kind(262144) == ("streaming", 512)
     # Different dtypes use tiny, then streaming; double never uses tiny.
-    other = BFLOAT16 if dtype == FLOAT32 else FLOAT16
-    assert kind(128, other) == ("tiny", 32)
-    assert kind(129, other) == kind(1023, other) == ("streaming", 64)
-    assert kind(1024, other) == kind(8191, other) == ("streaming", 256)
+    other_dtype = BFLOAT16 if dtype == FLOAT32 else FLOAT16
+    assert kind(128, other_dtype) == ("tiny", 32)
+    assert kind(129, other_dtype) == kind(1023, other_dtype) == ("streaming", 64)
+    assert kind(1024, other_dtype) == kind(8191, other_dtype) == ("streaming", 256)
     assert kind(5, FLOAT64) == ("streaming", 64)
 
 
@@ -113,11 +113,11 @@ def test_threads_share_rows_whose_classes_are_not_adjacent() -> None:
     def sharing(classes: int, rows: int) -> int:
         return plan(classes, rows, strided=True)["lanes"]
 
-    many = 2**20
-    assert sharing(1, many) == sharing(24, many) == 1
-    assert sharing(25, many) == sharing(48, many) == 2
-    assert sharing(49, many) == 4
-    assert sharing(97, many) == sharing(2**20, many) == 8
+    many_rows = 2**20
+    assert sharing(1, many_rows) == sharing(24, many_rows) == 1
+    assert sharing(25, many_rows) == sharing(48, many_rows) == 2
+    assert sharing(49, many_rows) == 4
+    assert sharing(97, many_rows) == sharing(2**20, many_rows) == 8
     # With few rows, the device has spare threads.
     assert sharing(19, 512 * 512) == sharing(19, 132 * 512) == 1
     assert sharing(19, 132 * 512 - 1) == 2
@@ -128,10 +128,10 @@ def test_threads_share_rows_whose_classes_are_not_adjacent() -> None:
 @pytest.mark.parametrize("classes", [10, 100, 1000, 8192, 128256])
 def test_a_small_grid_adds_up_its_own_total(classes: int) -> None:
     with_clusters, without = DEVICES["hopper"], DEVICES["ampere"]
-    one = plan(classes, 1, device=without)
-    assert one["finish_inside"] and one["cluster"] == 1
-    eight = plan(classes, 8 * one["rows_per_block"], device=without)
-    assert not eight["finish_inside"]
+    one_row = plan(classes, 1, device=without)
+    assert one_row["finish_inside"] and one_row["cluster"] == 1
+    eight_blocks = plan(classes, 8 * one_row["rows_per_block"], device=without)
+    assert not eight_blocks["finish_inside"]
     per_block = plan(classes, 8, device=with_clusters)["rows_per_block"]
     p = plan(classes, 8, device=with_clusters)
     assert p["finish_inside"] and p["cluster"] == -(-8 // per_block)

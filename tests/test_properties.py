@@ -39,8 +39,8 @@ def test_soft_term_is_not_negative_and_zero_at_the_teacher(device, classes, rows
     student, teacher, _ = make((rows, classes), dtype, device=device, labels=False, seed=seed)
     got = fastkd.loss(student, teacher, temperature=t, reduction="none")
     assert (got >= 0).all()
-    same = fastkd.loss(teacher, teacher, temperature=t, reduction="none")
-    assert (same >= 0).all() and (same <= 1e-12).all()
+    self_divergence = fastkd.loss(teacher, teacher, temperature=t, reduction="none")
+    assert (self_divergence >= 0).all() and (self_divergence <= 1e-12).all()
 
 
 @given(
@@ -58,10 +58,10 @@ def test_a_constant_added_to_a_row_changes_nothing(device, classes, rows, t, see
     student, teacher = ((x.clamp(-31, 31) * 4096).round() / 4096 for x in (student, teacher))
     leaf, moved = student.clone().requires_grad_(), (student + a).requires_grad_()
     value = fastkd.loss(leaf, teacher, labels, temperature=t, alpha=alpha)
-    other = fastkd.loss(moved, teacher + b, labels, temperature=t, alpha=alpha)
-    torch.testing.assert_close(other, value, rtol=2e-6, atol=2e-6)
+    moved_loss = fastkd.loss(moved, teacher + b, labels, temperature=t, alpha=alpha)
+    torch.testing.assert_close(moved_loss, value, rtol=2e-6, atol=2e-6)
     value.backward()
-    other.backward()
+    moved_loss.backward()
     scale = 1 + t  # rounding of the gradient's two parts
     torch.testing.assert_close(moved.grad, leaf.grad, rtol=2e-5, atol=2e-7 * scale)
 
@@ -72,13 +72,16 @@ def test_permuted_classes_permute_the_gradient(device, classes, rows, t, seed):
     order = torch.randperm(classes, generator=torch.Generator().manual_seed(seed)).to(device)
     place = order.argsort()
     moved = torch.where(labels == -100, labels, place[labels.clamp(min=0)])
-    leaf, other = student.clone().requires_grad_(), student[:, order].clone().requires_grad_()
+    leaf, permuted_leaf = (
+        student.clone().requires_grad_(),
+        student[:, order].clone().requires_grad_(),
+    )
     value = fastkd.loss(leaf, teacher, labels, temperature=t)
-    permuted = fastkd.loss(other, teacher[:, order], moved, temperature=t)
+    permuted = fastkd.loss(permuted_leaf, teacher[:, order], moved, temperature=t)
     torch.testing.assert_close(permuted, value, rtol=2e-6, atol=1e-6)
     value.backward()
     permuted.backward()
-    torch.testing.assert_close(other.grad, leaf.grad[:, order], rtol=2e-6, atol=1e-6)
+    torch.testing.assert_close(permuted_leaf.grad, leaf.grad[:, order], rtol=2e-6, atol=1e-6)
 
 
 @given(
@@ -136,18 +139,18 @@ def test_gradients_sum_to_zero_over_classes(device, classes, rows, t, seed, alph
 )
 def test_ignored_rows_are_zero_and_unread(device, classes, rows, seed, dtype, junk, index):
     student, teacher, labels = make((rows, classes), dtype, device=device, seed=seed, ignored=0.5)
-    gone = labels == -100
-    labels = torch.where(gone, index, labels)
-    gone = labels == index
+    is_ignored = labels == -100
+    labels = torch.where(is_ignored, index, labels)
+    is_ignored = labels == index
     clean = fastkd.loss(student, teacher, labels, ignore_index=index)
-    student[gone], teacher[gone] = junk, -junk
+    student[is_ignored], teacher[is_ignored] = junk, -junk
     leaf = student.requires_grad_()
     rowwise = fastkd.terms(leaf, teacher, labels, ignore_index=index, reduction="none")
-    assert all((term[gone] == 0).all() for term in rowwise)
+    assert all((term[is_ignored] == 0).all() for term in rowwise)
     value = fastkd.loss(leaf, teacher, labels, ignore_index=index)
     assert torch.equal(value, clean)
     value.backward()
-    assert (leaf.grad[gone] == 0).all() and leaf.grad.isfinite().all()
+    assert (leaf.grad[is_ignored] == 0).all() and leaf.grad.isfinite().all()
 
 
 @given(classes=WIDTHS, rows=ROWS, t=TEMPERATURES, seed=SEEDS, alpha=SHARES)
@@ -264,10 +267,10 @@ def test_every_divergence_is_the_references(device, name, classes, t, seed):
     classes += name == "dkd"  # dkd distinguishes the label from other classes
     student, teacher, labels = make((3, classes), FP64, device=device, seed=seed)
     options = {"temperature": t, "divergence": name}
-    leaf, other = student.clone().requires_grad_(), student.clone().requires_grad_()
+    leaf, exact_leaf = student.clone().requires_grad_(), student.clone().requires_grad_()
     value = fastkd.loss(leaf, teacher, labels, **options)
-    expected = reference.loss(other, teacher, labels, **weights(options, True))
+    expected = reference.loss(exact_leaf, teacher, labels, **weights(options, True))
     torch.testing.assert_close(value, expected, rtol=1e-12, atol=1e-13 * t * t)
     value.backward()
     expected.backward()
-    torch.testing.assert_close(leaf.grad, other.grad, rtol=1e-10, atol=1e-13 * t)
+    torch.testing.assert_close(leaf.grad, exact_leaf.grad, rtol=1e-10, atol=1e-13 * t)

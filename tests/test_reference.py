@@ -81,8 +81,8 @@ def test_row_temperatures_are_rows_of_their_own():
         alone = reference.terms(
             student[row], teacher[row], labels[row], temperature=float(t[row]), reduction="none"
         )
-        for name, one, all_rows in zip(alone._fields[:6], alone[:6], together[:6], strict=True):
-            torch.testing.assert_close(all_rows[row], one, msg=name, **EXACT)
+        for name, of_row, all_rows in zip(alone._fields[:6], alone[:6], together[:6], strict=True):
+            torch.testing.assert_close(all_rows[row], of_row, msg=name, **EXACT)
 
 
 @pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
@@ -114,14 +114,14 @@ def test_both_terms_are_weighed_masked_and_reduced_alike(reduction, normalizer):
 
 def test_the_gradient_is_torchs():
     student, teacher, labels = make((8, 13), FP64, ignored=0.4)
-    leaf, other = student.clone().requires_grad_(), student.clone().requires_grad_()
+    leaf, exact_leaf = student.clone().requires_grad_(), student.clone().requires_grad_()
     valid = labels != -100
     rows = 0.3 * F.cross_entropy(leaf, labels, reduction="none") + 0.7 * 4.0 * kl(
         leaf, teacher, 2.0
     )
     (rows * valid).sum().div(valid.sum()).backward()
-    reference.loss(other, teacher, labels, hard_weight=0.3, soft_weight=0.7).backward()
-    torch.testing.assert_close(other.grad, leaf.grad, **EXACT)
+    reference.loss(exact_leaf, teacher, labels, hard_weight=0.3, soft_weight=0.7).backward()
+    torch.testing.assert_close(exact_leaf.grad, leaf.grad, **EXACT)
 
 
 def test_entropies_and_agreement_are_their_formulas():
@@ -130,8 +130,8 @@ def test_entropies_and_agreement_are_their_formulas():
     for logits, entropy in ((student, got.student_entropy), (teacher, got.teacher_entropy)):
         expected = torch.distributions.Categorical(logits=logits / 3.0).entropy()
         torch.testing.assert_close(entropy, expected, **EXACT)
-    same = student.argmax(-1) == teacher.argmax(-1)
-    assert torch.equal(got.agreement, same.double())
+    agreement = student.argmax(-1) == teacher.argmax(-1)
+    assert torch.equal(got.agreement, agreement.double())
 
 
 @pytest.mark.parametrize(
@@ -158,11 +158,11 @@ def test_masked_classes_give_exact_values(student, teacher, soft):
 def test_a_term_without_weight_may_be_infinite():
     student = torch.tensor([[0.0, -INF]], dtype=FP64)
     teacher = torch.zeros(1, 2, dtype=FP64)
-    zero, one = torch.tensor([0]), torch.tensor([1])
+    zero, second = torch.tensor([0]), torch.tensor([1])
     assert reference.loss(student, teacher, zero, hard_weight=1.0, soft_weight=0.0) == 0
     assert reference.loss(student, teacher, zero, hard_weight=1.0, soft_weight=0.1) == INF
-    assert reference.loss(student, teacher, one, hard_weight=1.0, soft_weight=0.0) == INF
-    assert reference.loss(teacher, teacher, one, hard_weight=0.0, soft_weight=1.0) == 0
+    assert reference.loss(student, teacher, second, hard_weight=1.0, soft_weight=0.0) == INF
+    assert reference.loss(teacher, teacher, second, hard_weight=0.0, soft_weight=1.0) == 0
 
 
 def test_ignored_rows_are_not_read():

@@ -77,20 +77,22 @@ def calibration_error(p: torch.Tensor, labels: torch.Tensor) -> float:
 def test_answers(models, report):
     teacher, students = models
     with torch.no_grad():
-        said = {name: m(IMAGES).double() for name, m in {"teacher": teacher, **students}.items()}
+        logits_by_name = {
+            name: m(IMAGES).double() for name, m in {"teacher": teacher, **students}.items()
+        }
     for result in report.models:
-        logits, answers = said[result.name], result.answers
+        logits, answers = logits_by_name[result.name], result.answers
         right = (logits.argmax(-1) == LABELS).double().mean()
         assert answers.rows == len(LABELS)
         assert answers.accuracy == pytest.approx(float(right), abs=1e-9)
         assert answers.accuracy_low < answers.accuracy < answers.accuracy_high
-        same = (logits.argmax(-1) == said["teacher"].argmax(-1)).double().mean()
-        assert answers.agreement == pytest.approx(float(same), abs=1e-9)
+        agreement = (logits.argmax(-1) == logits_by_name["teacher"].argmax(-1)).double().mean()
+        assert answers.agreement == pytest.approx(float(agreement), abs=1e-9)
         entropy = float(F.cross_entropy(logits, LABELS))
         assert answers.cross_entropy == pytest.approx(entropy, rel=1e-5)
         error = calibration_error(logits.softmax(-1), LABELS)
         assert answers.calibration_error == pytest.approx(error, abs=1e-5)
-        assert sum(one.rows for one in answers.bins) == len(LABELS)
+        assert sum(b.rows for b in answers.bins) == len(LABELS)
 
 
 def test_calibration_of_what_is_known():
@@ -101,7 +103,7 @@ def test_calibration_of_what_is_known():
             nn.Identity(), nn.Identity(), [(logits, torch.tensor(labels))], seconds=0, show=False
         )
         assert result.models[1].answers.calibration_error == pytest.approx(error)
-        assert [one.rows for one in result.models[0].answers.bins] == [0] * 14 + [2]
+        assert [b.rows for b in result.models[0].answers.bins] == [0] * 14 + [2]
 
 
 @pytest.mark.parametrize(("dtype", "scale"), [(torch.float32, 1e-7), (torch.float64, 1e-12)])
@@ -114,8 +116,10 @@ def test_a_copy_agrees_where_logits_hardly_differ(dtype, scale):
     result = fastkd.report(teacher, copy.deepcopy(teacher), loader, seconds=0, show=False)
     with torch.no_grad():
         right = (teacher(IMAGES.to(dtype)).argmax(-1) == LABELS).double().mean()
-    for one in result.models:
-        assert one.answers.agreement == 1 and one.answers.accuracy == pytest.approx(float(right))
+    for model in result.models:
+        assert model.answers.agreement == 1 and model.answers.accuracy == pytest.approx(
+            float(right)
+        )
 
 
 def test_float64_is_kept():
@@ -140,14 +144,14 @@ def test_ignored_rows_sequences_and_classes_elsewhere():
     torch.manual_seed(0)
     logits, labels = torch.randn(4, 6, 5), torch.randint(5, (4, 6))
     labels[labels == 0] = -1
-    plain = fastkd.report(
+    expected = fastkd.report(
         nn.Identity(), nn.Identity(), [(logits, labels)], ignore_index=-1, seconds=0, show=False
     )
-    answers = plain.models[1].answers
-    kept = labels != -1
-    assert answers.rows == int(kept.sum())
+    answers = expected.models[1].answers
+    valid = labels != -1
+    assert answers.rows == int(valid.sum())
     assert answers.accuracy == pytest.approx(
-        float((logits.argmax(-1) == labels)[kept].double().mean())
+        float((logits.argmax(-1) == labels)[valid].double().mean())
     )
     turned = [(logits.movedim(-1, 1), labels)]
     moved = fastkd.report(
@@ -189,11 +193,15 @@ def test_size_of_parameters_that_are_views_of_one_buffer():
 
 @pytest.mark.filterwarnings("ignore:.*deprecated")
 def test_size_of_a_quantised_model():
-    plain = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10))
-    quantised = torch.ao.quantization.quantize_dynamic(plain, {nn.Linear}, dtype=torch.qint8)
+    full_precision = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10))
+    quantised = torch.ao.quantization.quantize_dynamic(
+        full_precision, {nn.Linear}, dtype=torch.qint8
+    )
     weights = 64 * 32 + 32 * 10
-    assert weights < measure.measure_size(quantised).bytes < measure.measure_size(plain).bytes
-    result = fastkd.report(plain, quantised, LOADER[:1], seconds=0, show=False)
+    assert (
+        weights < measure.measure_size(quantised).bytes < measure.measure_size(full_precision).bytes
+    )
+    result = fastkd.report(full_precision, quantised, LOADER[:1], seconds=0, show=False)
     assert result.models[1].answers.agreement > 0.5
 
 
@@ -238,9 +246,11 @@ def test_latency(device):
         assert times["teacher"][batch].p50 > 0.004 > 0.001
         assert times["teacher"][batch].p50 > times["student"][batch].p50 > 0.001
         for name in times:
-            one = times[name][batch]
-            assert one.p95 >= one.p50 and one.throughput == pytest.approx(batch / one.p50)
-            assert one.calls >= 15
+            figures = times[name][batch]
+            assert figures.p95 >= figures.p50 and figures.throughput == pytest.approx(
+                batch / figures.p50
+            )
+            assert figures.calls >= 15
 
 
 def test_models_in_other_dtypes():
@@ -320,11 +330,13 @@ def test_wide_and_superlinear_timings_are_named():
     result, warnings = measure.summarize_turns(turns, 1)
     assert result["student"].speedup == pytest.approx(4)
     assert warnings == ["95th percentile over 2x the median: teacher, student"]
-    one = result["student"]
-    by_batch = {1: one, 32: one._replace(p50=40 * one.p50)}
+    latency = result["student"]
+    by_batch = {1: latency, 32: latency._replace(p50=40 * latency.p50)}
     (warning,) = measure._compare_batches("CPU: student's", by_batch)
     assert warning == "CPU: student's batch 32 takes 40x as long as its batch 1."
-    assert not measure._compare_batches("", {1: one, 32: one._replace(p50=33 * one.p50)})
+    assert not measure._compare_batches(
+        "", {1: latency, 32: latency._replace(p50=33 * latency.p50)}
+    )
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux has /proc/self/task")
@@ -499,8 +511,8 @@ def test_labels_of_a_plot_never_overlap(count, width, speedup):
     # Excludes the line to the point.
     extent = importlib.import_module("matplotlib.text").Text.get_window_extent
     boxes = [extent(text) for text in (*names, *ticks, axes.xaxis.label)]
-    for one, other in itertools.combinations(boxes, 2):
-        assert not one.overlaps(other)
+    for box, other_box in itertools.combinations(boxes, 2):
+        assert not box.overlaps(other_box)
 
 
 def test_pictures_suit_light_and_dark_pages(tmp_path):
@@ -690,15 +702,15 @@ def test_a_full_disk_leaves_no_half_of_a_report(report, tmp_path, monkeypatch, w
             raise OSError(errno.ENOSPC, "No space left on device")
         done.append(write(path, data))
 
-    whole = report.save(tmp_path / "whole")
-    before = {file.name: file.read_bytes() for file in whole.iterdir()}
+    earlier = report.save(tmp_path / "whole")
+    before = {file.name: file.read_bytes() for file in earlier.iterdir()}
     assert len(before) == 5
-    other = report._replace(title="another")
-    for folder, expected in ((tmp_path / "new", {}), (whole, before)):
+    changed = report._replace(title="another")
+    for folder, expected in ((tmp_path / "new", {}), (earlier, before)):
         done.clear()
         with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left"):
             patch.setattr(pathlib.Path, "write_bytes", fill_disk)
-            other.save(folder)
+            changed.save(folder)
         assert {file.name: file.read_bytes() for file in folder.iterdir()} == expected
 
 
@@ -739,11 +751,11 @@ def test_page_in_a_browser(report, tmp_path, dark):
     assert (sum(drawn.getpixel((2, 2))) < 150) == dark
     counts = {colour: n for n, colour in drawn.getcolors(2**24)}
     for colour in plots.choose_colors(report):
-        wanted = tuple(int(colour[i : i + 2], 16) for i in (1, 3, 5))
+        rgb = tuple(int(colour[i : i + 2], 16) for i in (1, 3, 5))
         near = [
             n
             for result, n in counts.items()
-            if max(abs(a - b) for a, b in zip(result, wanted, strict=True)) < 30
+            if max(abs(a - b) for a, b in zip(result, rgb, strict=True)) < 30
         ]
         assert sum(near) > 500, colour
     # Text in the pictures is light on dark, or dark on light.

@@ -93,8 +93,8 @@ def test_terms_of_heads_add_up(device, labels, indices):
     ours = fastkd.terms(fastkd.Head(hidden, weight), teacher, labels)
     exact = chosen([head.logits() for head in heads], indices)
     expected = fastkd.terms(hidden @ weight.T, exact, labels)
-    for name, mine, theirs in zip(ours._fields, ours, expected, strict=True):
-        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5, msg=name)
+    for name, ours_field, expected_field in zip(ours._fields, ours, expected, strict=True):
+        torch.testing.assert_close(ours_field, expected_field, rtol=1e-5, atol=1e-5, msg=name)
 
 
 def test_one_teacher_may_have_no_row(device, labels, indices):

@@ -63,17 +63,17 @@ def test_expected_values_and_gradients(device, estimator):
     teacher = fastkd.Sampled(log_p[0], tokens, estimator)
     loss = fastkd.loss(student, teacher, soft_weight=q, reduction="sum")
     loss.backward()
-    whole = student.detach()[:1].requires_grad_()
+    leaf = student.detach()[:1].requires_grad_()
     name = "forward_kl" if estimator == "k3" else "reverse_kl"
     reverse = reference.loss(
-        whole, log_p[:1], temperature=1.0, divergence="reverse_kl", soft_weight=1.0, hard_weight=0.0
+        leaf, log_p[:1], temperature=1.0, divergence="reverse_kl", soft_weight=1.0, hard_weight=0.0
     )
     same_gradient = reference.loss(
-        whole, log_p[:1], temperature=1.0, divergence=name, soft_weight=1.0, hard_weight=0.0
+        leaf, log_p[:1], temperature=1.0, divergence=name, soft_weight=1.0, hard_weight=0.0
     )
     if estimator != "k2":  # k2 is biased
         torch.testing.assert_close(loss, reverse)
-    expected = torch.autograd.grad(same_gradient, whole)[0][0]
+    expected = torch.autograd.grad(same_gradient, leaf)[0][0]
     torch.testing.assert_close(student.grad.sum(0), expected)
 
 

@@ -104,10 +104,10 @@ def test_own_tokens_of_a_prompt():
 
 
 def test_a_part_of_a_prompt():
-    whole = served.from_vllm(choice("prompts, k = 3"), k=3)
+    full = served.from_vllm(choice("prompts, k = 3"), k=3)
     part = served.from_vllm(choice("prompts, k = 3")["prompt_logprobs"][4:], k=3, tokens=PROMPT[4:])
-    assert torch.equal(part.indices, whole.indices[4:])
-    assert torch.equal(part.log_probs, whole.log_probs[4:])
+    assert torch.equal(part.indices, full.indices[4:])
+    assert torch.equal(part.log_probs, full.log_probs[4:])
 
 
 def test_a_prompt_of_a_chat():
@@ -200,10 +200,10 @@ def test_a_probability_of_0_is_minus_infinity():
 
 
 @pytest.mark.parametrize("name", ["completion", "chat", "warm"])
-@pytest.mark.parametrize("whole", [True, False])
-def test_generated_tokens_are_scored(name, whole):
+@pytest.mark.parametrize("full", [True, False])
+def test_generated_tokens_are_scored(name, full):
     reply = choice(name)
-    topk = served.from_openai(reply if whole else reply["logprobs"], tokens=reply["token_ids"])
+    topk = served.from_openai(reply if full else reply["logprobs"], tokens=reply["token_ids"])
     # A chat reply lists 3 tokens: the generated token and the 2 or 3 most probable tokens.
     is_chat = name == "chat"
     reference = (REPLIES["chat"] if is_chat else reply)["reference"]
@@ -257,9 +257,9 @@ def test_text_is_refused():
 PART = len(SGLANG["prompt"])
 
 
-@pytest.mark.parametrize("whole", [True, False])
-def test_replies_of_sglang_are_read(whole):
-    reply = SGLANG["reply"] if whole else SGLANG["reply"]["meta_info"]
+@pytest.mark.parametrize("full", [True, False])
+def test_replies_of_sglang_are_read(full):
+    reply = SGLANG["reply"] if full else SGLANG["reply"]["meta_info"]
     tokens, generated = SGLANG["prompt"], SGLANG["reply"]["output_ids"]
     topk = served.from_sglang(reply, tokens=tokens)
     assert topk.indices.shape == (PART, 3)

@@ -35,17 +35,19 @@ def check(student, ours, sliced, sliced_labels, **options):
     """Assert that a shifted call equals a call on slices: loss, gradient and terms."""
     teacher, labels = ours
     reduction = options.get("reduction", "mean")
-    one = fastkd.loss(student, teacher, labels, shift=1, **options)
+    shifted_loss = fastkd.loss(student, teacher, labels, shift=1, **options)
     rows = {k: v[:, 1:] if isinstance(v, torch.Tensor) else v for k, v in options.items()}
-    other = fastkd.loss(student[:, :-1], sliced, sliced_labels, **rows)
+    sliced_loss = fastkd.loss(student[:, :-1], sliced, sliced_labels, **rows)
     if reduction == "none":
-        assert (one[:, -1] == 0).all()
-    torch.testing.assert_close(one[:, :-1] if reduction == "none" else one, other)
-    gradients = [torch.autograd.grad(x.sum(), student)[0] for x in (one, other)]
+        assert (shifted_loss[:, -1] == 0).all()
+    torch.testing.assert_close(
+        shifted_loss[:, :-1] if reduction == "none" else shifted_loss, sliced_loss
+    )
+    gradients = [torch.autograd.grad(x.sum(), student)[0] for x in (shifted_loss, sliced_loss)]
     torch.testing.assert_close(*gradients)
-    mine = fastkd.terms(student, teacher, labels, shift=1, **options)
+    shifted = fastkd.terms(student, teacher, labels, shift=1, **options)
     theirs = fastkd.terms(student[:, :-1], sliced, sliced_labels, **rows)
-    for name, x, y in zip(mine._fields, mine, theirs, strict=True):
+    for name, x, y in zip(shifted._fields, shifted, theirs, strict=True):
         x = x[:, :-1] if reduction == "none" else x
         torch.testing.assert_close(x, y, msg=name, equal_nan=True)
 
@@ -84,9 +86,9 @@ def test_sampled_tokens_with_weights(student, teacher, labels, device):
 def test_shifted_heads_equal_slices(device, labels):
     hidden = draw(BATCH, POSITIONS, 8, seed=3).to(device)
     weight = draw(CLASSES, 8, seed=4).to(device).requires_grad_()
-    other = fastkd.Head(hidden, weight.detach() * 1.1)
-    ours = fastkd.loss(fastkd.Head(hidden, weight), other, labels, shift=1)
-    sliced = other._replace(hidden=hidden[:, :-1])
+    other_head = fastkd.Head(hidden, weight.detach() * 1.1)
+    ours = fastkd.loss(fastkd.Head(hidden, weight), other_head, labels, shift=1)
+    sliced = other_head._replace(hidden=hidden[:, :-1])
     student = fastkd.Head(hidden[:, :-1], weight)
     theirs = fastkd.loss(student, sliced, labels[:, 1:])
     torch.testing.assert_close(ours, theirs)

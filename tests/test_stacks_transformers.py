@@ -98,14 +98,14 @@ def trainer(
 ):
     training = arguments(folder, **options)
     training._n_gpu = gpus
-    mine = {"kd_loss": loss or fastkd.KDLoss(temperature=TEMPERATURE, alpha=ALPHA)}
+    fastkd_options = {"kd_loss": loss or fastkd.KDLoss(temperature=TEMPERATURE, alpha=ALPHA)}
     return kind(
         copy.deepcopy(student) if student else llama(8, 0),
         training,
         train_dataset=sentences() if data is None else data,
         data_collator=collator,
         teacher=copy.deepcopy(teacher) if teacher else llama(16, 1).requires_grad_(False).eval(),
-        **(mine if issubclass(kind, Distilling) else {}),
+        **(fastkd_options if issubclass(kind, Distilling) else {}),
     )
 
 
@@ -208,7 +208,7 @@ def test_a_packed_batch_has_the_loss_of_the_padded_one(kind, tmp_path):
     assert values[0] == pytest.approx(values[1], rel=1e-6)
 
 
-class Asked(nn.Module):
+class CacheRecorder(nn.Module):
     """Model that records whether calls asked for the cache."""
 
     def __init__(self):
@@ -222,7 +222,7 @@ class Asked(nn.Module):
 
 def test_no_model_keeps_a_cache(tmp_path):
     x, y = torch.randn(4, 2), torch.tensor([0, 1, 2, 0])
-    teacher, student = Asked(), Asked()
+    teacher, student = CacheRecorder(), CacheRecorder()
     loader = [(x, y, torch.arange(4))]
     fastkd.teachers.precompute(teacher, loader, tmp_path / "cache", progress=False)
     fastkd.report(teacher, student, loader, seconds=0.01, batch_sizes=[2], show=False)
@@ -241,19 +241,19 @@ class Wrapped(nn.Module):
 
 
 def test_wrapped_models_are_asked_for_no_cache_unless_the_batch_wants_one():
-    asked = Asked()
-    batches.outputs(Wrapped(asked), {"x": torch.zeros(1, 2)})
-    batches.outputs(Wrapped(asked), {"x": torch.zeros(1, 2), "use_cache": True})
-    batches.outputs(Wrapped(asked), (torch.zeros(1, 2), True))
+    model = CacheRecorder()
+    batches.outputs(Wrapped(model), {"x": torch.zeros(1, 2)})
+    batches.outputs(Wrapped(model), {"x": torch.zeros(1, 2), "use_cache": True})
+    batches.outputs(Wrapped(model), (torch.zeros(1, 2), True))
     # This model has no use_cache argument.
     batches.outputs(Wrapped(nn.Linear(2, 3)), torch.zeros(1, 2))
-    assert asked.seen == [False, True, True]
+    assert model.seen == [False, True, True]
 
 
 def test_a_compiled_model_is_asked_for_no_cache():
-    asked = Asked()
-    batches.outputs(torch.compile(asked, backend="eager"), torch.zeros(1, 2))
-    assert asked.seen == [False]
+    model = CacheRecorder()
+    batches.outputs(torch.compile(model, backend="eager"), torch.zeros(1, 2))
+    assert model.seen == [False]
 
 
 def test_labels_that_are_shifted_stay_where_they_are():

@@ -304,9 +304,11 @@ def test_the_distillation_trainer_logs_trls_losses(options, tmp_path, monkeypatc
     monkeypatch.setattr(distillation_trainer, "_chunked_divergence_loss", None)
     ours = distillation(integration.DistillationTrainer, tmp_path, **options).state.log_history
     for name in ("loss", "grad_norm", "entropy", "eval_loss", "eval_entropy"):
-        mine, other = ([entry[name] for entry in log if name in entry] for log in (ours, theirs))
-        assert len(mine) == (STEPS if "eval" not in name else 2 * ("eval_steps" in options))
-        assert mine == pytest.approx(other, rel=1e-5), name
+        ours_values, theirs_values = (
+            [entry[name] for entry in log if name in entry] for log in (ours, theirs)
+        )
+        assert len(ours_values) == (STEPS if "eval" not in name else 2 * ("eval_steps" in options))
+        assert ours_values == pytest.approx(theirs_values, rel=1e-5), name
 
 
 def test_the_trainers_can_be_pickled_by_name():
@@ -339,14 +341,14 @@ class ByHand(SFTTrainer):
 
 
 def sft(kind, folder, **options) -> list[float]:
-    mine = {"kd_loss": fastkd.KDLoss(temperature=TEMPERATURE, alpha=ALPHA)}
+    fastkd_options = {"kd_loss": fastkd.KDLoss(temperature=TEMPERATURE, alpha=ALPHA)}
     trainer = kind(
         llama(8, 0),
         args=SFTConfig(str(folder), max_length=2 * LENGTH, **{**SHARED, **options}),
         train_dataset=Dataset.from_list([{"input_ids": row["input_ids"]} for row in sentences()]),
         processing_class=tokenizer(),
         teacher=llama(16, 1),
-        **(mine if kind is Distilling else {}),
+        **(fastkd_options if kind is Distilling else {}),
     )
     trainer.train()
     return losses(trainer)

@@ -152,11 +152,11 @@ def test_the_loss_of_a_dense_cache_is_that_of_the_teacher(tmp_path):
     with torch.no_grad():
         logits = Counting()(IMAGES[:64])
     for temperature in (1.0, 2.0, 5.0):
-        mine = fastkd.loss(
+        ours = fastkd.loss(
             student, cache.lookup(ids) * cache.temperature, LABELS[:64], temperature=temperature
         )
         theirs = fastkd.loss(student, logits, LABELS[:64], temperature=temperature)
-        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
 
 
 def test_a_top_k_cache_is_a_teacher(tmp_path):
@@ -165,20 +165,20 @@ def test_a_top_k_cache_is_a_teacher(tmp_path):
     student, ids = torch.randn(64, 10), torch.arange(64)
     with torch.no_grad():
         logits = Counting()(IMAGES[:64])
-    mine = fastkd.loss(student, cache.lookup(ids), LABELS[:64], temperature=3.0)
+    ours = fastkd.loss(student, cache.lookup(ids), LABELS[:64], temperature=3.0)
     theirs = fastkd.loss(student, logits, LABELS[:64], temperature=3.0)
-    torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
 
     text = write(Characters(), tmp_path / "text", loader=sequences(4), top_k=4)
     batch = padded([(TEXT[0], None, 0), (TEXT[1], None, 1)])
     student = torch.randn(2, 9, 30)
     cached = text.lookup(batch.ids, student.shape[1:-1])
-    whole = fastkd.loss(student, cached, batch.labels, reduction="sum")
+    total = fastkd.loss(student, cached, batch.labels, reduction="sum")
     alone = []
     for row, n in ((0, 3), (1, 9)):
         lists = fastkd.TopK(cached.log_probs[row, :n], cached.indices[row, :n])
         alone.append(fastkd.loss(student[row, :n], lists, TEXT[row], reduction="sum"))
-    torch.testing.assert_close(whole, sum(alone), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(total, sum(alone), rtol=1e-5, atol=1e-5)
 
 
 # ---- sequences and images
@@ -276,11 +276,13 @@ def lookup(cache: TeacherCache, ids: torch.Tensor) -> tuple[torch.Tensor, ...]:
     return (cached,) if cache.top_k is None else cached[:2]
 
 
-def same(one: TeacherCache, other: TeacherCache) -> None:
-    assert torch.equal(one.ids, other.ids)
-    for mine, theirs in zip(lookup(one, one.ids), lookup(other, one.ids), strict=True):
-        assert torch.equal(mine, theirs)
-    assert one.kl == pytest.approx(other.kl, rel=1e-5)
+def assert_equal_caches(ours_cache: TeacherCache, theirs_cache: TeacherCache) -> None:
+    assert torch.equal(ours_cache.ids, theirs_cache.ids)
+    for ours, theirs in zip(
+        lookup(ours_cache, ours_cache.ids), lookup(theirs_cache, ours_cache.ids), strict=True
+    ):
+        assert torch.equal(ours, theirs)
+    assert ours_cache.kl == pytest.approx(theirs_cache.kl, rel=1e-5)
 
 
 @pytest.mark.parametrize("error", [InterruptedError, KeyboardInterrupt])
@@ -291,7 +293,7 @@ def test_resumes_after_an_error_with_all_that_was_done(tmp_path, cache, error):
     teacher = Counting()
     resumed = write(teacher, tmp_path, top_k=4)
     assert teacher.samples == 200 - 96
-    same(resumed, cache)
+    assert_equal_caches(resumed, cache)
     write(teacher, tmp_path, top_k=4)
     assert teacher.samples == 200 - 96
 
@@ -299,13 +301,13 @@ def test_resumes_after_an_error_with_all_that_was_done(tmp_path, cache, error):
 @pytest.mark.parametrize("interrupted", [1, 2])
 def test_an_interrupt_while_a_file_is_written_loses_nothing(tmp_path, monkeypatch, interrupted):
     """The interrupt comes in the first file of two, or in the last file, after all samples."""
-    shards, whole = [], shard.write
+    shards, write_shard = [], shard.write
 
     def interrupt(folder, part):
         shards.append(part)
         if len(shards) == interrupted:
             raise KeyboardInterrupt
-        return whole(folder, part)
+        return write_shard(folder, part)
 
     monkeypatch.setattr(shard, "write", interrupt)
     with pytest.raises(KeyboardInterrupt):
@@ -375,7 +377,7 @@ def test_a_file_appears_whole_or_not_at_all(tmp_path, monkeypatch):
 def test_what_a_killed_process_left_half_written_is_not_read(tmp_path, cache):
     write(Counting(), tmp_path, top_k=4)
     (tmp_path / ".1234.part").write_bytes(b"half")
-    same(TeacherCache(tmp_path), cache)
+    assert_equal_caches(TeacherCache(tmp_path), cache)
 
 
 def test_two_processes_may_write_different_samples(tmp_path, cache, monkeypatch):
@@ -386,7 +388,7 @@ def test_two_processes_may_write_different_samples(tmp_path, cache, monkeypatch)
     with pytest.raises(FileNotFoundError):  # nor can a reader see the files
         write(Counting(), tmp_path, loader=halves[1], top_k=4)
     monkeypatch.undo()
-    same(TeacherCache(tmp_path), cache)
+    assert_equal_caches(TeacherCache(tmp_path), cache)
 
 
 def test_two_writers_with_one_process_number_write_two_files(tmp_path, monkeypatch):
@@ -419,15 +421,15 @@ def test_data_loader_workers_read_a_cache(cache, method):
         num_workers=2,
         multiprocessing_context=method,
     )
-    for asked, looked_up in zip(ids, loader, strict=True):
-        expected = cache.lookup(asked)
+    for batch_ids, looked_up in zip(ids, loader, strict=True):
+        expected = cache.lookup(batch_ids)
         assert type(looked_up) is fastkd.TopK and looked_up.tail == expected.tail
         assert all(torch.equal(*pair) for pair in zip(looked_up[:2], expected[:2], strict=True))
 
 
 def test_pickled_it_is_a_path(cache):
     assert len(pickle.dumps(cache)) < 500
-    same(pickle.loads(pickle.dumps(cache)), cache)
+    assert_equal_caches(pickle.loads(pickle.dumps(cache)), cache)
 
 
 def test_it_says_what_it_is(cache):
@@ -440,10 +442,10 @@ def test_it_says_what_it_is(cache):
 
 def test_another_teacher_is_refused(cache):
     cache.check(teacher=Counting())
-    other = Counting()
-    other.layers[0].bias.data[0] += 1e-6
+    changed = Counting()
+    changed.layers[0].bias.data[0] += 1e-6
     with pytest.raises(ValueError, match=r"^teacher: .* other weights"):
-        TeacherCache(cache.path, teacher=other)
+        TeacherCache(cache.path, teacher=changed)
 
 
 def test_the_teacher_s_wrappers_make_no_difference(cache):
@@ -754,11 +756,11 @@ def test_damaged_bytes_and_cut_files_are_refused(forged):
 @pytest.mark.parametrize("top_k", [None, 2])
 def test_flipped_bits_are_seen(tmp_path, top_k):
     """A flipped bit is detected, or the cache has the original contents."""
-    few = Subset(DATA, range(3))
-    write(Counting(5), tmp_path, loader=DataLoader(few, 3), top_k=top_k)
+    three_samples = Subset(DATA, range(3))
+    write(Counting(5), tmp_path, loader=DataLoader(three_samples, 3), top_k=top_k)
     (file,) = tmp_path.iterdir()
     data, original = file.read_bytes(), contents(tmp_path)
-    kept = 0
+    accepted = 0
     for place, bit in itertools.product(range(len(data)), (7, None)):
         # The highest bit of each byte and one other bit.
         bit = place * 5 % 7 if bit is None else bit
@@ -769,9 +771,9 @@ def test_flipped_bits_are_seen(tmp_path, top_k):
             read = contents(tmp_path)
         except ValueError:
             continue
-        kept += 1
+        accepted += 1
         assert all(map(torch.equal, read, original)), f"bit {bit} of byte {place}"
-    assert kept < 50  # flips in blanks of the header, for example, change nothing
+    assert accepted < 50  # flips in blanks of the header, for example, change nothing
 
 
 def test_each_sample_has_its_checksum(tmp_path):

@@ -100,11 +100,11 @@ def test_the_loss_is_the_loss(device, dtype):
     student, teacher, labels = make((6, 1003), dtype, device=device)
     for reduction in ("mean", "sum", "none"):
         a, b = student.clone().requires_grad_(), student.clone().requires_grad_()
-        one = fastkd.loss(a, teacher, labels, reduction=reduction)
-        other = fastkd.terms(b, teacher, labels, reduction=reduction).loss
-        one.sum().backward()
-        other.sum().backward()
-        assert torch.equal(one, other) and torch.equal(a.grad, b.grad)
+        loss = fastkd.loss(a, teacher, labels, reduction=reduction)
+        loss_of_terms = fastkd.terms(b, teacher, labels, reduction=reduction).loss
+        loss.sum().backward()
+        loss_of_terms.sum().backward()
+        assert torch.equal(loss, loss_of_terms) and torch.equal(a.grad, b.grad)
 
 
 def test_only_the_loss_carries_a_gradient(device):

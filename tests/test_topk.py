@@ -80,8 +80,8 @@ def make(
 
 def row_divergence(z: Tensor, indices: Tensor, log_probs: Tensor, tail: str) -> Tensor:
     """Compute the divergence of the merged classes by torch's kl_div."""
-    kept = indices >= 0
-    ids, p = indices[kept], log_probs[kept].exp()
+    listed = indices >= 0
+    ids, p = indices[listed], log_probs[listed].exp()
 
     def kl(log_q: Tensor, p: Tensor) -> Tensor:  # 0 log 0 = 0, also where log_q is -inf
         return F.kl_div(log_q[p > 0], p[p > 0], reduction="sum")
@@ -317,8 +317,8 @@ def test_an_entry_of_minus_infinity_is_padding(device, tail, requires_grad):
     expected = run_list(*shorter)
     for name, classes in padding.items():
         ids = torch.cat((shorter[0], classes.to(device)), -1)
-        for one, other in zip(run_list(ids, padded), expected, strict=True):
-            torch.testing.assert_close(one, other, msg=name)
+        for ours, theirs in zip(run_list(ids, padded), expected, strict=True):
+            torch.testing.assert_close(ours, theirs, msg=name)
         with torch.no_grad():  # the formula agrees, too
             head, teacher = Head(student, torch.eye(40, device=device)), TopK(padded, ids, tail)
             linear = fastkd.loss(head, teacher, labels, temperature=2.0)
@@ -519,10 +519,10 @@ def test_padding_counts_nothing(device, tail, filler):
 
 
 @pytest.mark.parametrize("tail", TAILS)
-@pytest.mark.parametrize("what", ["negative classes", "log-probabilities of -inf"])
-def test_an_empty_list_has_no_soft_term(device, tail, what):
+@pytest.mark.parametrize("content", ["negative classes", "log-probabilities of -inf"])
+def test_an_empty_list_has_no_soft_term(device, tail, content):
     problem = make((4, 40), 3, padding=0.0, device=device)
-    if what == "negative classes":
+    if content == "negative classes":
         empty = problem._replace(indices=torch.full_like(problem.indices, -1))
     else:
         empty = problem._replace(log_probs=torch.full_like(problem.log_probs, -INF))
@@ -609,12 +609,12 @@ def test_no_ghost_where_nothing_is_left(device, rest):
 
 
 @pytest.mark.parametrize("bad", [NAN, INF])
-@pytest.mark.parametrize("where", ["listed", "rest"])
+@pytest.mark.parametrize("column_kind", ["listed", "rest"])
 @pytest.mark.parametrize("tail", TAILS)
-def test_nan_and_inf_stay_in_their_row(device, tail, where, bad):
+def test_nan_and_inf_stay_in_their_row(device, tail, column_kind, bad):
     problem = make((4, 300), 20, device=device, labels=False, padding=0.0)
     column = int(problem.indices[1, 0])
-    if where == "rest":
+    if column_kind == "rest":
         column = next(c for c in range(300) if c not in problem.indices[1].tolist())
     good_value, good_grad = run(problem, tail, reduction="none")
     problem.student[1, column] = bad
@@ -729,15 +729,17 @@ def test_function_transforms_give_the_gradient(device, tail):
     student, indices, log_probs, labels = make((3, 12), 5, FP64, device=device)
     expected = run(Problem(student, indices, log_probs, labels), tail, reduction="sum")[1]
 
-    def one(z: Tensor, ids: Tensor, p: Tensor, y: Tensor) -> Tensor:
+    def row_loss(z: Tensor, ids: Tensor, p: Tensor, y: Tensor) -> Tensor:
         return fastkd.loss(z, TopK(p, ids, tail), y, reduction="sum", temperature=2.0)
 
-    torch.testing.assert_close(torch.func.grad(one)(student, indices, log_probs, labels), expected)
-    rows = torch.func.vmap(torch.func.grad(one))(student, indices, log_probs, labels)
+    torch.testing.assert_close(
+        torch.func.grad(row_loss)(student, indices, log_probs, labels), expected
+    )
+    rows = torch.func.vmap(torch.func.grad(row_loss))(student, indices, log_probs, labels)
     torch.testing.assert_close(rows, expected)
     direction = torch.ones_like(student).cumsum(-1)
     _, slope = torch.func.jvp(
-        lambda z: one(z, indices, log_probs, labels), (student,), (direction,)
+        lambda z: row_loss(z, indices, log_probs, labels), (student,), (direction,)
     )
     torch.testing.assert_close(slope, (expected * direction).sum())
 
@@ -947,12 +949,14 @@ DATA = [name for name, (_, _, message) in MISTAKES.items() if re.search(r"row \d
 
 
 @pytest.mark.parametrize("mistake", DATA)
-@pytest.mark.parametrize("way", ["formula", pytest.param("cuda", marks=pytest.mark.cuda)])
-def test_where_nothing_waits_a_mistake_makes_its_row_nan(mistake, way, request):
+@pytest.mark.parametrize(
+    "implementation", ["formula", pytest.param("cuda", marks=pytest.mark.cuda)]
+)
+def test_where_nothing_waits_a_mistake_makes_its_row_nan(mistake, implementation, request):
     """The formula and the CUDA kernels, which cannot check data, give NaN for an invalid row."""
     changed, _, message = MISTAKES[mistake]
     arguments = {**good(), **changed}
-    if way == "formula":
+    if implementation == "formula":
         request.getfixturevalue("formula")
     else:
         arguments = {
@@ -974,8 +978,8 @@ def test_where_nothing_waits_a_mistake_makes_its_row_nan(mistake, way, request):
 def test_a_table_of_characters_learns_from_the_top_four():
     """A student learns character pairs of pydoc_data.topics from four successors per row."""
     text = "".join(pydoc_data.topics.topics.values()).lower()[:200_000]
-    kept = [character for character, _ in collections.Counter(text).most_common(40)]
-    place = {character: i for i, character in enumerate(kept)}
+    characters = [character for character, _ in collections.Counter(text).most_common(40)]
+    place = {character: i for i, character in enumerate(characters)}
     counts = torch.full((40, 40), 0.5)
     for a, b in itertools.pairwise(text):
         if a in place and b in place:

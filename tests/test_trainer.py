@@ -175,15 +175,15 @@ def test_accumulated_batches_are_one_batch(accumulate):
     labels = labels.masked_fill(torch.arange(64) % 7 < torch.arange(64) // 16, -100)
     sizes = [5, 20, 3, 12, 24]
     pieces = list(zip(inputs.split(sizes), labels.split(sizes), strict=True))
-    whole = [
+    joined = [
         tuple(torch.cat(part) for part in zip(*pieces[i : i + accumulate], strict=True))
         for i in range(0, 5, accumulate)
     ]
-    expected = by_hand(student, teacher, whole)
+    expected = by_hand(student, teacher, joined)
     trainer = trainer_of(student, teacher, accumulate=accumulate)
     steps = list(trainer.steps(pieces))
     assert_same(student, expected)
-    assert [step.number for step in steps] == list(range(1, len(whole) + 1))
+    assert [step.number for step in steps] == list(range(1, len(joined) + 1))
 
 
 def test_a_step_without_a_row_that_counts_changes_nothing():
@@ -219,20 +219,22 @@ def test_values_of_a_step_are_those_of_terms():
 
 def test_clipping_schedule_and_average():
     student, teacher, data = network(), network(24, 1), digits()
-    other = copy.deepcopy(student)
+    exact_student = copy.deepcopy(student)
     average = torch.optim.swa_utils.AveragedModel(
-        other, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.8), use_buffers=True
+        exact_student,
+        multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.8),
+        use_buffers=True,
     )
-    optimizer = torch.optim.SGD(other.parameters(), 0.5)
+    optimizer = torch.optim.SGD(exact_student.parameters(), 0.5)
     schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.7)
     for inputs, labels in batches(data):
         optimizer.zero_grad()
-        fastkd.loss(other(inputs), teacher(inputs).detach(), labels, **LOSS).backward()
-        norm = nn.utils.clip_grad_norm_(other.parameters(), 0.1)
+        fastkd.loss(exact_student(inputs), teacher(inputs).detach(), labels, **LOSS).backward()
+        norm = nn.utils.clip_grad_norm_(exact_student.parameters(), 0.1)
         assert norm > 0.1
         optimizer.step()
         schedule.step()
-        average.update_parameters(other)
+        average.update_parameters(exact_student)
     ours = torch.optim.SGD(student.parameters(), 0.5)
     trainer = fastkd.Trainer(
         student,
@@ -245,7 +247,7 @@ def test_clipping_schedule_and_average():
         progress=False,
     )
     trainer.fit(DataLoader(data, 16))
-    assert_same(student, other)
+    assert_same(student, exact_student)
     assert_same(trainer.ema.module, average.module)
     inputs, labels = data.tensors
     expected = (average.module(inputs).argmax(-1) == labels).double().mean()
@@ -255,17 +257,17 @@ def test_clipping_schedule_and_average():
 def test_clipping_is_of_what_the_optimizer_updates():
     """Clipping excludes gradients of parameters that the optimizer does not update."""
     student, teacher, data = network(), network(24, 1), digits()
-    other = copy.deepcopy(student)
-    optimizer = torch.optim.SGD(other[2].parameters(), 0.5)
+    exact_student = copy.deepcopy(student)
+    optimizer = torch.optim.SGD(exact_student[2].parameters(), 0.5)
     for inputs, labels in batches(data):
         optimizer.zero_grad()
-        fastkd.loss(other(inputs), teacher(inputs).detach(), labels, **LOSS).backward()
-        nn.utils.clip_grad_norm_(other[2].parameters(), 0.1)
+        fastkd.loss(exact_student(inputs), teacher(inputs).detach(), labels, **LOSS).backward()
+        nn.utils.clip_grad_norm_(exact_student[2].parameters(), 0.1)
         optimizer.step()
     ours = torch.optim.SGD(student[2].parameters(), 0.5)
     loss = fastkd.KDLoss(**LOSS)
     fastkd.Trainer(student, teacher, ours, loss=loss, clip=0.1, progress=False).fit(batches(data))
-    assert_same(student, other)
+    assert_same(student, exact_student)
 
 
 def test_several_teachers_are_mixed_as_probabilities():
@@ -327,22 +329,22 @@ def test_cached_sequences_in_batches_that_are_padded_longer(tmp_path, top_k, dim
     def forward(model, batch):
         return model(batch[0]).movedim(-1, options.get("dim", -1))
 
-    def trainer(taught, by):
+    def trainer(learner, source):
         return trainer_of(
-            taught, by, forward=forward, accumulate=2, loss=fastkd.KDLoss(**LOSS, **options)
+            learner, source, forward=forward, accumulate=2, loss=fastkd.KDLoss(**LOSS, **options)
         )
 
-    other = copy.deepcopy(student)
+    exact_student = copy.deepcopy(student)
     if top_k:
         lists = fastkd.TopK(*(teacher(inputs).detach() / 3.0).log_softmax(-1).topk(top_k))
-        fastkd.loss(other(inputs), lists, labels, **LOSS).backward()
-        torch.optim.SGD(other.parameters(), 0.5).step()
+        fastkd.loss(exact_student(inputs), lists, labels, **LOSS).backward()
+        torch.optim.SGD(exact_student.parameters(), 0.5).step()
     else:
-        list(trainer(other, teacher).steps(loader))
+        list(trainer(exact_student, teacher).steps(loader))
     learner = trainer(student, cache)
     list(learner.steps(loader))
     assert learner.evaluate(loader).rows == int(lengths.sum())
-    for ours, theirs in zip(student.parameters(), other.parameters(), strict=True):
+    for ours, theirs in zip(student.parameters(), exact_student.parameters(), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-7)
 
 
@@ -371,15 +373,17 @@ def test_a_cache_of_the_most_probable_classes(tmp_path, masked):
     cache = fastkd.teachers.precompute(
         teacher, loader, tmp_path, top_k=4, temperature=3.0, dtype=torch.float32, progress=False
     )
-    other = copy.deepcopy(student)
+    exact_student = copy.deepcopy(student)
     log_probs, indices = (teacher(inputs).detach() / 3.0).log_softmax(-1).topk(4)
-    loss = fastkd.loss(other(inputs), fastkd.TopK(log_probs.float(), indices), labels, **LOSS)
+    loss = fastkd.loss(
+        exact_student(inputs), fastkd.TopK(log_probs.float(), indices), labels, **LOSS
+    )
     loss.backward()
-    torch.optim.SGD(other.parameters(), 0.5).step()
+    torch.optim.SGD(exact_student.parameters(), 0.5).step()
     (step,) = trainer_of(student, cache, accumulate=2).steps(loader)
     assert float(step.loss) == pytest.approx(float(loss.detach()), rel=1e-5)
     assert float(0.3 * step.hard + 0.7 * 9 * step.soft) == pytest.approx(float(step.loss), rel=1e-6)
-    for ours, theirs in zip(student.parameters(), other.parameters(), strict=True):
+    for ours, theirs in zip(student.parameters(), exact_student.parameters(), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-7)
     cached, live = (trainer_of(student, t).evaluate(loader) for t in (cache, teacher))
     assert (cached.hard, cached.agreement) == (
@@ -409,9 +413,9 @@ def test_what_a_cache_of_the_most_probable_classes_has_anyway_may_be_said(tmp_pa
     cache = fastkd.teachers.precompute(
         teacher, loader, tmp_path, top_k=4, temperature=3.0, progress=False
     )
-    said = {"divergence": "forward_kl", "standardize": False, "class_weight": None, "dim": -1}
+    defaults = {"divergence": "forward_kl", "standardize": False, "class_weight": None, "dim": -1}
     options = {**LOSS, **({} if labelled else {"alpha": 0.0})}
-    losses = [fastkd.KDLoss(**options), fastkd.KDLoss(**options, **said)]
+    losses = [fastkd.KDLoss(**options), fastkd.KDLoss(**options, **defaults)]
     histories = [
         trainer_of(copy.deepcopy(student), cache, loss=loss).fit(loader, 2, validation=loader)
         for loss in losses
@@ -598,20 +602,20 @@ def hooks(model: nn.Module) -> int:
     return sum(len(module._forward_hooks) for module in model.modules())
 
 
-@pytest.mark.parametrize("how", ["to the end", "break", "error"])
-def test_hooks_go_whatever_happens(how):
+@pytest.mark.parametrize("ending", ["to the end", "break", "error"])
+def test_hooks_go_whatever_happens(ending):
     student, teacher, data = network(), network(24, 1), batches(digits())
     trainer = trainer_of(
         student, teacher, hints=[fastkd.Hint(student="1", teacher="1", project=nn.Linear(12, 24))]
     )
-    if how == "error":
+    if ending == "error":
         data[1] = "no batch"
         with pytest.raises(TypeError, match="a batch must be"):
             trainer.fit(data)
     else:
         for _ in trainer.steps(data):
             assert hooks(student) == hooks(teacher) == 1
-            if how == "break":
+            if ending == "break":
                 break
     assert hooks(student) == hooks(teacher) == 0
 

@@ -124,8 +124,8 @@ def test_batched_grad_outputs_give_batched_gradients(name):
     value = LOSSES[name](leaf, teacher, labels)
     (once,) = torch.autograd.grad(value, leaf, retain_graph=True)
     factors = torch.tensor([1.0, -2.0, 0.5], dtype=FP64)
-    (many,) = torch.autograd.grad(value, leaf, factors, is_grads_batched=True)
-    torch.testing.assert_close(many, factors.view(3, 1, 1) * once, **EXACT)
+    (batched,) = torch.autograd.grad(value, leaf, factors, is_grads_batched=True)
+    torch.testing.assert_close(batched, factors.view(3, 1, 1) * once, **EXACT)
 
 
 @pytest.mark.filterwarnings("ignore:.*performance drop.*")

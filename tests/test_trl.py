@@ -73,8 +73,10 @@ def test_value_and_gradients_are_trls(beta, temperature, options):
     for count, bias in ((None, True), (30, False), (torch.tensor(30.0), True)):
         call = (*draw(bias), beta)
         inputs = {**options, "temperature": temperature, "num_items_in_batch": count}
-        ours, other = (run(f, *call, **inputs) for f in (trl.chunked_divergence_loss, theirs()))
-        torch.testing.assert_close(ours, other, **peers.SINGLE)
+        ours, theirs_result = (
+            run(f, *call, **inputs) for f in (trl.chunked_divergence_loss, theirs())
+        )
+        torch.testing.assert_close(ours, theirs_result, **peers.SINGLE)
 
 
 @pytest.mark.parametrize("count", [None, 0, 5])
@@ -138,8 +140,8 @@ def test_a_weight_of_another_dtype_is_converted():
     student[0], teacher[0] = student[0].bfloat16(), teacher[0].bfloat16()
     ours = run(trl.chunked_divergence_loss, student, teacher, mask, 0.5)
     assert [grad.dtype for grad in ours[3:]] == [torch.bfloat16, torch.float32]
-    other = run(theirs(), student, teacher, mask, 0.5)
-    torch.testing.assert_close(ours, other, rtol=0.02, atol=0.01)
+    expected = run(theirs(), student, teacher, mask, 0.5)
+    torch.testing.assert_close(ours, expected, rtol=0.02, atol=0.01)
 
 
 def test_autocast_sums_the_gradient_in_the_dtype_of_the_weight():

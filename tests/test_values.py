@@ -62,12 +62,12 @@ each_value = pytest.mark.parametrize("value", [make() for make in VALUES.values(
 
 def assert_same_value(value: Head | TopK, expected: Head | TopK) -> None:
     assert type(value) is type(expected)
-    for mine, theirs in zip(value, expected, strict=True):
+    for ours, theirs in zip(value, expected, strict=True):
         if isinstance(theirs, Tensor):
-            assert isinstance(mine, Tensor) and mine.dtype == theirs.dtype
-            assert torch.equal(mine, theirs)
+            assert isinstance(ours, Tensor) and ours.dtype == theirs.dtype
+            assert torch.equal(ours, theirs)
         else:
-            assert mine == theirs
+            assert ours == theirs
 
 
 # ---- checks at construction
@@ -162,10 +162,10 @@ def test_fields_that_replace_others_are_checked_by_the_call():
     ],
     ids=str,
 )  # fmt: skip
-@pytest.mark.parametrize("way", [fastkd.loss, fastkd.terms, fastkd.KDLoss()])
-def test_pairs_that_are_refused(way, student, teacher, error, message):
+@pytest.mark.parametrize("function", [fastkd.loss, fastkd.terms, fastkd.KDLoss()])
+def test_pairs_that_are_refused(function, student, teacher, error, message):
     with pytest.raises(error, match=re.escape(message)):
-        way(student, teacher)
+        function(student, teacher)
 
 
 def test_classes_that_differ_name_the_slices():
@@ -278,21 +278,21 @@ def teacher_of(kind: str, dtype: torch.dtype = FP32) -> Tensor | Head | TopK:
 @each_pair
 def test_compiled_pairs_equal_eager_ones(student, teacher, values):
     inputs = (draw(ROWS, CLASSES),) if student == "tensor" else head()
-    other = teacher_of(teacher)
+    teacher_value = teacher_of(teacher)
     made = {"tensor": lambda x: x, "Head": Head, "TopK": TopK}
 
     def made_inside(leaves: list[Tensor], fields: Any) -> Tensor:
         return as_arguments(made[student](*leaves), made[teacher](*fields))
 
-    def as_arguments(one: Any, other: Any) -> Tensor:
-        return fastkd.loss(one, other, make_labels()) * 2
+    def as_arguments(student_input: Any, teacher_input: Any) -> Tensor:
+        return fastkd.loss(student_input, teacher_input, make_labels()) * 2
 
     results = []
     for compiles in (False, True):
         leaves = [x.clone().requires_grad_() for x in inputs if isinstance(x, Tensor)]
-        function, arguments = as_arguments, (made[student](*leaves), other)
+        function, arguments = as_arguments, (made[student](*leaves), teacher_value)
         if values == "made inside":
-            fields = (other,) if teacher == "tensor" else tuple(other)
+            fields = (teacher_value,) if teacher == "tensor" else tuple(teacher_value)
             function, arguments = made_inside, (leaves, fields)
         if compiles:
             torch._dynamo.reset()
@@ -306,10 +306,12 @@ def test_compiled_pairs_equal_eager_ones(student, teacher, values):
 @each_pair
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")
 def test_function_transforms_give_the_gradients(student, teacher):
-    inputs, other = head(dtype=FP64)[:2], teacher_of(teacher, FP64)
+    inputs, teacher_value = head(dtype=FP64)[:2], teacher_of(teacher, FP64)
 
     def function(hidden: Tensor, weight: Tensor, labels: Tensor | None = None) -> Tensor:
-        return fastkd.loss(student_of(hidden, weight)[student], other, labels, reduction="sum")
+        return fastkd.loss(
+            student_of(hidden, weight)[student], teacher_value, labels, reduction="sum"
+        )
 
     leaves = [x.clone().requires_grad_() for x in inputs]
     labels = make_labels()
@@ -326,7 +328,7 @@ def test_function_transforms_give_the_gradients(student, teacher):
 
     # A tree of numbers marks the fields with a dimension of rows.
     dims = rows_of(*{"tensor": (0,), "Head": (0, None, None), "TopK": (0, 0, None)}[teacher])
-    rows = torch.func.vmap(torch.func.grad(row), (0, dims))(inputs[0], other)
+    rows = torch.func.vmap(torch.func.grad(row), (0, dims))(inputs[0], teacher_value)
     (expected,) = torch.autograd.grad(function(*leaves), leaves[0])
     torch.testing.assert_close(rows, expected)
 
@@ -356,7 +358,7 @@ def test_annotations_are_those_of_the_loss():
 def test_a_hard_term_without_labels_is_refused_everywhere(student, teacher):
     first, second = student_of(*head()[:2])[student], teacher_of(teacher)
 
-    def ways(**options: Any) -> list[Callable[[], Any]]:
+    def make_calls(**options: Any) -> list[Callable[[], Any]]:
         module = fastkd.KDLoss(**options)
         functions = (fastkd.loss, fastkd.terms)
         return [
@@ -365,27 +367,27 @@ def test_a_hard_term_without_labels_is_refused_everywhere(student, teacher):
         ]
 
     for option, number in (("alpha", 0.1), ("alpha", 1), ("hard_weight", 0.5)):
-        for way in ways(**{option: number}):
+        for call in make_calls(**{option: number}):
             message = rf"^{option} weighs the hard term, which needs labels; got {option}={number}"
             with pytest.raises(ValueError, match=message):
-                way()
+                call()
     expected = fastkd.loss(first, second)
     for options in ({}, {"alpha": 0.0}, {"alpha": 0}, {"hard_weight": 0.0}):
-        for way in ways(**options):
-            value = way()
+        for call in make_calls(**options):
+            value = call()
             torch.testing.assert_close(getattr(value, "loss", value), expected)
 
 
 @each_pair
-@pytest.mark.parametrize("way", [fastkd.loss, fastkd.terms])
-def test_batchmean_is_refused_and_mean_named(way, student, teacher):
+@pytest.mark.parametrize("function", [fastkd.loss, fastkd.terms])
+def test_batchmean_is_refused_and_mean_named(function, student, teacher):
     first, second = student_of(*head()[:2])[student], teacher_of(teacher)
     message = (
         "reduction must be one of 'none', 'sum', 'mean'; got 'batchmean'. \"mean\" divides by the "
         "rows, as torch's batchmean does"
     )
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
-        way(first, second, reduction="batchmean")
+        function(first, second, reduction="batchmean")
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         fastkd.KDLoss(reduction="batchmean")
 
@@ -417,9 +419,9 @@ def test_terms_of_a_sparse_teacher(monkeypatch, tail, reduction, with_labels, fu
         (top._replace(log_probs=top.log_probs.float()), student.float(), 2e-5),
     ):
         got = fastkd.terms(logits, teacher, labels, **options)
-        for name, mine, theirs in zip(got._fields, got, expected, strict=True):
-            assert mine.shape == theirs.shape
-            torch.testing.assert_close(mine.double(), theirs, rtol=bound, atol=bound, msg=name)
+        for name, ours, theirs in zip(got._fields, got, expected, strict=True):
+            assert ours.shape == theirs.shape
+            torch.testing.assert_close(ours.double(), theirs, rtol=bound, atol=bound, msg=name)
     got = fastkd.terms(leaf, top, labels, **options)
     assert [term.requires_grad for term in got] == [True, *[False] * 7]
     (gradient,) = torch.autograd.grad(got.loss.sum(), leaf)
@@ -465,9 +467,9 @@ def test_terms_of_a_head_are_those_of_its_logits(chunk_by, options, with_labels,
         assert chunk_by == "classes" and "chunks must be a plan of rows" in str(error)
         return
     expected = fastkd.terms(student.logits(), teacher, labels, **common)
-    for name, mine, theirs in zip(got._fields, got, expected, strict=True):
-        assert mine.shape == theirs.shape
-        torch.testing.assert_close(mine, theirs, rtol=1e-10, atol=1e-12, msg=name)
+    for name, ours, theirs in zip(got._fields, got, expected, strict=True):
+        assert ours.shape == theirs.shape
+        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12, msg=name)
     assert torch.equal(got.loss, fastkd.loss(student, teacher, labels, chunks=chunks, **common))
 
 

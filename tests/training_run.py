@@ -102,8 +102,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
                     print(step.number, float(step.loss).hex(), float(step.hint).hex(), file=file)
     if options.fsdp:
         assert all(isinstance(parameter, DTensor) for parameter in student.parameters())
-        whole = StateDictOptions(full_state_dict=True, cpu_offload=True)
-        parameters = get_model_state_dict(student, options=whole)
+        full = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        parameters = get_model_state_dict(student, options=full)
         if main_process:
             torch.save([parameters], options.out)
         return

@@ -111,7 +111,7 @@ def shortest(code: list[Instruction], need: Need) -> Counter[str] | None:
     """Return the opcodes of the shortest path from first to last block that meets all needs."""
     blocks = blocks_of(code)
     available = zip(*(block.counts for block in blocks), strict=True)
-    if any(sum(count) < wanted for count, wanted in zip(available, need, strict=True)):
+    if any(sum(count) < minimum for count, minimum in zip(available, need, strict=True)):
         return None
     start = (0, Need(0, 0, 0))
     lengths = {start: 0}
@@ -124,7 +124,7 @@ def shortest(code: list[Instruction], need: Need) -> Counter[str] | None:
         at, so_far = state
         block = blocks[at]
         totals = zip(so_far, block.counts, need, strict=True)
-        now = Need(*(min(sum(n), most) for *n, most in totals))
+        now = Need(*(min(sum(n), limit) for *n, limit in totals))
         if at == len(blocks) - 1:
             if now != need:
                 continue
