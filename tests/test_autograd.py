@@ -60,7 +60,7 @@ def test_gradients_equal_finite_differences(device, options, reduction):
     assert torch.autograd.gradgradcheck(f, student)
 
 
-def test_gradcheck_of_row_temperatures_and_no_labels(device):
+def test_gradients_of_row_temperatures_equal_finite_differences(device):
     student, teacher, _ = make((3, 3), FP64, device=device, labels=False, spread=1.0)
     t = torch.tensor([0.7, 2.0, 4.0], dtype=FP64, device=device)
     for reduction in REDUCTIONS:
@@ -94,7 +94,7 @@ def test_second_derivatives_are_the_references(device, with_labels, reduction):
 
 
 @pytest.mark.usefixtures("each_autograd")
-def test_third_derivatives_and_those_of_terms(device):
+def test_third_derivatives_of_terms_are_the_references(device):
     student, teacher, labels = make((4, 7), FP64, device=device)
     results = []
     for function in (lambda *a: fastkd.terms(*a).loss, expected):
@@ -108,7 +108,7 @@ def test_third_derivatives_and_those_of_terms(device):
 
 
 @pytest.mark.usefixtures("each_autograd")
-def test_gradient_penalty_through_a_model(device):
+def test_a_gradient_penalty_trains_a_model(device):
     """The second derivatives of a gradient penalty reach the model's parameters."""
     torch.manual_seed(0)
     model = torch.nn.Linear(6, 7, dtype=FP64, device=device)
@@ -179,7 +179,7 @@ def test_a_second_backward_pass_is_right(device, terms, reduction, dtype):
 
 
 @pytest.mark.usefixtures("each_autograd")
-def test_gradient_is_the_callers_own(device):
+def test_changes_of_the_gradient_in_place_do_not_reach_a_second_pass(device):
     """Changes of .grad in place, as by clip_grad_norm_, do not reach a second backward pass."""
     student, teacher, labels = make((6, 20), device=device)
     leaf = student.requires_grad_()
@@ -192,7 +192,7 @@ def test_gradient_is_the_callers_own(device):
 
 
 @pytest.mark.usefixtures("each_autograd")
-def test_backward_after_the_graph_is_freed(device):
+def test_backward_after_the_graph_is_freed_raises(device):
     student, teacher, labels = make((6, 20), device=device)
     for reduction in REDUCTIONS:
         value = fastkd.loss(
@@ -205,7 +205,7 @@ def test_backward_after_the_graph_is_freed(device):
 
 @pytest.mark.usefixtures("each_autograd")
 @pytest.mark.parametrize("reduction", REDUCTIONS)
-def test_inputs_changed_in_between_are_an_error(device, reduction):
+def test_logits_changed_before_backward_raise(device, reduction):
     """Backward raises an error if the logits were changed in place after the forward pass."""
     student, teacher, labels = make((6, 20), device=device)
     hidden = student.requires_grad_() * 1.0
@@ -227,7 +227,7 @@ def test_inputs_changed_in_between_are_an_error(device, reduction):
 
 
 @pytest.mark.usefixtures("each_autograd")
-def test_inside_a_bigger_graph(device):
+def test_gradients_are_right_in_a_larger_graph(device):
     """Gradients are right for a non-leaf student, a sum of losses, and shared parameters."""
     torch.manual_seed(0)
     model = (
@@ -275,7 +275,7 @@ def test_teacher_gets_no_gradient(device):
 @pytest.mark.usefixtures("each_autograd")
 @pytest.mark.parametrize(("inplace", "tensors"), [(False, 1.0), (True, 0.0)])
 @pytest.mark.parametrize("dtype", [FP32, BF16], ids=name_of)
-def test_memory_on_the_cpu(inplace, tensors, dtype):
+def test_memory_on_the_cpu_is_one_student_tensor(inplace, tensors, dtype):
     """Forward and backward allocate one student tensor and a few numbers per row."""
     student, teacher, labels = make((16, 20000), dtype, ignored=0.0)
     leaf = student.requires_grad_()
@@ -337,7 +337,7 @@ def test_gradients_do_not_depend_on_the_scales_of_other_calls(dtype, shape, dive
 # ---- modes of torch
 
 
-def test_inference_mode_and_no_grad(device):
+def test_inference_mode_and_no_grad_give_the_same_loss(device):
     student, teacher, labels = make((6, 20), device=device)
     value = fastkd.loss(student, teacher, labels)
     leaf = student.clone().requires_grad_()
@@ -365,7 +365,7 @@ OPTIONS = {
 @pytest.mark.usefixtures("each_autograd")
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 @pytest.mark.parametrize("labels", ["indices", "probabilities"])
-def test_what_inference_mode_has_made(device, options, labels):
+def test_inference_tensors_are_accepted(device, options, labels):
     """Inference tensors are copied, since torch refuses to save them for backward."""
     student, teacher, indices = make((6, 20), device=device)
     inputs = indices if labels == "indices" else teacher.softmax(-1)
@@ -384,7 +384,7 @@ def test_what_inference_mode_has_made(device, options, labels):
     assert frozen.is_inference() and torch.equal(*grads)
 
 
-def test_heads_and_lists_that_inference_mode_has_made(device):
+def test_heads_and_lists_of_inference_tensors_are_accepted(device):
     student, teacher, labels = make((6, 20), device=device)
     eye = torch.eye(20, device=device)
     log_probs, indices = teacher.log_softmax(-1).topk(5)
@@ -472,7 +472,7 @@ def test_module_survives_deepcopy_pickle_and_torch_save(device):
     assert not list(criterion.parameters()) and not criterion.state_dict()
 
 
-def test_module_says_what_it_is():
+def test_repr_of_a_module_has_the_options():
     text = repr(fastkd.KDLoss(temperature=3.0, alpha=0.2))
     assert "temperature=3.0" in text and "alpha=0.2" in text
 

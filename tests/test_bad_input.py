@@ -212,7 +212,7 @@ def test_a_refused_call_writes_nothing(mistake, grad, inplace):
     assert arguments["student"]._version == version
 
 
-def test_the_table_is_of_mistakes():
+def test_the_table_changes_a_valid_call():
     """The unchanged call is valid, and each changed argument is an argument of fastkd.loss."""
     assert fastkd.loss(**good()).isfinite()
     for changed, _, _ in MISTAKES.values():
@@ -237,7 +237,7 @@ def test_an_unknown_option_is_refused(name):
 
 
 @pytest.mark.parametrize("name", ["loss", "terms"])
-def test_arguments_of_the_wrong_number(name):
+def test_wrong_numbers_of_arguments_are_refused(name):
     function, (student, teacher, labels) = getattr(fastkd, name), good().values()
     with pytest.raises(TypeError, match=rf"{name}\(\) takes from 2 to 3 positional arguments"):
         function(student, teacher, labels, 2.0)
@@ -271,7 +271,7 @@ def test_module_refuses_options_when_it_is_made(options):
 @pytest.mark.parametrize("dtype", [FP32, torch.float64], ids=name_of)
 @pytest.mark.parametrize("value", [1e-46, 1e-39, 1e25, 1e39])
 @pytest.mark.usefixtures("each_autograd")
-def test_a_temperature_that_float32_cannot_square_or_invert(value, dtype):
+def test_temperatures_that_float32_cannot_square_or_invert_are_refused(value, dtype):
     arguments = {k: v.to(dtype) if v.is_floating_point() else v for k, v in good().items()}
     for name in ("temperature", "teacher_temperature"):
         message = re.escape(f"{name} must be from 1e-18 to 1e+18; got {value!r}")
@@ -288,7 +288,7 @@ def test_a_temperature_that_float32_cannot_square_or_invert(value, dtype):
 
 
 @pytest.mark.parametrize("value", [1e-18, 1e18])
-def test_the_least_and_the_greatest_temperature(value):
+def test_the_least_and_the_greatest_temperature_are_finite(value):
     """Loss and gradient in float32 are finite at the least and at the greatest temperature."""
     for option in (value, torch.full((3,), value), torch.tensor(value, dtype=torch.float64)):
         student, teacher, labels = good().values()
@@ -339,7 +339,7 @@ def test_integers_are_accepted_as_numbers():
 
 
 @pytest.mark.parametrize("kind", [np.float32, np.float64, np.int64])
-def test_numpy_s_scalars_are_numbers(kind):
+def test_numpy_scalars_are_accepted_as_numbers(kind):
     arguments = good()
     expected = fastkd.loss(**arguments, temperature=3.0, hard_weight=1.0, normalizer=2.0)
     three, one, two = kind(3), kind(1), kind(2)
@@ -352,7 +352,7 @@ def test_numpy_s_scalars_are_numbers(kind):
 # ---- checks that look at data
 
 
-def test_checks_that_look_at_data_need_tensors():
+def test_checks_of_data_need_tensors():
     with pytest.raises(TypeError, match="teacher must be a tensor; got list"):
         fastkd.check_logits([1.0], "teacher")
     with pytest.raises(ValueError, match="ignore_index must be an int of 64 bits"):
@@ -433,7 +433,7 @@ def test_arguments_of_another_type_are_named(function, arguments):
         getattr(fastkd, function)(**with_tensors)
 
 
-def test_check_inputs_accepts_good_ones(device):
+def test_check_inputs_accepts_valid_arguments(device):
     student, teacher, labels = make((6, 40), device=device)
     student[0], labels[0] = NAN, -100  # values of ignored rows are not checked
     teacher[1, :39] = -INF
@@ -459,7 +459,7 @@ def test_check_inputs_names_the_row(device, change, message):
         fastkd.check_inputs(student, teacher, labels)
 
 
-def test_check_inputs_looks_at_temperatures(device):
+def test_check_inputs_checks_temperatures(device):
     student, teacher, labels = make((3, 40), device=device)
     with pytest.raises(
         ValueError, match=r"temperature must be positive and finite; row 1 has 0\.0"
@@ -476,7 +476,7 @@ def test_check_inputs_looks_at_temperatures(device):
 
 
 @pytest.mark.parametrize("logits", [torch.tensor(1.0), torch.ones(3, 2, dtype=torch.complex64)])
-def test_check_logits_refuses_what_are_none(logits):
+def test_check_logits_refuses_invalid_tensors(logits):
     with pytest.raises(ValueError, match=r"logits must be floating-point, of shape \(\.\.\., C\)"):
         fastkd.check_logits(logits)
 
@@ -507,7 +507,7 @@ def test_temperatures_out_of_range_on_cuda_are_nan_rows():
 
 
 @pytest.mark.parametrize("dtype", [FP32, torch.bfloat16])
-def test_probabilities_are_warned_about(device, dtype):
+def test_check_logits_warns_about_probabilities(device, dtype):
     logits = make((6, 40), dtype, device=device).student
     with pytest.warns(UserWarning, match="teacher look like probabilities.*expects logits"):
         assert fastkd.check_logits(logits.float().softmax(-1).to(dtype), "teacher") is False

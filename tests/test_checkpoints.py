@@ -82,7 +82,7 @@ LOADERS = {
 
 @pytest.mark.parametrize("stop", [5, 7, 10])
 @pytest.mark.parametrize("which", LOADERS)
-def test_a_generator_of_the_loaders_own_comes_back(tmp_path, which, stop):
+def test_a_generator_of_the_loader_is_restored(tmp_path, which, stop):
     """The loader's generator is restored in the middle of a pass and between two passes."""
 
     def loader():
@@ -96,7 +96,7 @@ def test_a_generator_of_the_loaders_own_comes_back(tmp_path, which, stop):
     assert before + losses(trainer, loader()) == straight
 
 
-def test_a_loader_of_other_generators_is_refused_within_a_pass(tmp_path):
+def test_a_loader_with_other_generators_is_refused_within_a_pass(tmp_path):
     losses(trainer_in(tmp_path), LOADERS["loader"](torch.Generator()), 7)
     trainer = trainer_in(tmp_path)
     trainer.resume()
@@ -123,7 +123,7 @@ def test_random_numbers_drawn_after_resume_change_nothing(tmp_path, stop):
     assert resumed == straight
 
 
-def test_a_loop_that_draws_random_numbers_saves_at_its_end(tmp_path):
+def test_a_loop_that_draws_random_numbers_resumes_exactly(tmp_path):
     def drawing(trainer, until=15):
         resumed, loader = [], make_loader()
         while trainer.step < until:
@@ -146,7 +146,7 @@ def test_a_loop_that_draws_random_numbers_saves_at_its_end(tmp_path):
 # ---- folders
 
 
-def test_saving_once_more_at_the_same_step_writes_anew(tmp_path):
+def test_saving_again_at_the_same_step_overwrites(tmp_path):
     trainer = trainer_in(tmp_path, save_every=2)
     for step in trainer.steps(make_loader()):
         if step.number == 2:
@@ -161,7 +161,7 @@ def test_saving_once_more_at_the_same_step_writes_anew(tmp_path):
 
 
 @pytest.mark.parametrize("renamings", [1, 2])
-def test_an_interrupted_writing_anew_leaves_one_of_the_two(tmp_path, monkeypatch, renamings):
+def test_an_interrupted_overwrite_leaves_a_complete_checkpoint(tmp_path, monkeypatch, renamings):
     """An interrupted save leaves the old or the new checkpoint complete."""
     trainer = trainer_in(tmp_path)
     next(trainer.steps(make_loader()))
@@ -190,7 +190,7 @@ def test_saving_into_the_folder_of_another_run_is_refused(tmp_path):
         trainer_in(tmp_path).save()
 
 
-def test_what_has_another_name_is_no_checkpoint_and_stays(tmp_path):
+def test_paths_with_other_names_are_neither_loaded_nor_deleted(tmp_path):
     losses(trainer_in(tmp_path), make_loader(), 5)
     for name in ("step-00000005-best", "step-best", "step-5"):
         shutil.copytree(tmp_path / "step-00000005", tmp_path / name)
@@ -204,7 +204,7 @@ def test_what_has_another_name_is_no_checkpoint_and_stays(tmp_path):
     assert others < set(tmp_path.iterdir())
 
 
-def test_checkpoints_are_in_the_order_of_their_numbers(tmp_path):
+def test_checkpoints_are_listed_in_the_order_of_their_numbers(tmp_path):
     names = [f"step-{number:08d}" for number in (7, 99_999_999, 100_000_000)]
     for name in (*names, f"{names[1]}.replaced"):
         (tmp_path / name).mkdir()
@@ -213,7 +213,7 @@ def test_checkpoints_are_in_the_order_of_their_numbers(tmp_path):
 
 
 @pytest.mark.parametrize("part", ["ema", "scheduler", "hints"])
-def test_a_part_that_the_checkpoint_has_not_is_refused(tmp_path, part):
+def test_a_part_missing_from_the_checkpoint_is_refused(tmp_path, part):
     losses(trainer_in(tmp_path), make_loader(), 5)
     if part == "hints":
         trainer = trainer_in(tmp_path, hints=[fastkd.Hint(student="0", teacher="0")])
@@ -229,7 +229,7 @@ def test_a_part_that_the_checkpoint_has_not_is_refused(tmp_path, part):
         trainer.fit(make_loader())
 
 
-def test_a_part_that_the_trainer_has_not_is_refused(tmp_path):
+def test_a_part_missing_from_the_trainer_is_refused(tmp_path):
     losses(trainer_in(tmp_path, ema=0.9), make_loader(), 5)
     trainer = trainer_in(tmp_path)
     with pytest.raises(ValueError, match="has ema 1, and this run 0"):

@@ -58,7 +58,7 @@ def test_default_chunks_cover_all_rows(sizes):
 
 
 @given(HEADS, st.integers(1, 4096), st.sampled_from(["auto", "rows"]))
-def test_keeps_to_max_workspace(sizes, mib, chunk_by):
+def test_plans_fit_max_workspace(sizes, mib, chunk_by):
     """The plan fits max_workspace, or raises; its chunks are as large as possible."""
     try:
         chosen = plan(**sizes, chunk_by=chunk_by, max_workspace=mib * MIB)
@@ -131,7 +131,7 @@ def test_the_least_memory_is_two_gradients(sizes, mib):
         plan(*sizes, dtype=BF16, device="cuda", chunk_by="rows", max_workspace=mib * MIB - 1)
 
 
-def test_one_chunk_sums_nothing():
+def test_one_chunk_needs_no_float32_sum():
     assert plan(512, 1000, 64, dtype=BF16).accumulate is BF16
     assert plan(512, 1000, 64, dtype=BF16, chunk_size=128).accumulate is FP32
     assert plan(512, 1000, 64, dtype=BF16, chunk_size=128, accumulate_dtype=BF16).accumulate is BF16
@@ -141,7 +141,7 @@ def test_one_chunk_sums_nothing():
     assert plan(512, 1000, 64, dtype=FP64, chunk_size=128).accumulate is FP64
 
 
-def test_says_what_it_chose():
+def test_str_of_a_plan_has_its_chunks():
     text = str(plan(4096, 128256, 2048, dtype=BF16, device="cuda", chunk_size=1024))
     assert "4 x 1024 of 4096 rows" in text and "501.0 MiB" in text and "float32" in text
 
@@ -181,7 +181,7 @@ def sizes(inputs: Any, **options: Any) -> Sizes:
     return seen[0]
 
 
-def test_sizes_of_a_call(device):
+def test_sizes_are_those_of_the_call(device):
     inputs = make_heads(BF16, device)
     inferred = sizes(inputs)
     assert inferred[:4] == (37, 203, 24, 40)
@@ -237,7 +237,7 @@ def test_a_plan_serves_fewer_rows():
 
 
 @given(HEADS, st.integers(1, 4096), st.integers(1, 4096), st.sampled_from(["auto", "rows"]))
-def test_keeps_to_max_workspace_with_a_size_of_chunks(sizes, mib, size, chunk_by):
+def test_plans_with_a_chunk_size_fit_max_workspace(sizes, mib, size, chunk_by):
     """With a chunk_size, the plan fits max_workspace or raises."""
     options = {**sizes, "chunk_by": chunk_by, "chunk_size": size}
     chosen = plan(**options)

@@ -179,7 +179,7 @@ def test_distill_writes_what_report_reads(config_path, monkeypatch, capsys):
     assert "untrained" in capsys.readouterr().out
 
 
-def test_report_without_a_configuration(config_path, monkeypatch, capsys):
+def test_report_needs_no_configuration(config_path, monkeypatch, capsys):
     name = next(config_path.parent.glob("parts_*.py")).stem
     monkeypatch.chdir(config_path.parent)
     run(
@@ -212,7 +212,7 @@ def test_options_override_the_file(config_path, monkeypatch, capsys):
     assert "385" in capsys.readouterr().out.replace(" ", "").partition("parameters")[2][:40]
 
 
-def test_shortcuts_of_the_loss(config_path, monkeypatch):
+def test_shortcuts_set_the_options_of_the_loss(config_path, monkeypatch):
     short = ("--temperature", 3, "--alpha", 0.3, "--divergence", "jsd")
     full = [f"--loss.{name}={value}" for name, value in zip(*[iter(short)] * 2, strict=True)]
     full = [option.replace(".--", ".") for option in full]
@@ -224,7 +224,7 @@ def test_shortcuts_of_the_loss(config_path, monkeypatch):
     assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
 
 
-def test_resumed_it_ends_as_if_it_had_never_stopped(config_path, monkeypatch):
+def test_a_resumed_run_gives_the_parameters_of_an_uninterrupted_run(config_path, monkeypatch):
     arguments = (monkeypatch, "distill", "--config", config_path)
     run(*arguments, "--output", config_path.parent / "whole", "--epochs", 4)
     run(*arguments, "--epochs", 2)
@@ -235,7 +235,7 @@ def test_resumed_it_ends_as_if_it_had_never_stopped(config_path, monkeypatch):
         assert torch.equal(expected, actual)
 
 
-def test_history_goes_on_where_a_run_was_interrupted(config_path, monkeypatch, capsys):
+def test_a_resumed_run_extends_the_history(config_path, monkeypatch, capsys):
     arguments = (monkeypatch, "distill", "--config", config_path)
     run(*arguments, "--epochs", 1)
     run(*arguments, "--resume=true")
@@ -245,7 +245,7 @@ def test_history_goes_on_where_a_run_was_interrupted(config_path, monkeypatch, c
     assert f"accuracy {100 * history[-1]['accuracy']:.1f} %" in capsys.readouterr().out
 
 
-def test_another_run_s_checkpoints(config_path, monkeypatch, capsys):
+def test_checkpoints_of_another_run_are_refused(config_path, monkeypatch, capsys):
     run(monkeypatch, "distill", "--config", config_path, "--epochs", 1)
     again = (monkeypatch, capsys, "distill", "--config", config_path)
     assert re.search("output: .* holds the checkpoints of another run", refused(*again))
@@ -254,7 +254,7 @@ def test_another_run_s_checkpoints(config_path, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("change", ["teacher_top_k=4", "loss.temperature=3"])
-def test_a_cache_that_does_not_fit(config_path, monkeypatch, capsys, change):
+def test_a_cache_with_other_options_is_refused(config_path, monkeypatch, capsys, change):
     cached = ("distill", "--config", config_path, f"--teacher_cache={config_path.parent / 'cache'}")
     run(monkeypatch, *cached, "--teacher_top_k=5", "--checkpoints=false")
     changed = ("--teacher_top_k=5", f"--{change}", "--checkpoints=false")
@@ -274,7 +274,7 @@ def test_a_cache_that_does_not_fit(config_path, monkeypatch, capsys, change):
         ["validation_options.first=250", "teacher="],
     ],
 )
-def test_a_cache_of_other_data(config_path, monkeypatch, capsys, changes):
+def test_a_cache_of_other_data_is_refused(config_path, monkeypatch, capsys, changes):
     """A cache of other data is refused, and no file is added to the cache."""
     cache = config_path.parent / "cache"
     cached = ("distill", "--config", config_path, f"--teacher_cache={cache}")
@@ -286,7 +286,7 @@ def test_a_cache_of_other_data(config_path, monkeypatch, capsys, changes):
     assert "Choose another folder" in error and list(cache.iterdir()) == files
 
 
-def test_a_cache_of_augmented_data(config_path, monkeypatch, capsys):
+def test_a_cache_of_augmented_data_is_refused(config_path, monkeypatch, capsys):
     name = next(config_path.parent.glob("parts_*.py")).stem
     augmented = (f"--train={name}:Augmented", f"--teacher_cache={config_path.parent / 'c'}")
     error = refused(monkeypatch, capsys, "distill", "--config", config_path, *augmented)
@@ -294,7 +294,7 @@ def test_a_cache_of_augmented_data(config_path, monkeypatch, capsys):
     assert not (config_path.parent / "out").exists()
 
 
-def test_a_cosine_needs_an_end(config_path, monkeypatch, capsys):
+def test_a_cosine_schedule_needs_the_number_of_steps(config_path, monkeypatch, capsys):
     name = next(config_path.parent.glob("parts_*.py")).stem
     streamed = ("distill", "--config", config_path, f"--train={name}:Stream")
     run(monkeypatch, *streamed)
@@ -330,7 +330,7 @@ def test_two_processes_share_the_teacher(config_path):
     assert [each["rows"] for each in history] == [100] * 3
 
 
-def test_a_cached_teacher_teaches_the_same(config_path, monkeypatch, capsys):
+def test_a_cached_teacher_gives_nearly_the_same_student(config_path, monkeypatch, capsys):
     run(monkeypatch, "distill", "--config", config_path, "--output", config_path.parent / "live")
     cache = config_path.parent / "cache"
     once = (monkeypatch, "distill", "--config", config_path, f"--teacher_cache={cache}")
@@ -354,7 +354,7 @@ def test_a_cached_teacher_teaches_the_same(config_path, monkeypatch, capsys):
     assert "train must return a data set with __getitem__ if there is a teacher_cache" in error
 
 
-def test_the_most_probable_classes_teach_nearly_the_same(config_path, monkeypatch):
+def test_a_cache_of_all_classes_gives_nearly_the_same_student(config_path, monkeypatch):
     """A cache of all ten classes differs from the teacher only by float16 rounding."""
     loss = "--loss={temperature: 2, alpha: 0.1}"
     arguments = (monkeypatch, "distill", "--config", config_path, loss)
@@ -367,7 +367,7 @@ def test_the_most_probable_classes_teach_nearly_the_same(config_path, monkeypatc
         torch.testing.assert_close(expected, actual, rtol=1e-2, atol=2e-3)
 
 
-def test_without_labels_the_history_is_json(config_path, monkeypatch, capsys):
+def test_without_labels_the_history_is_valid_json(config_path, monkeypatch, capsys):
     name = next(config_path.parent.glob("parts_*.py")).stem
     unlabelled = (f"--train={name}:unlabelled", f"--validation={name}:unlabelled")
     run(
@@ -512,7 +512,7 @@ def test_a_sweep_continues_where_it_stopped(config_path, monkeypatch):
         ("epochs=4", "holds a sweep of another configuration"),
     ],
 )
-def test_a_sweep_refuses(config_path, monkeypatch, capsys, change, message):
+def test_a_sweep_refuses_invalid_options(config_path, monkeypatch, capsys, change, message):
     name = next(config_path.parent.glob("parts_*.py")).stem
     changes = f"--{change.replace('{module}', name)}".split()
     arguments = (
@@ -543,7 +543,9 @@ def test_a_sweep_refuses(config_path, monkeypatch, capsys, change, message):
         ([], "student_weights must be an existing .safetensors file"),
     ],
 )
-def test_an_export_of_too_little(config_path, monkeypatch, capsys, arguments, message):
+def test_an_export_with_missing_or_invalid_options_is_refused(
+    config_path, monkeypatch, capsys, arguments, message
+):
     pytest.importorskip("onnxscript")
     assert message in refused(monkeypatch, capsys, "export", "--config", config_path, *arguments)
 
@@ -607,7 +609,9 @@ def test_an_export_of_too_little(config_path, monkeypatch, capsys, arguments, me
         ("teacher_cache={module}.py/c", "teacher_cache must be a folder; got .*, and .* is a file"),
     ],
 )
-def test_a_sentence_names_the_key(config_path, monkeypatch, capsys, change, message):
+def test_an_invalid_value_is_refused_with_its_key(
+    config_path, monkeypatch, capsys, change, message
+):
     name = next(config_path.parent.glob("parts_*.py")).stem
     monkeypatch.chdir(config_path.parent)
     change = change.format(module=name) if "{" in change else change
@@ -660,7 +664,9 @@ def test_class_path_imports_nothing(config_path, monkeypatch, capsys, key, neste
     assert not proof.exists() and "evil" not in sys.modules
 
 
-def test_other_modules_are_not_imported(config_path, monkeypatch, capsys, tmp_path_factory):
+def test_modules_elsewhere_are_imported_only_if_named(
+    config_path, monkeypatch, capsys, tmp_path_factory
+):
     """Only modules named by --module, and their submodules, are imported."""
     elsewhere = tmp_path_factory.mktemp("elsewhere")
     package = elsewhere / "distant_parts"
@@ -678,7 +684,9 @@ def test_other_modules_are_not_imported(config_path, monkeypatch, capsys, tmp_pa
     run(monkeypatch, *change, "--module", "distant_parts.small", "--epochs", 1, "--resume=true")
 
 
-def test_modules_beside_a_configuration_replace_no_other(config_path, monkeypatch, capsys):
+def test_modules_in_the_configuration_s_folder_replace_no_other_module(
+    config_path, monkeypatch, capsys
+):
     """The configuration's folder is the last entry of sys.path."""
     before = list(sys.path)
     (config_path.parent / "wave.py").write_text("raise ZeroDivisionError")
@@ -714,7 +722,7 @@ def test_modules_beside_a_configuration_replace_no_other(config_path, monkeypatc
         ),
     ],
 )
-def test_files_that_are_no_configuration(tmp_path, monkeypatch, capsys, text, message):
+def test_files_that_are_no_configuration_are_refused(tmp_path, monkeypatch, capsys, text, message):
     file = tmp_path / "config.yaml"
     file.write_text(text)
     error = refused(monkeypatch, capsys, "distill", "--config", file)
@@ -722,7 +730,7 @@ def test_files_that_are_no_configuration(tmp_path, monkeypatch, capsys, text, me
     assert error.count("\n") == 1
 
 
-def test_numbers_of_a_file(config_path, monkeypatch):
+def test_numbers_and_null_of_a_file_are_read(config_path, monkeypatch):
     """1e-3 is a number, though YAML 1.1 reads it as text; null stands for the default."""
     texts = ["clip: 1e-3", "ema: 5e-1", "seed: null", "loss: {alpha: 1e-1}", "optimizer: null"]
     trainings = []
@@ -736,7 +744,7 @@ def test_numbers_of_a_file(config_path, monkeypatch):
     assert training.loss == {"alpha": 0.1} and training.optimizer == {}
 
 
-def test_nested_aliases_end_at_once(tmp_path):
+def test_nested_aliases_are_refused_at_once(tmp_path):
     """Aliases that stand for 9^10 values are refused within the time limit."""
     lines = ["a0: &a0 [1, 1, 1, 1, 1, 1, 1, 1, 1]"]
     lines += [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 10)]
@@ -750,7 +758,7 @@ def test_nested_aliases_end_at_once(tmp_path):
 
 
 @pytest.mark.slow
-def test_long_texts_end_at_once(tmp_path):
+def test_long_texts_are_read_in_linear_time(tmp_path):
     """Parsing a number takes time proportional to the text's length."""
     file = tmp_path / "config.yaml"
     file.write_text(f"student: '{'1' * 500_000}'")
@@ -758,7 +766,7 @@ def test_long_texts_end_at_once(tmp_path):
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no named pipes")
-def test_a_named_pipe_is_not_waited_for(tmp_path):
+def test_a_named_pipe_is_refused(tmp_path):
     os.mkfifo(tmp_path / "config.yaml")
     error = command_in_another_process(tmp_path / "config.yaml")
     assert "config.yaml: must be a regular file" in error
@@ -772,7 +780,7 @@ def command_in_another_process(file: pathlib.Path) -> str:
     return done.stderr
 
 
-def test_a_file_that_is_not_there(tmp_path, monkeypatch, capsys):
+def test_a_missing_file_is_refused(tmp_path, monkeypatch, capsys):
     error = refused(monkeypatch, capsys, "distill", "--config", tmp_path / "none.yaml")
     assert "none.yaml: cannot read the file" in error and "No such file" in error
 
@@ -792,7 +800,9 @@ def test_a_file_that_is_not_there(tmp_path, monkeypatch, capsys):
         (["--model.a=json:loads"], "validation: the module json is"),
     ],
 )
-def test_a_report_of_too_little(monkeypatch, capsys, arguments, message):
+def test_a_report_with_missing_or_invalid_options_is_refused(
+    monkeypatch, capsys, arguments, message
+):
     if arguments and arguments[0].startswith(("--sec", "--thr", "--save", "--model.")):
         arguments = ["--teacher=json:loads", "--validation=json:loads", *arguments]
     assert re.search(message, refused(monkeypatch, capsys, "report", *arguments))
@@ -805,7 +815,9 @@ def test_a_report_of_too_little(monkeypatch, capsys, arguments, message):
         ("train={module}:Stream", "train must return a data set with __getitem__ .*Stream"),
     ],
 )
-def test_what_a_cache_cannot_do(config_path, monkeypatch, capsys, change, message):
+def test_options_that_a_cache_cannot_serve_are_refused(
+    config_path, monkeypatch, capsys, change, message
+):
     name = next(config_path.parent.glob("parts_*.py")).stem
     cached = (f"--teacher_cache={config_path.parent / 'cache'}", "--teacher_top_k=5")
     change = f"--{change.format(module=name)}"
@@ -813,7 +825,7 @@ def test_what_a_cache_cannot_do(config_path, monkeypatch, capsys, change, messag
     assert re.search(f"fastkd distill: {message}", error), error
 
 
-def test_a_precision_that_the_machine_lacks(config_path, monkeypatch, capsys):
+def test_an_unsupported_precision_is_refused(config_path, monkeypatch, capsys):
     def lacking(**_):
         raise ValueError("fp16 needs a GPU")
 
@@ -822,7 +834,7 @@ def test_a_precision_that_the_machine_lacks(config_path, monkeypatch, capsys):
     assert "fastkd distill: mixed_precision: fp16 needs a GPU" in error
 
 
-def test_weights_of_another_model(config_path, monkeypatch, capsys):
+def test_weights_of_another_model_are_refused(config_path, monkeypatch, capsys):
     from safetensors.torch import save_model
 
     file = config_path.parent / "other.safetensors"
@@ -855,7 +867,9 @@ def test_the_user_s_own_errors_keep_their_traceback(config_path, monkeypatch, fa
         ("teacher_top_k=50", "teacher_top_k must be at most the number of classes, 10; got 50"),
     ],
 )
-def test_what_does_not_fit_the_teacher(config_path, monkeypatch, capsys, change, message):
+def test_options_that_do_not_fit_the_teacher_are_refused_first(
+    config_path, monkeypatch, capsys, change, message
+):
     """The error is raised before anything is trained or written."""
     cached = f"--teacher_cache={config_path.parent / 'cache'}"
     error = refused(monkeypatch, capsys, "distill", "--config", config_path, cached, f"--{change}")

@@ -60,7 +60,7 @@ OTHERS = {
 
 
 @pytest.mark.parametrize("name", MASKING)
-def test_without_a_row_that_counts_the_loss_is_zero(name):
+def test_without_a_valid_row_the_loss_is_zero(name):
     student, teacher, labels = draw((6, 5))
     student.requires_grad_()
     loss = MASKING[name](student, teacher, labels.fill_(-100))
@@ -70,7 +70,7 @@ def test_without_a_row_that_counts_the_loss_is_zero(name):
 
 
 @pytest.mark.parametrize("name", [name for name in MASKING if "liger" not in name])
-def test_a_row_that_is_left_out_may_hold_anything(name):
+def test_an_ignored_row_may_hold_anything(name):
     student, teacher, labels = draw((6, 5), "some ignored")
     clean = MASKING[name](student, teacher, labels)
     student[labels == -100] = teacher[labels == -100] = torch.nan

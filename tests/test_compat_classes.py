@@ -58,7 +58,7 @@ def test_torchdistill_gives_its_own_loss(name, reduction, options):
 
 
 @pytest.mark.parametrize("reduction", ["batchmean", "mean", "sum"])
-def test_torchdistill_images_and_soft_targets(reduction):
+def test_torchdistill_accepts_pixels_and_soft_targets(reduction):
     """Per-pixel classes have two denominators; mixup has labels of probabilities."""
     ours = torchdistill.KDLoss(*PATHS, temperature=2.0, alpha=0.3, reduction=reduction)
     theirs = torchdistill_code().KDLoss(*PATHS, temperature=2.0, alpha=0.3, reduction=reduction)
@@ -72,7 +72,7 @@ def test_torchdistill_images_and_soft_targets(reduction):
         )
 
 
-def test_torchdistill_ignored_rows_are_out_of_both_terms():
+def test_torchdistill_ignores_rows_in_both_terms():
     """Documented difference: torchdistill's soft term includes ignored rows."""
     student, teacher, labels = draw((6, 5), "some ignored")
     valid = labels != -100
@@ -238,7 +238,7 @@ def test_keras_distiller_sets_training_modes(keras_package):
     assert any(parameter.requires_grad for parameter in student.parameters())
 
 
-def test_keras_without_the_teacher():
+def test_the_keras_teacher_is_not_called_at_weight_1():
     logits, _, labels = draw((6, 5))
     no_teacher = nn.Linear(1, 1)  # raises if it is called, since the inputs have another width
     ours = keras.Distiller(
@@ -266,7 +266,7 @@ def test_signatures_are_those_of_the_libraries(keras_package):
     assert keras.LogitsDistillation().compute_loss(logits, logits, sample_weight=None) == 0
 
 
-def test_what_has_no_meaning_here():
+def test_unused_parameters_must_have_their_defaults():
     teacher, student = models()
     for name in ("criterion_kwargs", "teacher_pretrained_path", "teacher_pretrained_cfg_overlay"):
         with pytest.raises(ValueError, match=f"{name} must be None: .*; got 'x'"):

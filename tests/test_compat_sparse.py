@@ -42,7 +42,7 @@ def test_trl_sdft_gives_its_own_loss(alpha):
     ("k", "add_tail"), [(1, True), (3, True), (3, False), (10, True), (10, False)]
 )
 @pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0])
-def test_trl_sdft_of_the_students_top_k(k, add_tail, alpha):
+def test_trl_sdft_top_k_gives_its_own_loss(k, add_tail, alpha):
     student, teacher, _ = draw((2, 4, 11))
     options = {
         "distillation_topk": k,
@@ -100,7 +100,7 @@ def test_ms_swift_gives_its_own_loss(beta, temperature, mask):
 @pytest.mark.parametrize("temperature", [1.0, 3.0])
 @pytest.mark.parametrize("form", ["log-probabilities", "logits"])
 @pytest.mark.parametrize("beta", [0.0, 0.5, 1.0])
-def test_ms_swift_with_lists(form, temperature, beta):
+def test_ms_swift_accepts_lists(form, temperature, beta):
     """Lists of log-probabilities (from servers) and of logits (local teachers) are accepted."""
     student, teacher, labels = draw((2, 6, 11), "some ignored")
     values, indices = (teacher if form == "logits" else teacher.log_softmax(-1)).topk(4)
@@ -110,7 +110,7 @@ def test_ms_swift_with_lists(form, temperature, beta):
 
 
 @pytest.mark.parametrize("form", ["dense", "lists"])
-def test_ms_swift_where_the_teacher_has_another_prompt(form):
+def test_ms_swift_accepts_another_prompt_of_the_teacher(form):
     student, teacher, labels = draw((1, 6, 11), "some ignored")
     shifted = labels.roll(1, 1)
     arguments = {"full_logits": teacher}
@@ -120,7 +120,7 @@ def test_ms_swift_where_the_teacher_has_another_prompt(form):
     same_loss(student, labels, 0.0, 2.0, **arguments, labels=shifted)
 
 
-def test_ms_swift_with_padding_in_a_list():
+def test_ms_swift_accepts_padding_in_a_list():
     """Documented difference: ms-swift's loss is NaN; here a padding entry lists no class."""
     student, teacher, labels = draw((2, 6, 11))
     values, indices = teacher.log_softmax(-1).topk(4)

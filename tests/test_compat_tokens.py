@@ -64,7 +64,7 @@ def test_torchtune_chunked_gives_its_own_loss(_, name, options, mask):
 
 
 @pytest.mark.parametrize(("unchunked", "chunked", "options"), TORCHTUNE)
-def test_torchtune_without_a_row_is_zero(unchunked, chunked, options):
+def test_torchtune_without_a_valid_row_is_zero(unchunked, chunked, options):
     student, teacher, labels = draw((2, 4, 5))
     student.requires_grad_()
     labels.fill_(-100)
@@ -78,7 +78,7 @@ def test_torchtune_without_a_row_is_zero(unchunked, chunked, options):
         assert not grad.any()
 
 
-def test_torchtune_chunks_that_do_not_fit_the_labels():
+def test_torchtune_refuses_chunks_that_do_not_fit_the_labels():
     student, teacher, labels = draw((2, 4, 5))
     loss = torchtune.ForwardKLWithChunkedOutputLoss(2)
     with pytest.raises(ValueError, match=r"student_logits must be at most num_output_chunks=2"):
@@ -126,7 +126,7 @@ def test_trl_gives_its_own_loss(beta, temperature, reduction, mask):
 
 @pytest.mark.parametrize("count", [12, torch.tensor(12)], ids=["number", "tensor"])
 @pytest.mark.parametrize("mask", [*MASKS, "no labels"])
-def test_trl_with_a_global_count(mask, count):
+def test_trl_accepts_a_global_count(mask, count):
     student, teacher, labels = draw((2, 4, 11), mask)
     options = {"labels": None if mask == "no labels" else labels, "num_items_in_batch": count}
     agree(
@@ -137,7 +137,7 @@ def test_trl_with_a_global_count(mask, count):
 
 
 @pytest.mark.parametrize("shape", [(), (1,), (2,), (2, 1)])
-def test_trl_with_a_count_for_every_gpu(shape):
+def test_trl_accepts_a_count_for_every_gpu(shape):
     """The count is averaged over the GPUs, as TRL's trainer averages its own loss."""
     student, teacher, labels = draw((2, 4, 11), "some ignored")
     options = {"labels": labels, "num_items_in_batch": torch.full(shape, 5.0).double()}
@@ -149,7 +149,7 @@ def test_trl_with_a_count_for_every_gpu(shape):
 
 
 @pytest.mark.parametrize("count", [0, torch.tensor(0), torch.zeros(2, 1)])
-def test_trl_where_no_row_counts_in_the_whole_step(count):
+def test_trl_without_a_valid_row_in_the_step_is_zero(count):
     student, teacher, labels = draw((2, 4, 11))
     student.requires_grad_()
     labels = torch.full_like(labels, -100)
@@ -242,7 +242,7 @@ def test_liger_tvd_has_finite_gradients_where_a_probability_is_zero():
     )
 
 
-def test_liger_tvd_pulls_nowhere_where_probabilities_are_equal():
+def test_liger_tvd_has_no_gradient_where_probabilities_are_equal():
     """Documented difference: Liger's subgradient is -1/2 at equal probabilities."""
     p = torch.full((2, 4), 0.25, requires_grad=True)
     (grad,) = torch.autograd.grad(liger.LigerTVDLoss()(p, p.detach()), p)
@@ -250,7 +250,7 @@ def test_liger_tvd_pulls_nowhere_where_probabilities_are_equal():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_liger_takes_other_dtypes(dtype):
+def test_liger_accepts_other_dtypes(dtype):
     student, teacher, labels = (x.to(dtype) if x.is_floating_point() else x for x in draw((7, 11)))
     p, q = teacher.softmax(-1), student.requires_grad_().softmax(-1)
     for loss in (
@@ -335,7 +335,7 @@ def test_nemo_refuses_a_sharded_vocabulary():
         nemo.KDLoss()(student, teacher.as_subclass(Sharded), labels)
 
 
-def test_nemo_refuses_a_count_of_nothing():
+def test_nemo_refuses_a_count_of_zero():
     with pytest.raises(ValueError, match=r"^num_batch_labels must be positive and finite; got 0"):
         nemo.KDLoss()(*draw((2, 4, 11)), 0)
 

@@ -77,7 +77,7 @@ def test_a_compiled_loss_equals_the_eager_one(device, call):
 
 
 @pytest.mark.parametrize("dtype", [BF16, FP16], ids=name_of)
-def test_compiled_16_bit_gradients(device, dtype):
+def test_compiled_16_bit_gradients_are_exact(device, dtype):
     """Compiled 16-bit gradients are exact, though the loss scale is unknown in the forward pass."""
     student, teacher, labels = make((64, 8000), dtype, device=device, spread=1.0)
     compiled = torch.compile(
@@ -117,7 +117,7 @@ def test_inductor_gives_the_eager_gradient(device):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-7)
 
 
-def test_compiled_without_a_gradient(device):
+def test_a_compiled_loss_without_a_gradient_equals_the_eager_one(device):
     student, teacher, labels = make((6, 50), device=device)
     compiled = torch.compile(CALLS["mean"], fullgraph=True, backend="aot_eager")
     with torch.no_grad():
@@ -205,7 +205,7 @@ def test_every_option_compiles(name):
 
 
 @pytest.mark.parametrize("name", ["jsd", "cosine"])
-def test_function_transforms_take_every_option(device, name):
+def test_function_transforms_accept_every_option(device, name):
     student, teacher, _ = make((3, 6, 10), FP64, device=device, labels=False)
     labels = make((3, 6, 10), device=device).labels
     weights = torch.linspace(0, 1, 18, device=device).view(3, 6)
@@ -317,7 +317,7 @@ def test_opcheck_passes_for_the_loss(device, labels, reduction, dtype):
             )
 
 
-def test_opcheck_the_backward_op(device):
+def test_opcheck_passes_for_the_backward_op(device):
     student, teacher, labels = make((6, 50), device=device)
     arguments = arguments_of(teacher, labels, None, "mean")
     grad_output = torch.ones((), device=device)

@@ -29,7 +29,7 @@ def step(student: Tensor, teacher: Tensor, labels: Tensor | None) -> tuple[Tenso
 
 
 @pytest.mark.parametrize("shape", [(40, 10), (300, 1000), (2, 3 * _C.segment + 5)], ids=str)
-def test_many_threads_at_once(device, each_autograd, shape):
+def test_concurrent_threads_get_the_results_of_one_thread(device, each_autograd, shape):
     """Each of several threads gets the result that its problem has in a single thread."""
     problems = [make(shape, device=device, seed=seed) for seed in range(TEAM)]
     alone = [step(*problem) for problem in problems]
@@ -39,7 +39,7 @@ def test_many_threads_at_once(device, each_autograd, shape):
         assert torch.equal(value, alone[i % TEAM][0]) and torch.equal(grad, alone[i % TEAM][1])
 
 
-def test_threads_share_a_graph(device, each_autograd):
+def test_backward_passes_of_one_graph_share_no_buffer(device, each_autograd):
     """Concurrent backward passes of one graph share no buffer."""
     for seed in range(20):
         student, teacher, labels = make((64, 300), FP32, device=device, seed=seed)
@@ -100,7 +100,7 @@ print("equal")
     "calls",
     ["dense+topk", *(pytest.param(f"{n}+{n}", marks=pytest.mark.slow) for n in LOSSES)],
 )
-def test_threads_share_a_leaf(language, calls):
+def test_forward_passes_of_one_leaf_do_not_deadlock(language, calls):
     """Concurrent forward passes of one leaf do not deadlock."""
     command = [sys.executable, "-c", SHARED_LEAF, language, calls]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
@@ -290,7 +290,7 @@ def test_openmp_settings_change_no_bit():
     assert answers[0][0] == answers[0][1]
 
 
-def test_a_forced_instruction_set_while_others_compute():
+def test_the_instruction_set_may_change_while_other_threads_compute():
     problem = make((50, 2000), FP64)
     expected = {}
     before = _C.isa()

@@ -54,7 +54,7 @@ def test_repeated_calls_give_equal_bits(device, shape, reduction, dtype):
     pairwise(DTYPES, ["mean", "none"], SHAPES, SWEEPS),
     ids=str,
 )
-def test_same_for_any_number_of_threads(divergence, shape, reduction, dtype):
+def test_bits_are_equal_for_any_number_of_threads(divergence, shape, reduction, dtype):
     problem = make(shape, dtype, ignored=0.1)
     torch.set_num_threads(1)
     alone = run(*problem, reduction, divergence)
@@ -65,7 +65,7 @@ def test_same_for_any_number_of_threads(divergence, shape, reduction, dtype):
 
 
 @pytest.mark.usefixtures("threads", "isa")
-def test_merged_sums_of_a_shared_row_are_those_of_a_whole_one():
+def test_merged_sums_of_a_shared_row_equal_those_of_one_thread():
     """Regression: in one row of twenty, merging the sums of two segments changed the rounding."""
     for seed in range(60):
         student, teacher, _ = make((1, 2 * S - 3000), FP64, labels=False, seed=seed)
@@ -124,7 +124,7 @@ def test_instruction_sets_agree(divergence, shape, dtype):
         _C.use_isa(before)
 
 
-def test_isa_can_be_forced_and_unknown_ones_are_refused():
+def test_isa_can_be_forced_and_an_unknown_isa_is_refused():
     before = _C.isa()
     with pytest.raises(ValueError, match=r"isa 'mmx' is not available here; available: .*default"):
         _C.use_isa("mmx")
@@ -140,7 +140,7 @@ def test_isa_can_be_forced_and_unknown_ones_are_refused():
     pairwise([2, 20, 32, 33, 39, 64, 1003, S + 5], DTYPES, SWEEPS),
     ids=str,
 )
-def test_the_gradient_written_in_backward_is_the_one_written_in_forward(
+def test_a_gradient_recomputed_in_backward_has_the_bits_of_forward(
     device, divergence, dtype, classes
 ):
     """Row statistics suffice to recompute the bits, in reduction="none" and in a second pass."""
@@ -184,7 +184,7 @@ def test_a_gradient_too_large_for_the_caches_has_the_same_bits(divergence, dtype
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 @pytest.mark.parametrize("divergence", SWEEPS)
-def test_the_terms_of_a_hard_term_of_no_weight_leave_the_gradient_alone(device, divergence, dtype):
+def test_terms_do_not_change_the_gradient_of_a_hard_term_of_weight_0(device, divergence, dtype):
     student, teacher, labels = make((800, 150), dtype, device=device, spread=10.0)
     gradients = []
     for reduction in ("sum", "none"):

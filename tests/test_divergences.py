@@ -18,7 +18,7 @@ OF_LOGITS = [name for name, kind in reference.DIVERGENCES.items() if kind.compar
 ROWS, CLASSES = 5, 6
 
 
-def test_the_type_of_names_lists_every_divergence():
+def test_the_literal_type_lists_every_divergence():
     assert typing.get_args(reference.DivergenceName) == NAMES
 
 
@@ -147,7 +147,7 @@ def test_module_learns_its_temperature(device):
 
 
 @pytest.mark.parametrize("name", [n for n in NAMES if n not in ("soft_cross_entropy", "mse")])
-def test_zero_for_a_perfect_student_up_to_a_constant(device, name):
+def test_a_perfect_student_up_to_a_constant_has_no_loss(device, name):
     """Divergences of probabilities, and of centered logits, ignore an added constant."""
     student, _, labels = make((ROWS, CLASSES), FP64, device=device, ignored=0.0)
     # The cosine depends on the constant; the total variation's slope jumps where p rounds to q.
@@ -167,7 +167,7 @@ def test_soft_cross_entropy_of_a_perfect_student_is_the_entropy(device):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_never_negative_and_unmoved_by_a_constant(device, name):
+def test_divergences_are_at_least_0_and_ignore_a_constant(device, name):
     student, teacher, labels = make((50, CLASSES), FP64, device=device, ignored=0.0, seed=5)
     options = {"divergence": name, "reduction": "none", "hard_weight": 0.0, "soft_weight": 1.0}
     got = fastkd.loss(student, teacher, labels, **options)
@@ -180,7 +180,7 @@ def test_never_negative_and_unmoved_by_a_constant(device, name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_standardized_logits_have_no_scale(device, name):
+def test_standardized_logits_ignore_their_scale(device, name):
     student, teacher, labels = make((ROWS, CLASSES), FP64, device=device)
     options = {"divergence": name, "standardize": True, "hard_weight": 0.0, "soft_weight": 1.0}
     got = fastkd.loss(student, teacher, labels, **options)
@@ -189,7 +189,7 @@ def test_standardized_logits_have_no_scale(device, name):
     torch.testing.assert_close(scaled, got, rtol=1e-5, atol=0)
 
 
-def test_high_temperature_limit(device):
+def test_the_kl_has_its_high_temperature_limit(device):
     """T^2 KL approaches half the centered squared error as T grows (Hinton et al. 2015, 2.1)."""
     student, teacher, _ = make((ROWS, CLASSES), FP64, device=device, labels=False)
     limit = fastkd.terms(student, teacher, divergence="centered_mse", temperature=1.0).soft / 2
@@ -230,7 +230,7 @@ def test_divergences_keep_their_relations(device):
     assert (2 * (value("total_variation") / 4) ** 2 <= forward / 4).all()  # Pinsker's inequality
 
 
-def test_jsd_of_disjoint_teacher_and_student(device):
+def test_jsd_without_a_common_class_is_log_2(device):
     """Teacher and student without a common class have a JSD of log 2."""
     inf = float("inf")
     student = torch.tensor([[0.0, 1.0, -inf, -inf]], dtype=FP64, device=device)
@@ -252,7 +252,7 @@ def test_jsd_of_disjoint_teacher_and_student(device):
         ),
     ],
 )
-def test_a_class_that_both_mask_is_not_there(device, name, standardize, form):
+def test_a_class_that_both_mask_has_no_effect(device, name, standardize, form):
     student, teacher, labels = make((ROWS, CLASSES), FP64, device=device)
     t = torch.tensor(1.5, dtype=FP64, device=device, requires_grad=True)
     unmasked = torch.tensor([0, 1, 2, 3, 5], device=device)
@@ -293,7 +293,7 @@ PRICES = {
 
 
 @pytest.mark.parametrize("name", PRICES)
-def test_a_class_that_one_masks(device, name):
+def test_a_class_that_one_side_masks_has_its_value(device, name):
     """A finite value equals that of a class of tiny probability, with a finite gradient."""
     student, teacher, labels = make((ROWS, CLASSES), FP64, device=device, ignored=0.0)
     labels = labels.masked_fill(labels == 2, 3)
@@ -343,7 +343,7 @@ JSD_ROWS = {
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
 @pytest.mark.parametrize("name", JSD_ROWS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=name_of)
-def test_jsd_of_rows_with_parts_far_below_the_others(isa, name, temperature, dtype):
+def test_jsd_is_right_if_parts_of_a_row_are_far_below_others(isa, name, temperature, dtype):
     classes, change = JSD_ROWS[name]
     torch.manual_seed(0)
     teacher, student = 2 * torch.randn(3, classes), 2 * torch.randn(3, classes)
@@ -365,7 +365,7 @@ def test_jsd_of_rows_with_parts_far_below_the_others(isa, name, temperature, dty
     assert torch.equal(run(dtype, "sum")[1], grad)
 
 
-def test_forward_gradient_where_the_student_alone_masks(device):
+def test_forward_kl_has_a_finite_gradient_where_the_student_alone_masks(device):
     """If the student alone masks a class, the loss is +inf, with the finite gradient q - p."""
     student = torch.tensor([[0.0, 1.0, -INF]], device=device, requires_grad=True)
     teacher = torch.tensor([[0.0, 0.0, 0.0]], device=device)
@@ -390,7 +390,7 @@ def masked_by_the_student(divergence, reduction, classes, device):
 
 @pytest.mark.parametrize("reduction", ["sum", "none"])
 @pytest.mark.parametrize("classes", [3, 200])
-def test_squared_error_where_the_student_alone_masks(device, classes, reduction):
+def test_squared_error_is_infinite_where_the_student_alone_masks(device, classes, reduction):
     """The loss is +inf, with an infinite gradient for the masked class alone."""
     student = masked_by_the_student("mse", reduction, classes, device)
     torch.testing.assert_close(student.grad, student.detach() * 2 / classes)
@@ -398,7 +398,9 @@ def test_squared_error_where_the_student_alone_masks(device, classes, reduction)
 
 @pytest.mark.parametrize("reduction", ["sum", "none"])
 @pytest.mark.parametrize("classes", [3, 200])
-def test_centered_squared_error_where_the_student_alone_masks(device, classes, reduction):
+def test_centered_squared_error_is_infinite_where_the_student_alone_masks(
+    device, classes, reduction
+):
     """The loss is +inf without a gradient: centered differences are infinite or NaN."""
     student = masked_by_the_student("centered_mse", reduction, classes, device)
     assert student.grad[0, 1].isnan()
@@ -406,7 +408,7 @@ def test_centered_squared_error_where_the_student_alone_masks(device, classes, r
     torch.testing.assert_close(student.grad[1], student.detach()[1] * 2 / classes)
 
 
-def test_dkd_of_a_teacher_that_allows_the_label_alone(device):
+def test_dkd_of_a_one_hot_teacher_is_cross_entropy(device):
     """The loss is -log q_y, since the divergence of the other classes is omitted."""
     teacher = torch.tensor([[2.0, -INF, -INF]], device=device)
     student = torch.tensor([[1.0, 0.0, 0.5]], device=device, requires_grad=True)

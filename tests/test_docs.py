@@ -42,7 +42,7 @@ def run(blocks: list[str], name: str, namespace: dict[str, object]) -> None:
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in PAGES]
 )
-def test_python_of_a_page(name, tmp_path, monkeypatch):
+def test_python_of_a_page_runs(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
     run(PYTHON.findall((DOCS / name).read_text()), name, {})
@@ -59,7 +59,7 @@ class LanguageModel(nn.Module):
         return types.SimpleNamespace(logits=self.layers(tokens))
 
 
-def test_python_of_the_readme():
+def test_python_of_the_readme_runs():
     torch.manual_seed(0)
     tokens = torch.randint(50, (2, 12))
     names = {
@@ -104,7 +104,7 @@ def anchors(path: pathlib.Path) -> set[str]:
 
 
 @pytest.mark.parametrize("name", MARKDOWN)
-def test_links_of_a_page(name):
+def test_links_of_a_page_work(name):
     page = ROOT / name
     text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
     for link in re.findall(r"\]\(([^)\s]+)\)", re.sub(r"`[^`\n]*`", "code", text)):

@@ -42,7 +42,7 @@ def gradient(student: Tensor, teacher: Tensor, labels: Tensor | None, **options)
     ),
     ids=str,
 )
-def test_the_symmetric_kl_of_one_kl_is_that_kl(device, name, side, reduction, classes, dtype):
+def test_the_symmetric_kl_ignores_the_kl_of_weight_0(device, name, side, reduction, classes, dtype):
     mix = 1.0 if name == "forward_kl" else 0.0
     student, teacher, _ = masked(side, classes, dtype, device)
     options = {"reduction": reduction, "temperature": 1.5}
@@ -61,7 +61,7 @@ def test_the_symmetric_kl_of_one_kl_is_that_kl(device, name, side, reduction, cl
 
 @pytest.mark.parametrize("mix", [0.0, 1.0])
 @pytest.mark.parametrize("side", ["teacher", "student"])
-def test_the_reference_of_the_symmetric_kl_of_one_kl(side, mix):
+def test_the_reference_of_the_symmetric_kl_ignores_the_kl_of_weight_0(side, mix):
     student, teacher, _ = masked(side, 6, FP64, torch.device("cpu"))
     name = "forward_kl" if mix else "reverse_kl"
     if (name == "reverse_kl") == (side == "teacher"):
@@ -83,7 +83,7 @@ def test_the_reference_of_the_symmetric_kl_of_one_kl(side, mix):
     ),
     ids=str,
 )
-def test_a_mixture_next_to_its_ends(device, name, mix, dtype, classes):
+def test_mixtures_near_0_and_1_are_accepted(device, name, mix, dtype, classes):
     """Mixtures near 0 and 1 are accepted; 0 and 1 are refused."""
     student, teacher, _ = masked("teacher", classes, dtype, device)
     student[2, 3] = -INF
@@ -98,7 +98,9 @@ def test_a_mixture_next_to_its_ends(device, name, mix, dtype, classes):
     pairwise(CLASSES, [FP32, FP64], ["number", "rows", "grad_output", "reference"], MASKED),
     ids=str,
 )
-def test_an_infinite_soft_term_of_no_weight(device, masking, weighting, dtype, classes):
+def test_an_infinite_soft_term_of_weight_0_has_no_effect(
+    device, masking, weighting, dtype, classes
+):
     """An infinite soft term with weight 0 does not change the gradient of the hard term."""
     side, name = masking
     student, teacher, labels = masked(side, classes, dtype, device)
@@ -126,7 +128,7 @@ def test_an_infinite_soft_term_of_no_weight(device, masking, weighting, dtype, c
 
 @pytest.mark.parametrize("classes", CLASSES)
 @pytest.mark.parametrize("smoothing", [0.0, 0.1, 1.0])
-def test_an_infinite_hard_term_of_no_weight(device, smoothing, classes):
+def test_an_infinite_hard_term_of_weight_0_has_no_effect(device, smoothing, classes):
     """The hard term of a masked label is infinite, and weight 0 removes the term."""
     student, teacher, labels = masked("student", classes, FP32, device)
     teacher[:3, 1] = -INF
@@ -140,7 +142,7 @@ def test_an_infinite_hard_term_of_no_weight(device, smoothing, classes):
 
 
 @pytest.mark.parametrize("hard_weight", [0.0, 0.5])
-def test_the_reference_of_smoothing_1_where_the_student_masks_the_label(hard_weight):
+def test_the_reference_of_smoothing_1_has_finite_gradients_for_a_masked_label(hard_weight):
     """With smoothing 1 and a masked label, the hard term is infinite, and its gradient finite."""
     student, teacher, labels = masked("student", 6, FP64, torch.device("cpu"))
     teacher[:3, 1] = -INF
@@ -180,7 +182,7 @@ def of_rows(temperature: Tensor, weight: Tensor, keep: slice, name: str, side: s
 
 @pytest.mark.parametrize("teachers", [1, 2])
 @pytest.mark.parametrize(("side", "name"), [pair for pair in MASKED if pair[1] != "dkd"])
-def test_a_learned_temperature_and_an_infinite_row_of_no_weight(side, name, teachers):
+def test_an_infinite_row_of_weight_0_gives_finite_gradients(side, name, teachers):
     """Neither logits nor temperature get a gradient of NaN."""
     weight, t = torch.tensor([0.0, 0.0, 0.0, 0.7]), torch.tensor(1.5)
     value, grad, of_t = of_rows(t, weight, slice(0, 4), name, side, teachers)

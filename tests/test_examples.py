@@ -82,5 +82,5 @@ def test_the_script_has_the_cells_of_the_notebook():
     assert cells == [(cell.cell_type, cell.source) for cell in notebook.cells]
 
 
-def test_there_are_notebooks():
+def test_notebooks_are_found():
     assert {"introduction.ipynb", "deploy.ipynb"} <= set(NOTEBOOKS)

@@ -19,7 +19,7 @@ def explain_on_one_line(**options) -> str:
     return " ".join(fastkd.explain(show=False, **options).split())
 
 
-def test_prints_what_it_returns(capsys):
+def test_explain_prints_its_result(capsys):
     text = fastkd.explain()
     assert capsys.readouterr().out == text + "\n"
     assert fastkd.explain(show=False) == text
@@ -95,7 +95,7 @@ def test_the_text_omits_other_options(divergence, words):
 
 @pytest.mark.parametrize("form", ["logits", "log_probs", "probs"])
 @pytest.mark.parametrize("teacher_t", [None, 1.0, 3.0])
-def test_the_teacher_s_distribution_is_the_loss_s(form, teacher_t):
+def test_the_printed_teacher_distribution_is_that_of_the_loss(form, teacher_t):
     """The printed formula of p equals the teacher's distribution in the loss."""
     student, w = torch.randn(2, 4, 6, generator=torch.Generator().manual_seed(0)).double()
     w = {"logits": w, "log_probs": w.log_softmax(-1), "probs": w.softmax(-1)}[form]
@@ -118,14 +118,14 @@ def test_the_teacher_s_distribution_is_the_loss_s(form, teacher_t):
 
 
 @pytest.mark.parametrize("name", fastkd.divergences())
-def test_names_formula_and_source(name):
+def test_the_text_has_formula_and_source(name):
     kind = reference.DIVERGENCES[name]
     text = explain_on_one_line(divergence=name)
     assert kind.formula in text and kind.source in text
     assert ("mix " in text.split("weights ")[1]) == (kind.mix is not None)
 
 
-def test_refuses_what_the_loss_refuses():
+def test_explain_refuses_what_the_loss_refuses():
     with pytest.raises(ValueError, match="mix belongs to"):
         fastkd.explain(mix=0.5)
     with pytest.raises(TypeError, match=r"^teacher_weights must be a sequence .*; got int"):
@@ -136,7 +136,7 @@ def test_refuses_what_the_loss_refuses():
         fastkd.explain(tau=2.0)
 
 
-def test_the_page_is_what_the_code_says():
+def test_the_page_is_generated_by_the_code():
     spec = importlib.util.spec_from_file_location("objectives", PAGE)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

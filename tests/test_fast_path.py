@@ -39,7 +39,7 @@ def assert_near(gradient: Tensor, expected: Tensor) -> None:
 @pytest.mark.usefixtures("each_autograd")
 @each_loss
 @pytest.mark.parametrize("dtype", [FP64, FP32, BF16], ids=name_of)
-def test_calls_that_take_the_fast_path(name, dtype, monkeypatch):
+def test_eligible_calls_take_the_fast_path(name, dtype, monkeypatch):
     loss = LOSSES[name]
     monkeypatch.setattr(losses, "prepare", None)
     student, teacher, labels = make((6, 5, 20), dtype)
@@ -149,7 +149,7 @@ def test_hooks_may_save_tensors_elsewhere(name, dtype):
 @pytest.mark.usefixtures("each_autograd")
 @each_loss
 @pytest.mark.parametrize("with_labels", [False, True])
-def test_checkpointing_stops_when_it_has_what_it_needs(name, with_labels):
+def test_checkpointing_may_stop_the_recomputation(name, with_labels):
     """Checkpointing stops the recomputation by an exception in the hook that saves tensors."""
     _, teacher, labels = make((6, 40))
     hidden = torch.randn(6, 16, requires_grad=True)
@@ -205,7 +205,7 @@ def unwrap(value: object) -> object:
 @pytest.mark.usefixtures("each_autograd")
 @each_loss
 @pytest.mark.parametrize("dtype", [FP32, BF16], ids=name_of)
-def test_hooks_may_give_back_wrappers(name, dtype):
+def test_hooks_may_return_wrappers(name, dtype):
     student, teacher, labels = make((6, 20), dtype)
     leaf = student.requires_grad_()
     expected = torch.autograd.grad(LOSSES[name](leaf, teacher, labels), leaf)[0]
@@ -225,7 +225,7 @@ def test_hooks_may_give_back_wrappers(name, dtype):
 
 @pytest.mark.parametrize("dtype", [FP64, FP32, BF16], ids=name_of)
 @pytest.mark.parametrize("factor", [1.0, 3.0, float("inf")])
-def test_terms_do_not_change_a_gradient_that_is_written_anew(dtype, factor):
+def test_terms_do_not_change_a_recomputed_gradient(dtype, factor):
     """A recomputed gradient does not depend on a hard term that only the terms need."""
     student, teacher, labels = make((5, 170), dtype, ignored=0.0)
     leaf = student.requires_grad_()
@@ -242,7 +242,7 @@ def test_terms_do_not_change_a_gradient_that_is_written_anew(dtype, factor):
 
 
 @pytest.mark.usefixtures("each_autograd")
-def test_hooks_that_give_back_something_else_raise():
+def test_hooks_that_return_other_tensors_raise():
     student, teacher, labels = make((6, 20))
     leaf = student.requires_grad_()
     for change in (lambda x: x[..., :10], lambda x: x.to("meta"), lambda x: x[:3]):
@@ -255,7 +255,7 @@ def test_hooks_that_give_back_something_else_raise():
 
 @pytest.mark.usefixtures("each_autograd")
 @each_loss
-def test_logits_that_changed_are_not_read_again(name):
+def test_changed_logits_raise_in_a_second_backward_pass(name):
     student, teacher, labels = make((6, 20))
     leaf = student.requires_grad_()
     hidden = leaf * 1

@@ -438,7 +438,7 @@ def test_regressions_are_refused(case):
         getattr(OPS, case.op)(*arguments_of(case, Memory(GUARDS[0])).values())
 
 
-def test_a_gradient_whose_classes_are_apart(isa):
+def test_a_gradient_with_non_adjacent_classes_is_written_in_place(isa):
     """Elements between the classes stay unchanged; the values equal those of adjacent classes."""
     for dtype, classes in ((FP64, 127), (FP32, 1000)):
         student, teacher = (torch.randn(1, classes, dtype=dtype) for _ in range(2))

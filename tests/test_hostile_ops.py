@@ -68,7 +68,7 @@ WRONG = {
 
 @pytest.mark.usefixtures("each_autograd")
 @pytest.mark.parametrize("case", WRONG)
-def test_the_dense_ops_refuse(case):
+def test_the_dense_ops_refuse_invalid_arguments(case):
     wrong = arguments_of(**WRONG[case])
     stats, grad_output = torch.zeros(shapes.STATS * ROWS + 1), torch.ones(())
     with pytest.raises(RuntimeError):
@@ -103,7 +103,7 @@ BACKWARD = {
 
 @pytest.mark.parametrize("filled", [False, True])
 @pytest.mark.parametrize("case", BACKWARD)
-def test_the_backward_ops_refuse(case, filled):
+def test_the_backward_ops_refuse_invalid_arguments(case, filled):
     all_arguments = {
         "grad": torch.zeros(ROWS, CLASSES),
         "grad_output": torch.ones(()),
@@ -122,7 +122,7 @@ def test_the_backward_ops_refuse(case, filled):
             OPS.topk_loss_backward_(*first, *lists(), None, None, None, *settings, filled)
 
 
-def test_the_sparse_op_refuses():
+def test_the_sparse_op_refuses_invalid_arguments():
     student, indices, log_probs = lists()
     settings = (2.0, 0.5, 0.5, 0.0, -100, 0, 0.5, 0, 0, 2, 0.0)
     OPS.topk_loss(student, indices, log_probs, None, None, None, *settings)
@@ -194,7 +194,7 @@ def test_a_student_released_after_the_forward_pass_raises():
 
 
 @pytest.mark.parametrize("reduction", shapes.REDUCTIONS)
-def test_grad_fn_called_by_hand_refuses_what_the_engine_would(reduction):
+def test_grad_fn_called_directly_refuses_invalid_grad_outputs(reduction):
     """The ops raise an error; nodes of autograd in Python cannot be called at all."""
     student, teacher, labels = make((ROWS, CLASSES), FP32)
     leaf = student.requires_grad_()

@@ -48,7 +48,7 @@ def test_inplace_logits_cannot_be_used_afterwards(device):
     student.grad = None
 
 
-def test_inplace_gradient_can_be_had_once(device):
+def test_inplace_gradient_can_be_computed_once(device):
     student, teacher, labels = make((6, 20), device=device)
     value = fastkd.loss(student.requires_grad_() * 1, teacher, labels, inplace=True)
     value.backward(retain_graph=True)
@@ -59,7 +59,7 @@ def test_inplace_gradient_can_be_had_once(device):
         torch.autograd.grad(value, student, create_graph=True)
 
 
-def test_inplace_refuses_what_it_cannot_do(device):
+def test_inplace_refuses_unsupported_logits(device):
     student, teacher, labels = make((6, 20), device=device)
     leaf = student.clone().requires_grad_()
     with pytest.raises(ValueError, match=r"inplace=True.*leaf"):
@@ -103,7 +103,7 @@ def test_inplace_refuses_rows_that_share_memory(device, overlapping):
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.frombuffer")
-def test_inplace_refuses_logits_between_addresses():
+def test_inplace_refuses_misaligned_logits():
     """Logits at an address that is no multiple of their element size are refused."""
     memory = torch.frombuffer(bytearray(4 * 60 + 1), dtype=torch.float32, offset=1).view(6, 10)
     leaf, teacher, _ = make((6, 10))
@@ -125,7 +125,7 @@ def test_inplace_without_a_gradient_changes_nothing(device):
     assert torch.equal(student, before)
 
 
-def test_inplace_of_sliced_logits(device):
+def test_inplace_keeps_rows_outside_the_slice(device):
     """The last row of each sequence, outside the slice logits[:, :-1], stays unchanged."""
     student, teacher, labels = make((3, 5, 40), device=device)
     expected, overwritten = student.clone().requires_grad_(), student.clone().requires_grad_()

@@ -79,7 +79,7 @@ LOSSES = {
 
 @pytest.mark.parametrize("dtype", NARROW, ids=str)
 @pytest.mark.parametrize("name", LOSSES)
-def test_a_loss_is_that_of_int64(name, dtype):
+def test_narrow_labels_give_the_loss_of_int64_labels(name, dtype):
     student, teacher, _ = make((6, CLASSES))
     labels = labels_in(dtype)
     got, want = (LOSSES[name](student, teacher, y) for y in (labels, labels.long()))
@@ -87,7 +87,7 @@ def test_a_loss_is_that_of_int64(name, dtype):
 
 
 @pytest.mark.parametrize("name", ["loss", "topk", "heads", "topk of heads", "dkd"])
-def test_one_out_of_range_is_refused(name):
+def test_a_narrow_label_out_of_range_is_refused(name):
     student, teacher, _ = make((6, 100))
     labels = torch.tensor([3, 5, 156, 2, 1, 0], dtype=torch.uint8)
     with pytest.raises(
@@ -96,7 +96,7 @@ def test_one_out_of_range_is_refused(name):
         LOSSES[name](student, teacher, labels)
 
 
-def test_lists_of_narrow_indices():
+def test_narrow_indices_of_lists_are_accepted():
     student, teacher, _ = make((6, 300))
     lists = top(teacher)
     narrow = lists._replace(indices=lists.indices.to(torch.uint8))
@@ -104,7 +104,7 @@ def test_lists_of_narrow_indices():
         assert torch.equal(fastkd.loss(logits, narrow), fastkd.loss(logits, lists))
 
 
-def test_check_inputs_looks_at_rows_labelled_156():
+def test_check_inputs_checks_rows_labelled_156():
     student, teacher, _ = make((6, CLASSES))
     student[2, 0] = torch.nan
     with pytest.raises(ValueError, match=r"student must not hold NaN or \+inf; row 2"):

@@ -87,7 +87,7 @@ def own_part(path: pathlib.Path, name: str) -> str | None:
     return None
 
 
-def test_the_sources_are_where_this_test_looks():
+def test_the_sources_are_found():
     assert len(SOURCES) > 10 and len(MODULES) > 5
     assert {part(path) for path in SOURCES} == set(LAYERS)
 
@@ -165,12 +165,12 @@ def python_part(path: pathlib.Path) -> str:
     return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
 
 
-def test_every_module_has_its_place():
+def test_every_module_is_in_the_table():
     stubs = {path.stem for path in PACKAGE.glob("_*.pyi")}
     assert {python_part(path) for path in MODULES} | stubs == {*IMPORTS, "__init__", "__main__"}
 
 
-def test_every_module_imports_what_stands_above_it():
+def test_modules_import_only_modules_above_them():
     known: set[str] = set()
     for name, allowed in IMPORTS.items():
         assert allowed <= known, f"{name}: {allowed - known} must stand above it"
@@ -229,7 +229,7 @@ print(sorted(name for name in new if not name.startswith("_")))
     assert ast.literal_eval(done.stdout) == ["fastkd"]
 
 
-def test_cpp_and_python_know_the_same_divergences():
+def test_cpp_and_python_have_equal_divergences():
     assert tuple(reference.DIVERGENCES) == fastkd.divergences()
     assert _C.divergences == dense.DIVERGENCES
     assert set(dense.DIVERGENCES) <= set(reference.DIVERGENCES)

@@ -107,7 +107,7 @@ def check_dtypes(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> Non
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_every_dtype_and_instruction_set(isa, shape, dtype):
+def test_every_dtype_and_instruction_set_equals_the_truth(isa, shape, dtype):
     check_dtypes(shape, dtype, "cpu")
 
 
@@ -118,7 +118,7 @@ CUDA_SHAPES = [(3, 19, 200, 301), *((2, classes, 40, 33) for classes in (25, 49,
 @pytest.mark.cuda
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 @pytest.mark.parametrize("shape", [*SHAPES, *CUDA_SHAPES], ids=str)
-def test_every_dtype_on_cuda(shape, dtype):
+def test_every_dtype_on_cuda_equals_the_truth(shape, dtype):
     check_dtypes(shape, dtype, "cuda")
 
 
@@ -148,7 +148,7 @@ def test_any_two_layouts_give_the_truth(device, shape, ours, theirs):
 
 
 @pytest.mark.parametrize("name", ["forward_kl", "jsd"])
-def test_pixels_have_their_own_numbers(device, name):
+def test_pixels_may_have_their_own_options(device, name):
     """Each pixel may have a temperature and weights of its own."""
     shape = (2, 19, 5, 7)
     rows = torch.rand((2, 5, 7), generator=torch.Generator().manual_seed(3)).to(device) + 0.5
@@ -179,7 +179,7 @@ def test_labels_of_pixels_are_checked_and_ignored():
         fastkd.loss(student, teacher, labels, dim=1)
 
 
-def test_masked_classes_and_rows_without_an_answer(device):
+def test_masked_classes_and_invalid_rows_have_their_values(device):
     shape = (1, 5, 2, 4)
     student, teacher = make(shape, device=device), make(shape, seed=1, device=device)
     student[0, 1, 0, 0] = teacher[0, 1, 0, 0] = -torch.inf  # masked by both: contributes 0
@@ -241,7 +241,7 @@ def test_pixels_are_overwritten_in_place(device, shape, name):
 
 @pytest.mark.usefixtures("threads")
 @pytest.mark.parametrize("shape", [(3, 19, 50, 41), (2, 60, 1000)], ids=str)
-def test_any_number_of_threads(shape):
+def test_bits_are_equal_for_any_number_of_threads(shape):
     student, teacher, labels = make(shape).requires_grad_(), make(shape, seed=1), make_labels(shape)
     results = []
     for count in (1, 2, 3, 7):

@@ -101,7 +101,7 @@ MIXTURES = {
 
 @pytest.mark.parametrize("which", MIXTURES)
 @pytest.mark.parametrize("name", ["forward_kl", "jsd", "dkd"])
-def test_a_mixture_of_teachers(name, which):
+def test_a_mixture_of_teachers_equals_the_reference(name, which):
     fixed, teachers_of = MIXTURES[which]
     results = []
     for dtype in (FP32, FP64):
@@ -125,7 +125,7 @@ def test_a_mixture_of_teachers(name, which):
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("learn", [name for name in LEARN if name != "class weights"])
 @pytest.mark.parametrize("kind", ["probabilities", "smoothed weights"])
-def test_labels_that_take_another_pass(kind, learn, reduction):
+def test_probabilities_and_smoothed_weights_equal_the_reference(kind, learn, reduction):
     results = []
     for dtype in (FP32, FP64):
         student, teacher, labels = (
@@ -155,7 +155,7 @@ def test_labels_that_take_another_pass(kind, learn, reduction):
 
 
 @pytest.mark.parametrize("dtype", [FP32, BF16], ids=name_of)
-def test_terms_of_each_row(dtype):
+def test_terms_of_each_row_equal_the_reference(dtype):
     student, teacher, labels = problem(dtype)
     got = fastkd.terms(student, teacher, labels, standardize=True, reduction="none")
     expected = reference.terms(
@@ -177,7 +177,7 @@ def test_only_the_temperature_learns():
         torch.testing.assert_close(fastkd.loss(student, teacher, labels, temperature=t), loss)
 
 
-def test_a_row_of_one_value_and_a_row_of_nan():
+def test_constant_rows_are_finite_and_nan_stays_in_its_row():
     student, teacher, labels = make((4, CLASSES), ignored=0.0)
     student[0] = 3.0
     teacher[1] = -2.0
@@ -193,7 +193,7 @@ def test_a_row_of_one_value_and_a_row_of_nan():
 
 
 @pytest.mark.parametrize("learn", LEARN)
-def test_gradients_that_will_be_differentiated_are_the_same(learn):
+def test_gradients_with_create_graph_are_the_same(learn):
     student, teacher, labels = make((ROWS, CLASSES), FP64)
     options, learned = leaves_of(LEARN[learn])
     leaf = student.requires_grad_()
@@ -208,7 +208,7 @@ def test_gradients_that_will_be_differentiated_are_the_same(learn):
 
 
 @pytest.mark.parametrize("learn", LEARN)
-def test_a_batch_of_gradients(learn):
+def test_batched_gradients_equal_those_of_single_rows(learn):
     student, teacher, labels = make((ROWS, CLASSES), FP64)
     options, learned = leaves_of(LEARN[learn])
     leaf = student.requires_grad_()
@@ -229,7 +229,7 @@ def test_a_batch_of_gradients(learn):
 @pytest.mark.parametrize("name", ["forward_kl", "reverse_kl", "jsd", "total_variation"])
 @pytest.mark.parametrize("side", ["student", "teacher"])
 @pytest.mark.parametrize("learn", ["standardize", "temperatures"])
-def test_a_class_that_one_side_masks(learn, side, name):
+def test_a_class_that_one_side_masks_has_the_references_gradient(learn, side, name):
     options = {"standardize": True}
     if learn == "temperatures":
         options = {"temperature": torch.tensor(2.5), "teacher_temperature": torch.tensor(3.0)}
@@ -247,7 +247,7 @@ def test_a_class_that_one_side_masks(learn, side, name):
         torch.testing.assert_close(ours.to(theirs), theirs, rtol=1e-5, atol=1e-6, equal_nan=True)
 
 
-def test_logits_of_inference_mode():
+def test_inference_tensors_are_accepted():
     t = torch.tensor(2.0, requires_grad=True)
     with torch.inference_mode():
         student, teacher, labels = make((ROWS, CLASSES))
@@ -257,7 +257,7 @@ def test_logits_of_inference_mode():
     assert torch.equal(t.grad, expected.grad)
 
 
-def test_a_class_of_weight_0_that_the_student_masks():
+def test_a_masked_class_of_weight_0_has_no_effect():
     student, teacher, _ = make((2, 5))
     student[0, 2] = teacher[0, 2] = -torch.inf
     weight = torch.tensor([1.0, 1.0, 0.0, 1.0, 1.0])
@@ -282,7 +282,7 @@ def test_standardized_logits_have_no_offset(offset):
 
 
 @pytest.mark.parametrize("mask", [-1e20, -1e30, torch.finfo(FP32).min])
-def test_a_mask_that_is_finite(mask):
+def test_a_finite_mask_gives_finite_gradients(mask):
     student, teacher, _ = make((4, 50))
     student[:, 40:] = teacher[:, 40:] = mask
     leaf = student.requires_grad_()

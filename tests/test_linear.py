@@ -152,7 +152,7 @@ def test_16_bit_errors_are_at_most_pytorchs(device, dtype, chunk_size):
         assert error <= 1.1 * distance(cast, right), name
 
 
-def test_float16_under_a_loss_scale(device):
+def test_float16_gradients_survive_a_loss_scale(device):
     """Gradients too small for float16 are exact under a loss scale."""
     heads = make_heads(FP16, device, rows=300, classes=1000)
     outgoing = torch.tensor(2.0**13, device=device)
@@ -164,7 +164,7 @@ def test_float16_under_a_loss_scale(device):
 
 
 @pytest.mark.parametrize("dtype", [FP64, FP32, BF16], ids=name_of)
-def test_chunks_change_rounding_alone(device, dtype):
+def test_chunks_change_only_rounding(device, dtype):
     heads = make_heads(dtype, device)
     expected, expected_grads = run(heads, chunks={"chunk_size": ROWS})
     bound = 16 * torch.finfo(dtype).eps
@@ -175,7 +175,7 @@ def test_chunks_change_rounding_alone(device, dtype):
             assert distance(grad, right.double()) <= bound * right.double().norm()
 
 
-def test_summing_in_16_bits(device):
+def test_sums_in_16_bits_are_less_exact(device):
     """accumulate_dtype=bfloat16 costs less accuracy than 16-bit logits."""
     heads = make_heads(BF16, device, rows=300, classes=1000)
     _, (_, exact, _) = on_full_logits(heads, FP64)
@@ -225,7 +225,7 @@ def test_ignored_rows_take_part_in_no_product(device):
 
 
 @pytest.mark.parametrize("frozen", ["hidden", "weight", "bias", "all"])
-def test_frozen_parts_cost_nothing(device, frozen):
+def test_frozen_tensors_need_no_products(device, frozen):
     heads = make_heads(device=device)
     names = Head._fields[:3]
     for name, leaf in zip(names, heads.leaves(), strict=True):
@@ -249,7 +249,7 @@ def test_no_gradient_is_computed_under_no_grad(device):
     assert len(products.shapes) == 2 and not value.requires_grad
 
 
-def test_rows_are_kept_while_a_graph_is_captured(device, monkeypatch):
+def test_all_rows_are_computed_while_a_graph_is_captured(device, monkeypatch):
     """Under graph capture, which forbids synchronization, all rows are computed."""
     heads = make_heads(device=device)
     expected = run(heads, chunks={"chunk_size": 8})
@@ -265,7 +265,7 @@ def test_rows_are_kept_while_a_graph_is_captured(device, monkeypatch):
 
 @pytest.mark.parametrize("cap", [None, 5.0], ids=["plain", "soft cap"])
 @pytest.mark.parametrize("dtype", [FP32, BF16], ids=name_of)
-def test_peak_memory_is_what_the_plan_says(dtype, cap):
+def test_peak_memory_is_that_of_the_plan(dtype, cap):
     heads = make_heads(dtype, rows=512, classes=16000, ignored=0.0).with_options(cap)
     for options in ({"chunk_size": 64}, {"max_workspace": 2**24}, {"chunk_size": 512}):
         options["chunk_by"] = "rows"
@@ -277,13 +277,13 @@ def test_peak_memory_is_what_the_plan_says(dtype, cap):
         assert 0.5 * chosen.peak_bytes <= peak <= chosen.peak_bytes + small
 
 
-def test_a_bound_holds_without_kernels_too():
+def test_max_workspace_holds_without_kernels():
     heads = make_heads(rows=512, classes=2000, ignored=0.0)
     options = {"divergence": "jsd", "standardize": True}
     assert peak_bytes(lambda: run(heads, chunks={"max_workspace": 2**23}, **options)) <= 2**23
 
 
-def test_a_quarter_of_the_memory_of_full_logits():
+def test_memory_is_a_quarter_of_that_of_full_logits():
     heads = make_heads(rows=512, classes=8000, ignored=0.0)
     ours = peak_bytes(lambda: run(heads))
     theirs = peak_bytes(lambda: on_full_logits(heads, FP32))
@@ -302,7 +302,7 @@ def test_a_teacher_may_be_logits(device):
         torch.testing.assert_close(grad, right)
 
 
-def test_a_teacher_that_is_a_head_for_full_logits(device):
+def test_a_teacher_head_serves_full_logits(device):
     """A teacher Head computes all of its logits for a student of full logits."""
     heads = make_heads(device=device)
     student = heads.student.logits()
@@ -344,7 +344,7 @@ def test_no_rows_give_zero(device, labels):
         assert not value.any() and not any(grad.any() for grad in grads)
 
 
-def test_a_weight_that_is_tied(device):
+def test_a_weight_may_be_tied(device):
     """The weight is tied to the embedding, and to the teacher's head, which gets no gradient."""
     heads = make_heads(FP64, device)
     tokens = torch.arange(ROWS, device=device)
@@ -389,14 +389,14 @@ def test_the_module_takes_heads(device):
     assert torch.equal(module(*heads[:2]), expected)
 
 
-def test_class_weights_of_labels_out_of_range(monkeypatch):
+def test_plans_accept_labels_out_of_range(monkeypatch):
     """Plans accept labels out of range, which on CUDA would index the weights unchecked."""
     heads = make_heads()._replace(labels=torch.full((ROWS,), CLASSES))
     monkeypatch.setattr(checks, "may_look", lambda tensor: False)
     assert fastkd.chunks.plan(*heads, class_weight=torch.ones(CLASSES)).rows == ROWS
 
 
-def test_options_of_the_module_that_are_tensors():
+def test_tensor_options_move_with_the_module():
     """Tensor options move with the module, and are not in its state."""
     weight = torch.linspace(0.1, 2, CLASSES)
     module = fastkd.KDLoss(class_weight=weight).to("meta")
@@ -447,7 +447,7 @@ def test_layouts_give_the_results_of_copies(device):
 @pytest.mark.parametrize(
     ("dtype", "teacher_dtype"), [(FP32, BF16), (BF16, FP32), (FP32, FP64), (FP16, BF16)]
 )
-def test_a_teacher_of_another_dtype(device, dtype, teacher_dtype):
+def test_a_teacher_may_have_another_dtype(device, dtype, teacher_dtype):
     heads = make_heads(dtype, device)
     heads = heads._replace(teacher=Head(*(value.to(teacher_dtype) for value in heads.teacher[:3])))
     exact, exact_grads = on_full_logits(heads, FP64)
@@ -556,7 +556,7 @@ def test_bad_arguments_are_refused(wrong, message):
         fastkd.loss(**{**make_heads()._asdict(), **wrong})
 
 
-def test_chunks_are_of_heads_alone():
+def test_only_heads_have_chunks():
     heads = make_heads()
     plan = fastkd.chunks.plan(*heads)
     with pytest.raises(ValueError, match='chunks must be "auto" unless student is a Head'):

@@ -114,7 +114,7 @@ def test_16_bit_errors_are_at_most_pytorchs(device, dtype):
         assert error <= 1.01 * of_rows, name
 
 
-def test_float16_under_a_loss_scale(device):
+def test_float16_gradients_survive_a_loss_scale(device):
     heads = make_heads(FP16, device, rows=300, classes=1000)
     outgoing = torch.tensor(2.0**13, device=device)
     _, exact = on_full_logits(heads, FP64, outgoing, normalizer=1e5)
@@ -125,7 +125,7 @@ def test_float16_under_a_loss_scale(device):
 
 @pytest.mark.parametrize("chunks_of", [by_rows(8), by_classes()], ids=str)
 @pytest.mark.parametrize("largest", [2.0**13, 1e6])
-def test_float16_of_rows_under_a_loss_scale(device, largest, chunks_of):
+def test_float16_gradients_of_rows_survive_a_loss_scale(device, largest, chunks_of):
     """The factors of rows do not overflow, alone or times hidden states."""
     heads = make_heads(FP16, device)
     with torch.no_grad():
@@ -202,7 +202,7 @@ def test_nan_stays_in_its_row(device, wrong):
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.5, 3.0])
-def test_references_of_the_cuda_kernels(temperature):
+def test_sums_relative_to_rounded_products_add_up(temperature):
     """Sums relative to a rounded product, as on CUDA, add up across chunks far from zero."""
     torch.manual_seed(0)
     objective = Objective(
@@ -280,7 +280,7 @@ def test_labels_out_of_range_are_nan_rows(device, monkeypatch, options):
 
 @pytest.mark.parametrize("ignore_index", [0, 5, CLASSES - 1])
 @pytest.mark.parametrize("captured", [False, True])
-def test_an_ignored_class_marks_no_other_chunk(device, ignore_index, captured, monkeypatch):
+def test_ignore_index_may_be_a_class(device, ignore_index, captured, monkeypatch):
     """An ignore_index that is a valid class, such as a pad id, does not count in other chunks."""
     heads = make_heads(FP64, device, rows=300)
     heads = heads._replace(labels=heads.labels.masked_fill(heads.labels == -100, ignore_index))
@@ -294,7 +294,7 @@ def test_an_ignored_class_marks_no_other_chunk(device, ignore_index, captured, m
 
 
 @pytest.mark.parametrize("frozen", ["hidden", "weight", "bias", "all"])
-def test_frozen_parts_cost_nothing(device, frozen):
+def test_frozen_tensors_need_no_products(device, frozen):
     heads = make_heads(device=device)
     _, expected = run(heads, chunks=by_rows(8))
     names = Head._fields[:3]
@@ -331,7 +331,7 @@ def test_without_gradients_the_logits_are_computed_once(device):
     assert len(forward) >= 2
 
 
-def test_rows_are_kept_while_a_graph_is_captured(device, monkeypatch):
+def test_all_rows_are_computed_while_a_graph_is_captured(device, monkeypatch):
     heads = make_heads(device=device)
     expected = run(heads, chunks=by_rows(8))
     monkeypatch.setattr(linear_loss, "counted_rows", lambda labels, ignore_index: None)
@@ -355,7 +355,7 @@ def wide_heads(dtype, rows=256, width=256, classes=8000) -> Heads:
 
 @pytest.mark.parametrize("cap", [None, 5.0], ids=["plain", "soft cap"])
 @pytest.mark.parametrize("dtype", [FP32, BF16], ids=name_of)
-def test_peak_memory_is_what_the_plan_says(dtype, cap):
+def test_peak_memory_is_that_of_the_plan(dtype, cap):
     """The peak is little more than the gradients, and a third of that of chunks of rows."""
     heads = wide_heads(dtype)._replace(labels=None)
     rows, width = heads.student.hidden.shape
@@ -380,7 +380,7 @@ def test_ignored_rows_are_not_copied_with_the_teachers_logits():
     torch.testing.assert_close(value, fastkd.loss(*heads))
 
 
-def test_a_bound_that_rows_cannot_keep_to():
+def test_a_small_max_workspace_gives_chunks_of_classes():
     """If only few rows fit beside the gradients, the plan has chunks of classes."""
     heads = wide_heads(FP32)
     bound = 10 * 2**20
@@ -401,7 +401,7 @@ def test_a_bound_that_rows_cannot_keep_to():
 
 
 @pytest.mark.parametrize("chunk_by", ["rows", "classes"])
-def test_a_bound_holds_where_16_bit_products_go_through_float32(monkeypatch, chunk_by):
+def test_max_workspace_holds_if_16_bit_products_use_float32(monkeypatch, chunk_by):
     monkeypatch.setattr(products, "_has_products", lambda dtype: False)
     heads = make_heads(BF16, rows=512, classes=16000, ignored=0.0)
     for bound in (5 * 2**20, 9 * 2**20):
@@ -413,7 +413,7 @@ def test_a_bound_holds_where_16_bit_products_go_through_float32(monkeypatch, chu
 # ---- tied weights, unsupported calls
 
 
-def test_tied_weights_and_autocast(device):
+def test_tied_weights_train_under_autocast(device):
     """The float32 weight is shared with the teacher, and products are in bfloat16."""
     heads = make_heads(device=device)
     teacher_hidden = torch.randn(ROWS, WIDTH, device=device)
@@ -461,7 +461,7 @@ def test_terms_are_refused():
         fastkd.terms(*heads, chunks=plan)
 
 
-def test_lists_of_a_sparse_teacher():
+def test_sparse_teachers_are_refused():
     heads = make_heads()
     teacher = TopK(*heads.teacher.logits().log_softmax(-1).topk(4))
     with pytest.raises(ValueError, match="with a TopK as teacher"):

@@ -163,7 +163,7 @@ def test_16_bit_errors_are_at_most_those_of_upcast_logits(device, dtype):
             assert distance(grad, right) <= 1.1 * distance(baseline, right), name
 
 
-def test_it_is_the_loss_of_full_logits(device):
+def test_the_loss_is_that_of_full_logits(device):
     """The loss equals that of full logits with narrow lists, padding and batch dimensions."""
     heads = make(device=device)
     indices = heads.teacher.indices.int().clone()
@@ -213,7 +213,7 @@ def test_ignored_rows_are_not_read(device):
     assert not value.any() and not any(grad.any() for grad in grads)
 
 
-def test_no_gradient_where_none_is_asked_for(device):
+def test_gradients_are_computed_only_for_leaves(device):
     heads = make(device=device)
     expected, _ = run(heads)
     with torch.no_grad():
@@ -239,7 +239,7 @@ def test_autocast_keeps_float32_gradients(device, dtype):
 
 
 @pytest.mark.parametrize("cap", [None, 5.0], ids=["plain", "soft cap"])
-def test_peak_memory_is_what_the_plan_says(cap):
+def test_peak_memory_is_that_of_the_plan(cap):
     """The planned peak includes the gradient of the logits, which a sparse teacher needs."""
     heads = make(rows=512, classes=16000, ignored=0.0)
     for options in ({"chunk_size": 128}, {"max_workspace": 2**24}, {"chunk_size": 512}):
@@ -250,7 +250,7 @@ def test_peak_memory_is_what_the_plan_says(cap):
         assert 0.5 * chosen.peak_bytes <= peak <= chosen.peak_bytes + small
 
 
-def test_a_bound_holds_for_long_lists_too():
+def test_max_workspace_holds_for_long_lists():
     """The check of long lists needs little memory."""
     torch.manual_seed(0)
     student = Head(torch.randn(1024, 8, requires_grad=True), torch.randn(1000, 8))
@@ -262,7 +262,7 @@ def test_a_bound_holds_for_long_lists_too():
         fastkd.loss(student, TopK(log_probs, indices))
 
 
-def test_a_bound_holds_without_the_kernel_too(monkeypatch):
+def test_max_workspace_holds_without_the_kernel(monkeypatch):
     heads = make(rows=512, classes=2000, ignored=0.0)
     monkeypatch.setattr(topk, "KERNEL_DEVICES", ())
     assert peak_bytes(lambda: run(heads, chunks={"max_workspace": 2**23})) <= 2**23

@@ -180,7 +180,7 @@ def test_normalizer_may_be_a_tensor(device, shape, dtype):
 
 @pytest.mark.parametrize("dtype", [FP32, BF16, FP64], ids=name_of)
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_temperature_of_each_row(device, dtype, reduction):
+def test_each_row_may_have_a_temperature(device, dtype, reduction):
     student, teacher, labels = make((4, 3, 50), dtype, device=device)
     temperature = torch.linspace(0.5, 8.0, 12, device=device).view(4, 3)
     check(student, teacher, labels, temperature=temperature, reduction=reduction)
@@ -191,7 +191,7 @@ def test_temperature_of_each_row(device, dtype, reduction):
 
 
 @pytest.mark.parametrize("index_dtype", [torch.int32, torch.int16, torch.int8, torch.uint8])
-def test_labels_of_any_integer_dtype(device, index_dtype):
+def test_labels_may_have_any_integer_dtype(device, index_dtype):
     student, teacher, labels = make((6, 10), device=device, ignored=0.0)
     got = fastkd.loss(student, teacher, labels.to(index_dtype))
     assert torch.equal(got, fastkd.loss(student, teacher, labels))
@@ -208,7 +208,7 @@ def test_all_rows_ignored_give_zero(device, dtype, reduction):
     assert torch.equal(leaf.grad, torch.zeros_like(leaf))
 
 
-def test_alpha_defaults_to_one_half_with_labels_and_the_soft_term_alone_without():
+def test_alpha_defaults_to_one_half_with_labels_and_to_0_without():
     student, teacher, labels = make((4, 5))
     assert torch.equal(
         fastkd.loss(student, teacher, labels), fastkd.loss(student, teacher, labels, alpha=0.5)
@@ -451,7 +451,7 @@ def test_rows_far_apart_equal_the_truth(device):
     assert torch.equal(got, fastkd.loss(fresh, teacher, labels))
 
 
-def test_defaults_of_torch_change_nothing():
+def test_torchs_defaults_change_nothing():
     """torch.set_default_dtype and set_default_device do not change fallback results."""
     student, teacher, labels = make((6, 20))
     calls = [{"standardize": True}, {"temperature": torch.tensor(3.0, requires_grad=True)}]
@@ -483,7 +483,7 @@ NORMALIZED = ({"divergence": "jsd"}, {}, {"standardize": True}, {"label_smoothin
 @pytest.mark.parametrize("normalizer", NORMALIZERS.values(), ids=NORMALIZERS)
 @pytest.mark.parametrize("options", NORMALIZED, ids=str)
 @pytest.mark.usefixtures("each_autograd")
-def test_a_normalizer_of_0_goes_with_ignored_rows_alone(normalizer, options, device):
+def test_a_normalizer_of_0_needs_ignored_rows(normalizer, options, device):
     """A step of accumulated batches may have no label, so its token count is 0."""
     student, teacher, labels = make((6, 20), device=device)
     ignored = torch.full_like(labels, -100)

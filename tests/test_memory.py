@@ -64,7 +64,7 @@ print("works again", bool(leaf.grad.isfinite().all()))
     "operation", ["forward", *(pytest.param(w, marks=SLOW) for w in ("copy", "backward", "rows"))]
 )
 @pytest.mark.parametrize("language", ["cpp", pytest.param("python", marks=SLOW)])
-def test_no_memory_left_is_torchs_error(language, operation):
+def test_out_of_memory_raises_torchs_error(language, operation):
     command = [sys.executable, "-c", SHORT_OF_MEMORY, language, operation]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert re.search(r"DefaultCPUAllocator: can't allocate memory", done.stdout), (

@@ -137,7 +137,7 @@ def test_masked_classes_are_mixed(device):
 
 @pytest.mark.usefixtures("isa")
 @pytest.mark.parametrize("value", [math.nan, INF])
-def test_a_row_without_an_answer_is_nan(device, value):
+def test_an_invalid_row_is_nan(device, value):
     for at in (0, 17, 1024):
         teachers = teachers_of("logits", (3, 1025), FP32, 2, device)
         teachers[1][1, at] = value
@@ -153,7 +153,7 @@ def test_a_row_without_an_answer_is_nan(device, value):
 
 
 @pytest.mark.usefixtures("threads", "isa")
-def test_same_bits_for_any_number_of_threads():
+def test_bits_are_equal_for_any_number_of_threads():
     teachers = teachers_of("logits", (37, 5000), FP32, 3)
     torch.set_num_threads(1)
     expected = mixed(teachers)
@@ -181,7 +181,7 @@ def test_opcheck_passes_for_mixtures(of_rows):
         torch.library.opcheck(ops.loss.default, (student.clone().requires_grad_(), *arguments[1:]))
 
 
-def test_the_op_refuses_what_it_cannot_read():
+def test_the_op_refuses_invalid_arguments():
     op = torch.ops.fastkd.mixture.default
     a, b = torch.zeros(3, 4), torch.zeros(3, 5)
     for teachers, shares in (([], []), ([a], [0.5, 0.5]), ([a, b], [0.5, 0.5])):
@@ -194,7 +194,7 @@ def test_the_op_refuses_what_it_cannot_read():
         torch.ops.fastkd.loss(a, [b], None, [1.0], False, 0, 1.0, 1.0, *options)
 
 
-def test_no_rows_give_no_mixture():
+def test_no_rows_give_an_empty_mixture():
     assert mixed([torch.zeros(0, 5), torch.zeros(0, 5)]).shape == (0, 5)
 
 
@@ -228,7 +228,7 @@ def call(student: Tensor, teacher: Any, *, scale: float = 1.0, **options: Any) -
     {}, {"reduction": "none"}, {"divergence": "jsd"}, {"divergence": "dkd"}, {"inplace": True},
     {"scale": 128.0}, {"teacher_form": "probs"}, {"divergence": "mse", "ensemble": "logits"},
 ])  # fmt: skip
-def test_as_a_teacher_that_was_mixed_before(shape, options):
+def test_a_mixture_gives_the_bits_of_a_premixed_teacher(shape, options):
     """The bits equal those of a premixed teacher, for any dtype and number of threads."""
     threads = torch.get_num_threads()
     dtypes = DTYPES if shape[1] < 1000 else (FP32, BF16)
@@ -247,7 +247,7 @@ def test_as_a_teacher_that_was_mixed_before(shape, options):
             assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
 
 
-def test_rows_have_their_own_numbers():
+def test_rows_may_have_their_own_options():
     """Temperatures and weights of rows apply to the mixture and to the loss."""
     generator = torch.Generator().manual_seed(2)
     student = torch.randn(70, 300, generator=generator)
@@ -287,7 +287,7 @@ def test_a_double_teacher_makes_the_loss_double():
     torch.testing.assert_close(got, call(student.double(), [first, second])[0])
 
 
-def test_no_tensor_of_the_teachers_size():
+def test_the_mixture_is_never_a_full_tensor():
     shape = (256, 8192)
     student = torch.randn(shape, generator=torch.Generator().manual_seed(5)).requires_grad_()
     teachers = teachers_of("logits", shape, FP32, 3)
@@ -302,7 +302,7 @@ def test_no_tensor_of_the_teachers_size():
         assert 0 < taken < student.nbytes / 4
 
 
-def test_again_and_differentiated_twice():
+def test_second_passes_and_second_derivatives_are_right():
     student = torch.randn(3, 40, dtype=FP64, generator=torch.Generator().manual_seed(6))
     student.requires_grad_()
     teachers = teachers_of("logits", (3, 40), FP64, 2)
@@ -319,7 +319,7 @@ def test_again_and_differentiated_twice():
 
 
 @pytest.mark.parametrize("ensemble", ["probs", "logits"])
-def test_statistics_of_rows_mix_teachers(ensemble):
+def test_row_statistics_mix_teachers(ensemble):
     """The linear loss, which reads statistics in two passes, mixes several teachers."""
     student = torch.randn(3, 40, generator=torch.Generator().manual_seed(1))
     teachers = teachers_of("logits", (3, 40), FP32, 2)

@@ -44,7 +44,7 @@ def near(
 
 
 @pytest.mark.parametrize("kl", [1e-2, 1e-3, 1e-4, 1e-5, 1e-6, 5e-7, 1e-7, 1e-8])
-def test_divergence_near_the_teacher(device, kl):
+def test_divergence_is_exact_near_the_teacher(device, kl):
     student, teacher = near(kl, device)
     exact = truth(student, teacher, temperature=1.0, reduction="none")
     assert ((exact.loss > kl / 2) & (exact.loss < kl * 2)).all()
@@ -71,7 +71,7 @@ def rows_of(leaf: Tensor, teacher: Tensor, **options: Any) -> Tensor:
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.5, 4.0])
 @pytest.mark.parametrize("classes", [300, CLASSES])
-def test_divergence_of_either_form(device, classes, temperature):
+def test_divergence_is_exact_by_either_formula(device, classes, temperature):
     """The KL is right below and above the bound of well-separated rows (docs/maths.md, 3)."""
     options = {"temperature": temperature, "reduction": "none"}
     worst, errors = [0.0, 0.0], [0.0, 0.0]
@@ -90,7 +90,7 @@ def test_divergence_of_either_form(device, classes, temperature):
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.5, 4.0])
 @pytest.mark.parametrize("classes", [300, CLASSES])
-def test_reverse_kl_of_either_form(device, classes, temperature):
+def test_reverse_kl_is_exact_by_either_formula(device, classes, temperature):
     """The reverse KL of well-separated rows is the sum of its slopes."""
     options = {"divergence": "reverse_kl", "temperature": temperature, "reduction": "none"}
     for kl in (1e-5, 0.03, 0.05, 0.08, 0.3, 2.0):
@@ -104,7 +104,7 @@ def test_reverse_kl_of_either_form(device, classes, temperature):
 
 @pytest.mark.parametrize("share", [0.04, 0.06, 0.125, 0.5, 1.5])
 @pytest.mark.parametrize("classes", [300, 1000, CLASSES])
-def test_one_class_above_many_equal_ones(device, classes, share):
+def test_divergence_is_exact_for_one_class_above_equal_classes(device, classes, share):
     """The KL is right if all additions of a sum round the same way."""
     teacher = torch.zeros(1, classes, device=device)
     student = teacher.clone()
@@ -123,7 +123,7 @@ def test_one_class_above_many_equal_ones(device, classes, share):
     pairwise([0.5, 0.3], [3.0, 1.0, 0.3, 0.1, 0.01, 0.001], [10, 1000, CLASSES]),
     ids=str,
 )
-def test_jsd_near_and_far(device, classes, apart, mix):
+def test_jsd_is_exact_near_and_far(device, classes, apart, mix):
     """The JSD is right where its series ends and its logarithm loses four bits of a class."""
     student, teacher = near(apart**2 / 2, device, classes=classes)
     options = {"divergence": "jsd", "mix": mix, "temperature": 1.0, "reduction": "none"}
@@ -137,7 +137,7 @@ def test_jsd_near_and_far(device, classes, apart, mix):
 
 @pytest.mark.parametrize("kl", [1e-2, 1e-4, 1e-6, 1e-8])
 @pytest.mark.parametrize("classes", [10, 100, CLASSES])
-def test_dkd_near_the_teacher(device, classes, kl):
+def test_dkd_is_exact_near_the_teacher(device, classes, kl):
     """dkd is right where its divergences and the differences of the log-odds are small."""
     if device.type == "cuda":
         pytest.skip("by PyTorch operations")
@@ -162,7 +162,7 @@ def test_dkd_near_the_teacher(device, classes, kl):
 
 @pytest.mark.parametrize("distance", [1e-1, 1e-2, 1e-3, 1e-4])
 @pytest.mark.parametrize("classes", [10, 100, CLASSES])
-def test_cosine_near_the_teacher(device, classes, distance):
+def test_cosine_is_exact_near_the_teacher(device, classes, distance):
     if device.type == "cuda":
         pytest.skip("by PyTorch operations")
     student, teacher = near(distance**2 / 2, device, rows=16, classes=classes)
@@ -181,7 +181,7 @@ def test_cosine_near_the_teacher(device, classes, distance):
 
 @pytest.mark.parametrize("gap", [30.0, 150.0, 1500.0])
 @pytest.mark.parametrize("classes", [10, 1000])
-def test_dkd_of_labels_far_above_or_below_the_rest(device, classes, gap):
+def test_dkd_is_exact_for_labels_far_above_or_below_the_rest(device, classes, gap):
     """The label's exponential, relative to the greatest other one, may overflow or underflow."""
     student, teacher, _ = make((4, classes), FP32, device=device, labels=False)
     labels = torch.tensor([0, 3, 5, classes - 1], device=device)
@@ -200,7 +200,7 @@ def test_dkd_of_labels_far_above_or_below_the_rest(device, classes, gap):
 
 
 @pytest.mark.parametrize("log_target", [False, True])
-def test_kl_div_is_off_where_this_is_not(log_target):
+def test_torchs_kl_div_is_wrong_where_fastkd_is_exact(log_target):
     """torch's kl_div errs by more than 10 % where fastkd does not."""
     student, teacher = near(5e-7, torch.device("cpu"), rows=8)
     exact = truth(student, teacher, temperature=1.0, reduction="none").loss
@@ -212,7 +212,7 @@ def test_kl_div_is_off_where_this_is_not(log_target):
 
 
 @pytest.mark.parametrize("student_dtype", [FP32, FP64], ids=name_of)
-def test_divergence_near_the_teacher_in_double(device, student_dtype):
+def test_divergence_is_exact_near_the_teacher_in_double(device, student_dtype):
     student, teacher = near(1e-8, device)
     student = student.to(student_dtype)
     teacher = student.double() + (teacher.double() - student.double())
@@ -292,7 +292,7 @@ def test_gradient_error_of_few_classes_is_below_eagers(shape, temperature, alpha
 @pytest.mark.parametrize("dtype", [FP16, BF16], ids=name_of)
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("scale", [65536.0, 3.0])
-def test_loss_scale_brings_16_bit_gradients_back(device, scale, reduction, dtype):
+def test_a_loss_scale_keeps_small_16_bit_gradients(device, scale, reduction, dtype):
     """Gradients below fp16's range are not lost under a loss scale, and are rounded once."""
     student, teacher, labels = make((64, 32000), dtype, device=device, spread=1.0)
     options = {"temperature": 4.0, "alpha": 0.1, "reduction": reduction}
@@ -319,7 +319,7 @@ def _exp2(values, by_registers):
 
 
 @pytest.mark.parametrize("by_registers", [False, True])
-def test_exp2_over_its_whole_range(isa, by_registers):
+def test_exp2_is_exact_over_its_range(isa, by_registers):
     """Every 97th float in [-126, 128), and all floats near integers and halves, are right."""
     # In ulp; the x86 baseline has no FMA.
     bound = 1.3 if isa == "default" else 1.2 if isa == "avx2" and by_registers else 1.0
@@ -341,7 +341,7 @@ def test_exp2_over_its_whole_range(isa, by_registers):
 
 
 @pytest.mark.parametrize("by_registers", [False, True])
-def test_exp2_beyond_its_range(isa, by_registers):
+def test_exp2_saturates_beyond_its_range(isa, by_registers):
     assert (_exp2([-126.00001, -127, -149, -1000, -3e38, -INF], by_registers) == 0).all()
     assert _exp2([0.0, -0.0], by_registers).tolist() == [1.0, 1.0]
     assert np.isnan(_exp2([NAN], by_registers)).all()
@@ -416,7 +416,7 @@ def test_a_term_without_weight_may_be_infinite(device):
 
 
 @pytest.mark.parametrize("masked", ["student", "teacher", "both"])
-def test_rows_without_any_class(device, masked):
+def test_rows_without_any_class_are_nan(device, masked):
     """A row of -inf has no softmax, so its loss is NaN; other rows are finite."""
     student, teacher, labels = make((5, 70), device=device, ignored=0.0)
     if masked != "teacher":
@@ -485,7 +485,7 @@ def test_ignored_rows_may_hold_anything(device, classes):
     ids=str,
 )
 @pytest.mark.parametrize("sign", [1.0, -1.0])
-def test_huge_offsets(device, sign, size, dtype):
+def test_huge_offsets_change_nothing(device, sign, size, dtype):
     """Loss and gradient do not depend on a huge offset of the logits."""
     student, teacher, labels = make((5, 100), dtype, device=device)
     student, teacher = student + sign * size, teacher - sign * size
@@ -499,7 +499,7 @@ def test_huge_offsets(device, sign, size, dtype):
 
 @pytest.mark.parametrize("dtype", [FP32, BF16, FP64], ids=name_of)
 @pytest.mark.parametrize("size", [1e4, 1e38])
-def test_huge_differences(device, size, dtype):
+def test_huge_differences_are_finite(device, size, dtype):
     """Nearly one-hot rows have a loss as large as the logits, and a gradient of at most 2."""
     student, teacher, labels = make((5, 100), dtype, device=device, spread=size / 4)
     exact = truth(student, teacher, labels, temperature=1.0, reduction="none")

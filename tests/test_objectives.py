@@ -215,7 +215,7 @@ def test_hard_term_is_cross_entropy(device, kind, weighted, smoothing, reduction
     torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-12, atol=1e-14)
 
 
-def test_labels_without_weight_leave_zero(device):
+def test_labels_without_weight_give_zero(device):
     """If the labels' weights sum to 0, the mean is 0, and not 0 / 0."""
     student, teacher, labels = make((3, 4), device=device)
     weight = torch.zeros(4, device=device)
@@ -223,7 +223,7 @@ def test_labels_without_weight_leave_zero(device):
     assert got == 0
 
 
-def test_class_weights_in_place_and_of_pixels(device):
+def test_class_weights_work_in_place_and_for_pixels(device):
     """Class weights become row weights, also with inplace and for pixels."""
     student, teacher, _ = make((2, 7, 5, 3), device=device, labels=False)
     labels = torch.randint(7, (2, 5, 3), generator=torch.Generator().manual_seed(3)).to(device)
@@ -260,7 +260,7 @@ def test_class_weights_in_place_and_of_pixels(device):
     ),
     ids=str,
 )
-def test_classes_in_dimension_1(device, shape, name, reduction, kind):
+def test_classes_may_be_in_dimension_1(device, shape, name, reduction, kind):
     student, teacher, _ = make(shape, device=device, labels=False)
     last = (shape[0], *shape[2:], shape[1])
     labels = None
@@ -290,7 +290,7 @@ def test_hard_term_in_dimension_1_is_cross_entropy(device):
 
 @pytest.mark.parametrize("name", ["forward_kl", "jsd"])
 @pytest.mark.parametrize("extra", [(0, 2), (3, 0), (1, 1)])
-def test_slices_of_padded_classes(device, extra, name):
+def test_slices_of_padded_classes_are_supported(device, extra, name):
     student, teacher, labels = make((4, 7), device=device)
     padded = [
         F.pad(x, (0, more), value=50.0) for x, more in zip((student, teacher), extra, strict=True)
@@ -306,7 +306,7 @@ def test_slices_of_padded_classes(device, extra, name):
     assert (leaf.grad[:, 7:] == 0).all()
 
 
-def test_slices_of_padded_classes_in_dimension_1(device):
+def test_slices_of_padded_classes_in_dimension_1_are_supported(device):
     student, teacher, _ = make((2, 6, 3), device=device, labels=False)
     got = fastkd.loss(student[:, :4], teacher[:, :5][:, :4], dim=1)
     sliced = [logits[:, :4].contiguous() for logits in (student, teacher)]
@@ -318,7 +318,7 @@ def test_slices_of_padded_classes_in_dimension_1(device):
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("labels_are", ["probabilities", "indices"])
-def test_targets_by_the_kernels(labels_are, reduction, monkeypatch):
+def test_kernels_compute_targets(labels_are, reduction, monkeypatch):
     """Kernels compute labels of probabilities, and class weights with smoothing."""
     student, teacher, labels = make((3, ROWS, CLASSES), ignored=0.3)
     options: dict[str, Any] = {"class_weight": torch.rand(CLASSES) + 0.1, "label_smoothing": 0.1}
@@ -338,7 +338,7 @@ def test_targets_by_the_kernels(labels_are, reduction, monkeypatch):
         fastkd.loss(leaf * 1, teacher, labels, **options, inplace=True)
 
 
-def test_second_derivatives_of_targets():
+def test_second_derivatives_of_targets_equal_finite_differences():
     student, teacher, labels = make((3, CLASSES), FP64, ignored=0.0)
     smoothed = {"class_weight": torch.rand(CLASSES) + 0.1, "label_smoothing": 0.1}
     for target, options in ((torch.rand(student.shape), {}), (labels, smoothed)):
@@ -350,7 +350,7 @@ def test_second_derivatives_of_targets():
         assert torch.autograd.gradgradcheck(function, student.requires_grad_())
 
 
-def test_labels_that_are_no_probabilities(device):
+def test_labels_need_not_be_probabilities(device):
     """Labels whose rows do not sum to 1 give the result of F.cross_entropy."""
     student, teacher, _ = make((ROWS, CLASSES), device=device, labels=False)
     labels = torch.rand(student.shape, device=device)

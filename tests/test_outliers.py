@@ -26,9 +26,7 @@ def errors(divergence, student, teacher, **options):
     pairwise(CLASSES, [1e4, 1e6, 1e8, -1e8], [None, 0.7]),
     ids=str,
 )
-def test_squared_error_of_one_logit_far_from_the_rest(
-    device, classes, size_of_one, teacher_temperature
-):
+def test_squared_error_is_exact_with_an_outlier(device, classes, size_of_one, teacher_temperature):
     """No class loses digits to the maximum that a softmax would subtract."""
     student, teacher, _ = make((6, classes), device=device, labels=False)
     student[:, classes // 2] = size_of_one
@@ -45,7 +43,7 @@ def test_squared_error_of_one_logit_far_from_the_rest(
     pairwise(CLASSES, [1e4, 1e6, 1e8, -1e8], [None, 0.7]),
     ids=str,
 )
-def test_centered_squared_error_of_one_logit_far_from_the_rest(
+def test_centered_squared_error_is_exact_with_an_outlier(
     device, classes, size_of_one, teacher_temperature
 ):
     """Centered errors are exact, unlike a mean of squares minus a squared mean."""
@@ -62,7 +60,7 @@ def test_centered_squared_error_of_one_logit_far_from_the_rest(
 
 @pytest.mark.parametrize("dtype", [FP32, FP64, BF16, FP16], ids=name_of)
 @pytest.mark.parametrize("classes", CLASSES)
-def test_centered_squared_error_of_logits_that_differ_by_a_constant(device, classes, dtype):
+def test_centered_squared_error_is_exact_if_logits_differ_by_a_constant(device, classes, dtype):
     """A constant added to all logits changes neither value nor gradient."""
     student, noise, _ = make((6, classes), FP64, device=device, labels=False)
     student = student.to(dtype)
@@ -86,7 +84,7 @@ def test_centered_squared_error_of_logits_that_differ_by_a_constant(device, clas
     pairwise([FP32, BF16], CLASSES, ["mse", "centered_mse", "forward_kl", "reverse_kl", "jsd"]),
     ids=str,
 )
-def test_an_outlier_in_every_dtype_and_pass(device, divergence, classes, dtype):
+def test_an_outlier_costs_no_accuracy_in_any_dtype_or_pass(device, divergence, classes, dtype):
     """A second backward pass gives the bits of the first, with the hard term."""
     student, teacher, labels = make((6, classes), dtype, device=device, ignored=0.0)
     student[:, classes // 2] = 3e4

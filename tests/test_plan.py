@@ -102,7 +102,7 @@ def test_each_size_has_its_kernel(name: str, dtype: int, warps: int, ctas: int) 
     assert kind(5, FLOAT64) == ("streaming", 64)
 
 
-def test_longer_rows_never_go_back_to_a_family_for_shorter_ones() -> None:
+def test_longer_rows_never_use_a_family_of_shorter_rows() -> None:
     order = ("tiny", "registers", "streaming")
     for dtype, rows in itertools.product(HOT, ROWS):
         families = [order.index(plan(n, rows, dtype)["family"]) for n in range(1, 2**14, 61)]
@@ -126,7 +126,7 @@ def test_threads_share_rows_whose_classes_are_not_adjacent() -> None:
 
 
 @pytest.mark.parametrize("classes", [10, 100, 1000, 8192, 128256])
-def test_a_small_grid_adds_up_its_own_total(classes: int) -> None:
+def test_a_small_grid_sums_the_total_itself(classes: int) -> None:
     with_clusters, without = DEVICES["hopper"], DEVICES["ampere"]
     one_row = plan(classes, 1, device=without)
     assert one_row["finish_inside"] and one_row["cluster"] == 1
@@ -138,7 +138,7 @@ def test_a_small_grid_adds_up_its_own_total(classes: int) -> None:
     assert not plan(classes, 8192, device=with_clusters)["finish_inside"]
 
 
-def test_dtypes_that_do_not_exist_are_refused() -> None:
+def test_invalid_dtypes_are_refused() -> None:
     for student, teacher in ((4, 0), (0, 4), (-1, 0)):
         with pytest.raises(ValueError, match="dtype"):
             plan(100, student=student, teacher=teacher)

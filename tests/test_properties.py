@@ -230,7 +230,7 @@ def lay_out(values: Tensor, cut: int, step: int, swap: bool) -> Tensor:
 
 @settings(max_examples=100)
 @given(call=calls())
-def test_any_call_is_what_the_reference_says(device, call):
+def test_any_call_equals_the_reference(device, call):
     shape, layout, options = call
     student, teacher, labels = make(
         shape, *layout["dtypes"], device=device, labels=layout["labels"], seed=layout["seed"]

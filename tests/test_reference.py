@@ -73,7 +73,7 @@ def test_soft_term_is_kl_div(shape, t):
     torch.testing.assert_close(mean.soft, batch_mean, **EXACT)
 
 
-def test_row_temperatures_are_rows_of_their_own():
+def test_row_temperatures_equal_single_rows():
     student, teacher, labels = make((6, 9), FP64, ignored=0.3)
     t = torch.linspace(0.5, 4.0, 6, dtype=FP64)
     together = reference.terms(student, teacher, labels, temperature=t, reduction="none")
@@ -188,7 +188,7 @@ def test_labels_out_of_range_give_nan_for_their_row(label):
 
 
 @pytest.mark.parametrize(("a", "b"), [*itertools.product([FP16, torch.float32, FP64], repeat=2)])
-def test_computes_in_float32_or_better(a, b):
+def test_the_reference_computes_in_float32_or_wider(a, b):
     student, teacher, labels = make((3, 5), a, b)
     expected = FP64 if FP64 in (a, b) else torch.float32
     assert reference.loss(student, teacher, labels).dtype == expected

@@ -74,7 +74,7 @@ def calibration_error(p: torch.Tensor, labels: torch.Tensor) -> float:
 # ---- figures
 
 
-def test_answers(models, report):
+def test_answers_equal_plain_computation(models, report):
     teacher, students = models
     with torch.no_grad():
         logits_by_name = {
@@ -95,7 +95,7 @@ def test_answers(models, report):
         assert sum(b.rows for b in answers.bins) == len(LABELS)
 
 
-def test_calibration_of_what_is_known():
+def test_calibration_error_of_a_sure_model_is_known():
     """A sure model has the error 0 if it is always right, and 0.5 if it is right half the time."""
     logits = torch.tensor([[50.0, 0.0], [50.0, 0.0]])
     for labels, error in (([0, 0], 0.0), ([0, 1], 0.5)):
@@ -132,7 +132,7 @@ def test_float64_is_kept():
     assert result.models[1].answers.cross_entropy == pytest.approx(exact)
 
 
-def test_wilson_interval_against_its_definition():
+def test_wilson_interval_equals_its_definition():
     """At each end of the interval, the normal test just rejects the share."""
     for share, rows in ((0.9, 50), (0.5, 7), (0.0, 20), (1.0, 3)):
         for end in measure.compute_wilson_interval(share, rows):
@@ -140,7 +140,7 @@ def test_wilson_interval_against_its_definition():
             assert gap == pytest.approx(1.959964 * (end * (1 - end) / rows) ** 0.5, abs=1e-9)
 
 
-def test_ignored_rows_sequences_and_classes_elsewhere():
+def test_sequences_ignored_rows_and_dim_1_are_supported():
     torch.manual_seed(0)
     logits, labels = torch.randn(4, 6, 5), torch.randint(5, (4, 6))
     labels[labels == 0] = -1
@@ -160,7 +160,7 @@ def test_ignored_rows_sequences_and_classes_elsewhere():
     assert moved.models[1].answers == answers
 
 
-def test_without_labels_only_agreement_is_left(models, tmp_path):
+def test_without_labels_only_agreement_is_reported(models, tmp_path):
     teacher, students = models
     result = fastkd.report(
         teacher, students, [images for images, _ in LOADER], seconds=0, show=False
@@ -184,7 +184,7 @@ def test_size_counts_shared_weights_once():
     assert measure.measure_size(made).bytes == result.bytes
 
 
-def test_size_of_parameters_that_are_views_of_one_buffer():
+def test_size_counts_views_of_one_buffer():
     made, flat = nn.Bilinear(4, 4, 2, bias=False), torch.zeros(100)
     made.weight = nn.Parameter(flat[:32].view(2, 4, 4))
     made.other = nn.Parameter(flat[32:40])
@@ -192,7 +192,7 @@ def test_size_of_parameters_that_are_views_of_one_buffer():
 
 
 @pytest.mark.filterwarnings("ignore:.*deprecated")
-def test_size_of_a_quantised_model():
+def test_size_counts_quantized_weights():
     full_precision = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10))
     quantised = torch.ao.quantization.quantize_dynamic(
         full_precision, {nn.Linear}, dtype=torch.qint8
@@ -212,7 +212,7 @@ class Summing(nn.Module):
         return images[:, :60].view(-1, 10, 6).sum(-1)
 
 
-def test_models_without_parameters():
+def test_models_need_no_parameters():
     result = fastkd.report(Summing(), nn.Linear(64, 10), LOADER[:1], seconds=0, show=False)
     assert "student agrees with" not in str(result) and "2.6" in result.html()
     result = fastkd.report(nn.Linear(64, 10), Summing(), LOADER[:1], seconds=0, show=False)
@@ -233,7 +233,7 @@ class Slow(nn.Module):
         return x * self.scale
 
 
-def test_latency(device):
+def test_latency_has_percentiles_and_throughput(device):
     quick, slow = Slow(0.001).to(device), Slow(0.004).to(device)
     rows = torch.randn(20, 3)
     result = fastkd.report(
@@ -253,7 +253,7 @@ def test_latency(device):
             assert figures.calls >= 15
 
 
-def test_models_in_other_dtypes():
+def test_models_may_have_other_dtypes():
     rows = torch.randn(8, 4)
     result = fastkd.report(
         nn.Linear(4, 3), nn.Linear(4, 3).bfloat16(), [(rows, torch.zeros(8).long())], seconds=0,
@@ -262,7 +262,7 @@ def test_models_in_other_dtypes():
     assert result.models[1].size.bytes < result.models[0].size.bytes
 
 
-def test_mappings_of_inputs():
+def test_inputs_may_be_mappings():
     class Named(nn.Module):
         def forward(self, a, b):
             assert len(a) == len(b)
@@ -273,7 +273,7 @@ def test_mappings_of_inputs():
     assert result.models[0].answers.rows == 6
 
 
-def test_inputs_that_are_no_sample_s_and_named_tuples():
+def test_inputs_shared_by_samples_and_named_tuples_are_supported():
     class Pair(NamedTuple):
         a: torch.Tensor
         b: torch.Tensor
@@ -299,7 +299,7 @@ def make_turns(*turns: tuple[float, list[float], list[float]]) -> list[measure.T
     return [measure.Turn(share, {"teacher": a, "student": b}) for share, a, b in turns]
 
 
-def test_speedup_of_quiet_turns():
+def test_speedup_is_that_of_quiet_turns():
     """A slow call in each turn, and two turns on a busy machine, do not change the ratio."""
     quiet = (1.0, [0.4] * 20 + [9.0], [0.1] * 20 + [3.0])
     busy = (0.4, [4.0] * 9, [0.1] * 9)
@@ -340,7 +340,7 @@ def test_wide_and_superlinear_timings_are_named():
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux has /proc/self/task")
-def test_processor_time_of_every_thread():
+def test_processor_time_counts_every_thread():
     def work() -> None:
         start = time.thread_time()
         while time.thread_time() < start + 0.1:
@@ -384,7 +384,7 @@ class Repeated(nn.Module):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("threads", [1, 2])
-def test_speed_ratios_on_a_busy_machine(busy_cores, threads):
+def test_speed_ratios_on_a_busy_machine_are_right_or_withheld(busy_cores, threads):
     """Each ratio is within 2x of the true ratio, 30, or withheld with the reason."""
     loader = [(torch.randn(32, 256), torch.randint(256, (32,)))]
     result = fastkd.report(Repeated(60), Repeated(2), loader, threads=threads, show=False)
@@ -415,7 +415,7 @@ def test_threads_are_set_and_restored():
         fastkd.report(nn.Linear(64, 10), nn.Linear(64, 10), LOADER, threads=0)
 
 
-def test_modules_without_an_evaluation_mode():
+def test_modules_need_no_evaluation_mode():
     """Modules without modes are measured unchanged; other submodules are in evaluation mode."""
     rows = [{0: torch.export.Dim.AUTO}]
     exported = torch.export.export(nn.Linear(64, 10), (IMAGES[:2],), dynamic_shapes=rows).module()
@@ -446,7 +446,7 @@ def make_report(count: int, speedup: float | None = 3650.0) -> fastkd.Report:
     return fastkd.Report("Ten", tuple(models), {"threads": "1"}, warnings)
 
 
-def test_the_verdict():
+def test_the_verdict_compares_student_and_teacher():
     result = make_report(4)
     expected = (
         "distilled keeps 96.9 % of the teacher's accuracy at 1/59 of its size, 3,650x faster on "
@@ -471,7 +471,7 @@ def test_the_verdict():
 
 @pytest.mark.parametrize("count", [2, 4, 10])
 @pytest.mark.parametrize("speedup", [3650.0, None])
-def test_eighty_columns(count, speedup):
+def test_text_fits_eighty_columns(count, speedup):
     result = make_report(count, speedup)
     text, words = str(result), " ".join(str(result).split())
     assert max(map(len, text.splitlines())) <= 80
@@ -555,7 +555,7 @@ def test_pictures_suit_light_and_dark_pages(tmp_path):
         ({"ignore_index": 2**70}, "^ignore_index must be an int of 64 bits"),
     ],
 )
-def test_what_does_not_fit_is_said(change, message):
+def test_invalid_arguments_are_refused(change, message):
     arguments = {
         "students": nn.Linear(64, 10),
         "loader": LOADER,
@@ -569,7 +569,7 @@ def test_what_does_not_fit_is_said(change, message):
         )
 
 
-def test_a_student_is_a_module():
+def test_a_student_must_be_a_module():
     with pytest.raises(TypeError, match=r"^small must be a module, .* \.pt2 file; got int"):
         fastkd.report(nn.Linear(64, 10), {"small": 3}, LOADER)
     with pytest.raises(TypeError, match=r"students must be a module, or a mapping .*; got list"):
@@ -581,7 +581,7 @@ def test_a_student_is_a_module():
 @pytest.mark.parametrize(
     ("name", "value"), [("batch_sizes", 8), ("devices", "cpu"), ("devices", torch.device("cpu"))]
 )
-def test_what_is_no_list(name, value):
+def test_arguments_must_be_lists(name, value):
     with pytest.raises(TypeError, match=f"^{name} must be a list or tuple; got "):
         fastkd.report(nn.Linear(64, 10), nn.Linear(64, 10), LOADER, **{name: value})
 
@@ -589,7 +589,7 @@ def test_what_is_no_list(name, value):
 # ---- output
 
 
-def test_terminal(models, capsys):
+def test_a_report_is_printed(models, capsys):
     result = fastkd.report(*models, LOADER[:2], seconds=0)
     shown = capsys.readouterr().out
     for text in ("teacher", "alone", "distilled", "accuracy", "calibration error", "p95"):
@@ -597,7 +597,7 @@ def test_terminal(models, capsys):
     assert f"{100 * result.models[1].answers.agreement:.1f} %" in shown
 
 
-def test_json_is_everything(report):
+def test_json_has_every_figure(report):
     result = json.loads(report.json())
     assert [m["name"] for m in result["models"]] == ["teacher", "alone", "distilled"]
     first = result["models"][0]
@@ -615,7 +615,7 @@ def test_markdown_is_one_table(report, tmp_path):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
 
 
-def test_numbers_in_words():
+def test_numbers_are_formatted_with_units():
     counts = [tables.format_count(n) for n in (0, 7, 999, 1000, 99_960, 999_600, 10**9, 10**13)]
     assert counts == ["0", "7", "999", "1.00k", "100k", "1.00M", "1.00G", "10.0T"]
     assert tables.format_size(999) == "999 B" and tables.format_size(1_000_000) == "1.00 MB"
@@ -651,7 +651,7 @@ class Page(html.parser.HTMLParser):
         self.text += data
 
 
-def test_page_refers_to_nothing_outside_itself(report):
+def test_the_page_has_no_external_references(report):
     text = report.html()
     page = Page(text)
     assert "://" not in text and "@import" not in text and "//" not in text.replace("</", "")
@@ -663,7 +663,7 @@ def test_page_refers_to_nothing_outside_itself(report):
     assert len(ids) > 20 and {link[1:] for tag, link in page.links if tag != "meta"} <= set(ids)
 
 
-def test_names_are_text_everywhere(models, tmp_path):
+def test_hostile_names_are_shown_as_text(models, tmp_path):
     teacher, students = models
     named = {HOSTILE: students["alone"]}
     result = fastkd.report(teacher, named, LOADER[:1], seconds=0, title=HOSTILE, show=False)
@@ -676,7 +676,7 @@ def test_names_are_text_everywhere(models, tmp_path):
 
 
 @pytest.mark.parametrize("title", ["eval of [/data/run1]", "[bold]a[/bold] :smile: \\[b]"])
-def test_titles_and_names_are_no_markup(models, capsys, title):
+def test_titles_and_names_are_printed_as_text(models, capsys, title):
     teacher, students = models
     named = {title: students["alone"]}
     result = fastkd.report(teacher, named, LOADER[:1], seconds=0, title=title)
@@ -684,7 +684,7 @@ def test_titles_and_names_are_no_markup(models, capsys, title):
     assert shown.count(title) == str(result).count(title) == 3  # title, column and headline
 
 
-def test_a_title_is_text():
+def test_a_title_must_be_text():
     with pytest.raises(TypeError, match=r"^title must be text; got int"):
         fastkd.report(nn.Linear(64, 10), nn.Linear(64, 10), [], title=3)
 
@@ -692,7 +692,7 @@ def test_a_title_is_text():
 @pytest.mark.parametrize(
     "written", [*(pytest.param(n, marks=pytest.mark.slow) for n in range(4)), 4]
 )
-def test_a_full_disk_leaves_no_half_of_a_report(report, tmp_path, monkeypatch, written):
+def test_a_full_disk_leaves_no_partial_report(report, tmp_path, monkeypatch, written):
     """A first report leaves no file, and an earlier report stays unchanged."""
     write, done = pathlib.Path.write_bytes, []
 
@@ -715,7 +715,7 @@ def test_a_full_disk_leaves_no_half_of_a_report(report, tmp_path, monkeypatch, w
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="this system has no limits of file sizes")
-def test_a_file_that_may_not_grow_leaves_no_half_of_a_report(report, tmp_path):
+def test_a_limited_file_size_leaves_no_partial_report(report, tmp_path):
     """A limit of the file size, unlike a patched write, raises the system's own error."""
     import resource
 
@@ -739,7 +739,7 @@ def browse(page, *options: str) -> subprocess.CompletedProcess:
 
 @pytest.mark.skipif(BROWSER is None, reason="no Chromium is installed")
 @pytest.mark.parametrize("dark", [False, True])
-def test_page_in_a_browser(report, tmp_path, dark):
+def test_a_browser_draws_the_page(report, tmp_path, dark):
     """A browser draws the page and its pictures in the color scheme that the reader prefers."""
     image = pytest.importorskip("PIL.Image")
     page, picture = tmp_path / "report.html", tmp_path / "page.png"
@@ -765,7 +765,7 @@ def test_page_in_a_browser(report, tmp_path, dark):
 
 
 @pytest.mark.skipif(BROWSER is None, reason="no Chromium is installed")
-def test_page_is_understood_by_a_browser(report, tmp_path):
+def test_a_browser_parses_the_page(report, tmp_path):
     page = tmp_path / "report.html"
     page.write_text(report.html(), encoding="utf-8")
     shown = Page(browse(page, "--dump-dom").stdout.decode())
@@ -776,7 +776,7 @@ def test_page_is_understood_by_a_browser(report, tmp_path):
 
 
 @pytest.mark.skipif(BROWSER is None, reason="no Chromium is installed")
-def test_page_on_a_phone(tmp_path):
+def test_the_page_fits_a_phone(tmp_path):
     """The page is as wide as the phone, and shows its narrow figures."""
     (tmp_path / "report.html").write_text(make_report(10).html(), encoding="utf-8")
     frame = tmp_path / "frame.html"

@@ -39,7 +39,7 @@ def evaluations(path: pathlib.Path) -> list[list[float]]:
 
 
 @pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
-def test_killed_in_a_save(workers, tmp_path):
+def test_a_run_killed_in_a_save_resumes_exactly(workers, tmp_path):
     """A resumed run gives the bits of an uninterrupted run."""
     straight, out, checkpoints = tmp_path / "a.pt", tmp_path / "b.pt", tmp_path / "checkpoints"
     run_here(straight, "--workers", workers)
@@ -82,7 +82,7 @@ def test_two_processes_give_the_parameters_of_one(tmp_path):
 
 
 @pytest.mark.slow
-def test_two_processes_with_a_sharded_student(tmp_path):
+def test_two_processes_train_a_sharded_student(tmp_path):
     """A run under FSDP, resumed half way, gives the parameters of one process."""
     deterministic = ("--no-shuffle", "--noise", 0, "--dropout", 0)
     one_process, two_processes = tmp_path / "one.pt", tmp_path / "two.pt"

@@ -56,7 +56,7 @@ def test_parts_equal_the_whole(monkeypatch, device, options, kind):
         torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-14)
 
 
-def test_memory_is_that_of_the_parts(monkeypatch):
+def test_memory_is_that_of_one_part(monkeypatch):
     """No tensor of the logits' size is kept between the passes."""
     student, teacher, labels = make((64, CLASSES))
     saved_sizes: list[int] = []

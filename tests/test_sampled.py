@@ -54,7 +54,7 @@ def test_values_and_gradients_are_schulmans(device, estimator, temperature, dtyp
 
 
 @pytest.mark.parametrize("estimator", ESTIMATORS)
-def test_expected_values_and_gradients(device, estimator):
+def test_expected_values_and_gradients_are_those_of_the_docstring(device, estimator):
     """Means over the student's distribution agree with the docstring of Sampled."""
     student, log_p = make(device)
     student = student.detach()[:1].expand(CLASSES, -1).contiguous().requires_grad_()
@@ -102,7 +102,7 @@ def test_padding_has_no_soft_term(device):
     assert (student.grad[:2] == 0).all()
 
 
-def test_a_head_as_student(device):
+def test_the_student_may_be_a_head(device):
     generator = torch.Generator().manual_seed(1)
     hidden = torch.randn(ROWS, 8, generator=generator).to(device).requires_grad_()
     weight = torch.randn(CLASSES, 8, generator=generator).to(device).requires_grad_()

@@ -92,7 +92,7 @@ def test_all_classes_may_be_listed():
     torch.testing.assert_close(topk.log_probs[1:].exp().sum(1), torch.ones(len(PROMPT) - 1))
 
 
-def test_own_tokens_of_a_prompt():
+def test_tokens_of_a_prompt_are_gathered():
     truth = torch.tensor(VLLM["reference"][0]).gather(1, torch.tensor(PROMPT)[1:, None])[:, 0]
     for name in ("prompt, k = 0", "prompts, k = 3"):
         topk = served.from_vllm(choice(name), tokens=torch.tensor(PROMPT))
@@ -103,14 +103,14 @@ def test_own_tokens_of_a_prompt():
         torch.testing.assert_close(sampled.log_probs[1:], truth, atol=3e-5, rtol=0)
 
 
-def test_a_part_of_a_prompt():
+def test_a_part_of_a_prompt_is_scored():
     full = served.from_vllm(choice("prompts, k = 3"), k=3)
     part = served.from_vllm(choice("prompts, k = 3")["prompt_logprobs"][4:], k=3, tokens=PROMPT[4:])
     assert torch.equal(part.indices, full.indices[4:])
     assert torch.equal(part.log_probs, full.log_probs[4:])
 
 
-def test_a_prompt_of_a_chat():
+def test_a_prompt_of_a_chat_is_scored():
     topk = served.from_vllm(REPLIES["chat"], k=2, tokens=REPLIES["chat"]["prompt_token_ids"])
     reference = REPLIES["chat"]["reference"][: len(topk.indices) - 1]
     assert_scores(topk, reference, 2)
@@ -145,7 +145,7 @@ def test_python_objects_are_read(name):
         assert all({9, 2, 30} <= set(row) for row in topk.indices.tolist())
 
 
-def test_objects_of_vllm_itself():
+def test_objects_of_vllm_are_read():
     vllm = pytest.importorskip("vllm.logprobs")
     rows = VLLM["objects"]["raw_logprobs"]["T = 1"]["prompt_logprobs"]
     listed = [row and {token: vllm.Logprob(lp, rank) for token, lp, rank in row} for row in rows]
@@ -167,7 +167,7 @@ def test_the_temperature_of_prompts_is_1():
     assert_scores(topk, VLLM["reference"][0], 3)
 
 
-def test_the_temperature_of_generated_tokens():
+def test_the_temperature_of_generated_tokens_is_that_of_the_call():
     for mode, temperature in {"raw_logprobs": 1.0, "processed_logprobs": 2.0}.items():
         recorded = VLLM["objects"][mode]["T = 2"]
         reference = torch.tensor(recorded["reference"], dtype=torch.float64)
@@ -237,7 +237,7 @@ def test_chosen_ids_are_scored():
     assert all({9, 2, 30} <= set(row) for row in topk.indices.tolist())
 
 
-def test_ids_in_place_of_tokens():
+def test_ids_in_place_of_tokens_are_read():
     """vLLM's /inference/v1/generate returns ids in place of tokens."""
     content = copy.deepcopy(choice("chat")["logprobs"]["content"])
     for entry in [*content, *(top for each in content for top in each["top_logprobs"])]:
@@ -281,7 +281,7 @@ def test_replies_of_sglang_are_read(full):
         assert sampled.tokens[1:].tolist() == ids[1:]
 
 
-def test_the_form_of_sglang():
+def test_the_fixture_has_the_form_of_sglang():
     """SGLang's types decode the hand-written fixture."""
     types = pytest.importorskip("sglang.api.v1.api_types")
     decoded = types.GenerateResponse.from_json_value(SGLANG["reply"])
@@ -294,7 +294,7 @@ def test_the_form_of_sglang():
 
 @pytest.mark.parametrize("side", ["right", "left"])
 @pytest.mark.parametrize("length", [None, 10])
-def test_a_batch_of_lists(side, length):
+def test_lists_are_collated(side, length):
     parts = [served.from_vllm(each) for each in REPLIES["prompts, k = 3"]["choices"]]
     parts[1] = TopK(parts[1].log_probs[:, :2], parts[1].indices[:, :2])
     batch = served.collate(parts, length, padding_side=side)
@@ -309,7 +309,7 @@ def test_a_batch_of_lists(side, length):
             assert torch.equal(got[number], expected)
 
 
-def test_a_batch_of_sampled_tokens():
+def test_sampled_tokens_are_collated():
     parts = [
         served.gather(served.from_vllm(each), torch.tensor(tokens), "k2")
         for each, tokens in zip(REPLIES["prompts, k = 3"]["choices"], VLLM["prompts"], strict=True)

@@ -73,7 +73,7 @@ def test_lists_belong_to_tokens(student, teacher, labels, divergence, with_label
     check(student, (top, labels), sliced, sliced_labels, divergence=divergence)
 
 
-def test_sampled_tokens_with_weights(student, teacher, labels, device):
+def test_sampled_tokens_may_have_weights(student, teacher, labels, device):
     """Weights belong to tokens, like importance ratios and masks."""
     tokens = labels.clamp(min=0)
     log_probs = teacher.log_softmax(-1).gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
@@ -101,7 +101,7 @@ def test_dim_1_is_shifted_too(student, teacher, labels):
     torch.testing.assert_close(ours, fastkd.loss(student, teacher, labels, shift=1))
 
 
-def test_two_positions_and_short_sequences(student, teacher, labels):
+def test_shift_2_and_short_sequences_are_supported(student, teacher, labels):
     """shift=2 works, and so do sequences with nothing to predict."""
     ours = fastkd.loss(student, teacher, labels, shift=2)
     torch.testing.assert_close(ours, fastkd.loss(student[:, :-2], teacher[:, :-2], labels[:, 2:]))

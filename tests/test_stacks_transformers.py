@@ -146,7 +146,7 @@ def test_each_step_has_the_loss_by_hand(situation, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("everywhere", [True, False])
-def test_two_gpus_are_one_with_batches_twice_as_large(everywhere, tmp_path):
+def test_two_gpus_equal_one_with_doubled_batches(everywhere, tmp_path):
     """The trainer counts two simulated GPUs, (2, 1), though DataParallel finds none."""
     even = [sample for sample in sentences(64) if len(sample["input_ids"]) % 2][:32]
     for sample in even:  # the token count is divided by the GPUs, rounded down
@@ -159,7 +159,7 @@ def test_two_gpus_are_one_with_batches_twice_as_large(everywhere, tmp_path):
 
 
 @pytest.mark.parametrize("count", [5, torch.tensor(5), torch.tensor([5]), torch.full((2, 1), 5.0)])
-def test_counts_of_every_shape(count, tmp_path):
+def test_counts_may_have_every_shape(count, tmp_path):
     made = trainer(Distilling, tmp_path)
     batch = pad(sentences()[:4])
     expected = made.compute_loss(made.model, batch) * (causal_labels(batch) != -100).sum() / 5
@@ -220,7 +220,7 @@ class CacheRecorder(nn.Module):
         return self.linear(x)
 
 
-def test_no_model_keeps_a_cache(tmp_path):
+def test_models_are_called_without_a_cache(tmp_path):
     x, y = torch.randn(4, 2), torch.tensor([0, 1, 2, 0])
     teacher, student = CacheRecorder(), CacheRecorder()
     loader = [(x, y, torch.arange(4))]
@@ -240,7 +240,7 @@ class Wrapped(nn.Module):
         return self.module(*inputs, **keywords)
 
 
-def test_wrapped_models_are_asked_for_no_cache_unless_the_batch_wants_one():
+def test_wrapped_models_are_called_without_a_cache_by_default():
     model = CacheRecorder()
     batches.outputs(Wrapped(model), {"x": torch.zeros(1, 2)})
     batches.outputs(Wrapped(model), {"x": torch.zeros(1, 2), "use_cache": True})
@@ -250,19 +250,19 @@ def test_wrapped_models_are_asked_for_no_cache_unless_the_batch_wants_one():
     assert model.seen == [False, True, True]
 
 
-def test_a_compiled_model_is_asked_for_no_cache():
+def test_a_compiled_model_is_called_without_a_cache():
     model = CacheRecorder()
     batches.outputs(torch.compile(model, backend="eager"), torch.zeros(1, 2))
     assert model.seen == [False]
 
 
-def test_labels_that_are_shifted_stay_where_they_are():
+def test_shifted_labels_are_not_shifted_again():
     shifted = torch.tensor([[5, -100]])
     assert causal_labels({"shift_labels": shifted}).equal(shifted)
     assert causal_labels({"shift_labels": None, "labels": shifted}).tolist() == [[-100, -100]]
 
 
-def test_granite_takes_it_by_its_base_model():
+def test_granite_gets_use_cache_by_its_base_model():
     """Granite's head takes ``**kwargs`` alone, and calls a base model that has use_cache."""
     config = transformers.GraniteMoeConfig(
         vocab_size=VOCABULARY, hidden_size=8, intermediate_size=8, num_hidden_layers=1,
@@ -312,7 +312,7 @@ def without_mask(samples):
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_plain_modules_are_trained(form, tmp_path):
+def test_torch_modules_are_trained(form, tmp_path):
     models = {"student": Head(8, FORMS[form], 0), "teacher": Head(16, FORMS[form], 1)}
     ours = trainer(Distilling, tmp_path, collator=without_mask, **models)
     theirs = trainer(ByHand, tmp_path, collator=without_mask, **models)
@@ -399,7 +399,7 @@ def test_an_ignored_label_that_the_trainer_counts_is_refused(tmp_path):
     refused(ValueError, "kd_loss must have ignore_index=-100; got 0", tmp_path, loss=loss)
 
 
-def test_a_temperature_that_does_not_learn_is_taken(tmp_path):
+def test_a_fixed_parameter_as_temperature_is_accepted(tmp_path):
     fixed = nn.Parameter(torch.tensor(TEMPERATURE), requires_grad=False)
     ours = run(Distilling, tmp_path, loss=fastkd.KDLoss(temperature=fixed, alpha=ALPHA))
     assert ours == pytest.approx(run(ByHand, tmp_path), rel=1e-5)
@@ -434,7 +434,7 @@ def free_port() -> int:
 
 
 @pytest.mark.slow
-def test_two_processes_are_one_with_batches_twice_as_large(tmp_path):
+def test_two_processes_equal_one_with_doubled_batches(tmp_path):
     shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
     processes = []
     for rank in range(2):

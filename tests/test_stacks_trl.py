@@ -129,7 +129,7 @@ def test_the_gkd_trainer_logs_trls_losses(options, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("kind", [FastGKD, integration.GKDTrainer])
-def test_gkd_trainer_where_no_token_of_a_step_counts(kind, tmp_path):
+def test_the_gkd_trainer_has_loss_0_without_valid_tokens(kind, tmp_path):
     """A step without valid tokens has the loss 0, where TRL's own loss is 0 / 0."""
     data = prompted()
     rows = [{**row, "completion_mask": [0] * len(row["input_ids"])} for row in data.to_list()]
@@ -157,7 +157,7 @@ def other_models(kind: str):
 
 
 @pytest.mark.parametrize("kind", ["scale", "divided", "softcap"])
-def test_gkd_trainer_with_logits_that_are_scaled_or_capped(kind, tmp_path):
+def test_the_gkd_trainer_supports_scaled_and_capped_logits(kind, tmp_path):
     ours, theirs = (
         gkd(trainer, tmp_path, prompted(), other_models(kind), max_steps=5)
         for trainer in (integration.GKDTrainer, GKDTrainer)
@@ -179,7 +179,7 @@ def test_the_gkd_trainer_evaluates(compute_metrics, tmp_path):
 
 
 @pytest.mark.parametrize("return_outputs", [False, True])
-def test_gkd_trainer_of_several_processes(return_outputs, tmp_path, monkeypatch):
+def test_the_gkd_trainer_scales_the_loss_by_the_processes(return_outputs, tmp_path, monkeypatch):
     """DDP averages gradients, so a loss over a shared count is multiplied by the processes."""
     trainer = gkd_trainer(integration.GKDTrainer, tmp_path, prompted())
     batch = next(iter(trainer.get_train_dataloader()))
@@ -279,7 +279,7 @@ def distillation(kind, folder, **options):
     return trainer
 
 
-def test_distillation_trainer_with_logits(tmp_path, monkeypatch):
+def test_the_distillation_trainer_with_logits_logs_trls_losses(tmp_path, monkeypatch):
     options = {"beta": 0.5, "temperature": 2.0}
     theirs = losses(distillation(DistillationTrainer, tmp_path, **options))
     monkeypatch.setattr(distillation_trainer, "_chunked_divergence_loss", with_logits)

@@ -103,7 +103,7 @@ def test_a_top_k_cache_returns_what_was_written(tmp_path, top_k):
 
 @pytest.mark.parametrize("dtype", EPS)
 @pytest.mark.parametrize("top_k", [None, 1, 3, 10])
-def test_the_kl_that_was_lost_is_measured(tmp_path, dtype, top_k):
+def test_the_kl_of_caching_is_measured(tmp_path, dtype, top_k):
     cache = write(Counting(), tmp_path, top_k=top_k, dtype=dtype, shard_bytes=3000)
     log_p = truth(Counting())
     read = cache.lookup(torch.arange(200))
@@ -120,7 +120,7 @@ def test_the_kl_that_was_lost_is_measured(tmp_path, dtype, top_k):
 
 
 @pytest.mark.parametrize("top_k", [None, 8])
-def test_what_is_lost_is_finite_and_not_negative(tmp_path, top_k):
+def test_the_kl_of_caching_is_finite_and_not_negative(tmp_path, top_k):
     """The KL is finite and at least 0 for a subnormal tail, and for a loss of rounding errors."""
     torch.manual_seed(0)
     sure, level = torch.randn(1, 1000), torch.zeros(1, 14)
@@ -203,7 +203,7 @@ def sequences(batch_size: int) -> DataLoader:
 
 
 @pytest.mark.parametrize("top_k", [None, 4])
-def test_sequences_are_kept_without_their_padding(tmp_path, top_k):
+def test_sequences_are_cached_without_padding(tmp_path, top_k):
     cache = write(
         Characters(), tmp_path, loader=sequences(4), top_k=top_k, dtype=torch.float32, temperature=1
     )
@@ -233,7 +233,7 @@ def test_sequences_are_kept_without_their_padding(tmp_path, top_k):
         cache.check(batch=padded([(TEXT[1], None, 1), (TEXT[3] + 1, None, 3)], 20))
 
 
-def test_a_mapping_s_attention_mask_is_heeded(tmp_path):
+def test_an_attention_mask_limits_the_cached_positions(tmp_path):
     batch = {
         "input_ids": torch.arange(8).view(2, 4),
         "attention_mask": torch.tensor([[1, 1, 0, 0], [1, 1, 1, 1]]),
@@ -244,7 +244,7 @@ def test_a_mapping_s_attention_mask_is_heeded(tmp_path):
     cache.check(batch=batch)
 
 
-def test_a_mapping_s_values_that_are_no_sample_s(tmp_path):
+def test_a_mapping_may_have_values_shared_by_samples(tmp_path):
     class Scaled(nn.Module):
         def forward(self, images, scale, names, mask=None):
             return images * scale
@@ -286,7 +286,7 @@ def assert_equal_caches(ours_cache: TeacherCache, theirs_cache: TeacherCache) ->
 
 
 @pytest.mark.parametrize("error", [InterruptedError, KeyboardInterrupt])
-def test_resumes_after_an_error_with_all_that_was_done(tmp_path, cache, error):
+def test_an_interrupted_cache_is_resumed_without_repetition(tmp_path, cache, error):
     with pytest.raises(InterruptedError):
         write(Counting(fail_after=96), tmp_path, top_k=4)
     assert TeacherCache(tmp_path).ids.tolist() == list(range(96))
@@ -315,7 +315,7 @@ def test_an_interrupt_while_a_file_is_written_loses_nothing(tmp_path, monkeypatc
     assert TeacherCache(tmp_path).ids.tolist() == list(range(160 if interrupted == 1 else 200))
 
 
-def test_batches_that_are_partly_there(tmp_path, cache):
+def test_partly_cached_batches_are_completed(tmp_path, cache):
     order = torch.randperm(200, generator=torch.Generator().manual_seed(2)).tolist()
     write(Counting(), tmp_path, loader=DataLoader(Subset(DATA, order[:70]), 32), top_k=4)
     resumed = write(Counting(), tmp_path, top_k=4, loader=DataLoader(DATA, 32, shuffle=True))
@@ -323,7 +323,7 @@ def test_batches_that_are_partly_there(tmp_path, cache):
     assert torch.equal(lookup(resumed, cache.ids)[-1], lookup(cache, cache.ids)[-1])
 
 
-def test_samples_that_come_twice_are_kept_once(tmp_path):
+def test_repeated_samples_are_cached_once(tmp_path):
     cache = write(Counting(), tmp_path, loader=DataLoader(Subset(DATA, [5, 5, 3, 5, 3]), 2))
     assert cache.ids.tolist() == [3, 5]
     assert sum(len(part.ids) for part in cache._shards) == 2
@@ -347,7 +347,7 @@ write(Slow(), {path!r}, top_k=4, shard_bytes=400, loader=DataLoader(DATA, 4))
 
 
 @pytest.mark.slow
-def test_killed_it_leaves_a_usable_cache(tmp_path, cache):
+def test_a_killed_process_leaves_a_usable_cache(tmp_path, cache):
     script = KILLED.format(tests=str(pathlib.Path(__file__).parent), path=str(tmp_path))
     process = subprocess.Popen([sys.executable, "-c", script])
     deadline = time.monotonic() + 60
@@ -364,7 +364,7 @@ def test_killed_it_leaves_a_usable_cache(tmp_path, cache):
     assert torch.equal(lookup(resumed, cache.ids)[-1], lookup(cache, cache.ids)[-1])
 
 
-def test_a_file_appears_whole_or_not_at_all(tmp_path, monkeypatch):
+def test_a_file_appears_completely_or_not_at_all(tmp_path, monkeypatch):
     def killed(*_):
         raise SystemExit("killed here")
 
@@ -374,7 +374,7 @@ def test_a_file_appears_whole_or_not_at_all(tmp_path, monkeypatch):
     assert not list(tmp_path.glob(shard.PATTERN))
 
 
-def test_what_a_killed_process_left_half_written_is_not_read(tmp_path, cache):
+def test_incomplete_files_are_not_read(tmp_path, cache):
     write(Counting(), tmp_path, top_k=4)
     (tmp_path / ".1234.part").write_bytes(b"half")
     assert_equal_caches(TeacherCache(tmp_path), cache)
@@ -427,12 +427,12 @@ def test_data_loader_workers_read_a_cache(cache, method):
         assert all(torch.equal(*pair) for pair in zip(looked_up[:2], expected[:2], strict=True))
 
 
-def test_pickled_it_is_a_path(cache):
+def test_a_pickled_cache_is_its_path(cache):
     assert len(pickle.dumps(cache)) < 500
     assert_equal_caches(pickle.loads(pickle.dumps(cache)), cache)
 
 
-def test_it_says_what_it_is(cache):
+def test_repr_has_the_cache_s_properties(cache):
     assert "200 samples, the top 4 of 10 classes, float16, temperature 2" in repr(cache)
     assert len(cache) == 200
 
@@ -448,7 +448,7 @@ def test_another_teacher_is_refused(cache):
         TeacherCache(cache.path, teacher=changed)
 
 
-def test_the_teacher_s_wrappers_make_no_difference(cache):
+def test_wrappers_do_not_change_the_fingerprint(cache):
     assert fastkd.teachers.fingerprint(nn.DataParallel(Counting())) == cache.teacher
     assert fastkd.teachers.fingerprint(torch.compile(Counting(), backend="eager")) == cache.teacher
     assert fastkd.teachers.fingerprint(Counting().half()) != cache.teacher
@@ -467,7 +467,7 @@ class Packed(nn.Module):
 
 @pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor:UserWarning")
 @pytest.mark.parametrize("of_channels", [False, True])
-def test_a_fingerprint_is_of_quantized_weights_too(of_channels):
+def test_a_fingerprint_depends_on_quantized_weights(of_channels):
     def packed(value, scale):
         weight = torch.full((3, 2), value)
         if not of_channels:
@@ -487,7 +487,7 @@ def test_another_number_of_classes_is_refused(cache):
         TeacherCache(cache.path, classes=11)
 
 
-def test_another_temperature_is_refused_where_it_matters(cache, tmp_path):
+def test_another_temperature_is_refused_by_a_top_k_cache(cache, tmp_path):
     cache.check(temperature=2.0)
     with pytest.raises(ValueError, match=r"^temperature: .* at temperature 2, which cannot"):
         cache.check(temperature=4.0)
@@ -502,13 +502,13 @@ def test_missing_samples_are_named(cache):
 
 
 @pytest.mark.parametrize("ids", [[0], torch.tensor([1.5]), torch.tensor([True]), torch.tensor(1)])
-def test_what_is_no_id(cache, ids):
+def test_invalid_ids_are_refused(cache, ids):
     for ask in (cache.lookup, cache.contains, lambda ids: cache.check(ids=ids)):
         with pytest.raises(TypeError, match=r"^ids must be an integer tensor of shape \(B,\); got"):
             ask(ids)
 
 
-def test_what_is_no_shape(cache):
+def test_an_invalid_shape_is_refused(cache):
     with pytest.raises(TypeError, match=r"^shape must be a tuple, .* or None; got 3"):
         cache.lookup(torch.tensor([0]), 3)
 
@@ -531,7 +531,7 @@ def test_other_data_are_refused(cache):
         ({"temperature": 1.0}, "^temperature: "),
     ],
 )
-def test_a_cache_with_other_options_is_not_gone_on_with(cache, options, message):
+def test_a_cache_with_other_options_is_not_extended(cache, options, message):
     before = sorted(cache.path.iterdir())
     with pytest.raises(ValueError, match=message):
         write(Counting(), cache.path, **{"top_k": 4, **options})
@@ -563,7 +563,7 @@ def test_bad_arguments_write_nothing(tmp_path, options, message):
 
 
 @pytest.mark.parametrize("teacher", [lambda images: images, [Counting(), Counting()]])
-def test_what_is_no_module_is_no_teacher(tmp_path, cache, teacher):
+def test_a_teacher_must_be_a_module(tmp_path, cache, teacher):
     kind = type(teacher).__name__
     with pytest.raises(TypeError, match=rf"^teacher must be one torch\.nn\.Module; got {kind}"):
         write(teacher, tmp_path / "new")
@@ -589,7 +589,7 @@ def test_a_folder_without_a_cache_is_refused(tmp_path):
         TeacherCache(3)
 
 
-def test_the_teacher_is_left_as_it_was(tmp_path):
+def test_the_teacher_stays_unchanged(tmp_path):
     teacher = Counting().train()
     teacher.layers[1].eval()
     write(teacher, tmp_path)
@@ -706,7 +706,7 @@ def test_only_regular_files_are_opened(tmp_path, kind):
     assert "ValueError" in done.stderr and "it is not a regular file" in done.stderr
 
 
-def test_forged_lengths_and_classes(forged):
+def test_forged_lengths_are_refused(forged):
     data, forge = forged
     header, body = parts_of(data)
     start, stop = header["lengths"]["data_offsets"]
@@ -733,7 +733,7 @@ def contents(path: pathlib.Path) -> list[torch.Tensor]:
     return [read.ids, read._lengths, read._inputs, numbers, *lookup(read, read.ids)]
 
 
-def test_damaged_bytes_and_cut_files_are_refused(forged):
+def test_damaged_and_truncated_files_are_refused(forged):
     """A damaged file is refused, or its cache has the original contents."""
     data, forge = forged
     original = contents(forge(data))
@@ -754,7 +754,7 @@ def test_damaged_bytes_and_cut_files_are_refused(forged):
 
 
 @pytest.mark.parametrize("top_k", [None, 2])
-def test_flipped_bits_are_seen(tmp_path, top_k):
+def test_flipped_bits_are_detected(tmp_path, top_k):
     """A flipped bit is detected, or the cache has the original contents."""
     three_samples = Subset(DATA, range(3))
     write(Counting(5), tmp_path, loader=DataLoader(three_samples, 3), top_k=top_k)
@@ -819,7 +819,7 @@ def test_samples_carry_their_ids():
         WithIds(iter([1]))
 
 
-def test_batches_are_taken_apart():
+def test_batches_are_split():
     x, y, ids = torch.zeros(2, 3), torch.tensor([0, 1]), torch.tensor([5, 6], dtype=torch.int32)
     for batch, labels, numbers in [
         (x, None, None),
@@ -838,7 +838,7 @@ def test_batches_are_taken_apart():
         batches.split("x" * 5)
 
 
-def test_logits_of_outputs_are_found():
+def test_logits_are_taken_from_outputs():
     class Output(dict):
         @property
         def logits(self):

@@ -96,7 +96,7 @@ def test_terms_need_no_labels(device, reduction):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
-def test_the_loss_is_the_loss(device, dtype):
+def test_the_loss_of_terms_is_that_of_loss(device, dtype):
     student, teacher, labels = make((6, 1003), dtype, device=device)
     for reduction in ("mean", "sum", "none"):
         a, b = student.clone().requires_grad_(), student.clone().requires_grad_()

@@ -329,7 +329,7 @@ def test_an_entry_of_minus_infinity_is_padding(device, tail, requires_grad):
             torch.testing.assert_close(value.mean(), expected[0])
 
 
-def test_a_list_is_of_temperature_1_unless_the_call_says_otherwise():
+def test_the_default_temperature_is_1():
     """The default temperature is 1, as in servers' replies and in log_softmax."""
     logits = make((6, 40), 5).student
     teacher = TopK(*logits.log_softmax(-1).topk(40))
@@ -344,7 +344,7 @@ def test_a_list_is_of_temperature_1_unless_the_call_says_otherwise():
         torch.testing.assert_close(module(inputs, logits), softer)
 
 
-def test_a_tensor_as_normalizer(device):
+def test_the_normalizer_may_be_a_tensor(device):
     problem = make((5, 300), 20, device=device)
     assert_same(
         run(problem, normalizer=torch.tensor(7, device=device))[0], run(problem, normalizer=7.0)[0]
@@ -393,7 +393,7 @@ def test_a_perfect_student_has_no_loss(device, tail):
 
 @pytest.mark.parametrize("noise", [1e-4, 1e-6])
 @pytest.mark.parametrize("tail", ["ghost", "renormalize"])
-def test_a_student_close_to_its_teacher(tail, noise):
+def test_a_student_close_to_its_teacher_has_an_exact_loss(tail, noise):
     """In float64, terms of both signs may cancel to a millionth of their size."""
     problem = perfect(tail, FP64)
     generator = torch.Generator().manual_seed(1)
@@ -431,7 +431,7 @@ def near_teacher(classes: int, k: int, spread: float, t: float) -> Problem:
     ("classes", "k", "spread", "t"),
     [(500, 30, 1.5, 1.0), (500, 64, 3.0, 1.7), (5000, 64, 1.5, 1.7), (128256, 64, 3.0, 1.0)],
 )
-def test_near_the_teacher_in_float32(classes, k, spread, t, tail, name):
+def test_rows_near_the_teacher_are_exact_in_float32(classes, k, spread, t, tail, name):
     """Value and gradient of each row are right; an error of 1e-8 in the tail's mass would show."""
     problem = near_teacher(classes, k, spread, t)
     options = {"divergence": name, "temperature": t, "reduction": "none"}
@@ -448,7 +448,7 @@ def test_near_the_teacher_in_float32(classes, k, spread, t, tail, name):
 
 @pytest.mark.parametrize("gap", [5.0, 20.0, 60.0, 300.0])
 @pytest.mark.parametrize("dtype", [FP32, FP64], ids=name_of)
-def test_little_is_left_outside_the_list(gap, dtype):
+def test_the_loss_is_exact_if_the_list_has_nearly_all_mass(gap, dtype):
     """The loss is right where 1 minus the listed probabilities rounds to 0."""
     generator = torch.Generator().manual_seed(0)
     student = torch.randn(4, 200, generator=generator, dtype=dtype)
@@ -462,7 +462,7 @@ def test_little_is_left_outside_the_list(gap, dtype):
     torch.testing.assert_close(grad[:, 5:].sum().double(), q - 0.14, rtol=1e-5, atol=0)
 
 
-def test_renormalize_does_not_look_outside_the_list():
+def test_renormalize_depends_only_on_the_list():
     problem = make((5, 300), 20, labels=False)
     value, grad = run(problem, "renormalize")
     listed = torch.zeros(5, 301).scatter(-1, problem.indices.where(problem.indices >= 0, 300), 1)
@@ -473,7 +473,7 @@ def test_renormalize_does_not_look_outside_the_list():
     torch.testing.assert_close(run(problem._replace(student=student), "renormalize")[0], value)
 
 
-def test_ignore_of_a_normalised_list_is_the_truncated_teacher(device):
+def test_ignore_of_a_normalized_list_is_the_truncated_teacher(device):
     problem = make((5, 300), 20, labels=False, padding=0.0, device=device)
     normal = problem.log_probs - problem.log_probs.logsumexp(-1, keepdim=True)
     value, _ = run(problem._replace(log_probs=normal), "ignore")
@@ -505,7 +505,7 @@ def test_the_order_of_a_list_does_not_matter(device, tail):
 
 @pytest.mark.parametrize("filler", [0.0, NAN, INF, 1e30])
 @pytest.mark.parametrize("tail", TAILS)
-def test_padding_counts_nothing(device, tail, filler):
+def test_padding_contributes_0(device, tail, filler):
     """Padding contributes 0, whatever its log-probability."""
     problem = make((5, 300), 20, padding=0.0, device=device)
     some = torch.full((5, 3), filler, device=device)
@@ -563,7 +563,7 @@ def test_a_rounded_mass_above_1_is_accepted(device, tail):
 
 
 @pytest.mark.parametrize("tail", TAILS)
-def test_masked_classes_that_are_not_listed(device, tail):
+def test_unlisted_masked_classes_have_no_effect(device, tail):
     """Unlisted masked classes have no effect."""
     problem = make((4, 300), 20, device=device, labels=False)
     wide = torch.cat([problem.student, torch.full((4, 2000), -INF, device=device)], -1)
@@ -575,7 +575,7 @@ def test_masked_classes_that_are_not_listed(device, tail):
 
 
 @pytest.mark.parametrize("tail", TAILS)
-def test_a_masked_class_that_is_listed(device, tail):
+def test_a_listed_class_that_the_student_masks_has_infinite_loss(device, tail):
     problem = make((4, 300), 20, device=device, labels=False, padding=0.0)
     rows = torch.arange(4, device=device)
     problem.student[rows, problem.indices[:, 0]] = -INF
@@ -590,7 +590,7 @@ def test_a_masked_class_that_is_listed(device, tail):
 
 
 @pytest.mark.parametrize("rest", ["listed", "masked"])
-def test_no_ghost_where_nothing_is_left(device, rest):
+def test_there_is_no_ghost_without_other_classes(device, rest):
     """Without other classes, the listed probabilities are divided by their sum."""
     student = torch.randn(3, 6, generator=torch.Generator().manual_seed(0), dtype=FP64).to(device)
     log_probs = torch.tensor([0.1, 0.2, 0.1, 0.1, 0.1, 0.2], dtype=FP64, device=device).log()
@@ -691,7 +691,7 @@ def test_views_equal_copies(device):
 @pytest.mark.parametrize(
     ("shape", "k"), [((64, 10), 3), ((30, 3000), 64), ((3, S + 9), 64)], ids=str
 )
-def test_same_for_any_number_of_threads(shape, k, reduction, dtype):
+def test_bits_are_equal_for_any_number_of_threads(shape, k, reduction, dtype):
     problem = make(shape, k, dtype)
     torch.set_num_threads(1)
     alone = run(problem, reduction=reduction)
@@ -765,7 +765,7 @@ def test_fp16_gradients_survive_a_loss_scale(device):
     assert (run(problem)[1] == 0).sum() > (grad == 0).sum()
 
 
-def test_no_gradient_is_made_where_none_is_asked_for():
+def test_gradients_are_computed_only_for_leaves():
     problem = make((5, 300), 20)
     student, teacher, labels = problem.student, problem.teacher(), problem.labels
     expected = run(problem)[0]
@@ -836,7 +836,7 @@ def test_a_compiled_loss_equals_the_eager_one(device, reduction, dtype):
     torch.testing.assert_close(*(grad for _, grad in grads))
 
 
-def test_the_plain_formula_is_quiet(formula):
+def test_the_formula_raises_no_warning(formula):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         run(make((4, 50), 5))
@@ -939,7 +939,7 @@ def test_the_message_names_argument_and_values(mistake, grad):
         loss_of(arguments)
 
 
-def test_the_table_is_of_mistakes():
+def test_the_table_changes_a_valid_call():
     assert loss_of(good()).isfinite()
     for changed, _, _ in MISTAKES.values():
         assert set(changed) <= {*good(), *TopK._fields, *Options._fields}
@@ -952,7 +952,7 @@ DATA = [name for name, (_, _, message) in MISTAKES.items() if re.search(r"row \d
 @pytest.mark.parametrize(
     "implementation", ["formula", pytest.param("cuda", marks=pytest.mark.cuda)]
 )
-def test_where_nothing_waits_a_mistake_makes_its_row_nan(mistake, implementation, request):
+def test_an_unchecked_mistake_makes_its_row_nan(mistake, implementation, request):
     """The formula and the CUDA kernels, which cannot check data, give NaN for an invalid row."""
     changed, _, message = MISTAKES[mistake]
     arguments = {**good(), **changed}
@@ -975,7 +975,7 @@ def test_where_nothing_waits_a_mistake_makes_its_row_nan(mistake, implementation
 # ---- real text
 
 
-def test_a_table_of_characters_learns_from_the_top_four():
+def test_a_student_learns_from_four_classes_per_row():
     """A student learns character pairs of pydoc_data.topics from four successors per row."""
     text = "".join(pydoc_data.topics.topics.values()).lower()[:200_000]
     characters = [character for character, _ in collections.Counter(text).most_common(40)]

@@ -99,7 +99,7 @@ def test_batches_may_be_mappings():
     assert_same(student.model, expected)
 
 
-def test_anything_else_through_forward_and_labels():
+def test_forward_and_labels_read_other_batches():
     student, teacher, data = network(), network(24, 1), digits()
     expected = by_hand(student, teacher, batches(data))
     trainer_of(
@@ -145,7 +145,7 @@ def test_a_batch_without_labels_and_tensors_is_refused():
 
 
 @pytest.mark.parametrize("weights", [{"alpha": 0.0}, {"alpha": None, "hard_weight": 0.0}])
-def test_without_labels_the_soft_term_alone_is_trained_if_asked_for(weights):
+def test_without_labels_alpha_0_trains_the_soft_term(weights):
     student, teacher, data = network(), network(24, 1), digits()
     steps = [(x, None) for x, _ in batches(data)]
     expected = by_hand(student, teacher, steps, alpha=None)
@@ -169,7 +169,7 @@ def test_batches_that_lost_their_labels_are_refused(options):
 
 
 @pytest.mark.parametrize("accumulate", [2, 3, 8])
-def test_accumulated_batches_are_one_batch(accumulate):
+def test_accumulated_batches_equal_one_batch(accumulate):
     """Accumulated batches have different sizes and different shares of valid rows."""
     student, teacher, (inputs, labels) = network(), network(24, 1), digits().tensors
     labels = labels.masked_fill(torch.arange(64) % 7 < torch.arange(64) // 16, -100)
@@ -186,7 +186,7 @@ def test_accumulated_batches_are_one_batch(accumulate):
     assert [step.number for step in steps] == list(range(1, len(joined) + 1))
 
 
-def test_a_step_without_a_row_that_counts_changes_nothing():
+def test_a_step_without_a_valid_row_changes_nothing():
     student = network()
     expected = copy.deepcopy(student)
     inputs, labels = digits().tensors
@@ -217,7 +217,7 @@ def test_values_of_a_step_are_those_of_terms():
     assert float(step.hint) == 0
 
 
-def test_clipping_schedule_and_average():
+def test_clipping_schedule_and_average_equal_a_loop_by_hand():
     student, teacher, data = network(), network(24, 1), digits()
     exact_student = copy.deepcopy(student)
     average = torch.optim.swa_utils.AveragedModel(
@@ -254,7 +254,7 @@ def test_clipping_schedule_and_average():
     assert trainer.evaluate([(inputs, labels)]).accuracy == pytest.approx(float(expected))
 
 
-def test_clipping_is_of_what_the_optimizer_updates():
+def test_clipping_excludes_parameters_without_updates():
     """Clipping excludes gradients of parameters that the optimizer does not update."""
     student, teacher, data = network(), network(24, 1), digits()
     exact_student = copy.deepcopy(student)
@@ -292,7 +292,7 @@ def test_several_teachers_are_mixed_as_probabilities():
     assert_same(student, expected)
 
 
-def test_a_cached_teacher_is_as_good_as_the_live_one(tmp_path):
+def test_a_cached_teacher_trains_like_the_teacher(tmp_path):
     student, teacher, data = network(), network(24, 1), digits()
     expected = by_hand(student, teacher, batches(data))
     numbered = fastkd.teachers.WithIds(data)
@@ -310,7 +310,7 @@ def test_a_cached_teacher_is_as_good_as_the_live_one(tmp_path):
 
 @pytest.mark.parametrize("top_k", [None, 3])
 @pytest.mark.parametrize("dim", [-1, 1])
-def test_cached_sequences_in_batches_that_are_padded_longer(tmp_path, top_k, dim):
+def test_cached_sequences_serve_longer_padding(tmp_path, top_k, dim):
     """Cached sequences of at most 7 rows serve batches that are padded to 8 rows."""
     images, digit = load_digits(return_X_y=True)
     inputs = torch.tensor(images[:16] / 16).view(16, 8, 8)
@@ -365,7 +365,7 @@ def test_a_cache_of_other_classes_is_refused(tmp_path, top_k):
 
 
 @pytest.mark.parametrize("masked", [False, True])
-def test_a_cache_of_the_most_probable_classes(tmp_path, masked):
+def test_a_top_k_cache_trains_like_its_lists(tmp_path, masked):
     student, teacher, (inputs, labels) = network(), network(24, 1), digits().tensors
     labels = labels.masked_fill(torch.arange(64) % 5 == 0, -100) if masked else labels
     data = fastkd.teachers.WithIds(TensorDataset(inputs, labels))
@@ -406,7 +406,7 @@ def test_a_cache_of_the_most_probable_classes(tmp_path, masked):
 
 
 @pytest.mark.parametrize("labelled", [True, False])
-def test_what_a_cache_of_the_most_probable_classes_has_anyway_may_be_said(tmp_path, labelled):
+def test_defaults_may_be_explicit_with_a_top_k_cache(tmp_path, labelled):
     student, teacher, data = network(), network(24, 1), digits()
     data = fastkd.teachers.WithIds(data if labelled else TensorDataset(data.tensors[0]))
     loader = DataLoader(data, 32)
@@ -454,7 +454,7 @@ def test_mixed_precision_keeps_logits_in_16_bits(monkeypatch):
     assert all(parameter.dtype is torch.float32 for parameter in student.parameters())
 
 
-def test_evaluation_is_over_rows_and_leaves_modes_alone():
+def test_evaluation_averages_rows_and_restores_modes():
     student = nn.Sequential(network(), nn.Dropout(0.5))
     teacher, (inputs, labels) = network(24, 1), digits().tensors
     labels = labels.masked_fill(torch.arange(64) < 20, -100)
@@ -472,7 +472,7 @@ def test_evaluation_is_over_rows_and_leaves_modes_alone():
     assert (evaluated.accuracy, evaluated.rows) == (pytest.approx(float(hits.double().mean())), 44)
 
 
-def test_an_evaluation_of_nothing_is_refused():
+def test_an_evaluation_without_labels_is_refused():
     trainer, (inputs, labels) = trainer_of(network(), network(24, 1)), digits().tensors
     with pytest.raises(ValueError, match="no label counts, or loader gave no batch: it is empty"):
         trainer.evaluate([])
@@ -485,7 +485,7 @@ def test_an_evaluation_of_nothing_is_refused():
 
 @pytest.mark.parametrize("dim", [-1, 1])
 @pytest.mark.parametrize("soft", [False, True])
-def test_accuracy_is_among_the_classes_that_count(dim, soft):
+def test_accuracy_ignores_padding_classes(dim, soft):
     """Predictions on padding classes do not count."""
     labels = torch.tensor([[0, 1], [2, 0], [1, 1], [2, 2]])
     right = F.one_hot(labels, 3).double()
@@ -536,7 +536,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_step(term):
     assert hooks(student) == before_hooks
 
 
-def test_gradients_that_are_there_before_a_step_are_not_in_it():
+def test_earlier_gradients_are_discarded():
     """Gradients of the user, of a non-finite loss, or of an interrupted step are discarded."""
     student, teacher, (data, *_) = network(), network(24, 1), batches(digits())
     expected = by_hand(student, teacher, 2 * [data])
@@ -558,7 +558,7 @@ def test_gradients_that_are_there_before_a_step_are_not_in_it():
     assert_same(student, expected)
 
 
-def test_other_devices_are_read_a_step_late():
+def test_losses_on_other_devices_are_read_a_step_late():
     """Losses on other devices are read when the next step is queued, as on a GPU."""
 
     class Far:
@@ -603,7 +603,7 @@ def hooks(model: nn.Module) -> int:
 
 
 @pytest.mark.parametrize("ending", ["to the end", "break", "error"])
-def test_hooks_go_whatever_happens(ending):
+def test_hooks_are_always_removed(ending):
     student, teacher, data = network(), network(24, 1), batches(digits())
     trainer = trainer_of(
         student, teacher, hints=[fastkd.Hint(student="1", teacher="1", project=nn.Linear(12, 24))]
@@ -620,7 +620,7 @@ def test_hooks_go_whatever_happens(ending):
     assert hooks(student) == hooks(teacher) == 0
 
 
-def test_after_a_break_the_next_pass_begins_anew():
+def test_after_a_break_the_next_pass_starts_at_the_beginning():
     student, data = network(), digits()
     trainer = trainer_of(student, network(24, 1))
     loader = DataLoader(data, 16)
@@ -706,7 +706,7 @@ def test_no_code_in_a_checkpoint_is_executed(tmp_path):
     assert proof.exists()  # without the check, the file is written
 
 
-def test_what_could_not_be_resumed_is_not_saved(tmp_path):
+def test_unresumable_states_are_not_saved(tmp_path):
     accelerator = accelerate.Accelerator(cpu=True)
     accelerator.register_for_checkpointing(torch.optim.SGD([torch.zeros(1)], 0.1))
     trainer = scheduled_trainer(tmp_path / "a", accelerator=accelerator)
@@ -758,7 +758,7 @@ def test_bad_arguments_are_refused(options, error, words):
     assert teacher.training and teacher[0].weight.requires_grad
 
 
-def test_what_would_not_be_trained_is_refused():
+def test_an_optimizer_of_other_parameters_is_refused():
     student, teacher = network(), network(24, 1)
     others = torch.optim.SGD(copy.deepcopy(student).parameters(), 0.5)
     with pytest.raises(ValueError, match="optimizer has none of the student's parameters"):
@@ -766,7 +766,7 @@ def test_what_would_not_be_trained_is_refused():
 
 
 @pytest.mark.parametrize("below", ["", "run"])
-def test_a_file_is_no_folder_of_checkpoints(tmp_path, below):
+def test_checkpoints_must_be_a_folder(tmp_path, below):
     file = tmp_path / "file"
     file.write_text("")
     with pytest.raises(ValueError, match=r"checkpoints must be a folder; got .*file is a file"):
@@ -774,7 +774,7 @@ def test_a_file_is_no_folder_of_checkpoints(tmp_path, below):
 
 
 @pytest.mark.parametrize("epochs", [2.5, 0, True, None])
-def test_a_number_of_passes_that_is_none_is_refused(epochs):
+def test_invalid_epochs_are_refused(epochs):
     trainer = trainer_of(network(), network(24, 1))
     error = ValueError if epochs == 0 else TypeError
     with pytest.raises(error, match=f"epochs must be an int of at least 1; got {epochs}"):
@@ -817,7 +817,7 @@ def test_a_loader_without_batches_is_refused():
     assert trainer.epoch == 1
 
 
-def test_batches_that_nobody_understands():
+def test_batches_that_do_not_fit_the_model_are_refused():
     trainer = trainer_of(Wrapped(network()), Wrapped(network(24, 1)))
     images, labels = batches(digits())[0]
     with pytest.raises(TypeError, match=r"here \['images'\], and Wrapped does not take them: "):
@@ -844,14 +844,14 @@ def test_saving_needs_a_folder():
         trainer_of(network(), network(24, 1)).save()
 
 
-def test_processes_that_accelerate_does_not_know_of_are_refused(monkeypatch):
+def test_processes_unknown_to_accelerate_are_refused(monkeypatch):
     accelerator = accelerate.Accelerator(cpu=True)
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match="2 processes were launched"):
         trainer_of(network(), network(24, 1), accelerator=accelerator)
 
 
-def test_what_sharding_cannot_do_is_refused(monkeypatch):
+def test_unsupported_options_of_sharding_are_refused(monkeypatch):
     accelerator = accelerate.Accelerator(cpu=True)
     accelerator.state.distributed_type = accelerate.DistributedType.FSDP
     accelerator.state.fsdp_plugin = types.SimpleNamespace(fsdp_version=1)

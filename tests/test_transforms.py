@@ -26,7 +26,7 @@ def problem64(device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @OLD_SCRIPT
-def test_func_grad_and_hessian(device):
+def test_func_grad_and_hessian_equal_the_references(device):
     student, teacher, labels = problem64(device)
     for transform in (torch.func.grad, torch.func.hessian, torch.func.jacrev, torch.func.jacfwd):
         ours = transform(lambda x: fastkd.loss(x, teacher, labels))(student)
@@ -47,7 +47,7 @@ def test_vmap_gives_the_gradients_of_samples(device):
 
 
 @OLD_SCRIPT
-def test_func_jvp_and_functional_call(device):
+def test_func_jvp_of_functional_call_is_right(device):
     student, teacher, labels = problem64(device)
     tangent = student.roll(1, 0)
     value, derivative = torch.func.jvp(
@@ -142,7 +142,7 @@ def test_a_vectorized_jacobian_is_right():
 
 @pytest.mark.usefixtures("each_autograd")
 @pytest.mark.parametrize("dtype", [FP32, FP64, BF16])
-def test_gradients_that_are_negatives_of_what_lies_in_memory(device, dtype):
+def test_grad_outputs_may_be_negative_views(device, dtype):
     student, teacher, labels = make((4, 7), dtype, device=device)
     value = fastkd.loss(student.requires_grad_(), teacher, labels)
     (once,) = torch.autograd.grad(value, student, retain_graph=True)
@@ -160,7 +160,7 @@ def test_gradients_that_are_negatives_of_what_lies_in_memory(device, dtype):
 @OLD_SCRIPT
 @pytest.mark.usefixtures("each_autograd")
 @pytest.mark.parametrize("name", ["teacher", "normalizer", "class_weight"])
-def test_tangents_of_what_gets_none_are_refused(name):
+def test_tangents_of_other_inputs_are_refused(name):
     student, teacher, labels = problem64(torch.device("cpu"))
     static: dict[str, Any] = {
         "teacher": teacher,

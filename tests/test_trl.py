@@ -80,7 +80,7 @@ def test_value_and_gradients_are_trls(beta, temperature, options):
 
 
 @pytest.mark.parametrize("count", [None, 0, 5])
-def test_without_a_token_that_counts(count):
+def test_without_a_valid_token_the_loss_is_zero(count):
     student, teacher, mask = draw()
     loss, entropy, tokens, *grads = run(
         trl.chunked_divergence_loss, student, teacher, 0 * mask, 0.5, num_items_in_batch=count
@@ -89,7 +89,7 @@ def test_without_a_token_that_counts(count):
     assert not any(grad.any() for grad in grads)
 
 
-def test_tokens_that_do_not_count_may_hold_anything():
+def test_ignored_tokens_may_hold_anything():
     student, teacher, mask = draw()
     clean = run(trl.chunked_divergence_loss, student, teacher, mask, 1.0)
     student[0][mask == 0] = teacher[0][mask == 0] = math.nan
@@ -171,7 +171,7 @@ def test_distributed_weights_are_gathered():
     torch.testing.assert_close(ours, expected, rtol=0, atol=0)
 
 
-def test_another_trl_is_refused(monkeypatch):
+def test_other_versions_of_trl_are_refused(monkeypatch):
     monkeypatch.setattr(extras, "load", lambda module, extra: SimpleNamespace(__version__="1.15.0"))
     # An earlier test may have made the class.
     monkeypatch.delitem(vars(trl), "DistillationTrainer", raising=False)

@@ -118,7 +118,7 @@ def test_the_message_names_argument_and_values(mistake):
 
 
 @pytest.mark.parametrize("kind", [Head, TopK])
-def test_arguments_of_the_wrong_number(kind):
+def test_missing_and_unknown_arguments_are_refused(kind):
     with pytest.raises(TypeError, match="missing"):
         kind()
     with pytest.raises(TypeError, match="unexpected keyword argument 'labels'"):
@@ -134,7 +134,7 @@ def test_the_order_of_topk_is_that_of_torch():
     )
 
 
-def test_fields_that_replace_others_are_checked_by_the_call():
+def test_replaced_fields_are_checked_by_the_call():
     student, labels = draw(ROWS, CLASSES), make_labels()
     with pytest.raises(ValueError, match=r"^teacher\.tail must be one of"):
         fastkd.loss(student, topk()._replace(tail="drop"), labels)
@@ -163,7 +163,7 @@ def test_fields_that_replace_others_are_checked_by_the_call():
     ids=str,
 )  # fmt: skip
 @pytest.mark.parametrize("function", [fastkd.loss, fastkd.terms, fastkd.KDLoss()])
-def test_pairs_that_are_refused(function, student, teacher, error, message):
+def test_unsupported_pairs_are_refused(function, student, teacher, error, message):
     with pytest.raises(error, match=re.escape(message)):
         function(student, teacher)
 
@@ -223,7 +223,7 @@ def test_values_are_pytrees(value):
 
 
 @each_value
-def test_accelerate_moves_them(value):
+def test_accelerate_moves_values(value):
     operations = pytest.importorskip("accelerate.utils")
     assert_same_value(operations.send_to_device(value, "cpu"), value)
     moved = operations.send_to_device(value, "meta")
@@ -244,7 +244,7 @@ class Samples(Dataset):
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_batch_of_a_data_loader(workers):
+def test_the_default_collate_makes_one_topk(workers):
     """The default collate_fn makes one TopK of the samples' lists."""
     (batch,) = DataLoader(Samples(), batch_size=ROWS, num_workers=workers)
     assert_same_value(batch["teacher"], topk("renormalize"))
@@ -399,7 +399,9 @@ def test_batchmean_is_refused_and_mean_named(function, student, teacher):
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("tail", TAILS)
 @pytest.mark.parametrize("with_labels", [True, False])
-def test_terms_of_a_sparse_teacher(monkeypatch, tail, reduction, with_labels, fused):
+def test_terms_of_a_sparse_teacher_equal_the_definition(
+    monkeypatch, tail, reduction, with_labels, fused
+):
     """Terms equal the float64 definition with padding, ignored rows, and without a kernel."""
     labels, student = (make_labels() if with_labels else None), 2 * draw(ROWS, CLASSES, dtype=FP64)
     top = topk(tail, FP64)
@@ -432,7 +434,7 @@ def test_terms_of_a_sparse_teacher(monkeypatch, tail, reduction, with_labels, fu
         torch.testing.assert_close(gradient, alone)
 
 
-def test_terms_of_a_sparse_teacher_with_a_normalizer():
+def test_terms_of_a_sparse_teacher_use_the_normalizer():
     student, top, labels = draw(2, 3, CLASSES, dtype=FP64), topk(dtype=FP64), make_labels()
     shaped = TopK(top.log_probs.view(2, 3, K), top.indices.view(2, 3, K))
     for normalizer in (4.0, torch.tensor(4.0)):
@@ -485,7 +487,7 @@ def test_the_gradient_of_terms_is_that_of_the_loss(student, teacher, dtype):
         torch.testing.assert_close(ours, theirs)
 
 
-def test_the_logits_of_a_head():
+def test_the_logits_of_a_head_equal_the_formula():
     """The logits equal the formula, and have a gradient."""
     student = head(dtype=FP64, softcap=2.0, scale=0.25)
     logits = 0.25 * (student.hidden @ student.weight.t() + student.bias)
@@ -547,7 +549,7 @@ def mistakes(logits: Tensor, top: TopK) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("checker", ["mypy", "pyright"])
-def test_types_of_every_pair(checker, tmp_path):
+def test_types_of_every_pair_are_checked(checker, tmp_path):
     """A type checker accepts the calls that work, and rejects the mistakes."""
     pytest.importorskip(checker)
     path = tmp_path / "typed_use.py"
