@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from fastkd import _C
-from fastkd._core import autograd, native
+from fastkd._core import autograd, native, topk
 
 FOLDER = pathlib.Path(__file__).parent
 # Under --import-mode=importlib this folder, which has support.py, is not on sys.path.
@@ -102,3 +102,9 @@ def each_autograd(request: pytest.FixtureRequest) -> Iterator[str]:
     if native.EAGER is None:
         pytest.skip("fastkd._eager was not built, or with another torch")
     yield "cpp"
+
+
+@pytest.fixture
+def formula(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Use the PyTorch formula instead of the kernel."""
+    monkeypatch.setattr(topk, "KERNEL_DEVICES", ())

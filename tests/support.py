@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import fastkd
-from fastkd import Head, reference
+from fastkd import Head, TopK, reference
 
 FP64, FP32, BF16, FP16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
 DTYPES = (FP64, FP32, BF16, FP16)
@@ -346,3 +346,134 @@ def peak_bytes(function: Callable[[], Any]) -> int:
         live += event.nbytes()
         peak = max(peak, live)
     return peak
+
+
+class TopKProblem(NamedTuple):
+    """Student logits, the lists of a sparse teacher, and labels."""
+
+    student: Tensor
+    indices: Tensor
+    log_probs: Tensor
+    labels: Tensor | None
+
+    def teacher(self, tail: str = "ghost") -> TopK:
+        return TopK(self.log_probs, self.indices, tail)
+
+
+def make_topk(
+    shape: tuple[int, ...],
+    k: int,
+    dtype: torch.dtype = FP32,
+    *,
+    device: torch.device | str = "cpu",
+    labels: bool = True,
+    spread: float = 3.0,
+    padding: float = 0.2,
+    temperature: float = 2.0,
+    seed: int = 0,
+) -> TopKProblem:
+    """Make a student near its teacher, with shuffled and padded lists and ignored rows."""
+    generator = torch.Generator().manual_seed(seed)
+    *rows, classes = shape
+    wide = FP64 if dtype == FP64 else FP32
+    teacher = torch.randn(shape, generator=generator, dtype=wide) * spread
+    student = (teacher / 2 + torch.randn(shape, generator=generator, dtype=wide)).to(dtype)
+    log_probs, indices = torch.log_softmax(teacher / temperature, -1).topk(k)
+    order = torch.rand(indices.shape, generator=generator).argsort(-1)
+    log_probs, indices = log_probs.gather(-1, order), indices.gather(-1, order)
+    indices = indices.masked_fill(torch.rand(indices.shape, generator=generator) < padding, -1)
+    index = None
+    if labels:
+        index = torch.randint(classes, rows, generator=generator)
+        listed = indices[..., 0].clamp(min=0)
+        index = index.where(torch.rand(rows, generator=generator) < 0.5, listed)
+        index = index.masked_fill(torch.rand(rows, generator=generator) < 0.2, -100).to(device)
+    return TopKProblem(student.to(device), indices.to(device), log_probs.to(device), index)
+
+
+def topk_row_divergence(z: Tensor, indices: Tensor, log_probs: Tensor, tail: str) -> Tensor:
+    """Compute the divergence of the merged classes by torch's kl_div."""
+    listed = indices >= 0
+    ids, p = indices[listed], log_probs[listed].exp()
+
+    def kl(log_q: Tensor, p: Tensor) -> Tensor:  # 0 log 0 = 0, also where log_q is -inf
+        return F.kl_div(log_q[p > 0], p[p > 0], reduction="sum")
+
+    if tail == "renormalize":
+        if len(ids) == 0:
+            return z.sum() * 0
+        return kl(z[ids].log_softmax(-1), p / p.sum())
+    if tail == "ignore":
+        return kl(z.log_softmax(-1)[ids], p)
+    others = [c for c in range(len(z)) if c not in set(ids.tolist())]
+    log_q = z.log_softmax(-1)[ids]
+    if others:
+        log_q = torch.cat([log_q, z.log_softmax(-1)[others].logsumexp(-1, keepdim=True)])
+        p = torch.cat([p, (1 - p.sum()).clamp(min=0)[None]])
+    return kl(log_q, p)
+
+
+def topk_truth(
+    problem: TopKProblem,
+    tail: str = "ghost",
+    *,
+    temperature: float = 2.0,
+    alpha: float | None = None,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    normalizer: float | None = None,
+    grad_output: Tensor | None = None,
+) -> Answer:
+    """Compute the loss and its gradient by the definition, row by row in float64."""
+    student, indices, log_probs, labels = (x if x is None else x.cpu() for x in problem)
+    leaf = student.detach().double().requires_grad_()
+    classes = leaf.shape[-1]
+    hard_weight = 0.0 if labels is None else 0.5 if alpha is None else alpha
+    flat, ids = leaf.reshape(-1, classes), indices.reshape(-1, indices.shape[-1])
+    lists = log_probs.double().reshape(ids.shape)
+    losses, counted, size = [], 0, 0.0
+    for row in range(len(flat)):
+        y = None if labels is None else labels.reshape(-1)[row]
+        if y == -100:
+            losses.append(flat[row].sum() * 0)
+            continue
+        counted += 1
+        soft = topk_row_divergence(flat[row] / temperature, ids[row], lists[row], tail)
+        loss = (1 - hard_weight) * temperature**2 * soft
+        if y is not None:
+            hard = F.cross_entropy(flat[row], y, label_smoothing=label_smoothing)
+            loss = loss + hard_weight * hard
+        size += float(soft.detach().abs() + math.log(classes)) ** 2
+        losses.append(loss)
+    total = torch.stack(losses).reshape(leaf.shape[:-1])
+    if reduction != "none":
+        total = total.sum()
+    if reduction == "mean":
+        total = total / (normalizer or max(counted, 1))
+    outgoing = torch.ones_like(total) if grad_output is None else grad_output.double().cpu()
+    (grad,) = torch.autograd.grad(total, leaf, outgoing)
+    noise = 4 * torch.finfo(FP64).eps * math.sqrt(size) * temperature**2
+    return Answer(
+        None, total.detach().to(problem.student.device), grad.to(problem.student.device), noise
+    )  # type: ignore[arg-type]
+
+
+def run_topk(
+    problem: TopKProblem, tail: str = "ghost", grad_output: Tensor | None = None, **options: Any
+) -> tuple[Tensor, Tensor]:
+    """Compute (loss, gradient) at temperature 2 by default."""
+    leaf = problem.student.detach().requires_grad_()
+    options = {"temperature": 2.0, **options}  # the lists of make_topk have temperature 2
+    value = fastkd.loss(leaf, problem.teacher(tail), problem.labels, **options)
+    outgoing = torch.ones_like(value) if grad_output is None else grad_output.to(value)
+    (grad,) = torch.autograd.grad(value, leaf, outgoing)
+    return value.detach(), grad
+
+
+def check_topk(problem: TopKProblem, tail: str = "ghost", **options: Any) -> None:
+    """Assert that loss and gradient equal the definition."""
+    value, grad = run_topk(problem, tail, **options)
+    exact = topk_truth(problem, tail, **options)
+    acc = FP64 if FP64 in (problem.student.dtype, problem.log_probs.dtype) else FP32
+    assert_value(value, exact, acc)
+    assert_grad(grad, exact.grad, acc)
