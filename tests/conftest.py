@@ -1,9 +1,12 @@
 """Fixtures of all test files: devices, CPU instruction sets, and hypothesis' profile."""
 
+import json
 import os
 import pathlib
+import re
 import sys
 from collections.abc import Iterator
+from typing import Any
 
 # Set before torch loads OpenMP: spinning threads slow down small operations on shared processors.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
@@ -11,6 +14,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 import pytest
 import torch
 
+import fastkd
 from fastkd import _C
 from fastkd._core import autograd, native, topk
 
@@ -108,3 +112,56 @@ def each_autograd(request: pytest.FixtureRequest) -> Iterator[str]:
 def formula(monkeypatch: pytest.MonkeyPatch) -> None:
     """Use the PyTorch formula instead of the kernel."""
     monkeypatch.setattr(topk, "KERNEL_DEVICES", ())
+
+
+@pytest.fixture
+def accelerate_state() -> Iterator[None]:
+    """Reset Accelerate's state, which keeps the precision of the process."""
+    import accelerate
+
+    yield
+    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture(scope="module")
+def models() -> tuple[torch.nn.Module, dict[str, torch.nn.Module]]:
+    from stacks import digits_model
+
+    return digits_model(128, epochs=12), {
+        "alone": digits_model(8),
+        "distilled": digits_model(8, 1, 6),
+    }
+
+
+@pytest.fixture(scope="module")
+def report(models) -> fastkd.Report:
+    from stacks import digit_loader
+
+    return fastkd.report(*models, digit_loader(), seconds=0.02, show=False, title="Digits")
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Cache four classes of a teacher in several files."""
+    from stacks import CountingTeacher, write_cache
+
+    path = tmp_path_factory.mktemp("cache")
+    return write_cache(CountingTeacher(), path, top_k=4, shard_bytes=2000)
+
+
+@pytest.fixture
+def restored_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Restore sys.path after the test."""
+    monkeypatch.setattr(sys, "path", list(sys.path))
+
+
+@pytest.fixture
+def config_path(tmp_path, request) -> pathlib.Path:
+    """Write a configuration and a module of a unique name beside it."""
+    from stacks import COMMAND_CONFIG, USER_MODULE
+
+    module = "parts_" + re.sub(r"\W", "_", request.node.name)[:80]
+    (tmp_path / f"{module}.py").write_text(USER_MODULE)
+    file = tmp_path / "config.yaml"
+    file.write_text(COMMAND_CONFIG.format(module=module, output=json.dumps(str(tmp_path / "out"))))
+    return file
