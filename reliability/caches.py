@@ -5,7 +5,7 @@ the mutations change entries of a header and then correct its length, offsets an
 Of random changes, hardly one in a thousand gets past the JSON, and none past the checksums. If a
 file is accepted, a flipped bit must be detected or change nothing that is read. Files that are
 not regular must be refused before the fuzzing begins. libFuzzer writes a failing file to
-``build/caches``. Once fixed, add it to ``tests/test_teachers.py``.
+``build/caches``. Once fixed, add it to ``tests/test_teachers_refusals.py``.
 """
 
 from __future__ import annotations

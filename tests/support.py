@@ -1,4 +1,4 @@
-"""Test problems, their truth in float64, torch's eager answer, and error bounds."""
+"""Inputs, expected results in float64, results of eager PyTorch, and error bounds."""
 
 import itertools
 import math
@@ -170,7 +170,7 @@ def truth(
     grad_output: Tensor | None = None,
     **options: Any,
 ) -> Answer:
-    """Compute the reference and its gradient in float64 on the same values."""
+    """Compute the reference and its gradient in float64."""
     leaf = student.detach().double().requires_grad_()
     terms = reference.terms(
         leaf, teacher.detach().double(), labels, **weights(options, labels is not None)

@@ -44,7 +44,7 @@ LOSSES: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
 }
 
 
-# Losses of one op each; `make test-all` also runs the others in LOSSES.
+# Losses of one op each; `make test-all` also runs the other losses.
 QUICK = ("mean", "linear", "learned temperature")
 
 

@@ -13,7 +13,7 @@ from fastkd.training import student_loss, teacher
 
 CLASSES = 200
 NARROW = [torch.uint8, torch.int8, torch.int16, torch.int32, torch.uint16, torch.uint32]
-LABELS = {torch.int8: [3, -100, 5, -100, 100, 7]}  # -100 is one of the last
+LABELS = {torch.int8: [3, -100, 5, -100, 100, 7]}  # int8 holds ignore_index, but no label above 127
 OTHERS = [156, 3, 156, 5, 199, 7]
 
 

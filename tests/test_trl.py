@@ -135,7 +135,7 @@ def test_heads_of_different_classes_are_refused():
 
 
 def test_a_weight_of_another_dtype_is_converted():
-    """As in TRL, a backbone in bfloat16 may have a head in another dtype."""
+    """A backbone in bfloat16 may have a head in another dtype, as in TRL."""
     student, teacher, mask = draw()
     student[0], teacher[0] = student[0].bfloat16(), teacher[0].bfloat16()
     ours = run(trl.chunked_divergence_loss, student, teacher, mask, 0.5)

@@ -1,4 +1,4 @@
-"""Train in a process that may be killed, or one of two: training_run.py OUT.
+"""Train in this process, which may be killed, or in two processes: training_run.py OUT.
 
 The run has all state that resumption must restore: dropout, hints with a projection, a shuffled
 loader, noise drawn by the dataset, accumulation, a schedule, and averaged weights.
