@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 
-def folder(package: str) -> pathlib.Path:
+def find_package_folder(package: str) -> pathlib.Path:
     """Return an installed package's folder without importing it; skip the test if missing."""
     spec = importlib.util.find_spec(package)
     if spec is None or not spec.submodule_search_locations:
@@ -28,12 +28,12 @@ def folder(package: str) -> pathlib.Path:
     return pathlib.Path(spec.submodule_search_locations[0])
 
 
-def code(package: str, file: str, *names: str, **extra_globals: Any) -> SimpleNamespace:
+def compile_code(package: str, file: str, *names: str, **extra_globals: Any) -> SimpleNamespace:
     """Compile named classes and functions of a package's file, without decorators.
 
     ``extra_globals``: names that the code uses besides torch, nn and F.
     """
-    path = folder(package) / file
+    path = find_package_folder(package) / file
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # escapes in the libraries' docstrings
         tree = ast.parse(path.read_text())
@@ -61,8 +61,8 @@ def code(package: str, file: str, *names: str, **extra_globals: Any) -> SimpleNa
 def timm_task() -> Any:
     """Compile timm's LogitDistillationTask; importing timm would import torchvision."""
     as_it_is = {"unwrap_model": lambda model: model, "get_state_dict": None}
-    base = code("timm", "task/task.py", "TrainingTask", **as_it_is).TrainingTask
-    return code(
+    base = compile_code("timm", "task/task.py", "TrainingTask", **as_it_is).TrainingTask
+    return compile_code(
         "timm",
         "task/distillation.py",
         "DistillationTeacher",
@@ -91,7 +91,7 @@ def draw(shape: tuple[int, ...], mask: str = "all count", ignore_index: int = -1
     return student, teacher, labels
 
 
-def agree(
+def assert_equal_losses(
     ours: Callable[[Tensor], Tensor],
     theirs: Callable[[Tensor], Tensor],
     student: Tensor,

@@ -67,7 +67,7 @@ def pad(samples: list[Mapping[str, list[int]]]) -> dict[str, Tensor]:
     return {"input_ids": tokens, "attention_mask": mask, "labels": labels}
 
 
-def by_hand(
+def loss_by_hand(
     student: Tensor,
     teacher: Tensor,
     labels: Tensor,

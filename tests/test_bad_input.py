@@ -19,7 +19,7 @@ from fastkd._core.objective import Options
 NAN, INF = math.nan, math.inf
 
 
-def good() -> dict[str, Any]:
+def valid_arguments() -> dict[str, Any]:
     student, teacher, labels = make((3, 5), ignored=0.0)
     return {"student": student, "teacher": teacher, "labels": labels}
 
@@ -184,7 +184,7 @@ MISTAKES: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_the_message_names_argument_and_values(mistake, function):
     changed, error, message = MISTAKES[mistake]
-    arguments = {**good(), **changed}
+    arguments = {**valid_arguments(), **changed}
     tensors = {k: v for k, v in arguments.items() if isinstance(v, torch.Tensor)}
     before = {k: (v.clone(), v._version) for k, v in tensors.items()}
     with pytest.raises(error, match=re.escape(message)):
@@ -201,7 +201,7 @@ def test_the_message_names_argument_and_values(mistake, function):
 @pytest.mark.parametrize("inplace", [False, True])
 def test_a_refused_call_writes_nothing(mistake, grad, inplace):
     changed, error, message = MISTAKES[mistake]
-    arguments = {**good(), **changed}
+    arguments = {**valid_arguments(), **changed}
     before = arguments["student"].clone()
     if grad:
         arguments["student"] = arguments["student"].requires_grad_() * 1
@@ -214,31 +214,31 @@ def test_a_refused_call_writes_nothing(mistake, grad, inplace):
 
 def test_the_table_changes_a_valid_call():
     """The unchanged call is valid, and each changed argument is an argument of fastkd.loss."""
-    assert fastkd.loss(**good()).isfinite()
+    assert fastkd.loss(**valid_arguments()).isfinite()
     for changed, _, _ in MISTAKES.values():
-        assert set(changed) <= {*good(), *Options._fields}
+        assert set(changed) <= {*valid_arguments(), *Options._fields}
 
 
 def test_valid_names_are_listed():
     for name in fastkd.divergences():
         with pytest.raises(ValueError, match=f"'{name}'"):
-            fastkd.loss(**good(), divergence="no such thing")
+            fastkd.loss(**valid_arguments(), divergence="no such thing")
     for name in shapes.REDUCTIONS:
         with pytest.raises(ValueError, match=f"'{name}'"):
-            fastkd.loss(**good(), reduction="no such thing")
+            fastkd.loss(**valid_arguments(), reduction="no such thing")
 
 
 @pytest.mark.parametrize("name", ["loss", "terms", "verify", "KDLoss", "explain"])
 def test_an_unknown_option_is_refused(name):
     function = getattr(fastkd, name)
-    arguments = good() if name in ("loss", "terms", "verify") else {}
+    arguments = valid_arguments() if name in ("loss", "terms", "verify") else {}
     with pytest.raises(TypeError, match="got an unexpected keyword argument 'tau'"):
         function(**arguments, tau=2.0)
 
 
 @pytest.mark.parametrize("name", ["loss", "terms"])
 def test_wrong_numbers_of_arguments_are_refused(name):
-    function, (student, teacher, labels) = getattr(fastkd, name), good().values()
+    function, (student, teacher, labels) = getattr(fastkd, name), valid_arguments().values()
     with pytest.raises(TypeError, match=rf"{name}\(\) takes from 2 to 3 positional arguments"):
         function(student, teacher, labels, 2.0)
     with pytest.raises(TypeError, match=rf"{name}\(\) missing 1 required .* 'teacher'"):
@@ -272,7 +272,9 @@ def test_module_refuses_options_when_it_is_made(options):
 @pytest.mark.parametrize("value", [1e-46, 1e-39, 1e25, 1e39])
 @pytest.mark.usefixtures("each_autograd")
 def test_temperatures_that_float32_cannot_square_or_invert_are_refused(value, dtype):
-    arguments = {k: v.to(dtype) if v.is_floating_point() else v for k, v in good().items()}
+    arguments = {
+        k: v.to(dtype) if v.is_floating_point() else v for k, v in valid_arguments().items()
+    }
     for name in ("temperature", "teacher_temperature"):
         message = re.escape(f"{name} must be from 1e-18 to 1e+18; got {value!r}")
         with pytest.raises(ValueError, match=message):
@@ -291,7 +293,7 @@ def test_temperatures_that_float32_cannot_square_or_invert_are_refused(value, dt
 def test_the_least_and_the_greatest_temperature_are_finite(value):
     """Loss and gradient in float32 are finite at the least and at the greatest temperature."""
     for option in (value, torch.full((3,), value), torch.tensor(value, dtype=torch.float64)):
-        student, teacher, labels = good().values()
+        student, teacher, labels = valid_arguments().values()
         leaf = student.requires_grad_()
         got = fastkd.loss(leaf, teacher, labels, temperature=option)
         got.backward()
@@ -331,7 +333,7 @@ def test_non_adjacent_classes_work(device):
 
 
 def test_integers_are_accepted_as_numbers():
-    arguments = good()
+    arguments = valid_arguments()
     assert torch.equal(
         fastkd.loss(**arguments, temperature=3, alpha=1, normalizer=2, label_smoothing=0),
         fastkd.loss(**arguments, temperature=3.0, alpha=1.0, normalizer=2.0, label_smoothing=0.0),
@@ -340,7 +342,7 @@ def test_integers_are_accepted_as_numbers():
 
 @pytest.mark.parametrize("kind", [np.float32, np.float64, np.int64])
 def test_numpy_scalars_are_accepted_as_numbers(kind):
-    arguments = good()
+    arguments = valid_arguments()
     expected = fastkd.loss(**arguments, temperature=3.0, hard_weight=1.0, normalizer=2.0)
     three, one, two = kind(3), kind(1), kind(2)
     loss = fastkd.loss(**arguments, temperature=three, hard_weight=one, normalizer=two)
@@ -356,7 +358,7 @@ def test_checks_of_data_need_tensors():
     with pytest.raises(TypeError, match="teacher must be a tensor; got list"):
         fastkd.check_logits([1.0], "teacher")
     with pytest.raises(ValueError, match="ignore_index must be an int of 64 bits"):
-        fastkd.check_inputs(**good(), ignore_index=2**63)
+        fastkd.check_inputs(**valid_arguments(), ignore_index=2**63)
 
 
 # Conversions of a tensor to another layout, and the call that the error message names.
@@ -388,13 +390,13 @@ LAYOUTS = {
 def test_tensors_of_other_layouts_are_refused(function, name, layout):
     """The message contains the call that makes the tensor dense."""
     make_other, advice = LAYOUTS[layout]
-    arguments: dict[str, Any] = dict(good(), labels=torch.rand(4, 7))
+    arguments: dict[str, Any] = dict(valid_arguments(), labels=torch.rand(4, 7))
     if function == "TopK":
         log_probs, indices = arguments["teacher"].log_softmax(-1).topk(2)
-        arguments.update(indices=indices, log_probs=log_probs, labels=good()["labels"])
+        arguments.update(indices=indices, log_probs=log_probs, labels=valid_arguments()["labels"])
     elif function == "Head":
         arguments.update(hidden=torch.rand(3, 4), weight=torch.rand(5, 4), bias=torch.rand(5))
-        arguments["labels"] = good()["labels"]
+        arguments["labels"] = valid_arguments()["labels"]
     elif function == "check_logits":
         arguments = {"logits": torch.rand(4, 7)}
     value = arguments[name]
@@ -428,7 +430,7 @@ def test_tensors_of_other_layouts_are_refused(function, name, layout):
 )
 def test_arguments_of_another_type_are_named(function, arguments):
     name = list(arguments)[-1]
-    with_tensors = arguments if function == "check_logits" else {**good(), **arguments}
+    with_tensors = arguments if function == "check_logits" else {**valid_arguments(), **arguments}
     with pytest.raises(TypeError, match=f"^{name} must be "):
         getattr(fastkd, function)(**with_tensors)
 

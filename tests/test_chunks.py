@@ -125,7 +125,6 @@ def test_the_least_memory_is_two_gradients(sizes, mib):
     assert chosen.peak_bytes < 1.02 * (2 * classes + 4 * rows) * width
     pieces = list(class_chunks(rows, classes, chosen.chunk, 4, 2 * width, writes=True))
     assert len(pieces) == chosen.chunks
-    # 9 of 10 classes are in chunks of at least 512.
     assert sum(chunk.size for chunk in pieces if chunk.size >= 512) > 0.9 * classes
     with pytest.raises(ValueError, match="takes less than"):
         plan(*sizes, dtype=BF16, device="cuda", chunk_by="rows", max_workspace=mib * MIB - 1)

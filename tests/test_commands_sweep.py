@@ -19,7 +19,7 @@ pytest.importorskip("sklearn")
 pytestmark = pytest.mark.usefixtures("restored_path")
 
 
-def swept(config_path: pathlib.Path, output: str) -> dict[tuple, float]:
+def read_sweep(config_path: pathlib.Path, output: str) -> dict[tuple, float]:
     lines = (config_path.parent / output / "sweep.jsonl").read_text().splitlines()[1:]
     return {tuple(options): accuracy for *options, accuracy in map(json.loads, lines)}
 
@@ -30,7 +30,7 @@ def test_a_sweep_is_a_table_of_trainings(config_path, monkeypatch, capsys):
         *(monkeypatch, "sweep", "--config", config_path, "--alpha=[0.1]", "--divergence=[jsd]"),
         *("--temperature=[1,4]", "--share=[0.5,1]", "--seeds=2"),
     )
-    results = swept(config_path, "out")
+    results = read_sweep(config_path, "out")
     assert len(results) == 2 * 2 * (1 + 2)
     parts = module_of(config_path)
     images, labels = parts.data()[:]

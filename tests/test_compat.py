@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from peers import agree, draw
+from peers import assert_equal_losses, draw
 from torch import nn
 
 from fastkd import compat
@@ -99,7 +99,7 @@ def test_a_teacher_that_requires_grad_is_refused(name):
 def test_cuda_agrees_with_the_cpu(name):
     student, teacher, labels = draw((6, 5), "some ignored" if name in MASKING else "all count")
     function = {**MASKING, **OTHERS}[name]
-    agree(
+    assert_equal_losses(
         lambda s: function(s.cuda(), teacher.cuda(), labels.cuda()).cpu(),
         lambda s: function(s, teacher, labels),
         student,

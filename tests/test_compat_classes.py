@@ -1,4 +1,4 @@
-"""Adapters in fastkd.compat for classifiers equal the libraries' code, or their formula."""
+"""Adapters in fastkd.compat for classifiers give the results of the libraries."""
 
 import copy
 import functools
@@ -7,7 +7,7 @@ import inspect
 import peers
 import pytest
 import torch
-from peers import DOUBLE, SINGLE, agree, draw, kl_rows
+from peers import DOUBLE, SINGLE, assert_equal_losses, draw, kl_rows
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -27,7 +27,7 @@ def filled(student: Tensor, teacher: Tensor):
 
 @functools.cache
 def torchdistill_code():
-    return peers.code("torchdistill", "losses/mid_level.py", "KDLoss", "LogitStdKDLoss")
+    return peers.compile_code("torchdistill", "losses/mid_level.py", "KDLoss", "LogitStdKDLoss")
 
 
 @pytest.mark.parametrize("name", ["KDLoss", "LogitStdKDLoss"])
@@ -50,7 +50,7 @@ def test_torchdistill_gives_its_own_loss(name, reduction, options):
         *PATHS, temperature=4.0, reduction=reduction, **options
     )
     for targets in (labels, None):
-        agree(
+        assert_equal_losses(
             lambda s, targets=targets: ours(*filled(s, teacher), targets),
             lambda s, targets=targets: theirs(*filled(s, teacher), targets),
             student,
@@ -65,7 +65,7 @@ def test_torchdistill_accepts_pixels_and_soft_targets(reduction):
     student, teacher, _ = draw((2, 5, 3, 4))
     soft = torch.randn(2, 5, 3, 4, dtype=torch.float64).softmax(1)
     for targets in (torch.arange(24).view(2, 3, 4) % 5, soft):
-        agree(
+        assert_equal_losses(
             lambda s, targets=targets: ours(*filled(s, teacher), targets),
             lambda s, targets=targets: theirs(*filled(s, teacher), targets),
             student,
@@ -73,12 +73,12 @@ def test_torchdistill_accepts_pixels_and_soft_targets(reduction):
 
 
 def test_torchdistill_ignores_rows_in_both_terms():
-    """Documented difference: torchdistill's soft term includes ignored rows."""
+    """Ignored rows have no effect; torchdistill's soft term includes ignored rows (documented)."""
     student, teacher, labels = draw((6, 5), "some ignored")
     valid = labels != -100
     ours = torchdistill.KDLoss(*PATHS, temperature=2.0, alpha=0.3)
     theirs = torchdistill_code().KDLoss(*PATHS, temperature=2.0, alpha=0.3)
-    agree(
+    assert_equal_losses(
         lambda s: ours(*filled(s, teacher), labels),
         lambda s: theirs(*filled(s[valid], teacher[valid]), labels[valid]),
         student,
@@ -163,7 +163,7 @@ def test_timm_refuses_a_name():
 @pytest.fixture(scope="module")
 def keras_package(tmp_path_factory):
     """Import Keras with torch as its backend, which Keras reads from the environment."""
-    peers.folder("keras")
+    peers.find_package_folder("keras")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("KERAS_BACKEND", "torch")
         patch.setenv("KERAS_HOME", str(tmp_path_factory.mktemp("keras")))
@@ -182,7 +182,7 @@ def test_keras_logits_distillation_gives_its_own_loss(keras_package, temperature
     student, teacher, _ = draw((6, 5))
     theirs = keras_loss(keras_package, temperature)
     ours = keras.LogitsDistillation(temperature)
-    agree(
+    assert_equal_losses(
         lambda s: ours.compute_loss(teacher, s),
         lambda s: theirs.compute_loss(teacher.float(), s.float()),
         student,
@@ -208,7 +208,7 @@ def test_keras_distiller_trains_like_its_own(keras_package, weight, with_labels)
     x, y = torch.randn(6, 3), torch.arange(6) % 5 if with_labels else None
     torch.testing.assert_close(ours.compute_loss(x, y), theirs.compute_loss(x, y), **SINGLE)
     if with_labels or weight < 1:  # both losses take the logits as y_pred
-        agree(
+        assert_equal_losses(
             lambda s: ours.compute_loss(x, y, s),
             lambda s: theirs.compute_loss(x, y, s),
             student(x).detach(),
@@ -244,7 +244,9 @@ def test_the_keras_teacher_is_not_called_at_weight_1():
     ours = keras.Distiller(
         no_teacher, nn.Identity(), keras.LogitsDistillation(), student_loss_weight=1.0
     )
-    agree(lambda s: ours.compute_loss(s, labels), lambda s: F.cross_entropy(s, labels), logits)
+    assert_equal_losses(
+        lambda s: ours.compute_loss(s, labels), lambda s: F.cross_entropy(s, labels), logits
+    )
 
 
 def test_signatures_are_those_of_the_libraries(keras_package):
@@ -310,7 +312,7 @@ def test_deit_gives_its_own_loss(kind, alpha):
         return (1 - alpha) * base(heads[0], labels) + alpha * theirs
 
     ours = deit.DistillationLoss(base, teacher, kind, alpha, tau=3.0)
-    agree(lambda s: ours(images, (s[0], s[1]), labels), formula, heads)
+    assert_equal_losses(lambda s: ours(images, (s[0], s[1]), labels), formula, heads)
 
 
 def test_deit_needs_two_heads():
@@ -323,7 +325,7 @@ def test_deit_needs_two_heads():
 @pytest.mark.parametrize("temperature", [1.0, 4.0])
 def test_mdistiller_kd_gives_its_own_loss(temperature):
     student, teacher, _ = draw((6, 5))
-    agree(
+    assert_equal_losses(
         lambda s: mdistiller.kd_loss(s, teacher, temperature),
         lambda s: kl_rows(s, teacher, temperature).mean(),
         student,
@@ -343,7 +345,7 @@ def test_mdistiller_dkd_gives_its_own_loss(alpha, beta, temperature):
         nckd = kl_rows(student[others].view(6, 4), teacher[others].view(6, 4), temperature)
         return (alpha * temperature**2 * tckd + beta * nckd).mean()
 
-    agree(
+    assert_equal_losses(
         lambda s: mdistiller.dkd_loss(s, teacher, target, alpha, beta, temperature),
         formula,
         student,

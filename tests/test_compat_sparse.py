@@ -1,4 +1,4 @@
-"""Adapters in fastkd.compat for sparse teachers equal the libraries' code."""
+"""Adapters in fastkd.compat for sparse teachers give the results of the libraries."""
 
 import functools
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from typing import Optional
 import peers
 import pytest
 import torch
-from peers import MASKS, agree, draw
+from peers import MASKS, assert_equal_losses, draw
 
 from fastkd.compat import ms_swift, trl_sdft
 
@@ -20,13 +20,13 @@ from fastkd.compat import ms_swift, trl_sdft
 def sdft():
     names = ("compute_divergence", "add_tail_bucket")
     losses = ("compute_topk_self_distillation_loss", "compute_full_logit_self_distillation_loss")
-    return peers.code("trl", "experimental/sdft/loss_utils.py", *names, *losses)
+    return peers.compile_code("trl", "experimental/sdft/loss_utils.py", *names, *losses)
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.1, 0.5, 1.0])
 def test_trl_sdft_gives_its_own_loss(alpha):
     student, teacher, _ = draw((2, 4, 11))
-    agree(
+    assert_equal_losses(
         lambda s: trl_sdft.compute_full_logit_self_distillation_loss(
             s, teacher, distillation_alpha=alpha
         ),
@@ -49,7 +49,7 @@ def test_trl_sdft_top_k_gives_its_own_loss(k, add_tail, alpha):
         "distillation_alpha": alpha,
         "distillation_add_tail": add_tail,
     }
-    agree(
+    assert_equal_losses(
         lambda s: trl_sdft.compute_topk_self_distillation_loss(s, teacher, **options),
         lambda s: sdft().compute_topk_self_distillation_loss(s, teacher, **options),
         student,
@@ -63,11 +63,11 @@ def test_trl_sdft_top_k_gives_its_own_loss(k, add_tail, alpha):
 def swift():
     names = ("TeacherOutput", "jsd_loss", "_align_vocab", "extract_active", "gkd_loss")
     defaults = ("default_log_softmax", "default_kl_div", "default_gather")
-    theirs = peers.code(
+    theirs = peers.compile_code(
         "swift", "rlhf_trainers/gkd_loss.py", *names, *defaults, Enum=Enum, Optional=Optional
     )
     theirs.TeacherOutput.__module__ = __name__
-    dataclass(theirs.TeacherOutput)  # peers.code removes decorators
+    dataclass(theirs.TeacherOutput)  # peers.compile_code removes decorators
     return theirs
 
 
@@ -76,11 +76,11 @@ def outputs(**arguments):
     return SimpleNamespace(**{**fields, **arguments})
 
 
-def same_loss(student, target, beta, temperature, **teacher):
+def assert_same_loss(student, target, beta, temperature, **teacher):
     """Assert equal sums, gradients and token counts."""
     call = (target, beta, temperature)
     theirs = swift().TeacherOutput(**teacher)
-    agree(
+    assert_equal_losses(
         lambda s: ms_swift.gkd_loss(s, outputs(**teacher), *call)[0],
         lambda s: swift().gkd_loss(s, theirs, *call)[0],
         student,
@@ -94,7 +94,7 @@ def same_loss(student, target, beta, temperature, **teacher):
 @pytest.mark.parametrize("mask", MASKS)
 def test_ms_swift_gives_its_own_loss(beta, temperature, mask):
     student, teacher, labels = draw((2, 6, 11), mask)
-    same_loss(student, labels, beta, temperature, full_logits=teacher, labels=labels)
+    assert_same_loss(student, labels, beta, temperature, full_logits=teacher, labels=labels)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 3.0])
@@ -106,7 +106,7 @@ def test_ms_swift_accepts_lists(form, temperature, beta):
     values, indices = (teacher if form == "logits" else teacher.log_softmax(-1)).topk(4)
     values[0, 1] = -torch.inf  # a token that the server did not score has no soft term
     lists = {"topk_logprobs": values, "topk_indices": indices}
-    same_loss(student, labels, beta, temperature, **lists, labels=labels)
+    assert_same_loss(student, labels, beta, temperature, **lists, labels=labels)
 
 
 @pytest.mark.parametrize("form", ["dense", "lists"])
@@ -117,11 +117,11 @@ def test_ms_swift_accepts_another_prompt_of_the_teacher(form):
     if form == "lists":
         values, indices = teacher.log_softmax(-1).topk(4)
         arguments = {"topk_logprobs": values, "topk_indices": indices}
-    same_loss(student, labels, 0.0, 2.0, **arguments, labels=shifted)
+    assert_same_loss(student, labels, 0.0, 2.0, **arguments, labels=shifted)
 
 
 def test_ms_swift_accepts_padding_in_a_list():
-    """Documented difference: ms-swift's loss is NaN; here a padding entry lists no class."""
+    """A padding entry lists no class; ms-swift's loss is NaN (documented difference)."""
     student, teacher, labels = draw((2, 6, 11))
     values, indices = teacher.log_softmax(-1).topk(4)
     padded = torch.cat([values, torch.full_like(values[..., :1], -torch.inf)], -1)

@@ -1,4 +1,4 @@
-"""Adapters in fastkd.compat for language models equal the libraries' code, or their formula."""
+"""Adapters in fastkd.compat for language models give the results of the libraries."""
 
 import functools
 import math
@@ -6,7 +6,7 @@ import math
 import peers
 import pytest
 import torch
-from peers import MASKS, SHAPES, SINGLE, agree, draw, kl_rows
+from peers import MASKS, SHAPES, SINGLE, assert_equal_losses, draw, kl_rows
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -31,7 +31,7 @@ TORCHTUNE = [
 def torchtune_code():
     kinds = ("Forward", "Reverse", "Symmetric")
     names = [f"{kind}{rest}" for kind in kinds for rest in ("KLLoss", "KLWithChunkedOutputLoss")]
-    return peers.code("torchtune", "modules/loss/kd_losses.py", *names)
+    return peers.compile_code("torchtune", "modules/loss/kd_losses.py", *names)
 
 
 @pytest.mark.parametrize("normalize", [True, False])
@@ -41,7 +41,7 @@ def test_torchtune_gives_its_own_loss(name, _, options, mask, normalize):
     student, teacher, labels = draw((7, 5), mask, -7)
     ours = getattr(torchtune, name)(**options, ignore_index=-7)
     theirs = getattr(torchtune_code(), name)(**options, ignore_index=-7)
-    agree(
+    assert_equal_losses(
         lambda s: ours(s, teacher, labels, normalize),
         lambda s: theirs(s, teacher, labels, normalize),
         student,
@@ -55,7 +55,7 @@ def test_torchtune_chunked_gives_its_own_loss(_, name, options, mask):
     student, teacher, labels = draw((2, 7, 5), mask)
     ours = getattr(torchtune, name)(3, **options)
     theirs = getattr(torchtune_code(), name)(3, **options)
-    agree(
+    assert_equal_losses(
         lambda s: ours(s.chunk(3, 1), teacher.chunk(3, 1), labels),
         lambda s: theirs(s.chunk(3, 1), teacher.chunk(3, 1), labels),
         student,
@@ -102,7 +102,7 @@ def test_torchtune_refuses_labels_of_another_length(name):
 @functools.cache
 def trl_loss():
     file = "experimental/gkd/gkd_trainer.py"
-    return peers.code("trl", file, "generalized_jsd_loss").generalized_jsd_loss
+    return peers.compile_code("trl", file, "generalized_jsd_loss").generalized_jsd_loss
 
 
 @pytest.mark.parametrize("beta", [0.0, 0.1, 0.5, 1.0])
@@ -117,7 +117,7 @@ def test_trl_gives_its_own_loss(beta, temperature, reduction, mask):
         "temperature": temperature,
         "reduction": reduction,
     }
-    agree(
+    assert_equal_losses(
         lambda s: trl.generalized_jsd_loss(s, teacher, **options),
         lambda s: trl_loss()(s, teacher, **options),
         student,
@@ -129,7 +129,7 @@ def test_trl_gives_its_own_loss(beta, temperature, reduction, mask):
 def test_trl_accepts_a_global_count(mask, count):
     student, teacher, labels = draw((2, 4, 11), mask)
     options = {"labels": None if mask == "no labels" else labels, "num_items_in_batch": count}
-    agree(
+    assert_equal_losses(
         lambda s: trl.generalized_jsd_loss(s, teacher, **options),
         lambda s: trl_loss()(s, teacher, **options),
         student,
@@ -141,7 +141,7 @@ def test_trl_accepts_a_count_for_every_gpu(shape):
     """The count is averaged over the GPUs, as TRL's trainer averages its own loss."""
     student, teacher, labels = draw((2, 4, 11), "some ignored")
     options = {"labels": labels, "num_items_in_batch": torch.full(shape, 5.0).double()}
-    agree(
+    assert_equal_losses(
         lambda s: trl.generalized_jsd_loss(s, teacher, **options),
         lambda s: trl_loss()(s, teacher, **options).mean(),
         student,
@@ -178,12 +178,12 @@ def test_trl_refuses_unsupported_options():
 @pytest.mark.parametrize("mask", [*MASKS, "no labels"])
 def test_liger_jsd_gives_its_own_loss(beta, mask):
     file = "chunked_loss/jsd_loss.py"
-    summed = peers.code("liger_kernel", file, "distillation_loss_fn", math=math)
+    summed = peers.compile_code("liger_kernel", file, "distillation_loss_fn", math=math)
     student, teacher, labels = draw((7, 11), mask)
     target = None if mask == "no labels" else labels
     rows = int((labels != -100).sum())
     ours = liger.LigerJSD(beta=beta)
-    agree(
+    assert_equal_losses(
         lambda s: ours(s.log_softmax(-1), teacher.log_softmax(-1), target),
         lambda s: summed.distillation_loss_fn(s, teacher, beta, target) / rows,
         student,
@@ -197,7 +197,7 @@ def test_liger_kl_gives_its_own_loss(reduction, log_target):
     target = teacher.log_softmax(-1) if log_target else teacher.softmax(-1)
     ours = liger.LigerKLDIVLoss(reduction=reduction, log_target=log_target)
     theirs = nn.KLDivLoss(reduction=reduction, log_target=log_target)
-    agree(
+    assert_equal_losses(
         lambda s: ours(s.log_softmax(-1), target),
         lambda s: theirs(s.log_softmax(-1), target),
         student,
@@ -205,10 +205,10 @@ def test_liger_kl_gives_its_own_loss(reduction, log_target):
 
 
 def test_liger_kl_needs_no_eps():
-    """Documented difference: a target of 0, or below eps, contributes its exact value."""
+    """A target of 0, or below eps, contributes its exact value (documented difference)."""
     student, teacher, _ = draw((7, 11))
     teacher[:, 0], teacher[:, 1] = -math.inf, -60.0
-    agree(
+    assert_equal_losses(
         lambda s: liger.LigerKLDIVLoss()(s.log_softmax(-1), teacher.softmax(-1)),
         lambda s: F.kl_div(s.log_softmax(-1), teacher.softmax(-1), reduction="mean"),
         student,
@@ -225,7 +225,7 @@ def test_liger_tvd_gives_its_own_loss(reduction, mask):
     divisor = {"batchmean": valid.sum(), "mean": valid.sum() * 11, "sum": 1}[reduction]
     target = None if mask == "no labels" else labels
     ours = liger.LigerTVDLoss(reduction=reduction)
-    agree(
+    assert_equal_losses(
         lambda s: ours(s.softmax(-1), teacher.softmax(-1), target),
         lambda s: 0.5 * (s.softmax(-1) - teacher.softmax(-1))[valid].abs().sum() / divisor,
         student,
@@ -235,7 +235,7 @@ def test_liger_tvd_gives_its_own_loss(reduction, mask):
 def test_liger_tvd_has_finite_gradients_where_a_probability_is_zero():
     student, teacher, _ = draw((7, 11))
     student[:, 0], student[:, 1] = -math.inf, -1000.0
-    agree(
+    assert_equal_losses(
         lambda s: liger.LigerTVDLoss()(s.softmax(-1), teacher.softmax(-1)),
         lambda s: 0.5 * (s.softmax(-1) - teacher.softmax(-1)).abs().sum() / 7,
         student,
@@ -243,7 +243,7 @@ def test_liger_tvd_has_finite_gradients_where_a_probability_is_zero():
 
 
 def test_liger_tvd_has_no_gradient_where_probabilities_are_equal():
-    """Documented difference: Liger's subgradient is -1/2 at equal probabilities."""
+    """The gradient is 0 at equal probabilities; Liger's subgradient is -1/2 (documented)."""
     p = torch.full((2, 4), 0.25, requires_grad=True)
     (grad,) = torch.autograd.grad(liger.LigerTVDLoss()(p, p.detach()), p)
     assert not grad.any()
@@ -285,9 +285,9 @@ def test_textbrewer_gives_its_own_loss(name, shape, kind):
         "one entry": torch.tensor([3.0]),
         "one for each row": torch.arange(1.0, rows + 1).double().view(shape[:-1]),
     }[kind]
-    theirs = getattr(peers.code("textbrewer", "losses.py", name), name)
+    theirs = getattr(peers.compile_code("textbrewer", "losses.py", name), name)
     ours = getattr(textbrewer, name)
-    agree(
+    assert_equal_losses(
         lambda s: ours(s, teacher, temperature), lambda s: theirs(s, teacher, temperature), student
     )
 
@@ -296,11 +296,11 @@ def test_textbrewer_gives_its_own_loss(name, shape, kind):
 @pytest.mark.parametrize("shape", SHAPES)
 def test_modelopt_gives_its_own_loss(reduction, shape):
     student, teacher, _ = draw(shape)
-    theirs = peers.code(
+    theirs = peers.compile_code(
         "modelopt", "torch/distill/losses.py", "LogitsDistillationLoss", Loss=nn.modules.loss._Loss
     ).LogitsDistillationLoss(temperature=3.0, reduction=reduction)
     ours = modelopt.LogitsDistillationLoss(temperature=3.0, reduction=reduction)
-    agree(lambda s: ours(s, teacher), lambda s: theirs(s, teacher), student)
+    assert_equal_losses(lambda s: ours(s, teacher), lambda s: theirs(s, teacher), student)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 3.0])
@@ -309,11 +309,11 @@ def test_modelopt_gives_its_own_loss(reduction, shape):
 def test_nemo_gives_its_own_loss(temperature, count, mask):
     student, teacher, labels = draw((2, 4, 11), mask)
     names = ("KDLoss", "_forward_kl_from_log_probs", "_kl_forward_chunked")
-    theirs = peers.code(
+    theirs = peers.compile_code(
         "nemo_automodel", "components/loss/kd_loss.py", *names, _HAVE_DTENSOR=False
     ).KDLoss(temperature=temperature, chunk_size=3)
     ours = nemo.KDLoss(temperature=temperature, chunk_size=3)
-    agree(
+    assert_equal_losses(
         lambda s: ours(s, teacher, labels, count),
         lambda s: theirs(s, teacher, labels, count),
         student,
@@ -369,7 +369,7 @@ def test_distilbert_gives_its_own_loss(weights, restrict):
         squared = (s[rows] - teacher[rows]).square().sum() / rows.sum()
         return total + arguments["alpha_mse"] * squared
 
-    agree(
+    assert_equal_losses(
         lambda s: distilbert.step_loss(
             s, teacher, attention, labels, restrict_ce_to_mask=restrict, **weights
         ),

@@ -186,7 +186,7 @@ def test_threads_run_backward_through_one_graph(language, retain, loss):
     assert done.stdout.strip() == "finished", (done.returncode, done.stderr)
 
 
-def seen_during(work: Callable[[], object]) -> bool:
+def is_gil_released_during(work: Callable[[], object]) -> bool:
     """Return True if another Python thread runs during ``work``.
 
     The switch interval is too long for Python to hand over the GIL, so ``work`` must release the
@@ -219,10 +219,14 @@ def test_the_gil_is_released(each_autograd):
     student, teacher, labels = make((512, 20000))
     leaf = student.requires_grad_()
     value = fastkd.loss(leaf, teacher, labels, reduction="none")
-    assert not seen_during(lambda: sum(range(3_000_000))), "the watch would see anything"
+    assert not is_gil_released_during(lambda: sum(range(3_000_000))), "the watch would see anything"
     # Repeated, because the watching thread may get no processor in time.
-    assert any(seen_during(lambda: fastkd.loss(leaf, teacher, labels)) for _ in range(20))
-    assert any(seen_during(lambda: value.sum().backward(retain_graph=True)) for _ in range(20))
+    assert any(
+        is_gil_released_during(lambda: fastkd.loss(leaf, teacher, labels)) for _ in range(20)
+    )
+    assert any(
+        is_gil_released_during(lambda: value.sum().backward(retain_graph=True)) for _ in range(20)
+    )
 
 
 DATASET = """
@@ -278,7 +282,7 @@ OPENMP = {
 
 @pytest.mark.slow
 def test_openmp_settings_change_no_bit():
-    """Bits are equal in several Python threads, each with a parallel region of its own."""
+    """OpenMP settings change no bit of the losses in several Python threads."""
     answers = []
     for settings in OPENMP.values():
         environment = {**os.environ, "OMP_WAIT_POLICY": "passive", **settings}

@@ -44,7 +44,7 @@ def step(call, problem, scale: float = 1.0) -> tuple[Tensor, Tensor]:
 
 
 @pytest.fixture
-def no_waiting():
+def no_synchronization():
     """Return a context in which any synchronization with the device raises an error."""
     torch.cuda.synchronize()
 
@@ -61,10 +61,10 @@ def no_waiting():
 
 @pytest.mark.parametrize("call", CALLS)
 @pytest.mark.parametrize("classes", [10, 1000, 32000])
-def test_calls_do_not_synchronize(no_waiting, classes, call):
+def test_calls_do_not_synchronize(no_synchronization, classes, call):
     problem = make((64, classes), BF16, device="cuda")
     tokens = torch.full((), 50, device="cuda")
-    with no_waiting:
+    with no_synchronization:
         step(CALLS[call], problem)
         step(CALLS[call], problem, 3.0)
         fastkd.loss(*problem, normalizer=tokens)
@@ -78,11 +78,11 @@ def lists_of(problem, k: int = 20) -> TopK:
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("classes", [30, 1000, 32000])
-def test_sparse_teachers_do_not_synchronize(no_waiting, classes, reduction):
+def test_sparse_teachers_do_not_synchronize(no_synchronization, classes, reduction):
     problem = make((64, classes), BF16, device="cuda")
     lists = lists_of(problem)
     lists.indices[3] = classes  # an invalid class, visible only in the data
-    with no_waiting:
+    with no_synchronization:
         for scale in (1.0, 3.0):
             leaf = problem.student.detach().requires_grad_()
             value = fastkd.loss(leaf, lists, problem.labels, reduction=reduction)
@@ -119,8 +119,8 @@ def test_sparse_teachers_can_be_captured(classes, reduction):
         assert torch.equal(value, expected[0]) and torch.equal(grad, expected[1])
 
 
-def test_the_watch_detects_synchronization(no_waiting):
-    with pytest.raises(RuntimeError, match="synchroniz"), no_waiting:
+def test_the_watch_detects_synchronization(no_synchronization):
+    with pytest.raises(RuntimeError, match="synchroniz"), no_synchronization:
         torch.ones(1, device="cuda").item()
 
 

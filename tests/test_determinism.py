@@ -1,4 +1,4 @@
-"""Bits are equal in every run and for any number of threads, and nearly for instruction sets."""
+"""Bits are equal for every run and number of threads; instruction sets differ by rounding."""
 
 import os
 import time
@@ -66,7 +66,7 @@ def test_bits_are_equal_for_any_number_of_threads(divergence, shape, reduction, 
 
 @pytest.mark.usefixtures("threads", "isa")
 def test_merged_sums_of_a_shared_row_equal_those_of_one_thread():
-    """Regression: in one row of twenty, merging the sums of two segments changed the rounding."""
+    """Merged sums of two segments have the bits of one thread (regression in one row of twenty)."""
     for seed in range(60):
         student, teacher, _ = make((1, 2 * S - 3000), FP64, labels=False, seed=seed)
         student.requires_grad_()

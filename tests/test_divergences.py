@@ -275,8 +275,7 @@ def test_a_class_that_both_mask_has_no_effect(device, name, standardize, form):
 
 
 INF = float("inf")
-# Value of a class that the teacher alone masks, and of one that the student alone masks; None if
-# the value is finite.
+# Values of a class that the teacher alone masks, and that the student alone masks; None if finite.
 PRICES = {
     "forward_kl": (None, INF),
     "reverse_kl": (INF, None),
@@ -313,7 +312,7 @@ def test_a_class_that_one_side_masks_has_its_value(device, name):
         assert leaf.grad.isfinite().all()
 
 
-def far_below(part, offset, classes=3000):
+def shift_part(part, offset, classes=3000):
     def change(student, teacher):
         student[:, part] += offset
         teacher[:, part] += offset
@@ -321,22 +320,22 @@ def far_below(part, offset, classes=3000):
     return classes, change
 
 
-def masked_in_fp32(student, teacher):
+def mask_in_fp32(student, teacher):
     student[:, 5], teacher[:, 5] = torch.finfo(torch.float32).min, -200.0
 
 
-def one_class_with_a_great_gap(student, teacher):
+def set_one_great_difference(student, teacher):
     student[:] = teacher + 1e-4 * student
     teacher[:, 5], student[:, 5] = teacher.amax(-1) - 5, -1e4
 
 
 JSD_ROWS = {
-    "padded": far_below(slice(32768, None), -INF, 33024),
-    "padded by numbers": far_below(slice(32768, None), -1e4, 33024),
-    "a block out of reach": far_below(slice(0, 1024), -100.0),
-    "a block further out of reach": far_below(slice(1024, 2048), -500.0),
-    "masked in fp32": (3000, masked_in_fp32),
-    "one class with a great gap": (3000, one_class_with_a_great_gap),
+    "padded": shift_part(slice(32768, None), -INF, 33024),
+    "padded by numbers": shift_part(slice(32768, None), -1e4, 33024),
+    "a block out of reach": shift_part(slice(0, 1024), -100.0),
+    "a block further out of reach": shift_part(slice(1024, 2048), -500.0),
+    "masked in fp32": (3000, mask_in_fp32),
+    "one class with a great gap": (3000, set_one_great_difference),
 }
 
 
@@ -376,7 +375,7 @@ def test_forward_kl_has_a_finite_gradient_where_the_student_alone_masks(device):
         torch.testing.assert_close(student.grad, expected)
 
 
-def masked_by_the_student(divergence, reduction, classes, device):
+def make_masked_by_the_student(divergence, reduction, classes, device):
     """Make a student leaf of two rows; the first row masks a class that the teacher has."""
     student = torch.linspace(-1, 1, classes, device=device).repeat(2, 1)
     student[0, 1] = -INF
@@ -392,7 +391,7 @@ def masked_by_the_student(divergence, reduction, classes, device):
 @pytest.mark.parametrize("classes", [3, 200])
 def test_squared_error_is_infinite_where_the_student_alone_masks(device, classes, reduction):
     """The loss is +inf, with an infinite gradient for the masked class alone."""
-    student = masked_by_the_student("mse", reduction, classes, device)
+    student = make_masked_by_the_student("mse", reduction, classes, device)
     torch.testing.assert_close(student.grad, student.detach() * 2 / classes)
 
 
@@ -402,7 +401,7 @@ def test_centered_squared_error_is_infinite_where_the_student_alone_masks(
     device, classes, reduction
 ):
     """The loss is +inf without a gradient: centered differences are infinite or NaN."""
-    student = masked_by_the_student("centered_mse", reduction, classes, device)
+    student = make_masked_by_the_student("centered_mse", reduction, classes, device)
     assert student.grad[0, 1].isnan()
     assert student.grad[0, 2:].isinf().all()
     torch.testing.assert_close(student.grad[1], student.detach()[1] * 2 / classes)

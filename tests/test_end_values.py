@@ -10,7 +10,7 @@ from fastkd import reference
 
 INF = float("inf")
 CLASSES = [6, 100, 200, 3000]
-# Divergences that are infinite if one side masks a class, by that side.
+# For each side, the divergences that are infinite if that side masks a class.
 INFINITE = {
     "teacher": ["reverse_kl", "symmetric_kl", "mse", "centered_mse"],
     "student": ["forward_kl", "symmetric_kl", "soft_cross_entropy", "mse", "centered_mse", "dkd"],
@@ -18,7 +18,9 @@ INFINITE = {
 MASKED = [(side, name) for side, names in INFINITE.items() for name in names]
 
 
-def masked(side: str, classes: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, ...]:
+def make_masked(
+    side: str, classes: int, dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor, ...]:
     """Return (student, teacher, labels) of four rows; one side masks a class in three rows."""
     student, teacher, labels = make((4, classes), dtype, device=device, ignored=0.0)
     (student if side == "student" else teacher)[:3, 1] = -INF
@@ -44,7 +46,7 @@ def gradient(student: Tensor, teacher: Tensor, labels: Tensor | None, **options)
 )
 def test_the_symmetric_kl_ignores_the_kl_of_weight_0(device, name, side, reduction, classes, dtype):
     mix = 1.0 if name == "forward_kl" else 0.0
-    student, teacher, _ = masked(side, classes, dtype, device)
+    student, teacher, _ = make_masked(side, classes, dtype, device)
     options = {"reduction": reduction, "temperature": 1.5}
     both = {**options, "divergence": "symmetric_kl", "mix": mix}
     value = fastkd.loss(student, teacher, **both)
@@ -62,7 +64,7 @@ def test_the_symmetric_kl_ignores_the_kl_of_weight_0(device, name, side, reducti
 @pytest.mark.parametrize("mix", [0.0, 1.0])
 @pytest.mark.parametrize("side", ["teacher", "student"])
 def test_the_reference_of_the_symmetric_kl_ignores_the_kl_of_weight_0(side, mix):
-    student, teacher, _ = masked(side, 6, FP64, torch.device("cpu"))
+    student, teacher, _ = make_masked(side, 6, FP64, torch.device("cpu"))
     name = "forward_kl" if mix else "reverse_kl"
     if (name == "reverse_kl") == (side == "teacher"):
         return  # the divergence is infinite for every weight
@@ -85,7 +87,7 @@ def test_the_reference_of_the_symmetric_kl_ignores_the_kl_of_weight_0(side, mix)
 )
 def test_mixtures_near_0_and_1_are_accepted(device, name, mix, dtype, classes):
     """Mixtures near 0 and 1 are accepted; 0 and 1 are refused."""
-    student, teacher, _ = masked("teacher", classes, dtype, device)
+    student, teacher, _ = make_masked("teacher", classes, dtype, device)
     student[2, 3] = -INF
     options = {"divergence": name, "mix": mix, "reduction": "none"}
     value = fastkd.loss(student, teacher, **options)
@@ -103,7 +105,7 @@ def test_an_infinite_soft_term_of_weight_0_has_no_effect(
 ):
     """An infinite soft term with weight 0 does not change the gradient of the hard term."""
     side, name = masking
-    student, teacher, labels = masked(side, classes, dtype, device)
+    student, teacher, labels = make_masked(side, classes, dtype, device)
     weight = torch.zeros(4, device=device) if weighting == "rows" else 0.0
     options = {"divergence": name, "soft_weight": weight, "reduction": "none"}
     if weighting == "grad_output":
@@ -130,7 +132,7 @@ def test_an_infinite_soft_term_of_weight_0_has_no_effect(
 @pytest.mark.parametrize("smoothing", [0.0, 0.1, 1.0])
 def test_an_infinite_hard_term_of_weight_0_has_no_effect(device, smoothing, classes):
     """The hard term of a masked label is infinite, and weight 0 removes the term."""
-    student, teacher, labels = masked("student", classes, FP32, device)
+    student, teacher, labels = make_masked("student", classes, FP32, device)
     teacher[:3, 1] = -INF
     labels[:3] = 1
     options = {"label_smoothing": smoothing, "hard_weight": 0.0, "soft_weight": 1.0}
@@ -144,7 +146,7 @@ def test_an_infinite_hard_term_of_weight_0_has_no_effect(device, smoothing, clas
 @pytest.mark.parametrize("hard_weight", [0.0, 0.5])
 def test_the_reference_of_smoothing_1_has_finite_gradients_for_a_masked_label(hard_weight):
     """With smoothing 1 and a masked label, the hard term is infinite, and its gradient finite."""
-    student, teacher, labels = masked("student", 6, FP64, torch.device("cpu"))
+    student, teacher, labels = make_masked("student", 6, FP64, torch.device("cpu"))
     teacher[:3, 1] = -INF
     labels[:3] = 1
     leaf = student.requires_grad_()
@@ -158,9 +160,11 @@ def test_the_reference_of_smoothing_1_has_finite_gradients_for_a_masked_label(ha
     torch.testing.assert_close(torch.autograd.grad(kernel, leaf)[0], got)
 
 
-def of_rows(temperature: Tensor, weight: Tensor, keep: slice, name: str, side: str, teachers: int):
+def compute_selected_rows(
+    temperature: Tensor, weight: Tensor, keep: slice, name: str, side: str, teachers: int
+):
     """Return (loss, gradients of logits and temperature) of the selected rows."""
-    student, teacher, labels = masked(side, 7, FP32, torch.device("cpu"))
+    student, teacher, labels = make_masked(side, 7, FP32, torch.device("cpu"))
     every = [teacher, teacher.roll(1, 0)] if teachers > 1 else [teacher]
     for logits in every:
         logits[:3, 1] = teacher[:3, 1]
@@ -183,10 +187,10 @@ def of_rows(temperature: Tensor, weight: Tensor, keep: slice, name: str, side: s
 @pytest.mark.parametrize("teachers", [1, 2])
 @pytest.mark.parametrize(("side", "name"), [pair for pair in MASKED if pair[1] != "dkd"])
 def test_an_infinite_row_of_weight_0_gives_finite_gradients(side, name, teachers):
-    """Neither logits nor temperature get a gradient of NaN."""
+    """An infinite row of weight 0 gives neither logits nor temperature a gradient of NaN."""
     weight, t = torch.tensor([0.0, 0.0, 0.0, 0.7]), torch.tensor(1.5)
-    value, grad, of_t = of_rows(t, weight, slice(0, 4), name, side, teachers)
-    _, last, expected = of_rows(t, weight, slice(3, 4), name, side, teachers)
+    value, grad, of_t = compute_selected_rows(t, weight, slice(0, 4), name, side, teachers)
+    _, last, expected = compute_selected_rows(t, weight, slice(3, 4), name, side, teachers)
     assert value.isfinite() and grad.isfinite().all()
     torch.testing.assert_close(of_t, expected, rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(grad[3], last[0], rtol=1e-4, atol=1e-6)

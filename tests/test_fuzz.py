@@ -287,8 +287,8 @@ def check(case: Case, device: torch.device) -> None:
     assert value.shape == want.shape and grad.shape == student.shape
     if size > 1e30:  # float32 overflows where float64 does not
         return
-    # A class masked by the student alone makes the loss infinite. In float64, the teacher's
-    # probability of the class may underflow.
+    # A class that the student alone masks makes the loss infinite. The truth is finite if the
+    # teacher's probability of the class underflows.
     alone = ((student == -math.inf) & (teacher > -math.inf)).any(dim)
     if bool(alone.any()) and not bool(value.isfinite().all()):
         return

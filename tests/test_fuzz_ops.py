@@ -147,19 +147,23 @@ def expand(tensor: Tensor, rows: int) -> Tensor:
     return tensor.expand(rows, *tensor.shape[1:]) if tensor.dim() and len(tensor) == 1 else tensor
 
 
-def changed(value: Any, change: Any, first: Any) -> Any:
+def apply_change(value: Any, change: Any, first: Any) -> Any:
     """Apply a change of CHANGES to an argument, if torch supports such a tensor."""
     if change == "absent":
         return None
     if not isinstance(value, Tensor):
         return value
     try:
-        return value.to(change) if isinstance(change, torch.dtype) else apply(value, change, first)
+        return (
+            value.to(change)
+            if isinstance(change, torch.dtype)
+            else change_tensor(value, change, first)
+        )
     except (RuntimeError, IndexError, NotImplementedError):
         return value
 
 
-def apply(tensor: Tensor, change: str, first: Any) -> Any:
+def change_tensor(tensor: Tensor, change: str, first: Any) -> Any:
     tensor = tensor.detach()
     dim0 = tensor[:1] if tensor.dim() and len(tensor) else tensor
     last = (*tensor.shape[:-1], 1) if tensor.dim() else (1,)
@@ -290,9 +294,9 @@ def arguments_of(case: Case, memory: Memory) -> dict[str, Any]:
             flat[name] = number
         elif isinstance(value, list) and value:
             at = case.seed % len(value)
-            flat[name] = [*value[:at], changed(value[at], change, first), *value[at + 1 :]]
+            flat[name] = [*value[:at], apply_change(value[at], change, first), *value[at + 1 :]]
         else:
-            flat[name] = changed(value, change, first)
+            flat[name] = apply_change(value, change, first)
     return flat
 
 

@@ -156,7 +156,7 @@ def is_refused(problem: Problem) -> bool:
     return False
 
 
-def of_soft_term(case: Case) -> dict[str, Any]:
+def soft_term_options(case: Case) -> dict[str, Any]:
     """Return the options of the soft term; tail "ignore" supports only the forward KL."""
     if case.estimator is not None or case.tail == "ignore":
         return {}
@@ -185,7 +185,7 @@ def exact(case: Case, problem: Problem, reduction: str) -> tuple[Tensor, Tensor]
         None if labels is None else labels.long().reshape(-1),
         tail=case.tail,
         estimator=case.estimator,
-        **of_soft_term(case),
+        **soft_term_options(case),
         temperature=case.temperature,
         hard_weight=hard,
         soft_weight=soft * row_weight(case, student.reshape(-1, classes)),
@@ -206,7 +206,7 @@ def check(case: Case, device: torch.device) -> None:
     if labels is not None:
         options |= {"label_smoothing": case.smoothing}
         options |= dict(zip(("hard_weight", "soft_weight"), case.weights, strict=True))
-    options |= of_soft_term(case)
+    options |= soft_term_options(case)
     if case.row_weights:
         hard, soft = (0.0, 1.0) if labels is None else case.weights
         options |= {"soft_weight": soft * row_weight(case, student)}

@@ -30,7 +30,7 @@ def arguments_of(*, rows: Tensor | None = None, denominator: Tensor | None = Non
     return student, *call._replace(**changed)
 
 
-def released(tensor: Tensor) -> Tensor:
+def release(tensor: Tensor) -> Tensor:
     """Return a tensor with a released storage, like a parameter under FSDP."""
     tensor = tensor.detach().clone()
     tensor.untyped_storage().resize_(0)
@@ -58,11 +58,11 @@ WRONG = {
     "a divergence that there is not": dict(divergence=99),
     "a negative divergence": dict(divergence=-1),
     "a reduction that there is not": dict(reduction=3),
-    "a released student": dict(student=released(make((ROWS, CLASSES)).student)),
-    "a released teacher": dict(teacher=released(make((ROWS, CLASSES)).teacher)),
-    "released labels": dict(labels=released(make((ROWS, CLASSES)).labels)),
-    "released settings": dict(rows=released(torch.ones(4 * ROWS))),
-    "a released denominator": dict(denominator=released(torch.ones(()))),
+    "a released student": dict(student=release(make((ROWS, CLASSES)).student)),
+    "a released teacher": dict(teacher=release(make((ROWS, CLASSES)).teacher)),
+    "released labels": dict(labels=release(make((ROWS, CLASSES)).labels)),
+    "released settings": dict(rows=release(torch.ones(4 * ROWS))),
+    "a released denominator": dict(denominator=release(torch.ones(()))),
 }
 
 
@@ -88,16 +88,16 @@ BACKWARD = {
     "a gradient of other rows": dict(grad=torch.zeros(ROWS + 1, CLASSES)),
     "a gradient of fewer rows": dict(grad=torch.zeros(ROWS - 1, CLASSES)),
     "a gradient in float16": dict(grad=torch.zeros(ROWS, CLASSES, dtype=FP16)),
-    "a released gradient": dict(grad=released(torch.zeros(ROWS, CLASSES))),
+    "a released gradient": dict(grad=release(torch.zeros(ROWS, CLASSES))),
     "an empty grad_output": dict(grad_output=torch.ones(0)),
     "a grad_output of rows": dict(grad_output=torch.ones(ROWS)),
     "a grad_output of other rows": dict(grad_output=torch.ones(ROWS - 1), reduction=0),
     "a grad_output in float64": dict(grad_output=torch.ones((), dtype=FP64)),
-    "a released grad_output": dict(grad_output=released(torch.ones(()))),
+    "a released grad_output": dict(grad_output=release(torch.ones(()))),
     "short statistics": dict(stats=torch.zeros(shapes.STATS * ROWS)),
     "no statistics with reduction none": dict(stats=torch.zeros(0), reduction=0),
     "statistics in float64": dict(stats=torch.zeros(shapes.STATS * ROWS + 1, dtype=FP64)),
-    "released statistics": dict(stats=released(torch.zeros(shapes.STATS * ROWS + 1))),
+    "released statistics": dict(stats=release(torch.zeros(shapes.STATS * ROWS + 1))),
 }
 
 
@@ -133,9 +133,9 @@ def test_the_sparse_op_refuses_invalid_arguments():
         (student, indices.int(), log_probs),
         (student, indices[0], log_probs[0]),
         (student, indices + CLASSES, log_probs),
-        (released(student), indices, log_probs),
-        (student, released(indices), log_probs),
-        (student, indices, released(log_probs)),
+        (release(student), indices, log_probs),
+        (student, release(indices), log_probs),
+        (student, indices, release(log_probs)),
     ]
     for tensors in wrong:
         with pytest.raises(RuntimeError):
@@ -163,7 +163,7 @@ def test_the_sparse_op_refuses_invalid_arguments():
 @pytest.mark.parametrize("options", [{}, {"reduction": "none"}, {"divergence": "jsd"}], ids=str)
 def test_released_tensors_raise(name, options):
     all_arguments = dict(make((ROWS, CLASSES))._asdict(), temperature=torch.ones(ROWS))
-    all_arguments[name] = released(all_arguments[name])
+    all_arguments[name] = release(all_arguments[name])
     student, teacher, labels, temperature = all_arguments.values()
     for leaf in (student, student.detach().requires_grad_()):
         with pytest.raises(RuntimeError):
@@ -174,7 +174,7 @@ def test_released_tensors_raise(name, options):
 @pytest.mark.parametrize("index", range(4))
 def test_released_lists_raise(index):
     all_arguments = [*lists(), make((ROWS, CLASSES)).labels]
-    all_arguments[index] = released(all_arguments[index])
+    all_arguments[index] = release(all_arguments[index])
     student, indices, log_probs, labels = all_arguments
     for requires_grad in (False, True):
         leaf = student.detach().requires_grad_(requires_grad)

@@ -21,36 +21,36 @@ def labels_in(dtype: torch.dtype) -> torch.Tensor:
     return torch.tensor(LABELS.get(dtype, OTHERS), dtype=dtype)
 
 
-def top(teacher):
+def make_topk(teacher):
     return TopK(*teacher[:, :CLASSES].log_softmax(-1).topk(7))
 
 
-def head(logits):
+def make_head(logits):
     return Head(logits, torch.eye(logits.shape[-1]))
 
 
-def of_heads(student, teacher, labels, **options):
-    return loss_in_chunks(head(student), head(teacher), labels, **options)
+def loss_of_heads(student, teacher, labels, **options):
+    return loss_in_chunks(make_head(student), make_head(teacher), labels, **options)
 
 
-def of_chunks(student, teacher, labels):
+def loss_of_chunks(student, teacher, labels):
     chunked = torchtune.ForwardKLWithChunkedOutputLoss(2)
     parts = (x.unsqueeze(0).chunk(2, 1) for x in (student, teacher))
     return chunked(*parts, labels.unsqueeze(0))
 
 
-def of_distilbert(student, teacher, labels):
+def loss_of_distilbert(student, teacher, labels):
     logits = (x.unsqueeze(0) for x in (student, teacher))
     return distilbert.step_loss(
         *logits, torch.ones(1, 6), labels.unsqueeze(0), alpha_ce=0.5, alpha_mlm=0.0, alpha_clm=0.5
     )
 
 
-def learned(student, teacher, labels):
+def loss_with_learned_temperature(student, teacher, labels):
     return fastkd.loss(student, teacher, labels, temperature=torch.tensor(2.0, requires_grad=True))
 
 
-def mapped(student, teacher, labels):
+def loss_under_vmap(student, teacher, labels):
     return torch.func.vmap(fastkd.loss)(
         *(x.unflatten(0, (2, 3)) for x in (student, teacher, labels))
     )
@@ -63,16 +63,18 @@ LOSSES = {
     "class_weight": lambda *a: fastkd.loss(*a, class_weight=WEIGHT),
     "smoothed": lambda *a: fastkd.loss(*a, class_weight=WEIGHT, label_smoothing=0.1),
     "dkd": lambda *a: fastkd.loss(*a, divergence="dkd"),
-    "learned": learned,
-    "vmap": mapped,
+    "learned": loss_with_learned_temperature,
+    "vmap": loss_under_vmap,
     "reference": fastkd.reference.loss,
-    "heads": of_heads,
-    "heads by classes": lambda *a: of_heads(*a, chunks={"chunk_by": "classes", "chunk_size": 64}),
-    "heads, class_weight": lambda *a: of_heads(*a, class_weight=WEIGHT),
-    "topk": lambda s, t, y: fastkd.loss(s, top(t), y),
-    "topk of heads": lambda s, t, y: fastkd.loss(head(s), top(t), y),
-    "torchtune": of_chunks,
-    "distilbert": of_distilbert,
+    "heads": loss_of_heads,
+    "heads by classes": lambda *a: loss_of_heads(
+        *a, chunks={"chunk_by": "classes", "chunk_size": 64}
+    ),
+    "heads, class_weight": lambda *a: loss_of_heads(*a, class_weight=WEIGHT),
+    "topk": lambda s, t, y: fastkd.loss(s, make_topk(t), y),
+    "topk of heads": lambda s, t, y: fastkd.loss(make_head(s), make_topk(t), y),
+    "torchtune": loss_of_chunks,
+    "distilbert": loss_of_distilbert,
     "causal": lambda s, t, y: fastkd.loss(s, t, causal_labels({"labels": y.unsqueeze(0)})[0]),
 }
 
@@ -98,9 +100,9 @@ def test_a_narrow_label_out_of_range_is_refused(name):
 
 def test_narrow_indices_of_lists_are_accepted():
     student, teacher, _ = make((6, 300))
-    lists = top(teacher)
+    lists = make_topk(teacher)
     narrow = lists._replace(indices=lists.indices.to(torch.uint8))
-    for logits in (student, head(student)):
+    for logits in (student, make_head(student)):
         assert torch.equal(fastkd.loss(logits, narrow), fastkd.loss(logits, lists))
 
 
@@ -120,7 +122,7 @@ def test_a_trainer_counts_rows_labelled_156():
         targets = loss.labels_of(batch)
         assert loss.count_rows(targets) == 6
         assert loss.sum_terms(student, batch, logits)[-1] == 6
-        assert loss.sum_terms(student, batch, top(logits))[-1] == 6
+        assert loss.sum_terms(student, batch, make_topk(logits))[-1] == 6
 
 
 def test_a_report_counts_rows_labelled_156():

@@ -70,7 +70,7 @@ IMPORTS = {
 UNSTABLE = {"torch/eager.cpp", "torch/grad_buffer.h"}
 
 
-def part(path: pathlib.Path) -> str:
+def folder_of(path: pathlib.Path) -> str:
     return path.relative_to(CSRC).parts[0]
 
 
@@ -78,18 +78,18 @@ def includes(path: pathlib.Path) -> list[str]:
     return INCLUDE.findall(path.read_text())
 
 
-def own_part(path: pathlib.Path, name: str) -> str | None:
+def included_folder(path: pathlib.Path, name: str) -> str | None:
     """Return the folder of csrc of an include, or None for a system header."""
     for base in (path.parent, CSRC):
         target = (base / name).resolve()
         if target.is_file() and target.is_relative_to(CSRC):
-            return part(target)
+            return folder_of(target)
     return None
 
 
 def test_the_sources_are_found():
     assert len(SOURCES) > 10 and len(MODULES) > 5
-    assert {part(path) for path in SOURCES} == set(LAYERS)
+    assert {folder_of(path) for path in SOURCES} == set(LAYERS)
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(CSRC)))
@@ -97,9 +97,9 @@ def test_csrc_includes_downwards_only(path):
     for name in includes(path):
         if (path.name, name) == ("module.cpp", "../cuda/plan.h"):
             continue  # the planner is plain C++, and test_plan.py calls it
-        target = own_part(path, name)
+        target = included_folder(path, name)
         if target is not None:
-            assert target in LAYERS[part(path)], f"{path.name} must not include {name}"
+            assert target in LAYERS[folder_of(path)], f"{path.name} must not include {name}"
         elif name.startswith(".") or name.endswith(".cuh"):
             pytest.fail(f"{path.name} includes {name}, which is not there")
 
@@ -109,7 +109,7 @@ def test_torch_headers_are_in_the_glue_and_stable(path):
     relative = str(path.relative_to(CSRC))
     for name in includes(path):
         if TORCH.match(name):
-            assert part(path) == "torch", f"{relative} must not include {name}"
+            assert folder_of(path) == "torch", f"{relative} must not include {name}"
             if relative not in UNSTABLE:
                 assert name.startswith(("torch/csrc/stable/", "torch/headeronly/")), (
                     f"{relative} includes {name}, which is not stable"
@@ -118,11 +118,13 @@ def test_torch_headers_are_in_the_glue_and_stable(path):
             assert relative in {"torch/module.cpp", *UNSTABLE}, (
                 f"{relative} must not include {name}"
             )
-        if name.startswith("cuda") and own_part(path, name) is None:
-            assert part(path) == "cuda", f"{relative} must not include {name}"
+        if name.startswith("cuda") and included_folder(path, name) is None:
+            assert folder_of(path) == "cuda", f"{relative} must not include {name}"
 
 
-@pytest.mark.parametrize("path", [p for p in SOURCES if part(p) == "cpu"], ids=lambda p: p.name)
+@pytest.mark.parametrize(
+    "path", [p for p in SOURCES if folder_of(p) == "cpu"], ids=lambda p: p.name
+)
 def test_cpu_kernels_own_no_threads(path):
     for name in includes(path):
         assert name not in {"thread", "mutex", "future", "omp.h", "pthread.h"}
@@ -144,13 +146,13 @@ def imported(path: pathlib.Path) -> set[str]:
     return names
 
 
-def tops(path: pathlib.Path) -> set[str]:
+def top_level_names(path: pathlib.Path) -> set[str]:
     return {name.split(".")[0] for name in imported(path)} - set(sys.stdlib_module_names)
 
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda p: p.name)
 def test_the_package_imports_torch_and_itself(path):
-    assert tops(path) <= {"torch", "fastkd"}
+    assert top_level_names(path) <= {"torch", "fastkd"}
 
 
 @pytest.mark.parametrize(
@@ -161,13 +163,13 @@ def test_the_reference_imports_torch_alone(path):
     assert all(name.startswith(("torch", "fastkd.reference.")) for name in others)
 
 
-def python_part(path: pathlib.Path) -> str:
+def module_of(path: pathlib.Path) -> str:
     return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
 
 
 def test_every_module_is_in_the_table():
     stubs = {path.stem for path in PACKAGE.glob("_*.pyi")}
-    assert {python_part(path) for path in MODULES} | stubs == {*IMPORTS, "__init__", "__main__"}
+    assert {module_of(path) for path in MODULES} | stubs == {*IMPORTS, "__init__", "__main__"}
 
 
 def test_modules_import_only_modules_above_them():
@@ -179,7 +181,7 @@ def test_modules_import_only_modules_above_them():
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(PACKAGE)))
 def test_python_files_import_lower_layers(path):
-    layer = python_part(path)
+    layer = module_of(path)
     if layer == "__main__":
         return  # the command line may import everything
     names = {name for name in imported(path) if name.split(".")[0] == "fastkd"}
@@ -196,9 +198,9 @@ def test_python_files_import_lower_layers(path):
 
 def test_tests_and_benchmarks_do_not_import_each_other():
     for path in (ROOT / "tests").rglob("*.py"):
-        assert "benchmarks" not in tops(path), path
+        assert "benchmarks" not in top_level_names(path), path
     for path in (ROOT / "benchmarks").rglob("*.py"):
-        assert not tops(path) & {"tests", "support", "conftest"}, path
+        assert not top_level_names(path) & {"tests", "support", "conftest"}, path
 
 
 def test_importing_fastkd_needs_torch_alone():

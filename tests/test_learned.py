@@ -1,4 +1,4 @@
-"""Learned temperatures and weights, and standardized logits, equal float64 in each dtype."""
+"""Learned temperatures and weights, and standardized logits, equal the float64 reference."""
 
 import pytest
 import torch
@@ -36,7 +36,7 @@ LEARN = {
 }
 
 
-def leaves_of(options):
+def make_leaves(options):
     """Return the options with new leaves, and the learned ones."""
     fixed = {
         name: value.clone() if isinstance(value, torch.Tensor) else value
@@ -50,7 +50,7 @@ def leaves_of(options):
     return fixed, learned
 
 
-def problem(dtype, device="cpu"):
+def make_problem(dtype, device="cpu"):
     """Make a problem with a class that both mask, and a NaN in an ignored row."""
     student, teacher, labels = make((ROWS, CLASSES), dtype, device=device, ignored=0.0)
     student[1, 3] = teacher[1, 3] = -torch.inf
@@ -65,15 +65,15 @@ def problem(dtype, device="cpu"):
 )
 def test_gradients_are_those_of_float64(name, learn, reduction):
     for dtype, bound in ((FP32, 2e-6), (BF16, 2.0**-8)):
-        student, teacher, labels = problem(dtype)
-        options, learned = leaves_of(LEARN[learn])
+        student, teacher, labels = make_problem(dtype)
+        options, learned = make_leaves(LEARN[learn])
         leaf = student.clone().requires_grad_()
         loss = fastkd.loss(leaf, teacher, labels, divergence=name, reduction=reduction, **options)
         factor = torch.linspace(1, 2, loss.numel(), dtype=loss.dtype).reshape(loss.shape)
         got = torch.autograd.grad(loss, [leaf, *learned], factor)
         assert got[0].dtype is dtype and not got[0][4].any()
 
-        fixed, learned = leaves_of(LEARN[learn])
+        fixed, learned = make_leaves(LEARN[learn])
         if "hard_weight" not in fixed and "soft_weight" not in fixed:
             fixed.update(hard_weight=0.5, soft_weight=0.5)
         fixed.setdefault("hard_weight", 1.0)
@@ -131,7 +131,7 @@ def test_probabilities_and_smoothed_weights_equal_the_reference(kind, learn, red
         student, teacher, labels = (
             x.to(dtype) if x.is_floating_point() else x for x in make((ROWS, CLASSES))
         )
-        options, learned = leaves_of(LEARN[learn])
+        options, learned = make_leaves(LEARN[learn])
         options["reduction"] = reduction
         if kind == "probabilities":
             labels = make((ROWS, CLASSES), labels=False, seed=1).student.to(dtype).softmax(-1)
@@ -156,7 +156,7 @@ def test_probabilities_and_smoothed_weights_equal_the_reference(kind, learn, red
 
 @pytest.mark.parametrize("dtype", [FP32, BF16], ids=name_of)
 def test_terms_of_each_row_equal_the_reference(dtype):
-    student, teacher, labels = problem(dtype)
+    student, teacher, labels = make_problem(dtype)
     got = fastkd.terms(student, teacher, labels, standardize=True, reduction="none")
     expected = reference.terms(
         student.double(), teacher.double(), labels, standardize=True, reduction="none"
@@ -195,7 +195,7 @@ def test_constant_rows_are_finite_and_nan_stays_in_its_row():
 @pytest.mark.parametrize("learn", LEARN)
 def test_gradients_with_create_graph_are_the_same(learn):
     student, teacher, labels = make((ROWS, CLASSES), FP64)
-    options, learned = leaves_of(LEARN[learn])
+    options, learned = make_leaves(LEARN[learn])
     leaf = student.requires_grad_()
 
     def gradients(create_graph=False):
@@ -210,7 +210,7 @@ def test_gradients_with_create_graph_are_the_same(learn):
 @pytest.mark.parametrize("learn", LEARN)
 def test_batched_gradients_equal_those_of_single_rows(learn):
     student, teacher, labels = make((ROWS, CLASSES), FP64)
-    options, learned = leaves_of(LEARN[learn])
+    options, learned = make_leaves(LEARN[learn])
     leaf = student.requires_grad_()
     losses = fastkd.loss(leaf, teacher, labels, reduction="none", **options)
     batch = torch.autograd.grad(
@@ -238,7 +238,7 @@ def test_a_class_that_one_side_masks_has_the_references_gradient(learn, side, na
         problem = make((4, 6), labels=False)._asdict()
         problem[side][:, 2] = -torch.inf
         leaf, teacher = (problem[key].to(dtype) for key in ("student", "teacher"))
-        fixed, learned = leaves_of(options)
+        fixed, learned = make_leaves(options)
         value = loss(leaf.requires_grad_(), teacher, divergence=name, **fixed, **weights)
         return torch.autograd.grad(value, [leaf, *learned])
 

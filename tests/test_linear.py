@@ -1,4 +1,4 @@
-"""The loss of a student Head equals float64, and PyTorch in the same dtypes."""
+"""The loss of a student Head equals the float64 reference, and PyTorch in the same dtypes."""
 
 from typing import Any
 
@@ -47,7 +47,7 @@ def run(
     return value.detach(), list(torch.autograd.grad(value, leaves, outgoing))
 
 
-def on_full_logits(
+def compute_on_full_logits(
     heads: Heads,
     dtype: torch.dtype,
     outgoing: Tensor | None = None,
@@ -113,7 +113,7 @@ def test_every_option_equals_the_truth(device, dtype, options):
     """Loss and gradients of every option are right, in several chunks with a smaller last one."""
     heads = make_heads(dtype, device)
     options = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in options.items()}
-    exact, exact_grads = on_full_logits(heads, FP64, **options)
+    exact, exact_grads = compute_on_full_logits(heads, FP64, **options)
     value, grads = run(heads, chunks={"chunk_size": 8}, **options)
     bound = 64 * torch.finfo(dtype).eps
     assert value.dtype == dtype and abs(value - exact) <= bound * abs(exact)
@@ -129,7 +129,7 @@ def test_grad_output_scales_the_gradients(device, dtype, reduction):
     heads = make_heads(dtype, device)
     outgoing = torch.linspace(0.5, 2, ROWS) if reduction == "none" else torch.tensor(3.0)
     options = {"reduction": reduction, "softcap": 5.0}
-    exact, exact_grads = on_full_logits(heads, FP64, outgoing.to(device), **options)
+    exact, exact_grads = compute_on_full_logits(heads, FP64, outgoing.to(device), **options)
     value, grads = run(heads, outgoing.to(device), chunks={"chunk_size": 8}, **options)
     bound = 16 * torch.finfo(dtype).eps
     assert distance(value, exact) <= bound * exact.norm()
@@ -142,10 +142,10 @@ def test_grad_output_scales_the_gradients(device, dtype, reduction):
 def test_16_bit_errors_are_at_most_pytorchs(device, dtype, chunk_size):
     """Errors are at most PyTorch's in 16 bits, and 1.1 times those of float32 logits."""
     heads = make_heads(dtype, device, rows=300, classes=1000)
-    _, exact = on_full_logits(heads, FP64)
+    _, exact = compute_on_full_logits(heads, FP64)
     _, grads = run(heads, chunks={"chunk_size": chunk_size})
-    _, upcast = on_full_logits(heads, dtype, loss_dtype=FP32)
-    _, eager = on_full_logits(heads, dtype)
+    _, upcast = compute_on_full_logits(heads, dtype, loss_dtype=FP32)
+    _, eager = compute_on_full_logits(heads, dtype)
     for name, grad, right, cast, baseline in zip("xwb", grads, exact, upcast, eager, strict=True):
         error = distance(grad, right)
         assert error <= distance(baseline, right), name
@@ -157,7 +157,7 @@ def test_float16_gradients_survive_a_loss_scale(device):
     heads = make_heads(FP16, device, rows=300, classes=1000)
     outgoing = torch.tensor(2.0**13, device=device)
     options = {"normalizer": 1e5}
-    _, exact = on_full_logits(heads, FP64, outgoing, **options)
+    _, exact = compute_on_full_logits(heads, FP64, outgoing, **options)
     _, grads = run(heads, outgoing, chunks={"chunk_size": 64}, **options)
     for grad, right in zip(grads, exact, strict=True):
         assert distance(grad, right) <= 2e-3 * right.norm()
@@ -178,8 +178,8 @@ def test_chunks_change_only_rounding(device, dtype):
 def test_sums_in_16_bits_are_less_exact(device):
     """accumulate_dtype=bfloat16 costs less accuracy than 16-bit logits."""
     heads = make_heads(BF16, device, rows=300, classes=1000)
-    _, (_, exact, _) = on_full_logits(heads, FP64)
-    _, (_, upcast, _) = on_full_logits(heads, BF16, loss_dtype=FP32)
+    _, (_, exact, _) = compute_on_full_logits(heads, FP64)
+    _, (_, upcast, _) = compute_on_full_logits(heads, BF16, loss_dtype=FP32)
     errors = [
         distance(
             run(heads, chunks={"chunk_size": 16, "accumulate_dtype": dtype_of_sum})[1][1], exact
@@ -286,7 +286,7 @@ def test_max_workspace_holds_without_kernels():
 def test_memory_is_a_quarter_of_that_of_full_logits():
     heads = make_heads(rows=512, classes=8000, ignored=0.0)
     ours = peak_bytes(lambda: run(heads))
-    theirs = peak_bytes(lambda: on_full_logits(heads, FP32))
+    theirs = peak_bytes(lambda: compute_on_full_logits(heads, FP32))
     assert ours <= theirs / 4
 
 
@@ -313,7 +313,7 @@ def test_a_teacher_head_serves_full_logits(device):
 def test_labels_may_be_probabilities(device):
     heads = make_heads(FP64, device)
     heads = heads._replace(labels=torch.rand(ROWS, CLASSES, device=device, dtype=FP64).softmax(-1))
-    exact, exact_grads = on_full_logits(heads, FP64)
+    exact, exact_grads = compute_on_full_logits(heads, FP64)
     value, grads = run(heads, chunks={"chunk_size": 8})
     torch.testing.assert_close(value, exact)
     for grad, right in zip(grads, exact_grads, strict=True):
@@ -370,9 +370,9 @@ def test_autocast_keeps_float32_gradients(device, dtype):
     with torch.autocast(device.type, dtype=dtype):
         value, grads = run(heads, chunks={"chunk_size": 64})
     assert value.dtype == FP32 and all(grad.dtype == FP32 for grad in grads)
-    _, exact = on_full_logits(heads, FP64)
+    _, exact = compute_on_full_logits(heads, FP64)
     with torch.autocast(device.type, dtype=dtype):
-        _, eager = on_full_logits(heads, FP32, loss_dtype=FP32)
+        _, eager = compute_on_full_logits(heads, FP32, loss_dtype=FP32)
     for grad, right, baseline in zip(grads, exact, eager, strict=True):
         assert 0 < distance(grad, right) <= 1.1 * distance(baseline, right)
 
@@ -450,7 +450,7 @@ def test_layouts_give_the_results_of_copies(device):
 def test_a_teacher_may_have_another_dtype(device, dtype, teacher_dtype):
     heads = make_heads(dtype, device)
     heads = heads._replace(teacher=Head(*(value.to(teacher_dtype) for value in heads.teacher[:3])))
-    exact, exact_grads = on_full_logits(heads, FP64)
+    exact, exact_grads = compute_on_full_logits(heads, FP64)
     value, grads = run(heads, chunks={"chunk_size": 8})
     bound = (2 if BF16 in (dtype, teacher_dtype) else 64) * max(
         torch.finfo(kind).eps for kind in (dtype, teacher_dtype)

@@ -64,7 +64,7 @@ def divergence(log_q: Tensor, indices: Tensor, log_p: Tensor, tail: str) -> Tens
     return F.kl_div(*pair, log_target=True, reduction="none").sum(-1)
 
 
-def on_full_logits(
+def compute_on_full_logits(
     heads: Heads,
     outgoing: Tensor | None = None,
     *,
@@ -126,7 +126,7 @@ def implementation(request, monkeypatch):
 def test_every_option_equals_the_truth(device, implementation, dtype, options):
     """Loss and gradients are right in one chunk, and in several with a smaller last one."""
     heads = make(dtype, device)
-    exact, exact_grads = on_full_logits(heads, **options)
+    exact, exact_grads = compute_on_full_logits(heads, **options)
     bound = 64 * torch.finfo(dtype).eps
     for size in (8, ROWS):
         value, grads = run(heads, chunks={"chunk_size": size}, **options)
@@ -143,7 +143,7 @@ def test_grad_output_scales_the_gradients(device, dtype, reduction):
     heads = make(dtype, device)
     outgoing = torch.linspace(0.5, 2, ROWS) if reduction == "none" else torch.tensor(3.0)
     options = {"reduction": reduction, "softcap": 5.0}
-    exact, exact_grads = on_full_logits(heads, outgoing.to(device), **options)
+    exact, exact_grads = compute_on_full_logits(heads, outgoing.to(device), **options)
     value, grads = run(heads, outgoing.to(device), chunks={"chunk_size": 8}, **options)
     bound = 16 * torch.finfo(dtype).eps
     assert distance(value, exact) <= bound * exact.norm()
@@ -155,8 +155,8 @@ def test_grad_output_scales_the_gradients(device, dtype, reduction):
 def test_16_bit_errors_are_at_most_those_of_upcast_logits(device, dtype):
     """Errors are at most 1.1 times those of logits cast to float32."""
     heads = make(dtype, device, rows=300, classes=1000)
-    _, exact = on_full_logits(heads)
-    _, cast = on_full_logits(heads, dtype=dtype)
+    _, exact = compute_on_full_logits(heads)
+    _, cast = compute_on_full_logits(heads, dtype=dtype)
     for size in (8, 300):
         _, grads = run(heads, chunks={"chunk_size": size})
         for name, grad, right, baseline in zip("xwb", grads, exact, cast, strict=True):
@@ -190,7 +190,7 @@ def test_the_default_temperature_is_that_of_the_lists(device):
 
 def test_the_soft_term_needs_no_labels(device):
     heads = make(FP64, device)._replace(labels=None)
-    exact, exact_grads = on_full_logits(heads, soft_weight=1.0)
+    exact, exact_grads = compute_on_full_logits(heads, soft_weight=1.0)
     value, grads = run(heads, chunks={"chunk_size": 8})
     torch.testing.assert_close(value, exact)
     for grad, right in zip(grads, exact_grads, strict=True):
@@ -228,8 +228,8 @@ def test_autocast_keeps_float32_gradients(device, dtype):
     heads = make(FP32, device, rows=300, classes=1000)
     with torch.autocast(device.type, dtype=dtype):
         value, grads = run(heads, chunks={"chunk_size": 64})
-        _, eager = on_full_logits(heads, dtype=FP32)
-    _, exact = on_full_logits(heads)
+        _, eager = compute_on_full_logits(heads, dtype=FP32)
+    _, exact = compute_on_full_logits(heads)
     assert value.dtype == FP32 and all(grad.dtype == FP32 for grad in grads)
     for grad, right, baseline in zip(grads, exact, eager, strict=True):
         assert 0 < distance(grad, right) <= 1.1 * distance(baseline, right)

@@ -1,4 +1,4 @@
-"""Value and gradient of the loss equal float64, for every option, dtype and layout."""
+"""Value and gradient of the loss equal the float64 reference: options, dtypes and layouts."""
 
 import itertools
 import math
@@ -484,7 +484,7 @@ NORMALIZED = ({"divergence": "jsd"}, {}, {"standardize": True}, {"label_smoothin
 @pytest.mark.parametrize("options", NORMALIZED, ids=str)
 @pytest.mark.usefixtures("each_autograd")
 def test_a_normalizer_of_0_needs_ignored_rows(normalizer, options, device):
-    """A step of accumulated batches may have no label, so its token count is 0."""
+    """A normalizer of 0 is accepted if all rows are ignored, as in a step without labels."""
     student, teacher, labels = make((6, 20), device=device)
     ignored = torch.full_like(labels, -100)
     weight, top = torch.eye(20, device=device), fastkd.TopK(*teacher.log_softmax(-1).topk(3))

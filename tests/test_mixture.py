@@ -45,7 +45,7 @@ def mixed_logits(teachers: list[Tensor], dtype: torch.dtype = FP32, **options: A
     return dense.mixed_teacher(dense.make_arguments(call, False), dtype)
 
 
-def mixed(teachers: list[Tensor], dtype: torch.dtype = FP32, **options: Any) -> Tensor:
+def mix(teachers: list[Tensor], dtype: torch.dtype = FP32, **options: Any) -> Tensor:
     """Compute the mixture's logits at temperature 1, in float64 on the CPU."""
     logits = mixed_logits(teachers, dtype, **options)
     assert logits.is_contiguous() and logits.dtype == dtype
@@ -56,9 +56,9 @@ def mixed(teachers: list[Tensor], dtype: torch.dtype = FP32, **options: Any) -> 
 
 
 def check(teachers: list[Tensor], dtype: torch.dtype = FP32, **options: Any) -> None:
-    """Assert that p, log p and the masked classes equal float64."""
+    """Assert that p, log p and the masked classes equal those in float64."""
     classes = teachers[0].shape[-1]
-    got = mixed(teachers, dtype, **options).log_softmax(-1).reshape(-1, classes)
+    got = mix(teachers, dtype, **options).log_softmax(-1).reshape(-1, classes)
     form, teacher_t = options.get("teacher_form", "logits"), options.get("teacher_temperature")
     default = options.get("temperature", 2.0) if form == "logits" else 1.0
     teacher_t = default if teacher_t is None else teacher_t
@@ -112,7 +112,7 @@ def test_rows_of_any_stride_are_mixed(device):
     check([wide[0][:, 1:, :40], wide[1][:, :5, 9:49].contiguous()])
     check([logits[1:2].expand(3, 6, 50) for logits in wide])
     pixels = [logits.movedim(-1, 1).contiguous().movedim(1, -1) for logits in wide]
-    torch.testing.assert_close(mixed(pixels), mixed(wide), rtol=0, atol=0)
+    torch.testing.assert_close(mix(pixels), mix(wide), rtol=0, atol=0)
 
 
 @pytest.mark.usefixtures("isa")
@@ -141,25 +141,25 @@ def test_an_invalid_row_is_nan(device, value):
     for at in (0, 17, 1024):
         teachers = teachers_of("logits", (3, 1025), FP32, 2, device)
         teachers[1][1, at] = value
-        result = mixed(teachers)
+        result = mix(teachers)
         assert result[1].isnan().all()
         assert result[::2].isfinite().all()
     teachers = teachers_of("logits", (3, 40), FP32, 2, device)
     teachers[0][2] = -INF
-    assert mixed(teachers)[2].isnan().all()
+    assert mix(teachers)[2].isnan().all()
     probs = teachers_of("probs", (3, 40), FP32, 2, device)
     probs[0][0, 1] = -0.5
-    assert mixed(probs, teacher_form="probs")[0].isnan().all()
+    assert mix(probs, teacher_form="probs")[0].isnan().all()
 
 
 @pytest.mark.usefixtures("threads", "isa")
 def test_bits_are_equal_for_any_number_of_threads():
     teachers = teachers_of("logits", (37, 5000), FP32, 3)
     torch.set_num_threads(1)
-    expected = mixed(teachers)
+    expected = mix(teachers)
     for threads in (2, 5):
         torch.set_num_threads(threads)
-        assert torch.equal(mixed(teachers), expected)
+        assert torch.equal(mix(teachers), expected)
 
 
 @pytest.mark.parametrize("of_rows", [None, torch.tensor([1.0, 2.0, 3.0, 1.5, 2.5, 3.5])])
@@ -195,7 +195,7 @@ def test_the_op_refuses_invalid_arguments():
 
 
 def test_no_rows_give_an_empty_mixture():
-    assert mixed([torch.zeros(0, 5), torch.zeros(0, 5)]).shape == (0, 5)
+    assert mix([torch.zeros(0, 5), torch.zeros(0, 5)]).shape == (0, 5)
 
 
 def test_a_mixture_of_one_teacher_with_itself_is_that_teacher():

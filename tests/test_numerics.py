@@ -34,7 +34,7 @@ INF, NAN = math.inf, math.nan
 CLASSES = 32000
 
 
-def near(
+def make_near(
     kl: float, device: torch.device, *, rows: int = 4, classes: int = CLASSES
 ) -> tuple[Tensor, Tensor]:
     """Make fp32 logits with a divergence of about ``kl`` at temperature 1 in each row."""
@@ -45,7 +45,7 @@ def near(
 
 @pytest.mark.parametrize("kl", [1e-2, 1e-3, 1e-4, 1e-5, 1e-6, 5e-7, 1e-7, 1e-8])
 def test_divergence_is_exact_near_the_teacher(device, kl):
-    student, teacher = near(kl, device)
+    student, teacher = make_near(kl, device)
     exact = truth(student, teacher, temperature=1.0, reduction="none")
     assert ((exact.loss > kl / 2) & (exact.loss < kl * 2)).all()
     leaf = student.requires_grad_()
@@ -61,7 +61,7 @@ def test_divergence_is_exact_near_the_teacher(device, kl):
 
 
 def rows_of(leaf: Tensor, teacher: Tensor, **options: Any) -> Tensor:
-    """Compute row losses and their gradient on ``leaf``; calls with and without it agree."""
+    """Compute row losses and their gradient on ``leaf``; check the loss without a gradient."""
     rows = fastkd.loss(leaf, teacher, **options)
     rows.sum().backward()
     with torch.no_grad():
@@ -76,7 +76,7 @@ def test_divergence_is_exact_by_either_formula(device, classes, temperature):
     options = {"temperature": temperature, "reduction": "none"}
     worst, errors = [0.0, 0.0], [0.0, 0.0]
     for kl in (0.03, 0.05, 0.08, 0.3, 2.0):
-        student, teacher = near(kl * temperature**2, device, rows=16, classes=classes)
+        student, teacher = make_near(kl * temperature**2, device, rows=16, classes=classes)
         exact = truth(student, teacher, **options)
         leaf = student.requires_grad_()
         rows = rows_of(leaf, teacher, **options)
@@ -94,7 +94,7 @@ def test_reverse_kl_is_exact_by_either_formula(device, classes, temperature):
     """The reverse KL of well-separated rows is the sum of its slopes."""
     options = {"divergence": "reverse_kl", "temperature": temperature, "reduction": "none"}
     for kl in (1e-5, 0.03, 0.05, 0.08, 0.3, 2.0):
-        student, teacher = near(kl * temperature**2, device, rows=16, classes=classes)
+        student, teacher = make_near(kl * temperature**2, device, rows=16, classes=classes)
         exact = truth(student, teacher, **options)
         leaf = student.requires_grad_()
         rows = rows_of(leaf, teacher, **options)
@@ -125,7 +125,7 @@ def test_divergence_is_exact_for_one_class_above_equal_classes(device, classes, 
 )
 def test_jsd_is_exact_near_and_far(device, classes, apart, mix):
     """The JSD is right where its series ends and its logarithm loses four bits of a class."""
-    student, teacher = near(apart**2 / 2, device, classes=classes)
+    student, teacher = make_near(apart**2 / 2, device, classes=classes)
     options = {"divergence": "jsd", "mix": mix, "temperature": 1.0, "reduction": "none"}
     exact = truth(student, teacher, **options)
     leaf = student.requires_grad_()
@@ -141,7 +141,7 @@ def test_dkd_is_exact_near_the_teacher(device, classes, kl):
     """dkd is right where its divergences and the differences of the log-odds are small."""
     if device.type == "cuda":
         pytest.skip("by PyTorch operations")
-    student, teacher = near(kl, device, rows=16, classes=classes)
+    student, teacher = make_near(kl, device, rows=16, classes=classes)
     labels = torch.arange(16) % classes
     options = {"temperature": 1.0, "divergence": "dkd", "hard_weight": 0.0, "soft_weight": 1.0}
     exact = truth(student, teacher, labels, reduction="none", **options)
@@ -165,7 +165,7 @@ def test_dkd_is_exact_near_the_teacher(device, classes, kl):
 def test_cosine_is_exact_near_the_teacher(device, classes, distance):
     if device.type == "cuda":
         pytest.skip("by PyTorch operations")
-    student, teacher = near(distance**2 / 2, device, rows=16, classes=classes)
+    student, teacher = make_near(distance**2 / 2, device, rows=16, classes=classes)
     leaf, exact_leaf = student.requires_grad_(), student.detach().double().requires_grad_()
     rows = fastkd.loss(leaf, teacher, divergence="cosine", temperature=1.0, reduction="none")
     u = F.normalize(exact_leaf, dim=-1)
@@ -182,7 +182,7 @@ def test_cosine_is_exact_near_the_teacher(device, classes, distance):
 @pytest.mark.parametrize("gap", [30.0, 150.0, 1500.0])
 @pytest.mark.parametrize("classes", [10, 1000])
 def test_dkd_is_exact_for_labels_far_above_or_below_the_rest(device, classes, gap):
-    """The label's exponential, relative to the greatest other one, may overflow or underflow."""
+    """dkd is right if the label's exponential overflows or underflows relative to other classes."""
     student, teacher, _ = make((4, classes), FP32, device=device, labels=False)
     labels = torch.tensor([0, 3, 5, classes - 1], device=device)
     signs = torch.tensor([[1.0, 1.0, -1.0, -1.0], [1.0, -1.0, 1.0, -1.0]], device=device)
@@ -202,7 +202,7 @@ def test_dkd_is_exact_for_labels_far_above_or_below_the_rest(device, classes, ga
 @pytest.mark.parametrize("log_target", [False, True])
 def test_torchs_kl_div_is_wrong_where_fastkd_is_exact(log_target):
     """torch's kl_div errs by more than 10 % where fastkd does not."""
-    student, teacher = near(5e-7, torch.device("cpu"), rows=8)
+    student, teacher = make_near(5e-7, torch.device("cpu"), rows=8)
     exact = truth(student, teacher, temperature=1.0, reduction="none").loss
     target = F.log_softmax(teacher, -1) if log_target else F.softmax(teacher, -1)
     theirs = F.kl_div(F.log_softmax(student, -1), target, reduction="none", log_target=log_target)
@@ -213,7 +213,7 @@ def test_torchs_kl_div_is_wrong_where_fastkd_is_exact(log_target):
 
 @pytest.mark.parametrize("student_dtype", [FP32, FP64], ids=name_of)
 def test_divergence_is_exact_near_the_teacher_in_double(device, student_dtype):
-    student, teacher = near(1e-8, device)
+    student, teacher = make_near(1e-8, device)
     student = student.to(student_dtype)
     teacher = student.double() + (teacher.double() - student.double())
     exact = truth(student, teacher, temperature=1.0)

@@ -1,4 +1,4 @@
-"""Every divergence, teacher form, label kind, reduction and dtype equals NumPy in float64."""
+"""Every divergence, teacher form, label kind, reduction and dtype equals the NumPy oracle."""
 
 import re
 from typing import Any
@@ -22,7 +22,7 @@ BOUND = {FP32: 4e-6, FP64: 1e-13}
 GRAD_BOUND = {FP32: 4e-6, FP64: 1e-9, BF16: 2**-8, FP16: 2**-10}
 
 
-def teacher_of(form: str, dtype: torch.dtype, device: Any, seed: int = 1) -> Any:
+def make_teacher(form: str, dtype: torch.dtype, device: Any, seed: int = 1) -> Any:
     """Make a teacher of a form: one tensor, or three."""
     teachers = [
         make((ROWS, CLASSES), FP64, labels=False, device=device, seed=seed + i).student
@@ -45,7 +45,7 @@ FORMS = {
 }
 
 
-def labels_of(kind: str, device: Any) -> Tensor | None:
+def make_labels(kind: str, device: Any) -> Tensor | None:
     if kind == "none":
         return None
     if kind == "indices":
@@ -104,12 +104,12 @@ def check(student: Tensor, teacher: Any, labels: Tensor | None, **options: Any) 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("name", NAMES)
 def test_every_objective_equals_numpys(device, name, form, kind):
-    labels = labels_of(kind, device)
+    labels = make_labels(kind, device)
     message = refusal(name, form, kind)
     # Each reduction and each dtype once; other pairs would test nothing more.
     for reduction, dtype in zip(("mean", "sum", "none", "mean"), DTYPES, strict=True):
         student = make((ROWS, CLASSES), dtype, labels=False, device=device).student
-        teacher = teacher_of(form, dtype, device)
+        teacher = make_teacher(form, dtype, device)
         options = {"divergence": name, "reduction": reduction, **FORMS[form]}
         if message is None:
             check(student, teacher, labels, **options)
@@ -150,7 +150,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     ],
 )
 def test_options_equal_numpys(device, name, options, kind):
-    labels = labels_of(kind, device)
+    labels = make_labels(kind, device)
     resolved = {
         key: value.to(device) if isinstance(value, Tensor) else value
         for key, value in OPTIONS[options].items()
@@ -158,21 +158,21 @@ def test_options_equal_numpys(device, name, options, kind):
     if options == "ignore_index" and kind == "indices":
         labels = labels.abs().clamp(max=5)
     student = make((ROWS, CLASSES), FP64, labels=False, device=device).student
-    check(student, teacher_of("logits", FP64, device), labels, divergence=name, **resolved)
+    check(student, make_teacher("logits", FP64, device), labels, divergence=name, **resolved)
 
 
 @pytest.mark.parametrize("mix", [0.05, 0.7])
 @pytest.mark.parametrize("name", [n for n in NAMES if reference.DIVERGENCES[n].mix is not None])
 def test_every_mix_equals_numpys(device, name, mix):
     student = make((ROWS, CLASSES), FP64, labels=False, device=device).student
-    teacher, labels = teacher_of("logits", FP64, device), labels_of("indices", device)
+    teacher, labels = make_teacher("logits", FP64, device), make_labels("indices", device)
     check(student, teacher, labels, divergence=name, mix=mix)
 
 
 @pytest.mark.parametrize("form", FORMS)
 def test_teacher_temperature_softens_every_form(device, form):
     student = make((ROWS, CLASSES), FP64, labels=False, device=device).student
-    teacher = teacher_of(form, FP64, device)
+    teacher = make_teacher(form, FP64, device)
     for name in ("forward_kl", "jsd"):
         check(student, teacher, None, divergence=name, teacher_temperature=1.7, **FORMS[form])
 
@@ -180,7 +180,7 @@ def test_teacher_temperature_softens_every_form(device, form):
 def test_a_standardized_ensemble_equals_numpys(device):
     student = make((ROWS, CLASSES), FP64, labels=False, device=device).student
     for form in ("three, probs", "three, logits"):
-        teacher = teacher_of(form, FP64, device)
+        teacher = make_teacher(form, FP64, device)
         check(student, teacher, None, divergence="reverse_kl", standardize=True, **FORMS[form])
 
 
@@ -201,7 +201,7 @@ def test_a_sequence_of_one_is_one_teacher(device):
 )
 def test_hard_term_is_cross_entropy(device, kind, weighted, smoothing, reduction):
     student = make((ROWS, CLASSES), FP64, labels=False, device=device).student
-    labels = labels_of(kind, device)
+    labels = make_labels(kind, device)
     weight = torch.linspace(0, 2, CLASSES, dtype=FP64, device=device) if weighted else None
     ours, theirs = student.clone().requires_grad_(), student.clone().requires_grad_()
     options = {"label_smoothing": smoothing, "reduction": reduction}

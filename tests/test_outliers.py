@@ -85,7 +85,7 @@ def test_centered_squared_error_is_exact_if_logits_differ_by_a_constant(device, 
     ids=str,
 )
 def test_an_outlier_costs_no_accuracy_in_any_dtype_or_pass(device, divergence, classes, dtype):
-    """A second backward pass gives the bits of the first, with the hard term."""
+    """An outlier costs no accuracy, and a second backward pass gives the bits of the first."""
     student, teacher, labels = make((6, classes), dtype, device=device, ignored=0.0)
     student[:, classes // 2] = 3e4
     exact = truth(student, teacher, labels, divergence=divergence, reduction="sum")

@@ -110,7 +110,7 @@ def test_labels_of_a_plot_never_overlap(count, width, speedup):
         if axis.get_view_interval()[0] <= tick.get_loc() <= axis.get_view_interval()[1]
     ]
     assert len(ticks) >= 4
-    # Excludes the line to the point.
+    # The extent of the text, without the line to the point.
     extent = importlib.import_module("matplotlib.text").Text.get_window_extent
     boxes = [extent(text) for text in (*names, *ticks, axes.xaxis.label)]
     for box, other_box in itertools.combinations(boxes, 2):

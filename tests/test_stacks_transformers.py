@@ -20,8 +20,8 @@ from stacks import (  # noqa: E402
     LENGTH,
     TEMPERATURE,
     VOCABULARY,
-    by_hand,
     llama,
+    loss_by_hand,
     losses,
     pad,
     sentences,
@@ -58,7 +58,7 @@ class ByHand(transformers.Trainer):
         if moved is None:
             student, teacher, moved = student[:, :-1], teacher[:, :-1], labels[:, 1:]
         smoothing = self.args.label_smoothing_factor
-        total = by_hand(student, teacher, moved, num_items_in_batch, smoothing)
+        total = loss_by_hand(student, teacher, moved, num_items_in_batch, smoothing)
         total = total * self.accelerator.num_processes
         return (total, {"logits": student}) if return_outputs else total
 
@@ -115,7 +115,7 @@ def run(kind, folder, **options) -> list[float]:
     return losses(made)
 
 
-def moved(samples):
+def collate_shifted(samples):
     """Collate with labels shifted to their logits, like collators without padding."""
     batch = pad(samples)
     return {**batch, "shift_labels": causal_labels(batch), "labels": batch["labels"] * 0 + 7}
@@ -128,7 +128,7 @@ SITUATIONS = {
     "packing": {"collator": PACKED},
     "bf16 autocast": {"bf16": True},
     "label smoothing": {"label_smoothing_factor": 0.2},
-    "shift_labels": {"collator": moved},
+    "shift_labels": {"collator": collate_shifted},
 }
 
 
@@ -304,7 +304,7 @@ FORMS = {
 }
 
 
-def without_mask(samples):
+def collate_without_mask(samples):
     """Collate into batches of the same length, without an attention mask."""
     longest = {"input_ids": [0] * LENGTH, "labels": [-100] * LENGTH}
     batch = pad([*samples, longest])
@@ -314,8 +314,8 @@ def without_mask(samples):
 @pytest.mark.parametrize("form", FORMS)
 def test_torch_modules_are_trained(form, tmp_path):
     models = {"student": Head(8, FORMS[form], 0), "teacher": Head(16, FORMS[form], 1)}
-    ours = trainer(Distilling, tmp_path, collator=without_mask, **models)
-    theirs = trainer(ByHand, tmp_path, collator=without_mask, **models)
+    ours = trainer(Distilling, tmp_path, collator=collate_without_mask, **models)
+    theirs = trainer(ByHand, tmp_path, collator=collate_without_mask, **models)
     ours.train()
     theirs.train()
     assert losses(ours) == pytest.approx(losses(theirs), rel=1e-5)
@@ -351,7 +351,7 @@ def test_a_teacher_in_bf16_gets_its_dtype(tmp_path):
 # ---- refused arguments
 
 
-def refused(error, match, folder, **options):
+def assert_refused(error, match, folder, **options):
     student, before = llama(8, 0), llama(16, 1)
     teacher = options.pop("teacher", before)
     loss = options.pop("loss", None)
@@ -366,26 +366,28 @@ def refused(error, match, folder, **options):
 
 
 def test_unsupported_arguments_are_refused(tmp_path):
-    refused(
+    assert_refused(
         TypeError,
         "teacher must be a torch.nn.Module; got the name 'org/large'.*from_pretrained",
         tmp_path,
         teacher="org/large",
     )
-    refused(TypeError, "teacher must be a torch.nn.Module; got NoneType", tmp_path, teacher=None)
-    refused(
+    assert_refused(
+        TypeError, "teacher must be a torch.nn.Module; got NoneType", tmp_path, teacher=None
+    )
+    assert_refused(
         ValueError,
         "kd_loss must have no parameter that requires grad.*got temperature",
         tmp_path,
         loss=fastkd.KDLoss(temperature=nn.Parameter(torch.tensor(2.0))),
     )
-    refused(
+    assert_refused(
         ValueError,
         "compute_loss_func must be None",
         tmp_path,
         trainer={"compute_loss_func": lambda *arguments, **options: 0.0},
     )
-    refused(
+    assert_refused(
         ValueError,
         "must agree where both are set; got 0.1 and 0.2",
         tmp_path,
@@ -396,7 +398,7 @@ def test_unsupported_arguments_are_refused(tmp_path):
 
 def test_an_ignored_label_that_the_trainer_counts_is_refused(tmp_path):
     loss = fastkd.KDLoss(ignore_index=0)
-    refused(ValueError, "kd_loss must have ignore_index=-100; got 0", tmp_path, loss=loss)
+    assert_refused(ValueError, "kd_loss must have ignore_index=-100; got 0", tmp_path, loss=loss)
 
 
 def test_a_fixed_parameter_as_temperature_is_accepted(tmp_path):

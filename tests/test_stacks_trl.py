@@ -21,8 +21,8 @@ from stacks import (  # noqa: E402
     LENGTH,
     TEMPERATURE,
     VOCABULARY,
-    by_hand,
     llama,
+    loss_by_hand,
     losses,
     sentences,
 )
@@ -137,7 +137,7 @@ def test_the_gkd_trainer_has_loss_0_without_valid_tokens(kind, tmp_path):
     assert gkd(kind, tmp_path, empty, max_steps=3) == [0.0] * 3
 
 
-def other_models(kind: str):
+def make_scaled_models(kind: str):
     """Return a student and a teacher with scaled, or soft-capped, logits."""
     shared = {"vocab_size": VOCABULARY, "num_hidden_layers": 1, "num_attention_heads": 2}
     shared |= {"num_key_value_heads": 2, "initializer_range": 0.3, "pad_token_id": 0}
@@ -159,7 +159,7 @@ def other_models(kind: str):
 @pytest.mark.parametrize("kind", ["scale", "divided", "softcap"])
 def test_the_gkd_trainer_supports_scaled_and_capped_logits(kind, tmp_path):
     ours, theirs = (
-        gkd(trainer, tmp_path, prompted(), other_models(kind), max_steps=5)
+        gkd(trainer, tmp_path, prompted(), make_scaled_models(kind), max_steps=5)
         for trainer in (integration.GKDTrainer, GKDTrainer)
     )
     assert ours == pytest.approx(theirs, rel=1e-5)
@@ -195,7 +195,7 @@ def test_the_gkd_trainer_scales_the_loss_by_the_processes(return_outputs, tmp_pa
     assert loss(10) == shared
 
 
-def two_steps(folder, processes: int) -> dict[str, list[float]]:
+def train_two_steps(folder, processes: int) -> dict[str, list[float]]:
     """Train on batches of 4 in all processes together; return the logged values."""
     trainer = gkd_trainer(
         integration.GKDTrainer,
@@ -211,13 +211,13 @@ def two_steps(folder, processes: int) -> dict[str, list[float]]:
 
 
 def test_gkd_trainer_takes_the_same_steps_with_two_processes(tmp_path):
-    """Under DDP, TRL's own losses and gradients are half of one process's; fastkd's are equal."""
+    """Two processes give the losses of one; TRL's own losses are halved under DDP."""
     file = tmp_path / "log.json"
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     done = subprocess.run([*command, __file__, file], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     ours = json.loads(file.read_text())
-    for name, alone in two_steps(tmp_path, 1).items():
+    for name, alone in train_two_steps(tmp_path, 1).items():
         assert ours[name] == pytest.approx(alone, rel=1e-5), name
 
 
@@ -337,7 +337,7 @@ class ByHand(SFTTrainer):
         student = model(**inputs, use_cache=False).logits[:, :-1]
         with torch.no_grad():
             teacher = self.teacher(**inputs, use_cache=False).logits[:, :-1]
-        return by_hand(student, teacher, labels, num_items_in_batch)
+        return loss_by_hand(student, teacher, labels, num_items_in_batch)
 
 
 def sft(kind, folder, **options) -> list[float]:
@@ -370,6 +370,6 @@ def test_packing_gives_the_loss_of_padding(tmp_path):
 
 
 if __name__ == "__main__":  # run by one of the two processes
-    log = two_steps(pathlib.Path(sys.argv[1]).parent, 2)
+    log = train_two_steps(pathlib.Path(sys.argv[1]).parent, 2)
     if os.environ["RANK"] == "0":
         pathlib.Path(sys.argv[1]).write_text(json.dumps(log))

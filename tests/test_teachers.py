@@ -137,7 +137,7 @@ def test_a_top_k_cache_is_a_teacher(tmp_path):
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
 
     text = write_cache(Characters(), tmp_path / "text", loader=sequences(4), top_k=4)
-    batch = padded([(TEXT[0], None, 0), (TEXT[1], None, 1)])
+    batch = collate_padded([(TEXT[0], None, 0), (TEXT[1], None, 1)])
     student = torch.randn(2, 9, 30)
     cached = text.lookup(batch.ids, student.shape[1:-1])
     total = fastkd.loss(student, cached, batch.labels, reduction="sum")
@@ -153,7 +153,7 @@ def test_a_top_k_cache_is_a_teacher(tmp_path):
 TEXT = [torch.arange(n) % 30 for n in (3, 9, 0, 5, 9, 1)]
 
 
-def padded(samples: list, length: int | None = None) -> batches.Labelled:
+def collate_padded(samples: list, length: int | None = None) -> batches.Labelled:
     """Collate (tokens, tokens, id), padded at the end."""
     length = length or max(1, max(len(item[0]) for item in samples))
     inputs = torch.zeros(len(samples), length, dtype=torch.int64)
@@ -166,7 +166,7 @@ def padded(samples: list, length: int | None = None) -> batches.Labelled:
 
 def sequences(batch_size: int) -> DataLoader:
     data = WithIds([(tokens, tokens) for tokens in TEXT])
-    return DataLoader(data, batch_size=batch_size, collate_fn=padded)
+    return DataLoader(data, batch_size=batch_size, collate_fn=collate_padded)
 
 
 @pytest.mark.parametrize("top_k", [None, 4])
@@ -195,9 +195,9 @@ def test_sequences_are_cached_without_padding(tmp_path, top_k):
     assert cache.lookup(torch.tensor([0, 3]))[0].shape[-2:] == (5, top_k or 30)[-2:] or top_k
     with pytest.raises(ValueError, match="up to 9 positions"):
         cache.lookup(torch.tensor([0, 1]), shape=(8,))
-    assert cache.check(batch=padded([(TEXT[1], None, 1), (TEXT[3], None, 3)], 20)) is None
+    assert cache.check(batch=collate_padded([(TEXT[1], None, 1), (TEXT[3], None, 3)], 20)) is None
     with pytest.raises(ValueError, match="such as id 3"):
-        cache.check(batch=padded([(TEXT[1], None, 1), (TEXT[3] + 1, None, 3)], 20))
+        cache.check(batch=collate_padded([(TEXT[1], None, 1), (TEXT[3] + 1, None, 3)], 20))
 
 
 def test_an_attention_mask_limits_the_cached_positions(tmp_path):
@@ -349,7 +349,7 @@ def test_incomplete_files_are_not_read(tmp_path, cache):
 
 
 def test_two_processes_may_write_different_samples(tmp_path, cache, monkeypatch):
-    """Under a distributed sampler, both processes choose the same next free name."""
+    """Two processes that choose the same next free name write different samples."""
     halves = [DataLoader(Subset(DATA, range(first, 200, 2)), 32) for first in (0, 1)]
     write_cache(CountingTeacher(), tmp_path, loader=halves[0], top_k=4)
     monkeypatch.setattr(pathlib.Path, "glob", lambda *_: iter(()))

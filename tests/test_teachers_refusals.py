@@ -194,12 +194,12 @@ def test_the_teacher_stays_unchanged(tmp_path):
 # ---- forged and damaged files
 
 
-def parts_of(data: bytes) -> tuple[dict, bytes]:
+def split_parts(data: bytes) -> tuple[dict, bytes]:
     (size,) = struct.unpack("<Q", data[:8])
     return json.loads(data[8 : 8 + size]), data[8 + size :]
 
 
-def joined(header: dict | bytes, body: bytes) -> bytes:
+def join_parts(header: dict | bytes, body: bytes) -> bytes:
     text = header if isinstance(header, bytes) else json.dumps(header).encode()
     return struct.pack("<Q", len(text)) + text + body
 
@@ -240,39 +240,41 @@ def forged(cache, tmp_path):
 )
 def test_forged_metadata_is_refused(forged, key, value, message):
     data, forge = forged
-    header, body = parts_of(data)
+    header, body = split_parts(data)
     header["__metadata__"][key] = value
     with pytest.raises(
         ValueError, match=f"not a complete shard of a teacher's cache: .*({message})"
     ):
-        TeacherCache(forge(joined(header, body)))
+        TeacherCache(forge(join_parts(header, body)))
 
 
 @pytest.mark.parametrize(
     "change",
     [
-        lambda header, body: joined(b"\xff" * 40, body),
+        lambda header, body: join_parts(b"\xff" * 40, body),
         lambda header, body: struct.pack("<Q", 2**63) + body,
         lambda header, body: struct.pack("<Q", 10**8 - 1) + body,
         lambda header, body: b"",
-        lambda header, body: joined(b"[" * 100_000, body),
-        lambda header, body: joined({**header, "ids": {**header["ids"], "shape": [2**60]}}, body),
-        lambda header, body: joined({**header, "ids": {**header["ids"], "shape": [-1]}}, body),
-        lambda header, body: joined({**header, "ids": {**header["ids"], "dtype": "F64"}}, body),
-        lambda header, body: joined(
+        lambda header, body: join_parts(b"[" * 100_000, body),
+        lambda header, body: join_parts(
+            {**header, "ids": {**header["ids"], "shape": [2**60]}}, body
+        ),
+        lambda header, body: join_parts({**header, "ids": {**header["ids"], "shape": [-1]}}, body),
+        lambda header, body: join_parts({**header, "ids": {**header["ids"], "dtype": "F64"}}, body),
+        lambda header, body: join_parts(
             {**header, "log_probs": {**header["log_probs"], "data_offsets": [0, 2**62]}}, body
         ),
-        lambda header, body: joined({k: v for k, v in header.items() if k != "ids"}, body),
-        lambda header, body: joined({"__metadata__": header["__metadata__"]}, b""),
-        lambda header, body: joined(header, body[:-1]),
-        lambda header, body: joined(header, body + b"\0"),
+        lambda header, body: join_parts({k: v for k, v in header.items() if k != "ids"}, body),
+        lambda header, body: join_parts({"__metadata__": header["__metadata__"]}, b""),
+        lambda header, body: join_parts(header, body[:-1]),
+        lambda header, body: join_parts(header, body + b"\0"),
         lambda header, body: pickle.dumps({"ids": [1]}),
     ],
 )
 def test_forged_files_are_refused(forged, change):
     data, forge = forged
     with pytest.raises(ValueError, match=r"shard-00000\.safetensors is not a complete shard"):
-        TeacherCache(forge(change(*parts_of(data))))
+        TeacherCache(forge(change(*split_parts(data))))
 
 
 READ = "import sys; from fastkd.teachers import TeacherCache; TeacherCache(sys.argv[1])"
@@ -302,13 +304,13 @@ def test_only_regular_files_are_opened(tmp_path, kind):
 
 def test_forged_lengths_are_refused(forged):
     data, forge = forged
-    header, body = parts_of(data)
+    header, body = split_parts(data)
     start, stop = header["lengths"]["data_offsets"]
     count = (stop - start) // 8
     for lengths in ([count + 1, -1] + [1] * (count - 2), [2**62] * count, [0] * count):
         new = body[:start] + struct.pack(f"<{count}q", *lengths) + body[stop:]
         with pytest.raises(ValueError, match="lengths do not add up"):
-            TeacherCache(forge(joined(header, new)))
+            TeacherCache(forge(join_parts(header, new)))
 
 
 def test_a_forged_class_is_refused(cache, tmp_path):
@@ -374,10 +376,10 @@ def test_each_sample_has_its_checksum(tmp_path):
     """Damage is detected when a sample is read, and other samples stay readable."""
     write_cache(CountingTeacher(), tmp_path)
     (file,) = tmp_path.iterdir()
-    header, body = parts_of(file.read_bytes())
+    header, body = split_parts(file.read_bytes())
     assert header["checksums"]["shape"] == [200]
     at = header["log_probs"]["data_offsets"][0] + 17 * 10 * 2
-    file.write_bytes(joined(header, body[:at] + bytes([body[at] ^ 1]) + body[at + 1 :]))
+    file.write_bytes(join_parts(header, body[:at] + bytes([body[at] ^ 1]) + body[at + 1 :]))
     cache = TeacherCache(tmp_path)
     cache.lookup(torch.tensor([0, 16, 18, 199]))
     for _ in range(2):

@@ -1,4 +1,4 @@
-"""Every field of fastkd.terms, and the gradient, equal the reference."""
+"""Every field of fastkd.terms, and the gradient, equal those of the reference."""
 
 import math
 

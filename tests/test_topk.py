@@ -240,7 +240,7 @@ def test_every_class_listed_is_the_dense_loss(device, classes, tail, dtype):
     )
 
 
-def perfect(tail: str, dtype: torch.dtype = FP32) -> TopKProblem:
+def make_perfect(tail: str, dtype: torch.dtype = FP32) -> TopKProblem:
     student = make_topk((8, 500), 1, dtype).student
     log_probs, indices = torch.log_softmax(student.double() / 2, -1).topk(30)
     return TopKProblem(student, indices, log_probs.to(FP64 if dtype == FP64 else FP32), None)
@@ -248,7 +248,7 @@ def perfect(tail: str, dtype: torch.dtype = FP32) -> TopKProblem:
 
 @pytest.mark.parametrize("tail", ["ghost", "renormalize"])
 def test_a_perfect_student_has_no_loss(device, tail):
-    problem = TopKProblem(*(x if x is None else x.to(device) for x in perfect(tail)))
+    problem = TopKProblem(*(x if x is None else x.to(device) for x in make_perfect(tail)))
     value, grad = run_topk(problem, tail, reduction="none")
     assert (value.abs() < 1e-10).all()
     assert grad.abs().max() < 1e-6
@@ -258,7 +258,7 @@ def test_a_perfect_student_has_no_loss(device, tail):
 @pytest.mark.parametrize("tail", ["ghost", "renormalize"])
 def test_a_student_close_to_its_teacher_has_an_exact_loss(tail, noise):
     """In float64, terms of both signs may cancel to a millionth of their size."""
-    problem = perfect(tail, FP64)
+    problem = make_perfect(tail, FP64)
     generator = torch.Generator().manual_seed(1)
     student = problem.student + noise * torch.randn(8, 500, generator=generator, dtype=FP64)
     value, _ = run_topk(problem._replace(student=student), tail, reduction="none")
@@ -274,7 +274,7 @@ def test_a_student_close_to_its_teacher_has_an_exact_loss(tail, noise):
     torch.testing.assert_close(value, exact, rtol=1e-6, atol=0)
 
 
-def near_teacher(classes: int, k: int, spread: float, t: float) -> TopKProblem:
+def make_near_teacher(classes: int, k: int, spread: float, t: float) -> TopKProblem:
     """Make students in float32 at KL(teacher || student) = 5e-7, with one class as the tail."""
     generator = torch.Generator().manual_seed(0)
     teacher = spread * torch.randn(4, classes, generator=generator, dtype=FP64)
@@ -296,7 +296,7 @@ def near_teacher(classes: int, k: int, spread: float, t: float) -> TopKProblem:
 )
 def test_rows_near_the_teacher_are_exact_in_float32(classes, k, spread, t, tail, name):
     """Value and gradient of each row are right; an error of 1e-8 in the tail's mass would show."""
-    problem = near_teacher(classes, k, spread, t)
+    problem = make_near_teacher(classes, k, spread, t)
     options = {"divergence": name, "temperature": t, "reduction": "none"}
     value, grad = run_topk(problem, tail, **options)
     leaf = problem.student.double().requires_grad_()
@@ -416,8 +416,8 @@ def test_a_rounded_mass_above_1_is_accepted(device, tail):
     normal = problem.log_probs.log_softmax(-1) + math.log(1.05)
     problem = problem._replace(log_probs=normal)
     if tail == "ghost":
-        perfect = problem.student.scatter(-1, problem.indices, 2 * normal + 200)
-        assert (run_topk(problem._replace(student=perfect), reduction="none")[0] >= 0).all()
+        make_perfect = problem.student.scatter(-1, problem.indices, 2 * normal + 200)
+        assert (run_topk(problem._replace(student=make_perfect), reduction="none")[0] >= 0).all()
     leaf = problem.student.requires_grad_()
     assert torch.autograd.gradcheck(lambda s: fastkd.loss(s, problem.teacher(tail)), leaf)
 

@@ -16,7 +16,7 @@ from fastkd._core.objective import Options
 NAN = math.nan
 
 
-def good() -> dict[str, Any]:
+def valid_arguments() -> dict[str, Any]:
     student = torch.arange(15.0).view(3, 5)
     return {
         "student": student,
@@ -99,7 +99,7 @@ def loss_of(arguments: dict[str, Any], **options: Any) -> Tensor:
 @pytest.mark.parametrize("grad", [False, True])
 def test_the_message_names_argument_and_values(mistake, grad):
     changed, error, message = MISTAKES[mistake]
-    arguments = {**good(), **changed}
+    arguments = {**valid_arguments(), **changed}
     if (
         grad
         and isinstance(arguments["student"], Tensor)
@@ -111,9 +111,9 @@ def test_the_message_names_argument_and_values(mistake, grad):
 
 
 def test_the_table_changes_a_valid_call():
-    assert loss_of(good()).isfinite()
+    assert loss_of(valid_arguments()).isfinite()
     for changed, _, _ in MISTAKES.values():
-        assert set(changed) <= {*good(), *TopK._fields, *Options._fields}
+        assert set(changed) <= {*valid_arguments(), *TopK._fields, *Options._fields}
 
 
 DATA = [name for name, (_, _, message) in MISTAKES.items() if re.search(r"row \d has", message)]
@@ -126,7 +126,7 @@ DATA = [name for name, (_, _, message) in MISTAKES.items() if re.search(r"row \d
 def test_an_unchecked_mistake_makes_its_row_nan(mistake, implementation, request):
     """The formula and the CUDA kernels, which cannot check data, give NaN for an invalid row."""
     changed, _, message = MISTAKES[mistake]
-    arguments = {**good(), **changed}
+    arguments = {**valid_arguments(), **changed}
     if implementation == "formula":
         request.getfixturevalue("formula")
     else:

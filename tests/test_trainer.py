@@ -1,4 +1,4 @@
-"""The training loop equals loops written by hand, on real digits."""
+"""The training loop gives the results of loops written by hand, on real digits."""
 
 import copy
 import dataclasses
@@ -118,7 +118,7 @@ def test_batches_that_lost_their_labels_are_refused(options):
 
 @pytest.mark.parametrize("accumulate", [2, 3, 8])
 def test_accumulated_batches_equal_one_batch(accumulate):
-    """Accumulated batches have different sizes and different shares of valid rows."""
+    """Accumulated batches of different sizes and shares of valid rows equal one batch."""
     student, teacher, (inputs, labels) = network(), network(24, 1), digits().tensors
     labels = labels.masked_fill(torch.arange(64) % 7 < torch.arange(64) // 16, -100)
     sizes = [5, 20, 3, 12, 24]

@@ -1,4 +1,4 @@
-"""The loss of fastkd.integrations.trl equals TRL's code, without trainers."""
+"""The loss of fastkd.integrations.trl equals that of TRL's code, without trainers."""
 
 import functools
 import math
@@ -20,13 +20,13 @@ SCALES = {"student_logit_scale": 0.7, "teacher_logit_scale": 1.3}
 
 
 @functools.cache
-def theirs():
+def compile_trl_loss():
     """Return TRL's _chunked_divergence_loss with its PyTorch code, for devices without Triton."""
     names = {"_BLOCK_SIZE": 0, "_MM_OUT_DTYPE": False, "_use_triton": lambda device: False}
-    steps = peers.code(
+    steps = peers.compile_code(
         "trl", "kernels/chunked_logprob.py", "_torch_transform", "_addmm_fp32", **names
     )
-    function = peers.code(
+    function = peers.compile_code(
         "trl",
         "kernels/chunked_divergence.py",
         *("ChunkedDivergenceFunction", "_stats_tile", "_jsd_tile", "_backward_tile"),
@@ -35,7 +35,7 @@ def theirs():
         maybe_gather_lm_head_ctx=lambda *_: nullcontext(),
     ).ChunkedDivergenceFunction
     file = "trainer/distillation_trainer.py"
-    loss = peers.code(
+    loss = peers.compile_code(
         "trl", file, "_chunked_divergence_loss", ChunkedDivergenceFunction=function, **names
     )
     return loss._chunked_divergence_loss
@@ -74,7 +74,7 @@ def test_value_and_gradients_are_trls(beta, temperature, options):
         call = (*draw(bias), beta)
         inputs = {**options, "temperature": temperature, "num_items_in_batch": count}
         ours, theirs_result = (
-            run(f, *call, **inputs) for f in (trl.chunked_divergence_loss, theirs())
+            run(f, *call, **inputs) for f in (trl.chunked_divergence_loss, compile_trl_loss())
         )
         torch.testing.assert_close(ours, theirs_result, **peers.SINGLE)
 
@@ -99,7 +99,7 @@ def test_ignored_tokens_may_hold_anything():
 
 @pytest.mark.parametrize("beta", [0.0, 0.5, 1.0])
 def test_a_class_that_both_mask_contributes_nothing(beta):
-    """Documented difference: TRL's losses are NaN."""
+    """A class that both mask contributes 0; TRL's losses are NaN (documented)."""
     student, teacher, mask = draw(bias=True)
     without = run(
         trl.chunked_divergence_loss,
@@ -110,11 +110,11 @@ def test_a_class_that_both_mask_contributes_nothing(beta):
     student[2][0] = teacher[2][0] = -math.inf
     ours = run(trl.chunked_divergence_loss, student, teacher, mask, beta)
     torch.testing.assert_close(ours[:4], without[:4])
-    assert run(theirs(), student, teacher, mask, beta)[0].isnan()
+    assert run(compile_trl_loss(), student, teacher, mask, beta)[0].isnan()
 
 
 def test_the_loss_of_a_close_teacher_is_exact():
-    """Documented difference: TRL subtracts large sums, and its loss may be negative."""
+    """A small loss is exact; TRL subtracts large sums and may be negative (documented)."""
     student, _, _ = draw()
     noise = torch.randn(CLASSES, WIDTH, generator=torch.Generator().manual_seed(1))
     call = student, [student[0], student[1] + 1e-5 * noise], torch.ones(ROWS)
@@ -123,15 +123,15 @@ def test_the_loss_of_a_close_teacher_is_exact():
         exact = run(trl.chunked_divergence_loss, *double, call[2], beta)[0]
         ours = run(trl.chunked_divergence_loss, *call, beta)[0]
         assert float(ours) == pytest.approx(float(exact), rel=0.02)
-    assert min(run(theirs(), *call, beta)[0] for beta in (0.0, 1.0)) < 0
+    assert min(run(compile_trl_loss(), *call, beta)[0] for beta in (0.0, 1.0)) < 0
 
 
 def test_heads_of_different_classes_are_refused():
-    """Documented difference: TRL drops the teacher's last classes."""
+    """Heads of different classes are refused; TRL drops the teacher's last classes (documented)."""
     student, teacher, mask = draw()
     with pytest.raises(ValueError, match=r"must have the same classes; got \(11,\) and \(10,\)"):
         run(trl.chunked_divergence_loss, [student[0], student[1][:10]], teacher, mask, 0.0)
-    assert run(theirs(), [student[0], student[1][:10]], teacher, mask, 0.0)[0].isfinite()
+    assert run(compile_trl_loss(), [student[0], student[1][:10]], teacher, mask, 0.0)[0].isfinite()
 
 
 def test_a_weight_of_another_dtype_is_converted():
@@ -140,7 +140,7 @@ def test_a_weight_of_another_dtype_is_converted():
     student[0], teacher[0] = student[0].bfloat16(), teacher[0].bfloat16()
     ours = run(trl.chunked_divergence_loss, student, teacher, mask, 0.5)
     assert [grad.dtype for grad in ours[3:]] == [torch.bfloat16, torch.float32]
-    expected = run(theirs(), student, teacher, mask, 0.5)
+    expected = run(compile_trl_loss(), student, teacher, mask, 0.5)
     torch.testing.assert_close(ours, expected, rtol=0.02, atol=0.01)
 
 

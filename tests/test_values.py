@@ -126,7 +126,7 @@ def test_missing_and_unknown_arguments_are_refused(kind):
 
 
 def test_the_order_of_topk_is_that_of_torch():
-    """``TopK(*log_probs.topk(k))`` has its fields in order."""
+    """``TopK(*log_probs.topk(k))`` gets its fields in the right order."""
     top_two = torch.log_softmax(draw(3, 5), -1).topk(2)
     top = TopK(*top_two)
     assert (

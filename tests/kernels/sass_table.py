@@ -1,9 +1,9 @@
 """Count the instructions per class of the kernels' sweeps, on the shortest path.
 
 A sweep is a loop, or in the registers kernels the complete row. The shortest path loads student and
-teacher, computes two exponentials per class and, in the second sweep, stores the gradient. The path
-has aligned rows at T = 1 whose maxima do not change. The table has the issued slots, the shares of
-three pipes, and the bound by each pipe.
+teacher, computes two exponentials per class and, in the second sweep, stores the gradient. On this
+path, rows are aligned, T is 1, and maxima do not change. The table has the issued slots, the shares
+of three pipes, and the bound by each pipe.
 
 Usage: cuobjdump -sass -arch sm_90 build/cuda/libfastkd_cuda.a | python tests/kernels/sass_table.py
 """
@@ -153,7 +153,7 @@ def loops(code: list[Instruction]) -> list[list[Instruction]]:
 
 
 def sweep(code: list[Instruction], element: int, stores: bool) -> Counter | None:
-    """Return opcodes per class of the loop with the fewest; an iteration has one or two vectors."""
+    """Return opcodes per class of the loop with the fewest opcodes; it has one or two vectors."""
     best = None
     for body in loops(code):
         if len(body) > 2500:
