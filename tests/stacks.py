@@ -211,7 +211,7 @@ from sklearn.datasets import load_digits
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
-asked = 0
+teacher_samples = 0
 number = 3
 
 def data(first=0, last=200):
@@ -240,15 +240,15 @@ class Augmented(Dataset):
         image, label = data()[index]
         return image + torch.rand(64), label
 
-class Asked(nn.Linear):
+class CountingLinear(nn.Linear):
     def forward(self, images):
-        global asked
-        asked += len(images)
+        global teacher_samples
+        teacher_samples += len(images)
         return super().forward(images)
 
 def teacher():
     torch.manual_seed(5)
-    made = Asked(64, 10)
+    made = CountingLinear(64, 10)
     images, labels = data(0, 1700).tensors
     optimizer = torch.optim.Adam(made.parameters(), 0.05)
     for _ in range(50):

@@ -312,15 +312,17 @@ def state_of(trainer: fastkd.Trainer) -> list:
     return copy.deepcopy([*(state.state_dict() for state in states), *numbers, random.getstate()])
 
 
-def is_equal(left: object, right: object) -> bool:
+def is_equal(first: object, second: object) -> bool:
     """Return True if two nested states are equal."""
-    if isinstance(left, torch.Tensor):
-        return torch.equal(left, right)
-    if isinstance(left, dict):
-        return left.keys() == right.keys() and all(is_equal(left[key], right[key]) for key in left)
-    if isinstance(left, (list, tuple)):
-        return len(left) == len(right) and all(map(is_equal, left, right))
-    return left == right
+    if isinstance(first, torch.Tensor):
+        return torch.equal(first, second)
+    if isinstance(first, dict):
+        return first.keys() == second.keys() and all(
+            is_equal(first[key], second[key]) for key in first
+        )
+    if isinstance(first, (list, tuple)):
+        return len(first) == len(second) and all(map(is_equal, first, second))
+    return first == second
 
 
 @pytest.mark.parametrize("dangling", [False, True])

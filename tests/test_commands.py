@@ -216,10 +216,10 @@ def test_a_cached_teacher_gives_nearly_the_same_student(config_path, monkeypatch
     )
     cache = config_path.parent / "cache"
     once = (monkeypatch, "distill", "--config", config_path, f"--teacher_cache={cache}")
-    asked = module_of(config_path).asked
+    before = module_of(config_path).teacher_samples
     run_command(*once)
-    asked = module_of(config_path).asked - asked - 50 * 1700
-    assert asked == 300 and list(cache.glob("shard-*.safetensors"))
+    samples = module_of(config_path).teacher_samples - before - 50 * 1700
+    assert samples == 300 and list(cache.glob("shard-*.safetensors"))
     for expected, actual in zip(
         load_student(config_path, "live").parameters(),
         load_student(config_path).parameters(),

@@ -223,18 +223,18 @@ def test_a_missing_package_is_named_first(package, kind, tmp_path, monkeypatch):
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
         return importlib.import_module(name)
 
-    class Unasked(nn.Linear):
+    class Uncalled(nn.Linear):
         def forward(self, x):
-            pytest.fail("the model was asked")
+            pytest.fail("the model was called")
 
     path = tmp_path / f"a{writing.SUFFIXES[kind]}"
     monkeypatch.setattr(extras, "importlib", SimpleNamespace(import_module=import_module))
     with pytest.raises(ImportError, match=rf"needs {package}, .*fastkd\[deploy\]"):
-        fastkd.export(Unasked(64, 10), TRAIN, path, kind)
+        fastkd.export(Uncalled(64, 10), TRAIN, path, kind)
     if package != "onnx":
         path.write_bytes(b"")
         with pytest.raises(ImportError, match=rf"needs {package}, .*fastkd\[deploy\]"):
-            fastkd.report(Unasked(64, 10), path, LOADER, show=False)
+            fastkd.report(Uncalled(64, 10), path, LOADER, show=False)
 
 
 # ---- reports of exported models

@@ -179,7 +179,7 @@ def row(code: list[Instruction], element: int) -> Counter | None:
     return fewest and Counter({opcode: n / classes for opcode, n in fewest.items()})
 
 
-def line(name: str, what: str, per_class: Counter, bytes_moved: float) -> str:
+def line(name: str, sweep_name: str, per_class: Counter, bytes_moved: float) -> str:
     """Return a table line: counts, and each pipe's speed limit over that of the memory."""
     pipes = {
         pipe: sum(n for opcode, n in per_class.items() if re.match(opcodes, opcode))
@@ -190,7 +190,7 @@ def line(name: str, what: str, per_class: Counter, bytes_moved: float) -> str:
     shares = {"issue": slots / ISSUED, **{pipe: n / RATES[pipe] for pipe, n in pipes.items()}}
     cells = [f"{slots:.1f}", *(f"{n:.1f}" for n in pipes.values())]
     cells += [f"{100 * cycles / memory:.0f} %" for cycles in shares.values()]
-    return f"| {name} | {what} | {' | '.join(cells)} |"
+    return f"| {name} | {sweep_name} | {' | '.join(cells)} |"
 
 
 def main() -> None:
@@ -210,10 +210,10 @@ def main() -> None:
             first, second = (sweep(code, element, stores) for stores in (False, True))
             both = first + second if first and second else None
             sweeps = {"first": first, "second": second, "both": both}
-        for what, counts in sweeps.items():
+        for sweep_name, counts in sweeps.items():
             if counts is None:
-                sys.exit(f"{name}: not found: {what}")
-            print(line(f"{family} {dtype.removeprefix('__nv_')}", what, counts, 3 * element))
+                sys.exit(f"{name}: not found: {sweep_name}")
+            print(line(f"{family} {dtype.removeprefix('__nv_')}", sweep_name, counts, 3 * element))
 
 
 if __name__ == "__main__":
