@@ -5,7 +5,7 @@ the mutations change entries of a header and then correct its length, offsets an
 Hardly one random change in a thousand leaves valid JSON, and none passes the checksums. If a file
 is accepted, a flipped bit must be detected or change nothing that is read. Files that are not
 regular must be refused, which is checked before the fuzzing. libFuzzer writes a failing file to
-``build/caches``. After a fix, add the failing file to ``tests/test_teachers.py``.
+``build/caches``. After a fix, add the failing file to ``tests/test_teachers_refusals.py``.
 """
 
 from __future__ import annotations

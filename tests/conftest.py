@@ -1,9 +1,12 @@
 """Fixtures of all test files: devices, CPU instruction sets, and hypothesis' profile."""
 
+import json
 import os
 import pathlib
+import re
 import sys
 from collections.abc import Iterator
+from typing import Any
 
 # Set before torch loads OpenMP: spinning threads slow down small operations on shared processors.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
@@ -11,17 +14,18 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 import pytest
 import torch
 
+import fastkd
 from fastkd import _C
-from fastkd._core import autograd, native
+from fastkd._core import autograd, native, topk
 
 FOLDER = pathlib.Path(__file__).parent
-# Under --import-mode=importlib the tests' folder is not on sys.path; support.py is in it.
+# Under --import-mode=importlib this folder, which has support.py, is not on sys.path.
 sys.path.insert(0, str(FOLDER))
 
 collect_ignore: list[str] = []
 try:
     from hypothesis import HealthCheck, settings
-except ModuleNotFoundError:  # skipped if not installed, as on a GPU machine without network
+except ModuleNotFoundError:  # a GPU machine without network may lack hypothesis
     collect_ignore += sorted(
         path.name for path in FOLDER.glob("test_*.py") if "from hypothesis" in path.read_text()
     )
@@ -51,7 +55,7 @@ DEVICES = ["cpu"] if WHY_NO_CUDA else ["cpu", "cuda"]
 
 
 def pytest_report_header() -> list[str]:
-    header = [f"left out, for want of hypothesis: {', '.join(collect_ignore)}"] * bool(
+    header = [f"skipped, since hypothesis is not installed: {', '.join(collect_ignore)}"] * bool(
         collect_ignore
     )
     return header + [f"tests on the CPU alone: {WHY_NO_CUDA}"] * bool(WHY_NO_CUDA)
@@ -59,7 +63,7 @@ def pytest_report_header() -> list[str]:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "cuda: needs a CUDA device and a build with CUDA kernels")
-    config.addinivalue_line("markers", "slow: left out by `make test`, run by `make test-all`")
+    config.addinivalue_line("markers", "slow: skipped by `make test`, run by `make test-all`")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -102,3 +106,62 @@ def each_autograd(request: pytest.FixtureRequest) -> Iterator[str]:
     if native.EAGER is None:
         pytest.skip("fastkd._eager was not built, or with another torch")
     yield "cpp"
+
+
+@pytest.fixture
+def formula(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Use the PyTorch formula instead of the kernel."""
+    monkeypatch.setattr(topk, "KERNEL_DEVICES", ())
+
+
+@pytest.fixture
+def accelerate_state() -> Iterator[None]:
+    """Reset Accelerate's state, which keeps the precision of the process."""
+    import accelerate
+
+    yield
+    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture(scope="module")
+def models() -> tuple[torch.nn.Module, dict[str, torch.nn.Module]]:
+    from stacks import digits_model
+
+    return digits_model(128, epochs=12), {
+        "alone": digits_model(8),
+        "distilled": digits_model(8, 1, 6),
+    }
+
+
+@pytest.fixture(scope="module")
+def report(models) -> fastkd.Report:
+    from stacks import digit_loader
+
+    return fastkd.report(*models, digit_loader(), seconds=0.02, show=False, title="Digits")
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Cache four classes of a teacher in several files."""
+    from stacks import CountingTeacher, write_cache
+
+    path = tmp_path_factory.mktemp("cache")
+    return write_cache(CountingTeacher(), path, top_k=4, shard_bytes=2000)
+
+
+@pytest.fixture
+def restored_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Restore sys.path after the test."""
+    monkeypatch.setattr(sys, "path", list(sys.path))
+
+
+@pytest.fixture
+def config_path(tmp_path, request) -> pathlib.Path:
+    """Write a configuration and a module of a unique name beside it."""
+    from stacks import COMMAND_CONFIG, USER_MODULE
+
+    module = "parts_" + re.sub(r"\W", "_", request.node.name)[:80]
+    (tmp_path / f"{module}.py").write_text(USER_MODULE)
+    file = tmp_path / "config.yaml"
+    file.write_text(COMMAND_CONFIG.format(module=module, output=json.dumps(str(tmp_path / "out"))))
+    return file

@@ -1,4 +1,4 @@
-"""Shared parts of the fuzzers: odd numbers, memory layouts, comparisons, and the program."""
+"""Helpers of the fuzzers: special values, memory layouts, comparisons, and the command line."""
 
 import json
 import math
@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # as in conftest.py, for the programs
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # `make fuzz` does not run conftest.py
 
 import hypothesis
 import torch
@@ -20,26 +20,26 @@ from torch import Tensor
 from fastkd import _C
 from fastkd._core import autograd
 
-ODD = (0.0, -0.0, 1e-40, 1e-45, 6e-8, 1e38, -1e38, 3e4, -math.inf, math.inf, math.nan)
+SPECIAL_VALUES = (0.0, -0.0, 1e-40, 1e-45, 6e-8, 1e38, -1e38, 3e4, -math.inf, math.inf, math.nan)
 BATCH = 500
-LAYOUTS = ("contiguous", "rows apart", "sliced", "transposed", "classes apart", "odd bytes")
+LAYOUTS = ("contiguous", "rows apart", "sliced", "transposed", "classes apart", "misaligned")
 TEMPERATURES = st.one_of(st.sampled_from([1.0, 2.0, 3.0, 4.0]), st.floats(0.25, 30.0))
 WEIGHTS = st.tuples(*[st.sampled_from([0.0, 0.3, 1.0, 2.5])] * 2)
 SMOOTHING = st.sampled_from([0.0, 0.1, 0.9, 1.0])
-# grad_outputs of fuzzed calls. Powers of two scale 16-bit gradients without rounding.
+# Powers of two scale 16-bit gradients without rounding.
 GRAD_OUTPUTS = st.sampled_from([1.0, 1.0, -1.0, -0.5, 2.0, 0.0])
 
 
-def odd_numbers(tensors: int) -> st.SearchStrategy[tuple[tuple[int, int, int, float], ...]]:
-    """Choose (which tensor, row, column, value) for a few entries."""
+def special_values(tensors: int) -> st.SearchStrategy[tuple[tuple[int, int, int, float], ...]]:
+    """Draw (tensor index, row, column, value) for a few entries."""
     place = (st.integers(0, tensors - 1), st.integers(0, 4), st.integers(0, 2**14))
-    return st.lists(st.tuples(*place, st.sampled_from(ODD)), max_size=4).map(tuple)
+    return st.lists(st.tuples(*place, st.sampled_from(SPECIAL_VALUES)), max_size=4).map(tuple)
 
 
 NARROW = {"int32": torch.int32, "int16": torch.int16, "uint8": torch.uint8}
 
 
-def narrowed(labels: Tensor, dtype: str, classes: int, ignore_index: int = -100) -> Tensor:
+def narrow_labels(labels: Tensor, dtype: str, classes: int, ignore_index: int = -100) -> Tensor:
     """Convert labels to a dtype by name; unsigned dtypes wrap ``ignore_index``."""
     if dtype not in NARROW:
         return labels
@@ -49,28 +49,30 @@ def narrowed(labels: Tensor, dtype: str, classes: int, ignore_index: int = -100)
     return labels.clamp(max=largest).to(NARROW[dtype])
 
 
-def rarely(usual: Any, others: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
-    """Draw options of which most are their defaults in each case."""
+def draw_rarely(usual: Any, others: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
+    """Draw the usual value in two of three cases, and another value otherwise."""
     return st.one_of(st.just(usual), st.just(usual), others)
 
 
-def sprinkle(values: list[Tensor], odd: tuple[tuple[int, int, int, float], ...]) -> None:
-    """Write odd numbers into contiguous matrices, at entries that exist."""
+def write_special_values(
+    values: list[Tensor], odd: tuple[tuple[int, int, int, float], ...]
+) -> None:
+    """Write special values into contiguous matrices; row and column wrap around."""
     for which, row, column, value in odd:
         matrix = values[which].view(-1, values[which].shape[-1])
         if len(matrix):
             matrix[row % len(matrix), column % matrix.shape[1]] = value
 
 
-def laid_out(values: Tensor, layout: str) -> Tensor:
+def copy_to_layout(values: Tensor, layout: str) -> Tensor:
     """Copy a tensor into another memory layout, surrounded by NaN."""
     shape = values.shape
-    if layout == "odd bytes" and values.device.type == "cpu" and values.numel():
+    if layout == "misaligned" and values.device.type == "cpu" and values.numel():
         size = values.element_size()
         memory = bytearray(values.numel() * size + 1)
         view = torch.frombuffer(memory, dtype=values.dtype, offset=1, count=values.numel())
         return view.view(shape).copy_(values)
-    if layout == "sliced":  # slices, as logits[..., :vocabulary] and logits[:, :-1] are
+    if layout == "sliced":  # like logits[..., :vocabulary] and logits[:, :-1]
         more = [n + (1 if i else 0) for i, n in enumerate(shape)]
         base = values.new_full(more, math.nan)
         view = base[tuple(slice(0, n) for n in shape)]
@@ -86,7 +88,7 @@ def laid_out(values: Tensor, layout: str) -> Tensor:
     return view.copy_(values)
 
 
-def same_bits(a: Tensor, b: Tensor) -> bool:
+def has_equal_bits(a: Tensor, b: Tensor) -> bool:
     if not a.is_floating_point():
         return torch.equal(a, b)
     return torch.equal(torch.nan_to_num(a, 7.0), torch.nan_to_num(b, 7.0)) and torch.equal(
@@ -94,8 +96,10 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
     )
 
 
-def close(got: Tensor, want: Tensor, relative: float, absolute: float | Tensor, what: str) -> None:
-    """Return True if NaN and infinities agree, and other entries are within the bounds."""
+def check_close(
+    got: Tensor, want: Tensor, relative: float, absolute: float | Tensor, name: str
+) -> None:
+    """Raise an AssertionError if NaN or infinities differ, or other entries exceed the bounds."""
     # Values beyond the dtype's range may be inf.
     largest = min(torch.finfo(got.dtype).max, torch.finfo(FP32).max) / 2
     huge = want.abs() > largest
@@ -107,11 +111,11 @@ def close(got: Tensor, want: Tensor, relative: float, absolute: float | Tensor, 
     if not bool(fits.all()):
         at = int((~fits).flatten().nonzero()[0])
         pair = (float(got.flatten()[at]), float(want.flatten()[at]))
-        raise AssertionError(f"{what}[{at}] is {pair[0]!r}, float64 says {pair[1]!r}")
+        raise AssertionError(f"{name}[{at}] is {pair[0]!r}, float64 says {pair[1]!r}")
 
 
 def largest_of(*tensors: Tensor) -> float:
-    """Return the greatest finite magnitude."""
+    """Return the greatest magnitude of the finite entries."""
     finite = [x.double().nan_to_num(0, 0, 0).abs() for x in tensors if x.numel()]
     return max([float(x.max()) for x in finite], default=0.0)
 
@@ -122,8 +126,8 @@ def lacks_inverse(lengths: Tensor, dtype: torch.dtype) -> bool:
 
 
 @contextmanager
-def settled(isa: str, threads: int, *, in_python: bool) -> Iterator[None]:
-    """Set the instruction set, the number of threads, and Python autograd, for the context."""
+def execution_settings(isa: str, threads: int, *, in_python: bool) -> Iterator[None]:
+    """Set the instruction set, thread count and autograd language within the context."""
     before, count = _C.isa(), torch.get_num_threads()
     _C.use_isa(isa)
     torch.set_num_threads(threads)

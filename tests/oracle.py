@@ -119,7 +119,7 @@ def cross_entropy(logits: Array, labels: Array, weight: Array | None, smoothing:
 
 
 class Parts(NamedTuple):
-    """Row losses, rows of the other fields, and the divisors of the two terms."""
+    """Losses and fields of each row, and the divisors of the hard and the soft term."""
 
     hard: Array
     soft: Array
@@ -149,9 +149,9 @@ def parts(
     ensemble: str = "probs",
     standardize: bool = False,
 ) -> Parts:
-    """Compute the rows of all fields in float64."""
+    """Compute all fields of each row in float64."""
     raw, y, given_weight = double(student), double_labels(labels), double(class_weight)
-    many = [double(x) for x in (teachers if isinstance(teachers, (list, tuple)) else [teachers])]
+    forms = [double(x) for x in (teachers if isinstance(teachers, (list, tuple)) else [teachers])]
     by_index = y is not None and y.ndim == 1
     valid = y != ignore_index if by_index else np.ones(len(raw), bool)
     index = np.where(valid, y, 0) if by_index else y
@@ -162,13 +162,13 @@ def parts(
     )
     teacher_t = np.broadcast_to(double(teacher_t), raw.shape[:1])[:, None]
     z = (standardized(raw) if standardize else raw) / t[:, None]
-    w, p = teacher(many, teacher_t, teacher_form, teacher_weights, ensemble, standardize)
+    w, p = teacher(forms, teacher_t, teacher_form, teacher_weights, ensemble, standardize)
     q = softmax(z)
     soft = DIVERGENCES[divergence](p, q, w, z, index, MIX.get(divergence) if mix is None else mix)
     hard = np.zeros(len(raw))
     if y is not None:
         hard = cross_entropy(raw, index, given_weight, label_smoothing)
-    ranked = many[0] if len(many) == 1 else p
+    ranked = forms[0] if len(forms) == 1 else p
     agreement = (raw.argmax(-1) == ranked.argmax(-1)).astype(float)
     hard_part = double(hard_weight) * hard if y is not None else 0 * hard
     soft_part = double(soft_weight) * t**2 * soft
@@ -185,7 +185,7 @@ def parts(
 
 
 def terms(*arguments: Any, **options: Any) -> Fields:
-    """Compute every field in float64."""
+    """Compute every field of fastkd.Terms in float64."""
     rows = parts(*arguments, **options)
     if options.get("reduction") == "none":
         return Fields(rows.hard + rows.soft, *rows.fields)

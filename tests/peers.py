@@ -1,7 +1,7 @@
-"""Compile other libraries' code as the oracle of fastkd.compat, and share its helpers.
+"""Compile other libraries' code as the oracle of fastkd.compat, and compare losses.
 
 A library's classes and functions are compiled from its installed source, alone. Importing the
-library would import its dependencies, a hundred times its size, with their warnings.
+library would also import its dependencies, a hundred times as much code.
 """
 
 import ast
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 
-def folder(package: str) -> pathlib.Path:
+def find_package_folder(package: str) -> pathlib.Path:
     """Return an installed package's folder without importing it; skip the test if missing."""
     spec = importlib.util.find_spec(package)
     if spec is None or not spec.submodule_search_locations:
@@ -28,14 +28,14 @@ def folder(package: str) -> pathlib.Path:
     return pathlib.Path(spec.submodule_search_locations[0])
 
 
-def code(package: str, file: str, *names: str, **extra_globals: Any) -> SimpleNamespace:
-    """Compile named classes and functions of a package's file, without their decorators.
+def compile_code(package: str, file: str, *names: str, **extra_globals: Any) -> SimpleNamespace:
+    """Compile named classes and functions of a package's file, without decorators.
 
-    ``extra_globals``: names that the code uses beside torch, nn and F.
+    ``extra_globals``: names that the code uses besides torch, nn and F.
     """
-    path = folder(package) / file
+    path = find_package_folder(package) / file
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # warnings about escapes in the libraries' docstrings
+        warnings.simplefilter("ignore")  # escapes in the libraries' docstrings
         tree = ast.parse(path.read_text())
     definitions = {
         node.name: node
@@ -44,7 +44,7 @@ def code(package: str, file: str, *names: str, **extra_globals: Any) -> SimpleNa
     }
     missing = set(names) - set(definitions)
     assert not missing, f"{path} has no {missing} any more: the convention may have changed"
-    # Annotations stay text, since they name the file's imports.
+    # Annotations stay text, since some of them use names that the file imports.
     body: list[ast.stmt] = [
         ast.ImportFrom(module="__future__", names=[ast.alias(name="annotations")], level=0)
     ]
@@ -61,8 +61,8 @@ def code(package: str, file: str, *names: str, **extra_globals: Any) -> SimpleNa
 def timm_task() -> Any:
     """Compile timm's LogitDistillationTask; importing timm would import torchvision."""
     as_it_is = {"unwrap_model": lambda model: model, "get_state_dict": None}
-    base = code("timm", "task/task.py", "TrainingTask", **as_it_is).TrainingTask
-    return code(
+    base = compile_code("timm", "task/task.py", "TrainingTask", **as_it_is).TrainingTask
+    return compile_code(
         "timm",
         "task/distillation.py",
         "DistillationTeacher",
@@ -74,7 +74,7 @@ def timm_task() -> Any:
     ).LogitDistillationTask
 
 
-# Relative and absolute tolerance; libraries that always compute in float32 set the second.
+# Relative and absolute tolerances; SINGLE is for libraries that always compute in float32.
 DOUBLE = {"rtol": 1e-9, "atol": 1e-12}
 SINGLE = {"rtol": 2e-5, "atol": 2e-6}
 SHAPES = [(6, 5), (2, 4, 11)]
@@ -91,7 +91,7 @@ def draw(shape: tuple[int, ...], mask: str = "all count", ignore_index: int = -1
     return student, teacher, labels
 
 
-def agree(
+def assert_equal_losses(
     ours: Callable[[Tensor], Tensor],
     theirs: Callable[[Tensor], Tensor],
     student: Tensor,

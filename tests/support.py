@@ -1,4 +1,4 @@
-"""Test problems, their truth in float64, torch's eager answer, and error bounds."""
+"""Inputs, expected results in float64, results of eager PyTorch, and error bounds."""
 
 import itertools
 import math
@@ -10,12 +10,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import fastkd
-from fastkd import Head, reference
+from fastkd import Head, TopK, reference
 
 FP64, FP32, BF16, FP16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
 DTYPES = (FP64, FP32, BF16, FP16)
-# Widest rows of each kernel of the CUDA planner (csrc/cuda/plan.cpp): both tiny kernels, warps and
-# CTAs with a row in registers (fp32, 16-bit); then rows for the streaming kernel.
+# Row widths at the upper limit of each kernel that csrc/cuda/plan.cpp chooses. In order: two tiny
+# kernels, warps and CTAs with a row in registers (fp32, 16-bit), the streaming kernel.
 CUDA_SIZE_CLASSES = (32, 128, 512, 1024, 4096, 8192, 20480, 40960, 163840, 425984)
 
 
@@ -61,7 +61,7 @@ def make(
 ) -> Problem:
     """Draw logits, equal on every device, and labels of which a share is ignored."""
     generator = torch.Generator().manual_seed(seed)
-    # Drawn in float32, in half the time of float64; the truth is computed from these values.
+    # Drawing in float32 takes half the time of float64; the truth uses the rounded values.
     wide = FP64 if FP64 in (dtype, teacher_dtype) else FP32
     student = torch.randn(shape, generator=generator, dtype=wide).mul_(spread)
     teacher = torch.randn(shape, generator=generator, dtype=wide).mul_(spread)
@@ -79,7 +79,7 @@ WIDTH, TEACHER_WIDTH = 24, 40
 
 
 class Heads(NamedTuple):
-    """Student head whose tensors require grad, and a teacher: a head, or another kind."""
+    """Student head whose tensors require grad, a teacher of any kind, and labels."""
 
     student: Head
     teacher: Any
@@ -159,7 +159,7 @@ class Answer(NamedTuple):
     loss: Tensor
     grad: Tensor
     noise: float
-    """Rounding of the truth: its sum of p (log p - log q) cancels, the kernels' sum does not."""
+    """Rounding error of the truth, whose sum of p (log p - log q) cancels."""
 
 
 def truth(
@@ -170,7 +170,7 @@ def truth(
     grad_output: Tensor | None = None,
     **options: Any,
 ) -> Answer:
-    """Compute the reference and its gradient in float64 on the same values."""
+    """Compute the reference and its gradient in float64."""
     leaf = student.detach().double().requires_grad_()
     terms = reference.terms(
         leaf, teacher.detach().double(), labels, **weights(options, labels is not None)
@@ -179,8 +179,8 @@ def truth(
     if labels is not None and not labels.is_floating_point():
         valid = labels != options.get("ignore_index", -100)
     reducing = (options.get("reduction", "mean"), options.get("normalizer"))
-    one = reference.reduce(torch.ones_like(leaf[..., 0]), valid, *reducing).detach()
-    terms = terms._replace(student_mass=one, teacher_mass=one)
+    denominator = reference.reduce(torch.ones_like(leaf[..., 0]), valid, *reducing).detach()
+    terms = terms._replace(student_mass=denominator, teacher_mass=denominator)
     outgoing = torch.ones_like(terms.loss) if grad_output is None else grad_output.double()
     (grad,) = torch.autograd.grad(terms.loss, leaf, outgoing)
     t = torch.as_tensor(options.get("temperature", 2.0))
@@ -249,14 +249,13 @@ def compute_dtype(student: Tensor, teacher: Tensor) -> torch.dtype:
     return FP64 if FP64 in (student.dtype, teacher.dtype) else FP32
 
 
-# Bounds, relative. A loss is a sum of non-negative row terms whose relative errors are those of an
-# exponential (2 ulp) at an argument of size up to about 100, hence some 10 units in the last place.
+# Relative bounds. A loss is a sum of non-negative row terms. Each term has the relative error of an
+# exponential (2 ulp) at an argument up to about 100: some 10 ulp.
 VALUE_BOUND = {FP32: 2e-6, FP64: 1e-14}
 GRAD_BOUND = {FP32: 2e-6, FP64: 1e-14}
-# Two units in the last place. They are the floor of "no worse than eager", which may be exact by
-# luck on a few numbers.
+# Floor of the comparison with eager PyTorch, whose result may be exact by luck.
 FLOOR = {FP32: torch.finfo(FP32).eps, FP64: torch.finfo(FP64).eps}
-# 16-bit gradients may be this much further off than the true gradient rounded to their dtype.
+# Allowed error of a 16-bit gradient, relative to the error of rounding the true gradient.
 ROUNDING = 1.5
 
 
@@ -267,7 +266,7 @@ def distance(value: Tensor, exact: Tensor) -> float:
 def assert_value(
     value: Tensor, truth: Answer, acc: torch.dtype, theirs: Tensor | None = None
 ) -> None:
-    """Assert that the loss is as exact as its compute type allows, and at least as eager's."""
+    """Assert that the loss is within the bound of its compute dtype, and no worse than eager's."""
     exact = truth.loss
     assert value.dtype == acc
     assert value.shape == exact.shape
@@ -298,23 +297,28 @@ def assert_grad(
     assert grad.shape == exact.shape
     error, size = distance(grad, exact), float(exact.norm())
     # With one or two classes, the gradient is a small difference of probabilities near 1.
-    few = 2 * FLOOR[acc] * math.sqrt(exact.numel()) if exact.shape[-1] <= 2 else 0.0
+    cancellation = 2 * FLOOR[acc] * math.sqrt(exact.numel()) if exact.shape[-1] <= 2 else 0.0
     if weight is not None:
-        few = 2 * FLOOR[acc] * math.sqrt(exact.numel() / exact.shape[-1]) * weight
+        cancellation = 2 * FLOOR[acc] * math.sqrt(exact.numel() / exact.shape[-1]) * weight
     if grad.dtype == acc:
-        limit = GRAD_BOUND[acc] * size + few
-    else:  # rounded once
-        limit = ROUNDING * distance(exact.to(grad.dtype), exact) + FLOOR[acc] * size + few
+        limit = GRAD_BOUND[acc] * size + cancellation
+    else:  # a 16-bit gradient is rounded once
+        limit = ROUNDING * distance(exact.to(grad.dtype), exact) + FLOOR[acc] * size + cancellation
     assert error <= limit, f"off by {error:.2e} of {size:.2e}, allowed {limit:.2e}"
     if theirs is not None:
-        limit = distance(theirs, exact) + 2 * FLOOR[acc] * size + few
+        limit = distance(theirs, exact) + 2 * FLOOR[acc] * size + cancellation
         assert error <= limit, f"off by {error:.2e} of {size:.2e}, eager and floor {limit:.2e}"
     if exact.numel() == 0:
         return
-    # Bound each class too, since the norm hides single classes.
+    # The norm hides single classes, so each class has a bound, too.
     info, largest = torch.finfo(grad.dtype), float(exact.abs().max())
     rounding = 0.51 * max(info.eps, torch.finfo(acc).eps) * exact.abs()
-    allowed = rounding + 8 * torch.finfo(acc).eps * largest + info.smallest_normal * info.eps + few
+    allowed = (
+        rounding
+        + 8 * torch.finfo(acc).eps * largest
+        + info.smallest_normal * info.eps
+        + cancellation
+    )
     worst = float(((grad.double() - exact).abs() - allowed).max())
     assert worst <= 0, (
         f"a class is off by {worst:.2e} more than allowed, largest entry {largest:.2e}"
@@ -333,12 +337,143 @@ def assert_same(value: Tensor | None, expected: Tensor | None) -> None:
 
 
 def peak_bytes(function: Callable[[], Any]) -> int:
-    """Return a CPU allocator's peak of live bytes, measured by the profiler."""
+    """Return the CPU allocator's peak of live bytes, measured by the profiler."""
     with torch.autograd.profiler.profile(profile_memory=True) as profile:
         function()
     events = [e for e in profile.kineto_results.events() if e.name() == "[memory]"]
-    live = most = 0
+    live = peak = 0
     for event in sorted(events, key=lambda e: e.start_ns()):
         live += event.nbytes()
-        most = max(most, live)
-    return most
+        peak = max(peak, live)
+    return peak
+
+
+class TopKProblem(NamedTuple):
+    """Student logits, the lists of a sparse teacher, and labels."""
+
+    student: Tensor
+    indices: Tensor
+    log_probs: Tensor
+    labels: Tensor | None
+
+    def teacher(self, tail: str = "ghost") -> TopK:
+        return TopK(self.log_probs, self.indices, tail)
+
+
+def make_topk(
+    shape: tuple[int, ...],
+    k: int,
+    dtype: torch.dtype = FP32,
+    *,
+    device: torch.device | str = "cpu",
+    labels: bool = True,
+    spread: float = 3.0,
+    padding: float = 0.2,
+    temperature: float = 2.0,
+    seed: int = 0,
+) -> TopKProblem:
+    """Make a student near its teacher, with shuffled and padded lists and ignored rows."""
+    generator = torch.Generator().manual_seed(seed)
+    *rows, classes = shape
+    wide = FP64 if dtype == FP64 else FP32
+    teacher = torch.randn(shape, generator=generator, dtype=wide) * spread
+    student = (teacher / 2 + torch.randn(shape, generator=generator, dtype=wide)).to(dtype)
+    log_probs, indices = torch.log_softmax(teacher / temperature, -1).topk(k)
+    order = torch.rand(indices.shape, generator=generator).argsort(-1)
+    log_probs, indices = log_probs.gather(-1, order), indices.gather(-1, order)
+    indices = indices.masked_fill(torch.rand(indices.shape, generator=generator) < padding, -1)
+    index = None
+    if labels:
+        index = torch.randint(classes, rows, generator=generator)
+        listed = indices[..., 0].clamp(min=0)
+        index = index.where(torch.rand(rows, generator=generator) < 0.5, listed)
+        index = index.masked_fill(torch.rand(rows, generator=generator) < 0.2, -100).to(device)
+    return TopKProblem(student.to(device), indices.to(device), log_probs.to(device), index)
+
+
+def topk_row_divergence(z: Tensor, indices: Tensor, log_probs: Tensor, tail: str) -> Tensor:
+    """Compute the divergence of the merged classes by torch's kl_div."""
+    listed = indices >= 0
+    ids, p = indices[listed], log_probs[listed].exp()
+
+    def kl(log_q: Tensor, p: Tensor) -> Tensor:  # 0 log 0 = 0, also where log_q is -inf
+        return F.kl_div(log_q[p > 0], p[p > 0], reduction="sum")
+
+    if tail == "renormalize":
+        if len(ids) == 0:
+            return z.sum() * 0
+        return kl(z[ids].log_softmax(-1), p / p.sum())
+    if tail == "ignore":
+        return kl(z.log_softmax(-1)[ids], p)
+    others = [c for c in range(len(z)) if c not in set(ids.tolist())]
+    log_q = z.log_softmax(-1)[ids]
+    if others:
+        log_q = torch.cat([log_q, z.log_softmax(-1)[others].logsumexp(-1, keepdim=True)])
+        p = torch.cat([p, (1 - p.sum()).clamp(min=0)[None]])
+    return kl(log_q, p)
+
+
+def topk_truth(
+    problem: TopKProblem,
+    tail: str = "ghost",
+    *,
+    temperature: float = 2.0,
+    alpha: float | None = None,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    normalizer: float | None = None,
+    grad_output: Tensor | None = None,
+) -> Answer:
+    """Compute the loss and its gradient by the definition, row by row in float64."""
+    student, indices, log_probs, labels = (x if x is None else x.cpu() for x in problem)
+    leaf = student.detach().double().requires_grad_()
+    classes = leaf.shape[-1]
+    hard_weight = 0.0 if labels is None else 0.5 if alpha is None else alpha
+    flat, ids = leaf.reshape(-1, classes), indices.reshape(-1, indices.shape[-1])
+    lists = log_probs.double().reshape(ids.shape)
+    losses, counted, size = [], 0, 0.0
+    for row in range(len(flat)):
+        y = None if labels is None else labels.reshape(-1)[row]
+        if y == -100:
+            losses.append(flat[row].sum() * 0)
+            continue
+        counted += 1
+        soft = topk_row_divergence(flat[row] / temperature, ids[row], lists[row], tail)
+        loss = (1 - hard_weight) * temperature**2 * soft
+        if y is not None:
+            hard = F.cross_entropy(flat[row], y, label_smoothing=label_smoothing)
+            loss = loss + hard_weight * hard
+        size += float(soft.detach().abs() + math.log(classes)) ** 2
+        losses.append(loss)
+    total = torch.stack(losses).reshape(leaf.shape[:-1])
+    if reduction != "none":
+        total = total.sum()
+    if reduction == "mean":
+        total = total / (normalizer or max(counted, 1))
+    outgoing = torch.ones_like(total) if grad_output is None else grad_output.double().cpu()
+    (grad,) = torch.autograd.grad(total, leaf, outgoing)
+    noise = 4 * torch.finfo(FP64).eps * math.sqrt(size) * temperature**2
+    return Answer(
+        None, total.detach().to(problem.student.device), grad.to(problem.student.device), noise
+    )  # type: ignore[arg-type]
+
+
+def run_topk(
+    problem: TopKProblem, tail: str = "ghost", grad_output: Tensor | None = None, **options: Any
+) -> tuple[Tensor, Tensor]:
+    """Compute (loss, gradient) at temperature 2 by default."""
+    leaf = problem.student.detach().requires_grad_()
+    options = {"temperature": 2.0, **options}  # the lists of make_topk have temperature 2
+    value = fastkd.loss(leaf, problem.teacher(tail), problem.labels, **options)
+    outgoing = torch.ones_like(value) if grad_output is None else grad_output.to(value)
+    (grad,) = torch.autograd.grad(value, leaf, outgoing)
+    return value.detach(), grad
+
+
+def check_topk(problem: TopKProblem, tail: str = "ghost", **options: Any) -> None:
+    """Assert that loss and gradient equal the definition."""
+    value, grad = run_topk(problem, tail, **options)
+    exact = topk_truth(problem, tail, **options)
+    acc = FP64 if FP64 in (problem.student.dtype, problem.log_probs.dtype) else FP32
+    assert_value(value, exact, acc)
+    assert_grad(grad, exact.grad, acc)

@@ -1,4 +1,4 @@
-"""Derivatives of every order, by each of torch's interfaces for them."""
+"""Derivatives of the loss, of every order, by each of torch's autograd interfaces."""
 
 import copy
 import io
@@ -60,7 +60,7 @@ def test_gradients_equal_finite_differences(device, options, reduction):
     assert torch.autograd.gradgradcheck(f, student)
 
 
-def test_gradcheck_of_row_temperatures_and_no_labels(device):
+def test_gradients_of_row_temperatures_equal_finite_differences(device):
     student, teacher, _ = make((3, 3), FP64, device=device, labels=False, spread=1.0)
     t = torch.tensor([0.7, 2.0, 4.0], dtype=FP64, device=device)
     for reduction in REDUCTIONS:
@@ -94,7 +94,7 @@ def test_second_derivatives_are_the_references(device, with_labels, reduction):
 
 
 @pytest.mark.usefixtures("each_autograd")
-def test_third_derivatives_and_those_of_terms(device):
+def test_third_derivatives_of_terms_are_the_references(device):
     student, teacher, labels = make((4, 7), FP64, device=device)
     results = []
     for function in (lambda *a: fastkd.terms(*a).loss, expected):
@@ -108,8 +108,8 @@ def test_third_derivatives_and_those_of_terms(device):
 
 
 @pytest.mark.usefixtures("each_autograd")
-def test_gradient_penalty_through_a_model(device):
-    """Check a penalty on the gradient, which implementations with saved gradients get wrong."""
+def test_a_gradient_penalty_trains_a_model(device):
+    """The second derivatives of a gradient penalty reach the model's parameters."""
     torch.manual_seed(0)
     model = torch.nn.Linear(6, 7, dtype=FP64, device=device)
     x = torch.randn(4, 6, dtype=FP64, device=device, requires_grad=True)
@@ -124,7 +124,7 @@ def test_gradient_penalty_through_a_model(device):
     torch.testing.assert_close(*results, **EXACT)
 
 
-# ---- what comes into backward
+# ---- grad_output, repeated backward passes, changed inputs
 
 
 @pytest.mark.usefixtures("each_autograd")
@@ -150,7 +150,7 @@ def test_grad_output_scales_the_gradient(device, scale, reduction, dtype):
     ("dtype", "reduction", "terms"), pairwise(DTYPES, REDUCTIONS, [False, True]), ids=str
 )
 def test_a_second_backward_pass_is_right(device, terms, reduction, dtype):
-    """With retain_graph, all gradients are right, and later calls leave earlier results alone."""
+    """With retain_graph, all gradients are right, and later calls do not change earlier results."""
     student, teacher, labels = make((6, 203), dtype, device=device)
     acc = compute_dtype(student, teacher)
     leaf = student.requires_grad_()
@@ -179,7 +179,7 @@ def test_a_second_backward_pass_is_right(device, terms, reduction, dtype):
 
 
 @pytest.mark.usefixtures("each_autograd")
-def test_gradient_is_the_callers_own(device):
+def test_changes_of_the_gradient_in_place_do_not_reach_a_second_pass(device):
     """Changes of .grad in place, as by clip_grad_norm_, do not reach a second backward pass."""
     student, teacher, labels = make((6, 20), device=device)
     leaf = student.requires_grad_()
@@ -192,7 +192,7 @@ def test_gradient_is_the_callers_own(device):
 
 
 @pytest.mark.usefixtures("each_autograd")
-def test_backward_after_the_graph_is_freed(device):
+def test_backward_after_the_graph_is_freed_raises(device):
     student, teacher, labels = make((6, 20), device=device)
     for reduction in REDUCTIONS:
         value = fastkd.loss(
@@ -205,8 +205,8 @@ def test_backward_after_the_graph_is_freed(device):
 
 @pytest.mark.usefixtures("each_autograd")
 @pytest.mark.parametrize("reduction", REDUCTIONS)
-def test_inputs_changed_in_between_are_an_error(device, reduction):
-    """A change of the logits in place before backward raises an error."""
+def test_logits_changed_before_backward_raise(device, reduction):
+    """Backward raises an error if the logits were changed in place after the forward pass."""
     student, teacher, labels = make((6, 20), device=device)
     hidden = student.requires_grad_() * 1.0
     value = fastkd.loss(hidden, teacher, labels, reduction=reduction).sum()
@@ -215,7 +215,7 @@ def test_inputs_changed_in_between_are_an_error(device, reduction):
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):
             value.backward()
     else:
-        # The gradient exists already: an error or the right gradient, never a wrong one.
+        # Backward may also return the gradient that the forward pass has computed.
         try:
             value.backward()
         except RuntimeError as error:
@@ -227,8 +227,8 @@ def test_inputs_changed_in_between_are_an_error(device, reduction):
 
 
 @pytest.mark.usefixtures("each_autograd")
-def test_inside_a_bigger_graph(device):
-    """The student is not a leaf, losses are added, the teacher is frozen, parameters are shared."""
+def test_gradients_are_right_in_a_larger_graph(device):
+    """Gradients are right for a non-leaf student, a sum of losses, and shared parameters."""
     torch.manual_seed(0)
     model = (
         torch.nn.Sequential(torch.nn.Linear(6, 8), torch.nn.ReLU(), torch.nn.Linear(8, 7))
@@ -262,7 +262,7 @@ def test_teacher_gets_no_gradient(device):
     with pytest.raises(ValueError, match=r"teacher requires grad.*\.detach\(\)"):
         fastkd.terms(student, teacher, labels)
     with torch.no_grad(), pytest.raises(ValueError, match="teacher requires grad"):
-        fastkd.loss(student, teacher, labels)  # an error without gradients, too
+        fastkd.loss(student, teacher, labels)  # raised without gradients, too
     for reduction in REDUCTIONS:
         value = fastkd.loss(student, teacher.detach(), labels, reduction=reduction)
         value.sum().backward()
@@ -275,8 +275,8 @@ def test_teacher_gets_no_gradient(device):
 @pytest.mark.usefixtures("each_autograd")
 @pytest.mark.parametrize(("inplace", "tensors"), [(False, 1.0), (True, 0.0)])
 @pytest.mark.parametrize("dtype", [FP32, BF16], ids=name_of)
-def test_memory_on_the_cpu(inplace, tensors, dtype):
-    """Forward and backward allocate one student tensor and a few numbers a row."""
+def test_memory_on_the_cpu_is_one_student_tensor(inplace, tensors, dtype):
+    """Forward and backward allocate one student tensor and a few numbers per row."""
     student, teacher, labels = make((16, 20000), dtype, ignored=0.0)
     leaf = student.requires_grad_()
     hidden = leaf * 1 if inplace else leaf
@@ -286,7 +286,7 @@ def test_memory_on_the_cpu(inplace, tensors, dtype):
     events = profile.profiler.kineto_results.events()
     taken = sum(max(e.nbytes(), 0) for e in events if e.name() == "[memory]")
     if inplace:
-        tensors += 1.0  # the matrix product before the logits
+        tensors += 1.0  # memory of the product `leaf * 1`
     assert taken <= tensors * student.nbytes + 8192
     assert taken >= tensors * student.nbytes  # the profiler recorded allocations
 
@@ -302,16 +302,16 @@ def test_a_gradient_in_use_is_not_written_over():
 
     alone = [gradient(seed).clone() for seed in range(3)]
     held = [gradient(seed) for seed in range(3)]
-    for one, other in zip(alone, held, strict=True):
-        assert torch.equal(one, other)
-    addresses = {one.data_ptr() for one in held}
+    for expected, grad in zip(alone, held, strict=True):
+        assert torch.equal(grad, expected)
+    addresses = {grad.data_ptr() for grad in held}
     assert len(addresses) == 3
-    del one, other, held
+    del grad, held
     again = gradient(1)
     assert torch.equal(again, alone[1])
     if native.EAGER is not None:
         assert again.data_ptr() in addresses
-    again.resize_(40, 20000)  # a view, as any tensor can be
+    again.resize_(40, 20000)  # the memory may be a view of a larger buffer
     assert torch.equal(again[:32], alone[1])
 
 
@@ -319,14 +319,14 @@ def test_a_gradient_in_use_is_not_written_over():
 @pytest.mark.parametrize("dtype", [FP16, BF16], ids=name_of)
 @pytest.mark.parametrize("divergence", ["forward_kl", "jsd"])
 def test_gradients_do_not_depend_on_the_scales_of_other_calls(dtype, shape, divergence):
-    """16-bit gradients are written for the previous grad_output, or recomputed."""
+    """16-bit gradients do not depend on the grad_output of an earlier call."""
     student, teacher, labels = make(shape, dtype)
 
     def gradients(factor: float) -> list[Tensor]:
         leaf = student.clone().requires_grad_()
         value = fastkd.loss(leaf, teacher, labels, divergence=divergence)
-        factors = [torch.tensor(one) for one in (factor, factor, 3.0)]
-        return [torch.autograd.grad(value, leaf, one, retain_graph=True)[0] for one in factors]
+        factors = [torch.tensor(g) for g in (factor, factor, 3.0)]
+        return [torch.autograd.grad(value, leaf, g, retain_graph=True)[0] for g in factors]
 
     for factor in (1.0, 1024.0, 0.25):
         first, second = gradients(factor), gradients(factor)
@@ -337,7 +337,7 @@ def test_gradients_do_not_depend_on_the_scales_of_other_calls(dtype, shape, dive
 # ---- modes of torch
 
 
-def test_inference_mode_and_no_grad(device):
+def test_inference_mode_and_no_grad_give_the_same_loss(device):
     student, teacher, labels = make((6, 20), device=device)
     value = fastkd.loss(student, teacher, labels)
     leaf = student.clone().requires_grad_()
@@ -346,7 +346,7 @@ def test_inference_mode_and_no_grad(device):
             inside = fastkd.loss(leaf, teacher, labels)
         assert torch.equal(inside, value) and not inside.requires_grad
     with torch.inference_mode():
-        frozen = teacher.clone()  # an inference tensor, as teachers often are
+        frozen = teacher.clone()  # an inference tensor, like many teachers' outputs
     fastkd.loss(leaf, frozen.clone(), labels).backward()
     assert_grad(leaf.grad, truth(student, teacher, labels).grad, FP32)
 
@@ -365,13 +365,13 @@ OPTIONS = {
 @pytest.mark.usefixtures("each_autograd")
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 @pytest.mark.parametrize("labels", ["indices", "probabilities"])
-def test_what_inference_mode_has_made(device, options, labels):
-    """Inference tensors, often a teacher's output, are copied: torch refuses to save them."""
+def test_inference_tensors_are_accepted(device, options, labels):
+    """Inference tensors are copied, since torch refuses to save them for backward."""
     student, teacher, indices = make((6, 20), device=device)
     inputs = indices if labels == "indices" else teacher.softmax(-1)
     options = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in options.items()}
     if labels == "probabilities":
-        options.pop("inplace", None)  # options without a kernel
+        options.pop("inplace", None)  # inplace needs a kernel
     with torch.inference_mode():
         frozen, frozen_labels = teacher.clone(), inputs.clone()
         made = {k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in options.items()}
@@ -384,7 +384,7 @@ def test_what_inference_mode_has_made(device, options, labels):
     assert frozen.is_inference() and torch.equal(*grads)
 
 
-def test_heads_and_lists_that_inference_mode_has_made(device):
+def test_heads_and_lists_of_inference_tensors_are_accepted(device):
     student, teacher, labels = make((6, 20), device=device)
     eye = torch.eye(20, device=device)
     log_probs, indices = teacher.log_softmax(-1).topk(5)
@@ -411,9 +411,9 @@ def test_checkpointing_gives_the_same_gradient(device, reentrant):
     checkpoint(
         lambda x: fastkd.loss(x * 1, teacher, labels), leaf, use_reentrant=reentrant
     ).backward()
-    plain = student.clone().requires_grad_()
-    fastkd.loss(plain, teacher, labels).backward()
-    assert torch.equal(leaf.grad, plain.grad)
+    expected = student.clone().requires_grad_()
+    fastkd.loss(expected, teacher, labels).backward()
+    assert torch.equal(leaf.grad, expected.grad)
 
 
 @pytest.mark.parametrize("half", [BF16, FP16], ids=name_of)
@@ -452,7 +452,7 @@ def test_anomaly_mode_works(device):
         fastkd.loss(student.requires_grad_(), teacher, labels).backward()
 
 
-# ---- the module
+# ---- KDLoss
 
 
 def test_module_survives_deepcopy_pickle_and_torch_save(device):
@@ -472,7 +472,7 @@ def test_module_survives_deepcopy_pickle_and_torch_save(device):
     assert not list(criterion.parameters()) and not criterion.state_dict()
 
 
-def test_module_says_what_it_is():
+def test_repr_of_a_module_has_the_options():
     text = repr(fastkd.KDLoss(temperature=3.0, alpha=0.2))
     assert "temperature=3.0" in text and "alpha=0.2" in text
 

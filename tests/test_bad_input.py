@@ -1,4 +1,4 @@
-"""Messages about invalid arguments: they name the argument, its value, and valid values."""
+"""Error messages about invalid arguments name the argument, its value, and valid values."""
 # ruff: noqa: E501 - one mistake a line
 
 import math
@@ -19,13 +19,13 @@ from fastkd._core.objective import Options
 NAN, INF = math.nan, math.inf
 
 
-def good() -> dict[str, Any]:
+def valid_arguments() -> dict[str, Any]:
     student, teacher, labels = make((3, 5), ignored=0.0)
     return {"student": student, "teacher": teacher, "labels": labels}
 
 
 Z = torch.zeros
-# (changes of a valid call, the error, a part of its message)
+# (changes of a valid call, the error, a part of the error's message)
 MISTAKES: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     # shapes and ranks
     "shapes differ": ({"teacher": Z(3, 6)}, ValueError, "student and teacher must have the same shape; got (3, 5) and (3, 6)"),
@@ -180,15 +180,15 @@ MISTAKES: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("way", ["loss", "terms"])
+@pytest.mark.parametrize("function", ["loss", "terms"])
 @pytest.mark.parametrize("mistake", MISTAKES)
-def test_the_message_names_argument_and_values(mistake, way):
+def test_the_message_names_argument_and_values(mistake, function):
     changed, error, message = MISTAKES[mistake]
-    arguments = {**good(), **changed}
+    arguments = {**valid_arguments(), **changed}
     tensors = {k: v for k, v in arguments.items() if isinstance(v, torch.Tensor)}
     before = {k: (v.clone(), v._version) for k, v in tensors.items()}
     with pytest.raises(error, match=re.escape(message)):
-        getattr(fastkd, way)(**arguments)
+        getattr(fastkd, function)(**arguments)
     for name, (value, version) in before.items():
         assert tensors[name]._version == version
         if value.device.type == "cpu" and value.layout is torch.strided:
@@ -201,7 +201,7 @@ def test_the_message_names_argument_and_values(mistake, way):
 @pytest.mark.parametrize("inplace", [False, True])
 def test_a_refused_call_writes_nothing(mistake, grad, inplace):
     changed, error, message = MISTAKES[mistake]
-    arguments = {**good(), **changed}
+    arguments = {**valid_arguments(), **changed}
     before = arguments["student"].clone()
     if grad:
         arguments["student"] = arguments["student"].requires_grad_() * 1
@@ -212,33 +212,33 @@ def test_a_refused_call_writes_nothing(mistake, grad, inplace):
     assert arguments["student"]._version == version
 
 
-def test_the_table_is_of_mistakes():
-    """The unchanged call is valid, and each changed option is an option."""
-    assert fastkd.loss(**good()).isfinite()
+def test_the_table_changes_a_valid_call():
+    """The unchanged call is valid, and each changed argument is an argument of fastkd.loss."""
+    assert fastkd.loss(**valid_arguments()).isfinite()
     for changed, _, _ in MISTAKES.values():
-        assert set(changed) <= {*good(), *Options._fields}
+        assert set(changed) <= {*valid_arguments(), *Options._fields}
 
 
 def test_valid_names_are_listed():
     for name in fastkd.divergences():
         with pytest.raises(ValueError, match=f"'{name}'"):
-            fastkd.loss(**good(), divergence="no such thing")
+            fastkd.loss(**valid_arguments(), divergence="no such thing")
     for name in shapes.REDUCTIONS:
         with pytest.raises(ValueError, match=f"'{name}'"):
-            fastkd.loss(**good(), reduction="no such thing")
+            fastkd.loss(**valid_arguments(), reduction="no such thing")
 
 
 @pytest.mark.parametrize("name", ["loss", "terms", "verify", "KDLoss", "explain"])
 def test_an_unknown_option_is_refused(name):
     function = getattr(fastkd, name)
-    arguments = good() if name in ("loss", "terms", "verify") else {}
+    arguments = valid_arguments() if name in ("loss", "terms", "verify") else {}
     with pytest.raises(TypeError, match="got an unexpected keyword argument 'tau'"):
         function(**arguments, tau=2.0)
 
 
 @pytest.mark.parametrize("name", ["loss", "terms"])
-def test_arguments_of_the_wrong_number(name):
-    function, (student, teacher, labels) = getattr(fastkd, name), good().values()
+def test_wrong_numbers_of_arguments_are_refused(name):
+    function, (student, teacher, labels) = getattr(fastkd, name), valid_arguments().values()
     with pytest.raises(TypeError, match=rf"{name}\(\) takes from 2 to 3 positional arguments"):
         function(student, teacher, labels, 2.0)
     with pytest.raises(TypeError, match=rf"{name}\(\) missing 1 required .* 'teacher'"):
@@ -271,8 +271,10 @@ def test_module_refuses_options_when_it_is_made(options):
 @pytest.mark.parametrize("dtype", [FP32, torch.float64], ids=name_of)
 @pytest.mark.parametrize("value", [1e-46, 1e-39, 1e25, 1e39])
 @pytest.mark.usefixtures("each_autograd")
-def test_a_temperature_that_float32_cannot_square_or_invert(value, dtype):
-    arguments = {k: v.to(dtype) if v.is_floating_point() else v for k, v in good().items()}
+def test_temperatures_that_float32_cannot_square_or_invert_are_refused(value, dtype):
+    arguments = {
+        k: v.to(dtype) if v.is_floating_point() else v for k, v in valid_arguments().items()
+    }
     for name in ("temperature", "teacher_temperature"):
         message = re.escape(f"{name} must be from 1e-18 to 1e+18; got {value!r}")
         with pytest.raises(ValueError, match=message):
@@ -288,10 +290,10 @@ def test_a_temperature_that_float32_cannot_square_or_invert(value, dtype):
 
 
 @pytest.mark.parametrize("value", [1e-18, 1e18])
-def test_the_least_and_the_greatest_temperature(value):
-    """Loss and gradient in float32 are finite at either end of the range."""
+def test_the_least_and_the_greatest_temperature_are_finite(value):
+    """Loss and gradient in float32 are finite at the least and at the greatest temperature."""
     for option in (value, torch.full((3,), value), torch.tensor(value, dtype=torch.float64)):
-        student, teacher, labels = good().values()
+        student, teacher, labels = valid_arguments().values()
         leaf = student.requires_grad_()
         got = fastkd.loss(leaf, teacher, labels, temperature=option)
         got.backward()
@@ -314,7 +316,7 @@ def test_errors_name_no_path_of_the_machine_that_built_the_extension():
     assert re.search(r"(^|\s)csrc/torch/\w+\.cpp", str(caught.value).split("\n")[0])
 
 
-# ---- odd, and right
+# ---- unusual arguments that are accepted
 
 
 def test_non_adjacent_classes_work(device):
@@ -325,13 +327,13 @@ def test_non_adjacent_classes_work(device):
     value = fastkd.loss(leaf, teacher.t().contiguous().t(), labels)
     assert torch.equal(value, fastkd.loss(student, teacher, labels))
     value.backward()
-    plain = student.clone().requires_grad_()
-    fastkd.loss(plain, teacher, labels).backward()
-    assert torch.equal(leaf.grad, plain.grad)
+    contiguous = student.clone().requires_grad_()
+    fastkd.loss(contiguous, teacher, labels).backward()
+    assert torch.equal(leaf.grad, contiguous.grad)
 
 
 def test_integers_are_accepted_as_numbers():
-    arguments = good()
+    arguments = valid_arguments()
     assert torch.equal(
         fastkd.loss(**arguments, temperature=3, alpha=1, normalizer=2, label_smoothing=0),
         fastkd.loss(**arguments, temperature=3.0, alpha=1.0, normalizer=2.0, label_smoothing=0.0),
@@ -339,8 +341,8 @@ def test_integers_are_accepted_as_numbers():
 
 
 @pytest.mark.parametrize("kind", [np.float32, np.float64, np.int64])
-def test_numpy_s_scalars_are_numbers(kind):
-    arguments = good()
+def test_numpy_scalars_are_accepted_as_numbers(kind):
+    arguments = valid_arguments()
     expected = fastkd.loss(**arguments, temperature=3.0, hard_weight=1.0, normalizer=2.0)
     three, one, two = kind(3), kind(1), kind(2)
     loss = fastkd.loss(**arguments, temperature=three, hard_weight=one, normalizer=two)
@@ -352,14 +354,14 @@ def test_numpy_s_scalars_are_numbers(kind):
 # ---- checks that look at data
 
 
-def test_checks_that_look_at_data_need_tensors():
+def test_checks_of_data_need_tensors():
     with pytest.raises(TypeError, match="teacher must be a tensor; got list"):
         fastkd.check_logits([1.0], "teacher")
     with pytest.raises(ValueError, match="ignore_index must be an int of 64 bits"):
-        fastkd.check_inputs(**good(), ignore_index=2**63)
+        fastkd.check_inputs(**valid_arguments(), ignore_index=2**63)
 
 
-# Ways to make a tensor of another layout, and the call that the message names.
+# Conversions of a tensor to another layout, and the call that the error message names.
 LAYOUTS = {
     "coo": (lambda value: value.to_sparse(), "to_dense()"),
     "csr": (lambda value: value.to_sparse_csr(), "to_dense()"),
@@ -388,24 +390,24 @@ LAYOUTS = {
 def test_tensors_of_other_layouts_are_refused(function, name, layout):
     """The message contains the call that makes the tensor dense."""
     make_other, advice = LAYOUTS[layout]
-    arguments: dict[str, Any] = dict(good(), labels=torch.rand(4, 7))
+    arguments: dict[str, Any] = dict(valid_arguments(), labels=torch.rand(4, 7))
     if function == "TopK":
         log_probs, indices = arguments["teacher"].log_softmax(-1).topk(2)
-        arguments.update(indices=indices, log_probs=log_probs, labels=good()["labels"])
+        arguments.update(indices=indices, log_probs=log_probs, labels=valid_arguments()["labels"])
     elif function == "Head":
         arguments.update(hidden=torch.rand(3, 4), weight=torch.rand(5, 4), bias=torch.rand(5))
-        arguments["labels"] = good()["labels"]
+        arguments["labels"] = valid_arguments()["labels"]
     elif function == "check_logits":
         arguments = {"logits": torch.rand(4, 7)}
     value = arguments[name]
     if (layout == "csr" and value.dim() < 2) or (
         layout == "mkldnn" and not value.is_floating_point()
     ):
-        value = torch.rand(4, 7)  # torch.long has no other layout of this kind
+        value = torch.rand(4, 7)  # a tensor of torch.long, or of one dimension, has no such layout
     arguments[name] = make_other(value)
     kind = getattr(fastkd, function)
     with pytest.raises(TypeError, match=f"{name} must be a dense tensor") as caught:
-        if function in ("TopK", "Head"):  # checked by the constructor
+        if function in ("TopK", "Head"):  # the constructor checks the layout
             side = {"TopK": "teacher", "Head": "student"}[function]
             fields = {key: arguments.pop(key) for key in kind._fields if key in arguments}
             fastkd.loss(**{**arguments, side: kind(**fields)})
@@ -428,14 +430,14 @@ def test_tensors_of_other_layouts_are_refused(function, name, layout):
 )
 def test_arguments_of_another_type_are_named(function, arguments):
     name = list(arguments)[-1]
-    with_tensors = arguments if function == "check_logits" else {**good(), **arguments}
+    with_tensors = arguments if function == "check_logits" else {**valid_arguments(), **arguments}
     with pytest.raises(TypeError, match=f"^{name} must be "):
         getattr(fastkd, function)(**with_tensors)
 
 
-def test_check_inputs_accepts_good_ones(device):
+def test_check_inputs_accepts_valid_arguments(device):
     student, teacher, labels = make((6, 40), device=device)
-    student[0], labels[0] = NAN, -100  # ignored without a check
+    student[0], labels[0] = NAN, -100  # values of ignored rows are not checked
     teacher[1, :39] = -INF
     assert fastkd.check_inputs(student, teacher, labels) is None
     fastkd.check_inputs(student[1:], teacher[1:], temperature=torch.ones(5, device=device))
@@ -459,7 +461,7 @@ def test_check_inputs_names_the_row(device, change, message):
         fastkd.check_inputs(student, teacher, labels)
 
 
-def test_check_inputs_looks_at_temperatures(device):
+def test_check_inputs_checks_temperatures(device):
     student, teacher, labels = make((3, 40), device=device)
     with pytest.raises(
         ValueError, match=r"temperature must be positive and finite; row 1 has 0\.0"
@@ -476,7 +478,7 @@ def test_check_inputs_looks_at_temperatures(device):
 
 
 @pytest.mark.parametrize("logits", [torch.tensor(1.0), torch.ones(3, 2, dtype=torch.complex64)])
-def test_check_logits_refuses_what_are_none(logits):
+def test_check_logits_refuses_invalid_tensors(logits):
     with pytest.raises(ValueError, match=r"logits must be floating-point, of shape \(\.\.\., C\)"):
         fastkd.check_logits(logits)
 
@@ -507,7 +509,7 @@ def test_temperatures_out_of_range_on_cuda_are_nan_rows():
 
 
 @pytest.mark.parametrize("dtype", [FP32, torch.bfloat16])
-def test_probabilities_are_warned_about(device, dtype):
+def test_check_logits_warns_about_probabilities(device, dtype):
     logits = make((6, 40), dtype, device=device).student
     with pytest.warns(UserWarning, match="teacher look like probabilities.*expects logits"):
         assert fastkd.check_logits(logits.float().softmax(-1).to(dtype), "teacher") is False
@@ -520,6 +522,6 @@ def test_probabilities_are_warned_about(device, dtype):
 
 
 def test_probabilities_are_never_refused(device):
-    """Tensors of probabilities may be logits, so only check_logits warns about them."""
+    """Probabilities are valid logits, so only check_logits warns about them."""
     probabilities = make((6, 40), device=device).student.softmax(-1)
     assert fastkd.loss(probabilities, probabilities) == 0

@@ -1,4 +1,4 @@
-"""Contents of checkpoints, and the names of checkpoint folders."""
+"""Checkpoints: their contents, their damage, and the names of their folders."""
 
 import copy
 import os
@@ -44,12 +44,12 @@ def trainer_in(folder: pathlib.Path, **options) -> fastkd.Trainer:
     )
 
 
-def plain() -> DataLoader:
+def make_loader() -> DataLoader:
     return DataLoader(data(), 8, shuffle=True)
 
 
 def losses(trainer: fastkd.Trainer, loader, until: int = 15) -> list[float]:
-    """Train up to a step, with a checkpoint after each pass; return the losses."""
+    """Train up to a step, with a checkpoint after each pass over the data; return the losses."""
     drawn = []
     while trainer.step < until:
         for step in trainer.steps(loader):
@@ -62,7 +62,7 @@ def losses(trainer: fastkd.Trainer, loader, until: int = 15) -> list[float]:
 
 # ---- random states
 
-OWN = {
+LOADERS = {
     "loader": lambda generator: DataLoader(data(), 8, shuffle=True, generator=generator),
     "sampler": lambda generator: DataLoader(
         data(), 8, sampler=RandomSampler(data(), generator=generator)
@@ -81,12 +81,12 @@ OWN = {
 
 
 @pytest.mark.parametrize("stop", [5, 7, 10])
-@pytest.mark.parametrize("which", OWN)
-def test_a_generator_of_the_loaders_own_comes_back(tmp_path, which, stop):
-    """The generator is restored in the middle of a pass and between two passes."""
+@pytest.mark.parametrize("which", LOADERS)
+def test_a_generator_of_the_loader_is_restored(tmp_path, which, stop):
+    """The loader's generator is restored in the middle of a pass and between two passes."""
 
     def loader():
-        return OWN[which](torch.Generator().manual_seed(3))
+        return LOADERS[which](torch.Generator().manual_seed(3))
 
     straight = losses(trainer_in(tmp_path / "a"), loader())
     before = losses(trainer_in(tmp_path / "b"), loader(), stop)
@@ -96,36 +96,36 @@ def test_a_generator_of_the_loaders_own_comes_back(tmp_path, which, stop):
     assert before + losses(trainer, loader()) == straight
 
 
-def test_a_loader_of_other_generators_is_refused_within_a_pass(tmp_path):
-    losses(trainer_in(tmp_path), OWN["loader"](torch.Generator()), 7)
+def test_a_loader_with_other_generators_is_refused_within_a_pass(tmp_path):
+    losses(trainer_in(tmp_path), LOADERS["loader"](torch.Generator()), 7)
     trainer = trainer_in(tmp_path)
     trainer.resume()
     with pytest.raises(
         ValueError, match="loader has 0 generators, and the loader of the checkpoint had 1"
     ):
-        losses(trainer, plain())
-    losses(trainer, OWN["loader"](torch.Generator()), 10)
-    trainer = trainer_in(tmp_path)  # the next pass may have another sampler
+        losses(trainer, make_loader())
+    losses(trainer, LOADERS["loader"](torch.Generator()), 10)
+    trainer = trainer_in(tmp_path)  # after the pass, another sampler is accepted
     trainer.resume()
-    losses(trainer, plain())
+    losses(trainer, make_loader())
 
 
 @pytest.mark.parametrize("stop", [5, 7])
 def test_random_numbers_drawn_after_resume_change_nothing(tmp_path, stop):
-    """The run's random numbers stay the same, even if it is interrupted twice."""
-    straight = losses(trainer_in(tmp_path / "a"), plain())
-    resumed = losses(trainer_in(tmp_path / "b"), plain(), stop)
+    """A run draws the same random numbers, even if it is interrupted twice."""
+    straight = losses(trainer_in(tmp_path / "a"), make_loader())
+    resumed = losses(trainer_in(tmp_path / "b"), make_loader(), stop)
     for until in (8, 15):
         trainer = trainer_in(tmp_path / "b")
         trainer.resume()
         torch.randn(3)
-        resumed += losses(trainer, plain(), until)
+        resumed += losses(trainer, make_loader(), until)
     assert resumed == straight
 
 
-def test_a_loop_that_draws_random_numbers_saves_at_its_end(tmp_path):
+def test_a_loop_that_draws_random_numbers_resumes_exactly(tmp_path):
     def drawing(trainer, until=15):
-        resumed, loader = [], plain()
+        resumed, loader = [], make_loader()
         while trainer.step < until:
             for step in trainer.steps(loader):
                 resumed.append(float(step.loss))
@@ -146,9 +146,9 @@ def test_a_loop_that_draws_random_numbers_saves_at_its_end(tmp_path):
 # ---- folders
 
 
-def test_saving_once_more_at_the_same_step_writes_anew(tmp_path):
+def test_saving_again_at_the_same_step_overwrites(tmp_path):
     trainer = trainer_in(tmp_path, save_every=2)
-    for step in trainer.steps(plain()):
+    for step in trainer.steps(make_loader()):
         if step.number == 2:
             break
     with torch.no_grad():
@@ -161,10 +161,10 @@ def test_saving_once_more_at_the_same_step_writes_anew(tmp_path):
 
 
 @pytest.mark.parametrize("renamings", [1, 2])
-def test_an_interrupted_writing_anew_leaves_one_of_the_two(tmp_path, monkeypatch, renamings):
-    """The write is interrupted before and after the new folder takes the old one's name."""
+def test_an_interrupted_overwrite_leaves_a_complete_checkpoint(tmp_path, monkeypatch, renamings):
+    """An interrupted save leaves the old or the new checkpoint complete."""
     trainer = trainer_in(tmp_path)
-    next(trainer.steps(plain()))
+    next(trainer.steps(make_loader()))
     trainer.save()
     replace, done = pathlib.Path.replace, []
 
@@ -180,18 +180,18 @@ def test_an_interrupted_writing_anew_leaves_one_of_the_two(tmp_path, monkeypatch
     assert trainer.resume() and trainer.step == 1
     trainer.save()
     trainer.save()
-    losses(trainer, plain(), 6)
+    losses(trainer, make_loader(), 6)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000005", "step-00000006"]
 
 
 def test_saving_into_the_folder_of_another_run_is_refused(tmp_path):
-    losses(trainer_in(tmp_path), plain(), 5)
+    losses(trainer_in(tmp_path), make_loader(), 5)
     with pytest.raises(FileExistsError, match=r"resume\(\)"):
         trainer_in(tmp_path).save()
 
 
-def test_what_has_another_name_is_no_checkpoint_and_stays(tmp_path):
-    losses(trainer_in(tmp_path), plain(), 5)
+def test_paths_with_other_names_are_neither_loaded_nor_deleted(tmp_path):
+    losses(trainer_in(tmp_path), make_loader(), 5)
     for name in ("step-00000005-best", "step-best", "step-5"):
         shutil.copytree(tmp_path / "step-00000005", tmp_path / name)
     (tmp_path / "step-notes.txt").write_text("5 was best")
@@ -199,12 +199,12 @@ def test_what_has_another_name_is_no_checkpoint_and_stays(tmp_path):
     others = set(tmp_path.iterdir()) - {tmp_path / "step-00000005"}
     trainer = trainer_in(tmp_path)
     assert trainer.resume() and trainer.step == 5
-    losses(trainer, plain())
+    losses(trainer, make_loader())
     assert set(tmp_path.iterdir()) - others == set(checkpoints.list_complete(tmp_path))
     assert others < set(tmp_path.iterdir())
 
 
-def test_checkpoints_are_in_the_order_of_their_numbers(tmp_path):
+def test_checkpoints_are_listed_in_the_order_of_their_numbers(tmp_path):
     names = [f"step-{number:08d}" for number in (7, 99_999_999, 100_000_000)]
     for name in (*names, f"{names[1]}.replaced"):
         (tmp_path / name).mkdir()
@@ -213,8 +213,8 @@ def test_checkpoints_are_in_the_order_of_their_numbers(tmp_path):
 
 
 @pytest.mark.parametrize("part", ["ema", "scheduler", "hints"])
-def test_a_part_that_the_checkpoint_has_not_is_refused(tmp_path, part):
-    losses(trainer_in(tmp_path), plain(), 5)
+def test_a_part_missing_from_the_checkpoint_is_refused(tmp_path, part):
+    losses(trainer_in(tmp_path), make_loader(), 5)
     if part == "hints":
         trainer = trainer_in(tmp_path, hints=[fastkd.Hint(student="0", teacher="0")])
     elif part == "ema":
@@ -226,11 +226,11 @@ def test_a_part_that_the_checkpoint_has_not_is_refused(tmp_path, part):
         trainer.resume()
     assert trainer.step == 0
     with pytest.raises(FileExistsError):
-        trainer.fit(plain())
+        trainer.fit(make_loader())
 
 
-def test_a_part_that_the_trainer_has_not_is_refused(tmp_path):
-    losses(trainer_in(tmp_path, ema=0.9), plain(), 5)
+def test_a_part_missing_from_the_trainer_is_refused(tmp_path):
+    losses(trainer_in(tmp_path, ema=0.9), make_loader(), 5)
     trainer = trainer_in(tmp_path)
     with pytest.raises(ValueError, match="has ema 1, and this run 0"):
         trainer.resume()
@@ -241,7 +241,7 @@ def test_a_part_that_the_trainer_has_not_is_refused(tmp_path):
 def complete(tmp_path_factory) -> pathlib.Path:
     """Make a folder with two checkpoints that have every kind of file."""
     folder = tmp_path_factory.mktemp("complete")
-    losses(complete_trainer_in(folder), plain(), 10)
+    losses(complete_trainer_in(folder), make_loader(), 10)
     return folder
 
 
@@ -286,7 +286,7 @@ def test_a_damaged_file_is_named_and_nothing_is_changed(complete, tmp_path, name
     file = tmp_path / "step-00000010" / name
     trainer = complete_trainer_in(tmp_path)
     before = state_of(trainer)
-    for what, damage in damages(file).items():
+    for kind, damage in damages(file).items():
         if file.is_dir():
             file.rmdir()
         else:
@@ -294,8 +294,8 @@ def test_a_damaged_file_is_named_and_nothing_is_changed(complete, tmp_path, name
         damage()
         with pytest.raises(ValueError, match=r"Delete step-00000010 to resume") as caught:
             trainer.resume()
-        assert f"{file} cannot be read: " in str(caught.value) or name == "files.json", what
-        assert same(state_of(trainer), before), what
+        assert f"{file} cannot be read: " in str(caught.value) or name == "files.json", kind
+        assert is_equal(state_of(trainer), before), kind
     shutil.rmtree(file.parent)
     assert trainer.resume() and trainer.step == 5
 
@@ -312,15 +312,17 @@ def state_of(trainer: fastkd.Trainer) -> list:
     return copy.deepcopy([*(state.state_dict() for state in states), *numbers, random.getstate()])
 
 
-def same(one: object, other: object) -> bool:
+def is_equal(first: object, second: object) -> bool:
     """Return True if two nested states are equal."""
-    if isinstance(one, torch.Tensor):
-        return torch.equal(one, other)
-    if isinstance(one, dict):
-        return one.keys() == other.keys() and all(same(one[key], other[key]) for key in one)
-    if isinstance(one, (list, tuple)):
-        return len(one) == len(other) and all(map(same, one, other))
-    return one == other
+    if isinstance(first, torch.Tensor):
+        return torch.equal(first, second)
+    if isinstance(first, dict):
+        return first.keys() == second.keys() and all(
+            is_equal(first[key], second[key]) for key in first
+        )
+    if isinstance(first, (list, tuple)):
+        return len(first) == len(second) and all(map(is_equal, first, second))
+    return first == second
 
 
 @pytest.mark.parametrize("dangling", [False, True])
@@ -328,14 +330,14 @@ def test_an_old_checkpoint_may_be_a_link(tmp_path, dangling):
     """Deleting an old checkpoint deletes the link and keeps its target."""
     folder, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
     trainer = trainer_in(folder)
-    logged = losses(trainer, plain(), 5)
+    logged = losses(trainer, make_loader(), 5)
     shutil.move(folder / "step-00000005", elsewhere)
     (folder / "step-00000005").symlink_to(elsewhere)
     if dangling:
         elsewhere.rename(tmp_path / "away")
-        trainer.save()  # step 5 again: the new checkpoint has the name of the dangling link
-    (folder / ".discarded").symlink_to(elsewhere)  # as after an interruption
-    logged += losses(trainer, plain(), 15)
+        trainer.save()  # the new checkpoint of step 5 has the name of the dangling link
+    (folder / ".discarded").symlink_to(elsewhere)  # mimics an interrupted deletion
+    logged += losses(trainer, make_loader(), 15)
     assert len(logged) == 15
     assert sorted(path.name for path in folder.iterdir()) == ["step-00000010", "step-00000015"]
     assert list((tmp_path / "away" if dangling else elsewhere).iterdir())

@@ -1,4 +1,4 @@
-"""Plans of a Head's chunks: their sizes and their memory."""
+"""Plans of the chunks of a Head: their sizes and their memory."""
 
 import re
 from typing import Any
@@ -27,7 +27,7 @@ def plan(
     weight_grad: bool = True,
     **options: Any,
 ) -> Plan:
-    """Make a plan of these sizes for a teacher as wide as the student."""
+    """Make a plan of these sizes for a teacher of the student's width."""
     widths, dtypes = [student_width] * 2, [dtype, dtype, weight_dtype or dtype]
     sizes = Sizes(rows, classes, *widths, *dtypes, weight_grad, device, logits_per_row)
     return plan_sizes(sizes, **options)
@@ -58,7 +58,7 @@ def test_default_chunks_cover_all_rows(sizes):
 
 
 @given(HEADS, st.integers(1, 4096), st.sampled_from(["auto", "rows"]))
-def test_keeps_to_max_workspace(sizes, mib, chunk_by):
+def test_plans_fit_max_workspace(sizes, mib, chunk_by):
     """The plan fits max_workspace, or raises; its chunks are as large as possible."""
     try:
         chosen = plan(**sizes, chunk_by=chunk_by, max_workspace=mib * MIB)
@@ -77,15 +77,15 @@ def test_keeps_to_max_workspace(sizes, mib, chunk_by):
 
 
 @given(HEADS, st.integers(1, 9000), st.booleans())
-def test_chunks_of_classes_cover_all_classes(sizes, most, writes):
+def test_chunks_of_classes_cover_all_classes(sizes, largest, writes):
     """Chunks cover all classes; logits lie only in the unwritten part of the gradient."""
     rows, classes, width = sizes["rows"], sizes["classes"], sizes["student_width"]
     item = int(sizes["logits_per_row"]) * sizes["dtype"].itemsize
     grad_row = width * sizes["dtype"].itemsize * sizes["weight_grad"]
-    classes = min(classes, 500 * most)  # bounds the test's time
+    classes = min(classes, 500 * largest)  # bounds the test's time
     end = 0
-    for chunk in divide_classes(rows, classes, most, item, grad_row, writes=writes):
-        assert chunk.start == end and 0 < chunk.size <= most
+    for chunk in divide_classes(rows, classes, largest, item, grad_row, writes=writes):
+        assert chunk.start == end and 0 < chunk.size <= largest
         end += chunk.size
         if chunk.is_inside:
             written = end * grad_row if writes else 0
@@ -95,8 +95,8 @@ def test_chunks_of_classes_cover_all_classes(sizes, most, writes):
     assert end == classes
 
 
-# Shapes of Llama 3 and Qwen heads, the memory for them beyond the inputs on a GPU of 80 GB, and the
-# dtype of the summed gradient.
+# Sizes of Llama 3 and Qwen heads; the memory of their plan on a GPU of 80 GB, in MiB, without the
+# inputs; the dtype of the summed gradient.
 TARGETS = [
     ((4096, 128256, 2048), 2100, "auto"),
     ((8192, 151936, 1024), 2300, "auto"),
@@ -114,10 +114,10 @@ def test_large_heads_fit_their_memory(sizes, mib, accumulate):
     assert chosen.chunk >= 768
 
 
-# Memory of Liger's fused loss for these shapes: docs/linear.md.
+# The bounds are the memory of Liger's fused loss for these sizes (docs/linear.md).
 @pytest.mark.parametrize(("sizes", "mib"), [(TARGETS[0][0], 564), (TARGETS[1][0], 334)], ids=str)
 def test_the_least_memory_is_two_gradients(sizes, mib):
-    """The least memory of chunks of classes is the two gradients plus small chunks."""
+    """Chunks of classes need at least the memory of two gradients plus small chunks."""
     chosen = plan(*sizes, dtype=BF16, device="cuda", max_workspace=mib * MIB - 1)
     rows, classes, width = sizes
     assert chosen.chunk_by == "classes" and chosen.accumulate is BF16
@@ -125,23 +125,22 @@ def test_the_least_memory_is_two_gradients(sizes, mib):
     assert chosen.peak_bytes < 1.02 * (2 * classes + 4 * rows) * width
     pieces = list(divide_classes(rows, classes, chosen.chunk, 4, 2 * width, writes=True))
     assert len(pieces) == chosen.chunks
-    # 9 of 10 classes are in chunks of at least 512.
     assert sum(chunk.size for chunk in pieces if chunk.size >= 512) > 0.9 * classes
     with pytest.raises(ValueError, match="takes less than"):
         plan(*sizes, dtype=BF16, device="cuda", chunk_by="rows", max_workspace=mib * MIB - 1)
 
 
-def test_one_chunk_sums_nothing():
+def test_one_chunk_needs_no_float32_sum():
     assert plan(512, 1000, 64, dtype=BF16).accumulate is BF16
     assert plan(512, 1000, 64, dtype=BF16, chunk_size=128).accumulate is FP32
     assert plan(512, 1000, 64, dtype=BF16, chunk_size=128, accumulate_dtype=BF16).accumulate is BF16
-    # The sum is scaled before it is rounded, since it may overflow without.
+    # A float16 sum may overflow before it is scaled, so the sum is in float32.
     assert plan(512, 1000, 64, dtype=FP16).accumulate is FP32
     assert plan(512, 1000, 64, dtype=BF16, weight_dtype=FP32).accumulate is FP32
     assert plan(512, 1000, 64, dtype=FP64, chunk_size=128).accumulate is FP64
 
 
-def test_says_what_it_chose():
+def test_str_of_a_plan_has_its_chunks():
     text = str(plan(4096, 128256, 2048, dtype=BF16, device="cuda", chunk_size=1024))
     assert "4 x 1024 of 4096 rows" in text and "501.0 MiB" in text and "float32" in text
 
@@ -169,7 +168,7 @@ def test_bad_arguments_are_refused(wrong, message):
         fastkd.chunks.plan(**{**make_heads()._asdict(), **wrong})
 
 
-# ---- the properties of a call
+# ---- sizes of a call
 
 
 def sizes(inputs: Any, **options: Any) -> Sizes:
@@ -183,13 +182,13 @@ def sizes(inputs: Any, **options: Any) -> Sizes:
     return seen[0]
 
 
-def test_sizes_of_a_call(device):
+def test_sizes_are_those_of_the_call(device):
     inputs = make_heads(BF16, device)
-    one = sizes(inputs)
-    assert one[:4] == (37, 203, 24, 40)
-    assert one[4:7] == (BF16, BF16, BF16) and one.weight_grad
-    assert one.device == device.type and one.logits_per_row == 2
-    assert one.cast_per_class == 0 and one.copied_per_row == (24 + 40) * 2
+    inferred = sizes(inputs)
+    assert inferred[:4] == (37, 203, 24, 40)
+    assert inferred[4:7] == (BF16, BF16, BF16) and inferred.weight_grad
+    assert inferred.device == device.type and inferred.logits_per_row == 2
+    assert inferred.cast_per_class == 0 and inferred.copied_per_row == (24 + 40) * 2
     assert sizes(inputs[:2]).copied_per_row == 0
     with torch.no_grad():
         assert not sizes(inputs).weight_grad
@@ -203,13 +202,15 @@ def test_sizes_of_a_call(device):
 
 def test_autocast_changes_the_sizes():
     with torch.autocast("cpu", dtype=BF16):
-        one = sizes(make_heads())
-    assert one[4:7] == (BF16, BF16, FP32)
-    assert one.cast_per_class == (24 + 40) * 2 and one.copied_per_row == (24 + 40) * (4 + 2)
+        inferred = sizes(make_heads())
+    assert inferred[4:7] == (BF16, BF16, FP32)
+    assert inferred.cast_per_class == (24 + 40) * 2 and inferred.copied_per_row == (24 + 40) * (
+        4 + 2
+    )
 
 
 def test_meta_tensors_are_planned_for_a_gpu():
-    """A plan needs no data, so meta tensors larger than any memory have a plan."""
+    """Meta tensors larger than any memory have a plan, since a plan needs no data."""
 
     def head(width: int) -> Head:
         shapes = ((4096, width), (128256, width))
@@ -218,8 +219,8 @@ def test_meta_tensors_are_planned_for_a_gpu():
     student, teacher = head(2048), head(4096)
     student.weight.requires_grad_()
     labels = torch.empty(4096, dtype=torch.int64, device="meta")
-    one = sizes((student, teacher, labels))
-    assert one == Sizes(
+    inferred = sizes((student, teacher, labels))
+    assert inferred == Sizes(
         4096, 128256, 2048, 4096, BF16, BF16, BF16, True, "cuda", copied_per_row=12288
     )
     for options in ({}, {"max_workspace": 560 * MIB}):
@@ -231,13 +232,13 @@ def test_meta_tensors_are_planned_for_a_gpu():
 def test_a_plan_serves_fewer_rows():
     inputs = make_heads()
     plan = fastkd.chunks.plan(*inputs, chunk_size=8)
-    few = [head._replace(hidden=head.hidden[:5]) for head in inputs[:2]]
-    value = fastkd.loss(*few, inputs.labels[:5], chunks=plan)
-    torch.testing.assert_close(value, fastkd.loss(*few, inputs.labels[:5]))
+    smaller = [head._replace(hidden=head.hidden[:5]) for head in inputs[:2]]
+    value = fastkd.loss(*smaller, inputs.labels[:5], chunks=plan)
+    torch.testing.assert_close(value, fastkd.loss(*smaller, inputs.labels[:5]))
 
 
 @given(HEADS, st.integers(1, 4096), st.integers(1, 4096), st.sampled_from(["auto", "rows"]))
-def test_keeps_to_max_workspace_with_a_size_of_chunks(sizes, mib, size, chunk_by):
+def test_plans_with_a_chunk_size_fit_max_workspace(sizes, mib, size, chunk_by):
     """With a chunk_size, the plan fits max_workspace or raises."""
     options = {**sizes, "chunk_by": chunk_by, "chunk_size": size}
     chosen = plan(**options)
@@ -253,5 +254,5 @@ def test_a_bound_too_small_is_refused():
         ValueError, match=r"max_workspace=1048576 .* accumulate_dtype=torch.bfloat16"
     ):
         plan(4096, 128256, 2048, dtype=torch.bfloat16, max_workspace=MIB)
-    with pytest.raises(ValueError, match=r"take [0-9]+ bytes$"):  # float16 cannot sum
+    with pytest.raises(ValueError, match=r"take [0-9]+ bytes$"):  # the sum cannot be in float16
         plan(4096, 128256, 2048, dtype=FP16, max_workspace=MIB, chunk_by="rows")

@@ -1,4 +1,4 @@
-"""Promises of all adapters in fastkd.compat, and docs/compat.md."""
+"""Behavior that all adapters in fastkd.compat share, and docs/compat.md."""
 
 import pathlib
 import re
@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from peers import agree, draw
+from peers import assert_equal_losses, draw
 from torch import nn
 
 from fastkd import compat
@@ -48,7 +48,7 @@ def verl_loss(s, t, y):
     return verl.compute_forward_kl_topk(s[None], *lists, None, "thd")["distillation_losses"].sum()
 
 
-# (student logits, teacher logits, labels) -> loss, for one adapter of each library.
+# One adapter of each library: (student logits, teacher logits, labels) -> loss.
 MASKING = {
     "axolotl": axolotl_loss,
     "distilbert": lambda s, t, y: distilbert.step_loss(
@@ -79,7 +79,7 @@ OTHERS = {
 
 
 @pytest.mark.parametrize("name", MASKING)
-def test_without_a_row_that_counts_the_loss_is_zero(name):
+def test_without_a_valid_row_the_loss_is_zero(name):
     student, teacher, labels = draw((6, 5))
     student.requires_grad_()
     loss = MASKING[name](student, teacher, labels.fill_(-100))
@@ -89,7 +89,7 @@ def test_without_a_row_that_counts_the_loss_is_zero(name):
 
 
 @pytest.mark.parametrize("name", [name for name in MASKING if "liger" not in name])
-def test_a_row_that_is_left_out_may_hold_anything(name):
+def test_an_ignored_row_may_hold_anything(name):
     student, teacher, labels = draw((6, 5), "some ignored")
     clean = MASKING[name](student, teacher, labels)
     student[labels == -100] = teacher[labels == -100] = torch.nan
@@ -118,7 +118,7 @@ def test_a_teacher_that_requires_grad_is_refused(name):
 def test_cuda_agrees_with_the_cpu(name):
     student, teacher, labels = draw((6, 5), "some ignored" if name in MASKING else "all count")
     function = {**MASKING, **OTHERS}[name]
-    agree(
+    assert_equal_losses(
         lambda s: function(s.cuda(), teacher.cuda(), labels.cuda()).cpu(),
         lambda s: function(s, teacher, labels),
         student,
@@ -126,7 +126,7 @@ def test_cuda_agrees_with_the_cpu(name):
 
 
 def test_every_adapter_has_a_section():
-    """Each section of docs/compat.md has an import that works."""
+    """Each adapter has a section in docs/compat.md, whose import works."""
     imports = re.findall(r"^\+ (from .*)$", (ROOT / "docs" / "compat.md").read_text(), re.MULTILINE)
     assert [line.split()[1] for line in imports] == [f"fastkd.compat.{n}" for n in compat.__all__]
     for line in imports:

@@ -1,4 +1,4 @@
-"""fastkd.compat against libraries for classifiers: their code, or their formula."""
+"""Adapters in fastkd.compat for classifiers give the results of the libraries."""
 
 import copy
 import functools
@@ -7,16 +7,16 @@ import inspect
 import peers
 import pytest
 import torch
-from peers import DOUBLE, SINGLE, agree, draw, kl_rows
+from peers import DOUBLE, SINGLE, assert_equal_losses, draw, kl_rows
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastkd.compat import deit, keras, mdistiller, timm, torchdistill
 
-# torch's warning about a default that several libraries use.
+# Several libraries use the default that torch warns about.
 pytestmark = pytest.mark.filterwarnings("ignore:reduction. 'mean' divides the total loss")
 
-# ------------------------------------------------------------- torchdistill
+# ---- torchdistill
 
 PATHS = ("head", "output", "classifier", "input")
 
@@ -27,7 +27,7 @@ def filled(student: Tensor, teacher: Tensor):
 
 @functools.cache
 def torchdistill_code():
-    return peers.code("torchdistill", "losses/mid_level.py", "KDLoss", "LogitStdKDLoss")
+    return peers.compile_code("torchdistill", "losses/mid_level.py", "KDLoss", "LogitStdKDLoss")
 
 
 @pytest.mark.parametrize("name", ["KDLoss", "LogitStdKDLoss"])
@@ -50,7 +50,7 @@ def test_torchdistill_gives_its_own_loss(name, reduction, options):
         *PATHS, temperature=4.0, reduction=reduction, **options
     )
     for targets in (labels, None):
-        agree(
+        assert_equal_losses(
             lambda s, targets=targets: ours(*filled(s, teacher), targets),
             lambda s, targets=targets: theirs(*filled(s, teacher), targets),
             student,
@@ -58,29 +58,29 @@ def test_torchdistill_gives_its_own_loss(name, reduction, options):
 
 
 @pytest.mark.parametrize("reduction", ["batchmean", "mean", "sum"])
-def test_torchdistill_images_and_soft_targets(reduction):
-    """Per-pixel classes have two denominators; mixup has targets of probabilities."""
+def test_torchdistill_accepts_pixels_and_soft_targets(reduction):
+    """Per-pixel classes have two denominators; mixup has labels of probabilities."""
     ours = torchdistill.KDLoss(*PATHS, temperature=2.0, alpha=0.3, reduction=reduction)
     theirs = torchdistill_code().KDLoss(*PATHS, temperature=2.0, alpha=0.3, reduction=reduction)
     student, teacher, _ = draw((2, 5, 3, 4))
     soft = torch.randn(2, 5, 3, 4, dtype=torch.float64).softmax(1)
     for targets in (torch.arange(24).view(2, 3, 4) % 5, soft):
-        agree(
+        assert_equal_losses(
             lambda s, targets=targets: ours(*filled(s, teacher), targets),
             lambda s, targets=targets: theirs(*filled(s, teacher), targets),
             student,
         )
 
 
-def test_torchdistill_ignored_rows_are_out_of_both_terms():
-    """Documented difference: torchdistill's soft term includes ignored rows."""
+def test_torchdistill_ignores_rows_in_both_terms():
+    """Ignored rows have no effect; torchdistill's soft term includes ignored rows (documented)."""
     student, teacher, labels = draw((6, 5), "some ignored")
-    kept = labels != -100
+    valid = labels != -100
     ours = torchdistill.KDLoss(*PATHS, temperature=2.0, alpha=0.3)
     theirs = torchdistill_code().KDLoss(*PATHS, temperature=2.0, alpha=0.3)
-    agree(
+    assert_equal_losses(
         lambda s: ours(*filled(s, teacher), labels),
-        lambda s: theirs(*filled(s[kept], teacher[kept]), labels[kept]),
+        lambda s: theirs(*filled(s[valid], teacher[valid]), labels[valid]),
         student,
     )
     assert ours(*filled(student, teacher), labels) != theirs(*filled(student, teacher), labels)
@@ -97,7 +97,7 @@ def test_torchdistill_refuses_unsupported_options():
         torchdistill.LogitStdKDLoss(*PATHS, temperature=2.0, eps=1e-5, alpha=0.5)
 
 
-# --------------------------------------------------------------------- timm
+# ---- timm
 
 
 def models(classes: int = 5) -> tuple[nn.Module, nn.Module]:
@@ -157,13 +157,13 @@ def test_timm_refuses_a_name():
         timm.LogitDistillationTask(nn.Linear(2, 3), "resnet50")
 
 
-# -------------------------------------------------------------------- Keras
+# ---- Keras
 
 
 @pytest.fixture(scope="module")
 def keras_package(tmp_path_factory):
-    """Import Keras on the torch backend, which it reads from the environment."""
-    peers.folder("keras")
+    """Import Keras with torch as its backend, which Keras reads from the environment."""
+    peers.find_package_folder("keras")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("KERAS_BACKEND", "torch")
         patch.setenv("KERAS_HOME", str(tmp_path_factory.mktemp("keras")))
@@ -173,7 +173,7 @@ def keras_package(tmp_path_factory):
 
 
 def keras_loss(package, temperature: float):
-    """Compute Keras' KL of softened probabilities by its instance, not its name."""
+    """Return Keras' distillation loss with the KL as an instance, not as a name."""
     return package.distillation.LogitsDistillation(temperature, package.losses.KLDivergence())
 
 
@@ -182,7 +182,7 @@ def test_keras_logits_distillation_gives_its_own_loss(keras_package, temperature
     student, teacher, _ = draw((6, 5))
     theirs = keras_loss(keras_package, temperature)
     ours = keras.LogitsDistillation(temperature)
-    agree(
+    assert_equal_losses(
         lambda s: ours.compute_loss(teacher, s),
         lambda s: theirs.compute_loss(teacher.float(), s.float()),
         student,
@@ -207,8 +207,8 @@ def test_keras_distiller_trains_like_its_own(keras_package, weight, with_labels)
     )
     x, y = torch.randn(6, 3), torch.arange(6) % 5 if with_labels else None
     torch.testing.assert_close(ours.compute_loss(x, y), theirs.compute_loss(x, y), **SINGLE)
-    if with_labels or weight < 1:  # gradient for the logits, which both take as y_pred
-        agree(
+    if with_labels or weight < 1:  # both losses take the logits as y_pred
+        assert_equal_losses(
             lambda s: ours.compute_loss(x, y, s),
             lambda s: theirs.compute_loss(x, y, s),
             student(x).detach(),
@@ -230,7 +230,7 @@ def test_keras_distiller_sets_training_modes(keras_package):
     ours = keras.Distiller(teacher, student, keras.LogitsDistillation()).train()
     x, y = torch.randn(6, 3), torch.arange(6) % 5
     before = copy.deepcopy(teacher.state_dict())
-    assert ours.compute_loss(x, y) != ours.compute_loss(x, y)  # in case of dropout in the student
+    assert ours.compute_loss(x, y) != ours.compute_loss(x, y)  # the student's dropout is active
     assert ours.compute_loss(x, y, training=False) == ours.compute_loss(x, y, training=False)
     torch.testing.assert_close(teacher.state_dict(), before, rtol=0, atol=0)
     assert not any(module.training for module in teacher.modules())
@@ -238,13 +238,15 @@ def test_keras_distiller_sets_training_modes(keras_package):
     assert any(parameter.requires_grad for parameter in student.parameters())
 
 
-def test_keras_without_the_teacher():
+def test_the_keras_teacher_is_not_called_at_weight_1():
     logits, _, labels = draw((6, 5))
     no_teacher = nn.Linear(1, 1)  # raises if it is called, since the inputs have another width
     ours = keras.Distiller(
         no_teacher, nn.Identity(), keras.LogitsDistillation(), student_loss_weight=1.0
     )
-    agree(lambda s: ours.compute_loss(s, labels), lambda s: F.cross_entropy(s, labels), logits)
+    assert_equal_losses(
+        lambda s: ours.compute_loss(s, labels), lambda s: F.cross_entropy(s, labels), logits
+    )
 
 
 def test_signatures_are_those_of_the_libraries(keras_package):
@@ -256,7 +258,9 @@ def test_signatures_are_those_of_the_libraries(keras_package):
         (keras.LogitsDistillation, keras_package.distillation.LogitsDistillation),
     ]
     for ours, theirs in pairs:
-        arguments, expected = (inspect.signature(one).parameters for one in (ours, theirs))
+        arguments, expected = (
+            inspect.signature(function).parameters for function in (ours, theirs)
+        )
         names = [name for name, p in expected.items() if p.kind is not p.VAR_KEYWORD]
         assert [*arguments] == names
         assert [p.default for p in arguments.values()] == [expected[name].default for name in names]
@@ -264,7 +268,7 @@ def test_signatures_are_those_of_the_libraries(keras_package):
     assert keras.LogitsDistillation().compute_loss(logits, logits, sample_weight=None) == 0
 
 
-def test_what_has_no_meaning_here():
+def test_unused_parameters_must_have_their_defaults():
     teacher, student = models()
     for name in ("criterion_kwargs", "teacher_pretrained_path", "teacher_pretrained_cfg_overlay"):
         with pytest.raises(ValueError, match=f"{name} must be None: .*; got 'x'"):
@@ -286,7 +290,7 @@ def test_keras_refuses_unsupported_losses():
         keras.Distiller(teacher, student, [keras.LogitsDistillation()])
 
 
-# ----------- DeiT and mdistiller, which are no packages: the formulas written out
+# ---- DeiT and mdistiller have no packages, so their formulas are written out
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0])
@@ -308,7 +312,7 @@ def test_deit_gives_its_own_loss(kind, alpha):
         return (1 - alpha) * base(heads[0], labels) + alpha * theirs
 
     ours = deit.DistillationLoss(base, teacher, kind, alpha, tau=3.0)
-    agree(lambda s: ours(images, (s[0], s[1]), labels), formula, heads)
+    assert_equal_losses(lambda s: ours(images, (s[0], s[1]), labels), formula, heads)
 
 
 def test_deit_needs_two_heads():
@@ -321,7 +325,7 @@ def test_deit_needs_two_heads():
 @pytest.mark.parametrize("temperature", [1.0, 4.0])
 def test_mdistiller_kd_gives_its_own_loss(temperature):
     student, teacher, _ = draw((6, 5))
-    agree(
+    assert_equal_losses(
         lambda s: mdistiller.kd_loss(s, teacher, temperature),
         lambda s: kl_rows(s, teacher, temperature).mean(),
         student,
@@ -341,7 +345,7 @@ def test_mdistiller_dkd_gives_its_own_loss(alpha, beta, temperature):
         nckd = kl_rows(student[others].view(6, 4), teacher[others].view(6, 4), temperature)
         return (alpha * temperature**2 * tckd + beta * nckd).mean()
 
-    agree(
+    assert_equal_losses(
         lambda s: mdistiller.dkd_loss(s, teacher, target, alpha, beta, temperature),
         formula,
         student,

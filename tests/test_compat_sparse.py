@@ -1,4 +1,4 @@
-"""fastkd.compat against libraries with sparse teachers: their own code."""
+"""Adapters in fastkd.compat for sparse teachers give the results of the libraries."""
 
 import functools
 from dataclasses import dataclass
@@ -9,25 +9,25 @@ from typing import Optional
 import peers
 import pytest
 import torch
-from peers import MASKS, SINGLE, agree, draw
+from peers import MASKS, SINGLE, assert_equal_losses, draw
 
 import fastkd
 from fastkd.compat import axolotl, ms_swift, trl_sdft, verl
 
-# ---------------------------------------------------------------- TRL's SDFT and SDPO
+# ---- TRL's SDFT and SDPO
 
 
 @functools.cache
 def sdft():
     names = ("compute_divergence", "add_tail_bucket")
     losses = ("compute_topk_self_distillation_loss", "compute_full_logit_self_distillation_loss")
-    return peers.code("trl", "experimental/sdft/loss_utils.py", *names, *losses)
+    return peers.compile_code("trl", "experimental/sdft/loss_utils.py", *names, *losses)
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.1, 0.5, 1.0])
 def test_trl_sdft_gives_its_own_loss(alpha):
     student, teacher, _ = draw((2, 4, 11))
-    agree(
+    assert_equal_losses(
         lambda s: trl_sdft.compute_full_logit_self_distillation_loss(
             s, teacher, distillation_alpha=alpha
         ),
@@ -38,37 +38,37 @@ def test_trl_sdft_gives_its_own_loss(alpha):
     )
 
 
-# One class without a tail has the probability 1.
+# k=1 without a tail is left out: its only class has the probability 1.
 @pytest.mark.parametrize(
     ("k", "add_tail"), [(1, True), (3, True), (3, False), (10, True), (10, False)]
 )
 @pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0])
-def test_trl_sdft_of_the_students_top_k(k, add_tail, alpha):
+def test_trl_sdft_top_k_gives_its_own_loss(k, add_tail, alpha):
     student, teacher, _ = draw((2, 4, 11))
     options = {
         "distillation_topk": k,
         "distillation_alpha": alpha,
         "distillation_add_tail": add_tail,
     }
-    agree(
+    assert_equal_losses(
         lambda s: trl_sdft.compute_topk_self_distillation_loss(s, teacher, **options),
         lambda s: sdft().compute_topk_self_distillation_loss(s, teacher, **options),
         student,
     )
 
 
-# --------------------------------------------------------------------------- ms-swift
+# ---- ms-swift
 
 
 @functools.cache
 def swift():
     names = ("TeacherOutput", "jsd_loss", "_align_vocab", "extract_active", "gkd_loss")
     defaults = ("default_log_softmax", "default_kl_div", "default_gather")
-    theirs = peers.code(
+    theirs = peers.compile_code(
         "swift", "rlhf_trainers/gkd_loss.py", *names, *defaults, Enum=Enum, Optional=Optional
     )
     theirs.TeacherOutput.__module__ = __name__
-    dataclass(theirs.TeacherOutput)  # peers.code leaves decorators out
+    dataclass(theirs.TeacherOutput)  # peers.compile_code removes decorators
     return theirs
 
 
@@ -77,11 +77,11 @@ def outputs(**arguments):
     return SimpleNamespace(**{**fields, **arguments})
 
 
-def same_loss(student, target, beta, temperature, **teacher):
-    """Assert equal sums, gradients and numbers of tokens."""
+def assert_same_loss(student, target, beta, temperature, **teacher):
+    """Assert equal sums, gradients and token counts."""
     call = (target, beta, temperature)
     theirs = swift().TeacherOutput(**teacher)
-    agree(
+    assert_equal_losses(
         lambda s: ms_swift.gkd_loss(s, outputs(**teacher), *call)[0],
         lambda s: swift().gkd_loss(s, theirs, *call)[0],
         student,
@@ -95,34 +95,34 @@ def same_loss(student, target, beta, temperature, **teacher):
 @pytest.mark.parametrize("mask", MASKS)
 def test_ms_swift_gives_its_own_loss(beta, temperature, mask):
     student, teacher, labels = draw((2, 6, 11), mask)
-    same_loss(student, labels, beta, temperature, full_logits=teacher, labels=labels)
+    assert_same_loss(student, labels, beta, temperature, full_logits=teacher, labels=labels)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 3.0])
 @pytest.mark.parametrize("form", ["log-probabilities", "logits"])
 @pytest.mark.parametrize("beta", [0.0, 0.5, 1.0])
-def test_ms_swift_with_lists(form, temperature, beta):
-    """ms-swift's servers send log-probabilities; its local teachers send logits."""
+def test_ms_swift_accepts_lists(form, temperature, beta):
+    """Lists of log-probabilities (from servers) and of logits (local teachers) are accepted."""
     student, teacher, labels = draw((2, 6, 11), "some ignored")
     values, indices = (teacher if form == "logits" else teacher.log_softmax(-1)).topk(4)
-    values[0, 1] = -torch.inf  # a token that the server did not score, which does not count
+    values[0, 1] = -torch.inf  # a token that the server did not score has no soft term
     lists = {"topk_logprobs": values, "topk_indices": indices}
-    same_loss(student, labels, beta, temperature, **lists, labels=labels)
+    assert_same_loss(student, labels, beta, temperature, **lists, labels=labels)
 
 
 @pytest.mark.parametrize("form", ["dense", "lists"])
-def test_ms_swift_where_the_teacher_has_another_prompt(form):
+def test_ms_swift_accepts_another_prompt_of_the_teacher(form):
     student, teacher, labels = draw((1, 6, 11), "some ignored")
     shifted = labels.roll(1, 1)
     arguments = {"full_logits": teacher}
     if form == "lists":
         values, indices = teacher.log_softmax(-1).topk(4)
         arguments = {"topk_logprobs": values, "topk_indices": indices}
-    same_loss(student, labels, 0.0, 2.0, **arguments, labels=shifted)
+    assert_same_loss(student, labels, 0.0, 2.0, **arguments, labels=shifted)
 
 
-def test_ms_swift_with_padding_in_a_list():
-    """Documented difference: ms-swift's loss is NaN; here a padding entry lists no class."""
+def test_ms_swift_accepts_padding_in_a_list():
+    """A padding entry lists no class; ms-swift's loss is NaN (documented difference)."""
     student, teacher, labels = draw((2, 6, 11))
     values, indices = teacher.log_softmax(-1).topk(4)
     padded = torch.cat([values, torch.full_like(values[..., :1], -torch.inf)], -1)
@@ -150,8 +150,8 @@ def test_ms_swift_refuses_unsupported_options():
 @functools.cache
 def axolotl_code():
     names = ("LigerFusedLinearKLTopKLogprobFunction", "LigerFusedLinearKLTopKLogprobLoss")
-    normalize = peers.code("axolotl", "integrations/kd/utils.py", "normalize_logprobs")
-    return peers.code(
+    normalize = peers.compile_code("axolotl", "integrations/kd/utils.py", "normalize_logprobs")
+    return peers.compile_code(
         "axolotl",
         "integrations/kd/kernels/liger.py",
         *names,
@@ -197,13 +197,17 @@ def test_axolotl_gives_its_own_loss(beta, normalize, weights, mask):
         (lambda f, x: f(x, hidden, *lists, bias), head),
         (lambda f, x: f(head, hidden, *lists, x), bias),
     ):
-        agree(functools.partial(call, ours), functools.partial(call, theirs), leaf, SINGLE)
+        assert_equal_losses(
+            functools.partial(call, ours), functools.partial(call, theirs), leaf, SINGLE
+        )
 
 
 def test_axolotl_without_cross_entropy():
     hidden, head, lists, _ = axolotl_batch()
     ours, theirs = axolotl_losses(compute_ce_loss=False)
-    agree(lambda x: ours(head, x, *lists), lambda x: theirs(head, x, *lists), hidden, SINGLE)
+    assert_equal_losses(
+        lambda x: ours(head, x, *lists), lambda x: theirs(head, x, *lists), hidden, SINGLE
+    )
 
 
 @pytest.mark.parametrize(("beta", "normalize"), AXOLOTL)
@@ -217,7 +221,7 @@ def test_axolotl_at_another_temperature(beta, normalize):
         value = theirs(head, x, *lists)
         return value.detach() + 3.0**2 * (value - value.detach())
 
-    agree(lambda x: ours(head, x, *lists), corrected, hidden, SINGLE)
+    assert_equal_losses(lambda x: ours(head, x, *lists), corrected, hidden, SINGLE)
     ours, theirs = axolotl_losses(**options)
     torch.testing.assert_close(ours(head, hidden, *lists), theirs(head, hidden, *lists), **SINGLE)
 
@@ -253,7 +257,7 @@ def test_axolotl_refuses_unsupported_options():
 def verl_code():
     names = ("compute_forward_kl_topk", "kl_divergence", "_chunked_topk_log_probs")
     world = {"get_ulysses_sequence_parallel_world_size": lambda: 1, "slice_input_tensor": None}
-    return peers.code("verl", "trainer/distillation/fsdp/losses.py", *names, **world)
+    return peers.compile_code("verl", "trainer/distillation/fsdp/losses.py", *names, **world)
 
 
 def verl_config(**options):
@@ -278,7 +282,7 @@ def test_verl_gives_its_own_loss(k, chunked):
         expected = theirs(student, *call)[name].double()
         ours = verl.compute_forward_kl_topk(student, *plain)[name]
         torch.testing.assert_close(ours, expected, **SINGLE)
-    agree(
+    assert_equal_losses(
         lambda s: verl.compute_forward_kl_topk(s, *call)["distillation_losses"],
         lambda s: theirs(s, *call)["distillation_losses"],
         student,
@@ -333,7 +337,7 @@ def verl_estimators():
         "masked_sum": lambda values, mask: (values * mask).sum(),
     }
     names = ("kl_penalty", "kl_penalty_forward", "compute_policy_loss_vanilla", "agg_loss")
-    return peers.code(
+    return peers.compile_code(
         "verl", "trainer/ppo/core_algos.py", *names, verl_F=SimpleNamespace(**masked), AlgoConfig=()
     )
 
@@ -366,7 +370,7 @@ def test_verl_estimators_are_those_of_sampled(name):
         )[0]
 
     sampled = fastkd.Sampled(log_p, tokens, estimator=name)
-    agree(lambda s: fastkd.loss(s, sampled), theirs, student)
+    assert_equal_losses(lambda s: fastkd.loss(s, sampled), theirs, student)
 
 
 def test_verl_policy_gradient_of_k3():
@@ -386,4 +390,4 @@ def test_verl_policy_gradient_of_k3():
         value = (q.exp() * (q - p)).sum() - (p.exp() * (p - q)).sum()
         return value - value.detach()
 
-    agree(expected, difference, student)
+    assert_equal_losses(expected, difference, student)

@@ -1,4 +1,4 @@
-"""fastkd.compat against libraries for language models: their code, or their formula."""
+"""Adapters in fastkd.compat for language models give the results of the libraries."""
 
 import functools
 import math
@@ -6,16 +6,16 @@ import math
 import peers
 import pytest
 import torch
-from peers import MASKS, SHAPES, SINGLE, agree, draw, kl_rows
+from peers import MASKS, SHAPES, SINGLE, assert_equal_losses, draw, kl_rows
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastkd.compat import distilbert, liger, modelopt, nemo, textbrewer, torchtune, trl
 
-# torch's warning about a default that several libraries use.
+# Several libraries use the default that torch warns about.
 pytestmark = pytest.mark.filterwarnings("ignore:reduction. 'mean' divides the total loss")
 
-# ---------------------------------------------------------------- torchtune
+# ---- torchtune
 
 TORCHTUNE = [
     ("ForwardKLLoss", "ForwardKLWithChunkedOutputLoss", {}),
@@ -31,7 +31,7 @@ TORCHTUNE = [
 def torchtune_code():
     kinds = ("Forward", "Reverse", "Symmetric")
     names = [f"{kind}{rest}" for kind in kinds for rest in ("KLLoss", "KLWithChunkedOutputLoss")]
-    return peers.code("torchtune", "modules/loss/kd_losses.py", *names)
+    return peers.compile_code("torchtune", "modules/loss/kd_losses.py", *names)
 
 
 @pytest.mark.parametrize("normalize", [True, False])
@@ -41,7 +41,7 @@ def test_torchtune_gives_its_own_loss(name, _, options, mask, normalize):
     student, teacher, labels = draw((7, 5), mask, -7)
     ours = getattr(torchtune, name)(**options, ignore_index=-7)
     theirs = getattr(torchtune_code(), name)(**options, ignore_index=-7)
-    agree(
+    assert_equal_losses(
         lambda s: ours(s, teacher, labels, normalize),
         lambda s: theirs(s, teacher, labels, normalize),
         student,
@@ -55,7 +55,7 @@ def test_torchtune_chunked_gives_its_own_loss(_, name, options, mask):
     student, teacher, labels = draw((2, 7, 5), mask)
     ours = getattr(torchtune, name)(3, **options)
     theirs = getattr(torchtune_code(), name)(3, **options)
-    agree(
+    assert_equal_losses(
         lambda s: ours(s.chunk(3, 1), teacher.chunk(3, 1), labels),
         lambda s: theirs(s.chunk(3, 1), teacher.chunk(3, 1), labels),
         student,
@@ -63,14 +63,14 @@ def test_torchtune_chunked_gives_its_own_loss(_, name, options, mask):
     )
 
 
-@pytest.mark.parametrize(("whole", "chunked", "options"), TORCHTUNE)
-def test_torchtune_without_a_row_is_zero(whole, chunked, options):
+@pytest.mark.parametrize(("unchunked", "chunked", "options"), TORCHTUNE)
+def test_torchtune_without_a_valid_row_is_zero(unchunked, chunked, options):
     student, teacher, labels = draw((2, 4, 5))
     student.requires_grad_()
     labels.fill_(-100)
     chunks = student.chunk(2, 1), teacher.chunk(2, 1)
     for loss in (
-        getattr(torchtune, whole)(**options)(student, teacher, labels),
+        getattr(torchtune, unchunked)(**options)(student, teacher, labels),
         getattr(torchtune, chunked)(2, **options)(*chunks, labels),
     ):
         assert loss == 0
@@ -78,7 +78,7 @@ def test_torchtune_without_a_row_is_zero(whole, chunked, options):
         assert not grad.any()
 
 
-def test_torchtune_chunks_that_do_not_fit_the_labels():
+def test_torchtune_refuses_chunks_that_do_not_fit_the_labels():
     student, teacher, labels = draw((2, 4, 5))
     loss = torchtune.ForwardKLWithChunkedOutputLoss(2)
     with pytest.raises(ValueError, match=r"student_logits must be at most num_output_chunks=2"):
@@ -96,13 +96,13 @@ def test_torchtune_refuses_labels_of_another_length(name):
         loss(student, teacher, labels.flatten()[:6])
 
 
-# ---------------------------------------------------------------------- TRL
+# ---- TRL
 
 
 @functools.cache
 def trl_loss():
     file = "experimental/gkd/gkd_trainer.py"
-    return peers.code("trl", file, "generalized_jsd_loss").generalized_jsd_loss
+    return peers.compile_code("trl", file, "generalized_jsd_loss").generalized_jsd_loss
 
 
 @pytest.mark.parametrize("beta", [0.0, 0.1, 0.5, 1.0])
@@ -117,7 +117,7 @@ def test_trl_gives_its_own_loss(beta, temperature, reduction, mask):
         "temperature": temperature,
         "reduction": reduction,
     }
-    agree(
+    assert_equal_losses(
         lambda s: trl.generalized_jsd_loss(s, teacher, **options),
         lambda s: trl_loss()(s, teacher, **options),
         student,
@@ -126,10 +126,10 @@ def test_trl_gives_its_own_loss(beta, temperature, reduction, mask):
 
 @pytest.mark.parametrize("count", [12, torch.tensor(12)], ids=["number", "tensor"])
 @pytest.mark.parametrize("mask", [*MASKS, "no labels"])
-def test_trl_with_a_global_count(mask, count):
+def test_trl_accepts_a_global_count(mask, count):
     student, teacher, labels = draw((2, 4, 11), mask)
     options = {"labels": None if mask == "no labels" else labels, "num_items_in_batch": count}
-    agree(
+    assert_equal_losses(
         lambda s: trl.generalized_jsd_loss(s, teacher, **options),
         lambda s: trl_loss()(s, teacher, **options),
         student,
@@ -137,11 +137,11 @@ def test_trl_with_a_global_count(mask, count):
 
 
 @pytest.mark.parametrize("shape", [(), (1,), (2,), (2, 1)])
-def test_trl_with_a_count_for_every_gpu(shape):
-    """The trainer averages the count over the GPUs, as it does its own loss."""
+def test_trl_accepts_a_count_for_every_gpu(shape):
+    """The count is averaged over the GPUs, as TRL's trainer averages its own loss."""
     student, teacher, labels = draw((2, 4, 11), "some ignored")
     options = {"labels": labels, "num_items_in_batch": torch.full(shape, 5.0).double()}
-    agree(
+    assert_equal_losses(
         lambda s: trl.generalized_jsd_loss(s, teacher, **options),
         lambda s: trl_loss()(s, teacher, **options).mean(),
         student,
@@ -149,7 +149,7 @@ def test_trl_with_a_count_for_every_gpu(shape):
 
 
 @pytest.mark.parametrize("count", [0, torch.tensor(0), torch.zeros(2, 1)])
-def test_trl_where_no_row_counts_in_the_whole_step(count):
+def test_trl_without_a_valid_row_in_the_step_is_zero(count):
     student, teacher, labels = draw((2, 4, 11))
     student.requires_grad_()
     labels = torch.full_like(labels, -100)
@@ -170,21 +170,20 @@ def test_trl_refuses_unsupported_options():
                 trl.generalized_jsd_loss(student, teacher, labels, num_items_in_batch=count)
 
 
-# -------------------------------------------------------------------- Liger
-# Its modules are Triton kernels, which need a GPU. The JSD of its chunked losses is PyTorch; KL is
-# torch's own function by its documentation, and TVD is written out.
+# ---- Liger's modules are Triton kernels, which need a GPU. The oracle of the JSD is the PyTorch
+# code of Liger's chunked losses. KL is torch's own function, and TVD is written out.
 
 
 @pytest.mark.parametrize("beta", [0.0, 0.1, 0.5, 1.0])
 @pytest.mark.parametrize("mask", [*MASKS, "no labels"])
 def test_liger_jsd_gives_its_own_loss(beta, mask):
     file = "chunked_loss/jsd_loss.py"
-    summed = peers.code("liger_kernel", file, "distillation_loss_fn", math=math)
+    summed = peers.compile_code("liger_kernel", file, "distillation_loss_fn", math=math)
     student, teacher, labels = draw((7, 11), mask)
     target = None if mask == "no labels" else labels
     rows = int((labels != -100).sum())
     ours = liger.LigerJSD(beta=beta)
-    agree(
+    assert_equal_losses(
         lambda s: ours(s.log_softmax(-1), teacher.log_softmax(-1), target),
         lambda s: summed.distillation_loss_fn(s, teacher, beta, target) / rows,
         student,
@@ -198,7 +197,7 @@ def test_liger_kl_gives_its_own_loss(reduction, log_target):
     target = teacher.log_softmax(-1) if log_target else teacher.softmax(-1)
     ours = liger.LigerKLDIVLoss(reduction=reduction, log_target=log_target)
     theirs = nn.KLDivLoss(reduction=reduction, log_target=log_target)
-    agree(
+    assert_equal_losses(
         lambda s: ours(s.log_softmax(-1), target),
         lambda s: theirs(s.log_softmax(-1), target),
         student,
@@ -206,10 +205,10 @@ def test_liger_kl_gives_its_own_loss(reduction, log_target):
 
 
 def test_liger_kl_needs_no_eps():
-    """Documented difference: a target of 0, or below eps, contributes its exact value."""
+    """A target of 0, or below eps, contributes its exact value (documented difference)."""
     student, teacher, _ = draw((7, 11))
     teacher[:, 0], teacher[:, 1] = -math.inf, -60.0
-    agree(
+    assert_equal_losses(
         lambda s: liger.LigerKLDIVLoss()(s.log_softmax(-1), teacher.softmax(-1)),
         lambda s: F.kl_div(s.log_softmax(-1), teacher.softmax(-1), reduction="mean"),
         student,
@@ -222,13 +221,13 @@ def test_liger_kl_needs_no_eps():
 @pytest.mark.parametrize("mask", [*MASKS, "no labels"])
 def test_liger_tvd_gives_its_own_loss(reduction, mask):
     student, teacher, labels = draw((7, 11), mask)
-    kept = labels != -100
-    divisor = {"batchmean": kept.sum(), "mean": kept.sum() * 11, "sum": 1}[reduction]
+    valid = labels != -100
+    divisor = {"batchmean": valid.sum(), "mean": valid.sum() * 11, "sum": 1}[reduction]
     target = None if mask == "no labels" else labels
     ours = liger.LigerTVDLoss(reduction=reduction)
-    agree(
+    assert_equal_losses(
         lambda s: ours(s.softmax(-1), teacher.softmax(-1), target),
-        lambda s: 0.5 * (s.softmax(-1) - teacher.softmax(-1))[kept].abs().sum() / divisor,
+        lambda s: 0.5 * (s.softmax(-1) - teacher.softmax(-1))[valid].abs().sum() / divisor,
         student,
     )
 
@@ -236,22 +235,22 @@ def test_liger_tvd_gives_its_own_loss(reduction, mask):
 def test_liger_tvd_has_finite_gradients_where_a_probability_is_zero():
     student, teacher, _ = draw((7, 11))
     student[:, 0], student[:, 1] = -math.inf, -1000.0
-    agree(
+    assert_equal_losses(
         lambda s: liger.LigerTVDLoss()(s.softmax(-1), teacher.softmax(-1)),
         lambda s: 0.5 * (s.softmax(-1) - teacher.softmax(-1)).abs().sum() / 7,
         student,
     )
 
 
-def test_liger_tvd_pulls_nowhere_where_probabilities_are_equal():
-    """Documented difference: Liger's subgradient is -1/2 at equal probabilities."""
+def test_liger_tvd_has_no_gradient_where_probabilities_are_equal():
+    """The gradient is 0 at equal probabilities; Liger's subgradient is -1/2 (documented)."""
     p = torch.full((2, 4), 0.25, requires_grad=True)
     (grad,) = torch.autograd.grad(liger.LigerTVDLoss()(p, p.detach()), p)
     assert not grad.any()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_liger_takes_other_dtypes(dtype):
+def test_liger_accepts_other_dtypes(dtype):
     student, teacher, labels = (x.to(dtype) if x.is_floating_point() else x for x in draw((7, 11)))
     p, q = teacher.softmax(-1), student.requires_grad_().softmax(-1)
     for loss in (
@@ -270,7 +269,7 @@ def test_liger_refuses_losses_for_each_class(make):
         make(reduction="none")
 
 
-# --------------------------------------------------- TextBrewer, modelopt, NeMo
+# ---- TextBrewer, modelopt, NeMo
 
 
 @pytest.mark.parametrize("name", ["kd_ce_loss", "kd_mse_loss"])
@@ -286,9 +285,9 @@ def test_textbrewer_gives_its_own_loss(name, shape, kind):
         "one entry": torch.tensor([3.0]),
         "one for each row": torch.arange(1.0, rows + 1).double().view(shape[:-1]),
     }[kind]
-    theirs = getattr(peers.code("textbrewer", "losses.py", name), name)
+    theirs = getattr(peers.compile_code("textbrewer", "losses.py", name), name)
     ours = getattr(textbrewer, name)
-    agree(
+    assert_equal_losses(
         lambda s: ours(s, teacher, temperature), lambda s: theirs(s, teacher, temperature), student
     )
 
@@ -297,11 +296,11 @@ def test_textbrewer_gives_its_own_loss(name, shape, kind):
 @pytest.mark.parametrize("shape", SHAPES)
 def test_modelopt_gives_its_own_loss(reduction, shape):
     student, teacher, _ = draw(shape)
-    theirs = peers.code(
+    theirs = peers.compile_code(
         "modelopt", "torch/distill/losses.py", "LogitsDistillationLoss", Loss=nn.modules.loss._Loss
     ).LogitsDistillationLoss(temperature=3.0, reduction=reduction)
     ours = modelopt.LogitsDistillationLoss(temperature=3.0, reduction=reduction)
-    agree(lambda s: ours(s, teacher), lambda s: theirs(s, teacher), student)
+    assert_equal_losses(lambda s: ours(s, teacher), lambda s: theirs(s, teacher), student)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 3.0])
@@ -310,11 +309,11 @@ def test_modelopt_gives_its_own_loss(reduction, shape):
 def test_nemo_gives_its_own_loss(temperature, count, mask):
     student, teacher, labels = draw((2, 4, 11), mask)
     names = ("KDLoss", "_forward_kl_from_log_probs", "_kl_forward_chunked")
-    theirs = peers.code(
+    theirs = peers.compile_code(
         "nemo_automodel", "components/loss/kd_loss.py", *names, _HAVE_DTENSOR=False
     ).KDLoss(temperature=temperature, chunk_size=3)
     ours = nemo.KDLoss(temperature=temperature, chunk_size=3)
-    agree(
+    assert_equal_losses(
         lambda s: ours(s, teacher, labels, count),
         lambda s: theirs(s, teacher, labels, count),
         student,
@@ -336,12 +335,12 @@ def test_nemo_refuses_a_sharded_vocabulary():
         nemo.KDLoss()(student, teacher.as_subclass(Sharded), labels)
 
 
-def test_nemo_refuses_a_count_of_nothing():
+def test_nemo_refuses_a_count_of_zero():
     with pytest.raises(ValueError, match=r"^num_batch_labels must be positive and finite; got 0"):
         nemo.KDLoss()(*draw((2, 4, 11)), 0)
 
 
-# -------------------- DistilBERT, which is no package: the formula written out
+# ---- DistilBERT has no package, so its formula is written out
 
 
 @pytest.mark.parametrize("restrict", [False, True])
@@ -358,7 +357,7 @@ def test_nemo_refuses_a_count_of_nothing():
 def test_distilbert_gives_its_own_loss(weights, restrict):
     student, teacher, labels = draw((2, 6, 5), "some ignored")
     attention = torch.ones(2, 6, dtype=torch.long)
-    attention[1, 4:] = 0  # at least one row with and one without a label
+    attention[1, 4:] = 0  # at least one row with a label and one without
     rows = labels > -1 if restrict else attention.bool()
 
     def formula(s: Tensor) -> Tensor:
@@ -370,7 +369,7 @@ def test_distilbert_gives_its_own_loss(weights, restrict):
         squared = (s[rows] - teacher[rows]).square().sum() / rows.sum()
         return total + arguments["alpha_mse"] * squared
 
-    agree(
+    assert_equal_losses(
         lambda s: distilbert.step_loss(
             s, teacher, attention, labels, restrict_ce_to_mask=restrict, **weights
         ),

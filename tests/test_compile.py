@@ -10,7 +10,7 @@ from fastkd._core import shapes
 from fastkd._core.dense import Arguments
 
 pytestmark = [
-    # Warnings of torch's own compiler and exporter on some versions.
+    # Some versions of torch's compiler and exporter warn.
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
     pytest.mark.filterwarnings("ignore::FutureWarning"),
 ]
@@ -32,7 +32,7 @@ def run(function, student, *rest):
 
 
 def recorder(graphs: list):
-    """Backend aot_eager that stores the graphs of forward and backward."""
+    """Return the backend aot_eager with a record of the graphs of forward and backward."""
     from functorch.compile import make_boxed_func
     from torch._dynamo.backends.common import aot_autograd
 
@@ -57,7 +57,7 @@ CALLS = {
 
 @pytest.mark.parametrize("call", CALLS)
 def test_a_compiled_loss_equals_the_eager_one(device, call):
-    """Forward and backward are one graph each, of the op and not of its formula."""
+    """Forward and backward are one graph each, which calls the op."""
     student, teacher, labels = make((3, 4, 50), device=device)
     graphs = []
     compiled = torch.compile(CALLS[call], fullgraph=True, backend=recorder(graphs))
@@ -77,8 +77,8 @@ def test_a_compiled_loss_equals_the_eager_one(device, call):
 
 
 @pytest.mark.parametrize("dtype", [BF16, FP16], ids=name_of)
-def test_compiled_16_bit_gradients(device, dtype):
-    """A compiled backward pass does not know the loss scale beforehand."""
+def test_compiled_16_bit_gradients_are_exact(device, dtype):
+    """Compiled 16-bit gradients are exact, though the loss scale is unknown in the forward pass."""
     student, teacher, labels = make((64, 8000), dtype, device=device, spread=1.0)
     compiled = torch.compile(
         lambda *a: fastkd.loss(*a, temperature=4.0, alpha=0.1), fullgraph=True, backend="aot_eager"
@@ -103,7 +103,7 @@ def test_dynamic_shapes_need_one_graph(device):
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_inductor_gives_the_eager_gradient(device):
-    """The default backend fuses operations around the op."""
+    """The default backend fuses operations before and after the op."""
     student, teacher, labels = make((6, 50), device=device)
 
     def step(s, t, y):
@@ -117,7 +117,7 @@ def test_inductor_gives_the_eager_gradient(device):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-7)
 
 
-def test_compiled_without_a_gradient(device):
+def test_a_compiled_loss_without_a_gradient_equals_the_eager_one(device):
     student, teacher, labels = make((6, 50), device=device)
     compiled = torch.compile(CALLS["mean"], fullgraph=True, backend="aot_eager")
     with torch.no_grad():
@@ -185,7 +185,7 @@ EVERY_OPTION = {
 @pytest.mark.slow
 @pytest.mark.parametrize("name", EVERY_OPTION)
 def test_every_option_compiles(name):
-    """Every option compiles in one graph, including those without kernels."""
+    """Every option compiles to one graph, including options without kernels."""
     student, teacher, labels = make((6, 50))
     labels, options = labels.clamp(max=39), EVERY_OPTION[name]
     student.requires_grad_()
@@ -205,7 +205,7 @@ def test_every_option_compiles(name):
 
 
 @pytest.mark.parametrize("name", ["jsd", "cosine"])
-def test_function_transforms_take_every_option(device, name):
+def test_function_transforms_accept_every_option(device, name):
     student, teacher, _ = make((3, 6, 10), FP64, device=device, labels=False)
     labels = make((3, 6, 10), device=device).labels
     weights = torch.linspace(0, 1, 18, device=device).view(3, 6)
@@ -317,15 +317,15 @@ def test_opcheck_passes_for_the_loss(device, labels, reduction, dtype):
             )
 
 
-def test_opcheck_the_backward_op(device):
+def test_opcheck_passes_for_the_backward_op(device):
     student, teacher, labels = make((6, 50), device=device)
     arguments = arguments_of(teacher, labels, None, "mean")
-    one = torch.ones((), device=device)
+    grad_output = torch.ones((), device=device)
     for filled in (False, True):
         grad = torch.empty_like(student)
         _, stats = torch.ops.fastkd.loss_into.default(grad, student, *arguments, True)
         torch.library.opcheck(
             torch.ops.fastkd.loss_backward_.default,
-            (grad, one * 3, stats, student, *arguments, filled),
+            (grad, grad_output * 3, stats, student, *arguments, filled),
             test_utils=CHECKS,
         )

@@ -29,8 +29,8 @@ def step(student: Tensor, teacher: Tensor, labels: Tensor | None) -> tuple[Tenso
 
 
 @pytest.mark.parametrize("shape", [(40, 10), (300, 1000), (2, 3 * _C.segment + 5)], ids=str)
-def test_many_threads_at_once(device, each_autograd, shape):
-    """Each thread has its own problem, and gets the same answer as alone."""
+def test_concurrent_threads_get_the_results_of_one_thread(device, each_autograd, shape):
+    """Each of several threads gets the result that its problem has in a single thread."""
     problems = [make(shape, device=device, seed=seed) for seed in range(TEAM)]
     alone = [step(*problem) for problem in problems]
     with ThreadPoolExecutor(TEAM) as pool:
@@ -39,7 +39,7 @@ def test_many_threads_at_once(device, each_autograd, shape):
         assert torch.equal(value, alone[i % TEAM][0]) and torch.equal(grad, alone[i % TEAM][1])
 
 
-def test_threads_share_a_graph(device, each_autograd):
+def test_backward_passes_of_one_graph_share_no_buffer(device, each_autograd):
     """Concurrent backward passes of one graph share no buffer."""
     for seed in range(20):
         student, teacher, labels = make((64, 300), FP32, device=device, seed=seed)
@@ -100,7 +100,7 @@ print("equal")
     "calls",
     ["dense+topk", *(pytest.param(f"{n}+{n}", marks=pytest.mark.slow) for n in LOSSES)],
 )
-def test_threads_share_a_leaf(language, calls):
+def test_forward_passes_of_one_leaf_do_not_deadlock(language, calls):
     """Concurrent forward passes of one leaf do not deadlock."""
     command = [sys.executable, "-c", SHARED_LEAF, language, calls]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
@@ -124,7 +124,7 @@ log_probs, indices = teacher.log_softmax(-1).topk(3)
 leaf = student.requires_grad_()
 
 def make_value():
-    hidden = leaf * 1  # only the graph holds the tensors that it saves
+    hidden = leaf * 1  # only the graph holds the saved tensors
     if name == "dense":
         return fastkd.loss(hidden, teacher.clone())
     return fastkd.loss(hidden, fastkd.TopK(log_probs.clone(), indices.clone()))
@@ -134,7 +134,7 @@ expected = torch.autograd.grad(make_value(), leaf, outgoing)[0]
 again = "Trying to backward through the graph a second time"
 
 def run_backward(values, start, results):
-    # A thread that comes late to a graph gets its error soon, and so meets the first one later.
+    # A late thread fails soon, so the threads meet again at a later graph.
     start.wait()
     for value, of_graph in zip(values, results, strict=True):
         try:
@@ -175,10 +175,10 @@ print("finished")
     ],
 )
 def test_threads_run_backward_through_one_graph(language, retain, loss):
-    """Each thread gets its own gradient or, without retain_graph, torch's error.
+    """Each thread gets a gradient of its own or, without retain_graph, torch's error.
 
-    Without retain_graph two threads may both get the gradient, as from torch's nodes: the engine
-    releases the saved tensors some time after the gradient is computed.
+    Without retain_graph, two threads may both get the gradient, as from torch's own nodes. The
+    engine releases saved tensors some time after it computes the gradient.
     """
     batches = "1" if retain == "retain" else "8"
     command = [sys.executable, "-c", ONE_GRAPH, language, loss, retain, batches]
@@ -186,10 +186,11 @@ def test_threads_run_backward_through_one_graph(language, retain, loss):
     assert done.stdout.strip() == "finished", (done.returncode, done.stderr)
 
 
-def seen_during(work: Callable[[], object]) -> bool:
+def is_gil_released_during(work: Callable[[], object]) -> bool:
     """Return True if another Python thread runs during ``work``.
 
-    The switch interval is too long to hand the GIL over, so the thread runs only if it is released.
+    The switch interval is too long for Python to hand over the GIL, so ``work`` must release the
+    GIL.
     """
     phase, seen, done = "before", set(), threading.Event()
 
@@ -200,16 +201,16 @@ def seen_during(work: Callable[[], object]) -> bool:
 
     before = sys.getswitchinterval()
     sys.setswitchinterval(1000)
-    other = threading.Thread(target=watch)
+    watcher = threading.Thread(target=watch)
     try:
-        other.start()
+        watcher.start()
         time.sleep(0.01)
         phase = "during"
         work()
         phase = "after"
     finally:
         done.set()
-        other.join()
+        watcher.join()
         sys.setswitchinterval(before)
     return "during" in seen
 
@@ -218,10 +219,14 @@ def test_the_gil_is_released(each_autograd):
     student, teacher, labels = make((512, 20000))
     leaf = student.requires_grad_()
     value = fastkd.loss(leaf, teacher, labels, reduction="none")
-    assert not seen_during(lambda: sum(range(3_000_000))), "the watch would see anything"
+    assert not is_gil_released_during(lambda: sum(range(3_000_000))), "the watch would see anything"
     # Repeated, because the watching thread may get no processor in time.
-    assert any(seen_during(lambda: fastkd.loss(leaf, teacher, labels)) for _ in range(20))
-    assert any(seen_during(lambda: value.sum().backward(retain_graph=True)) for _ in range(20))
+    assert any(
+        is_gil_released_during(lambda: fastkd.loss(leaf, teacher, labels)) for _ in range(20)
+    )
+    assert any(
+        is_gil_released_during(lambda: value.sum().backward(retain_graph=True)) for _ in range(20)
+    )
 
 
 DATASET = """
@@ -238,7 +243,7 @@ class Losses(Dataset):
 
 if __name__ == "__main__":
     torch.set_num_threads(2)
-    fastkd.loss(*problem(0, 64, 40000))  # both threads exist from here on
+    fastkd.loss(*problem(0, 64, 40000))  # starts both threads
     alone = [fastkd.loss(*problem(i, 64, 3000)) for i in range(8)]
     how = {"num_workers": 2, "multiprocessing_context": sys.argv[1]}
     loader = DataLoader(Losses(), batch_size=None, **how)
@@ -249,7 +254,7 @@ if __name__ == "__main__":
 
 @pytest.mark.parametrize("method", ["fork", pytest.param("spawn", marks=pytest.mark.slow)])
 def test_data_loader_workers_compute_the_loss(tmp_path, method):
-    """Workers are forked after the parent used threads; spawn needs a script."""
+    """Forked and spawned workers compute the loss after the parent has used threads."""
     script = tmp_path / "dataset.py"
     script.write_text(DATASET)
     command = [sys.executable, str(script), method]
@@ -277,7 +282,7 @@ OPENMP = {
 
 @pytest.mark.slow
 def test_openmp_settings_change_no_bit():
-    """Bits are equal in several Python threads, each with its own parallel region."""
+    """OpenMP settings change no bit of the losses in several Python threads."""
     answers = []
     for settings in OPENMP.values():
         environment = {**os.environ, "OMP_WAIT_POLICY": "passive", **settings}
@@ -289,7 +294,7 @@ def test_openmp_settings_change_no_bit():
     assert answers[0][0] == answers[0][1]
 
 
-def test_a_forced_instruction_set_while_others_compute():
+def test_the_instruction_set_may_change_while_other_threads_compute():
     problem = make((50, 2000), FP64)
     expected = {}
     before = _C.isa()

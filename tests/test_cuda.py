@@ -1,4 +1,4 @@
-"""GPU behavior: no synchronization, graphs, streams, memory, more than 2^31 elements."""
+"""CUDA: no synchronization, graphs, streams, memory, more than 2^31 elements."""
 
 import pytest
 import torch
@@ -23,7 +23,7 @@ from fastkd import TopK
 
 pytestmark = pytest.mark.cuda
 
-# One width of each kernel of the planner, between its limits (support.CUDA_SIZE_CLASSES).
+# One width for each kernel of the planner, between the limits in support.CUDA_SIZE_CLASSES.
 WIDTHS = (10, 100, 500, 1000, 3000, 8193, 32000, 50257, 128256, 262145)
 CALLS = {
     "mean": lambda s, t, y: fastkd.loss(s, t, y, temperature=3.0, alpha=0.3),
@@ -44,8 +44,8 @@ def step(call, problem, scale: float = 1.0) -> tuple[Tensor, Tensor]:
 
 
 @pytest.fixture
-def no_waiting():
-    """Raise an error for any synchronization with the device."""
+def no_synchronization():
+    """Return a context in which any synchronization with the device raises an error."""
     torch.cuda.synchronize()
 
     class Watch:
@@ -61,10 +61,10 @@ def no_waiting():
 
 @pytest.mark.parametrize("call", CALLS)
 @pytest.mark.parametrize("classes", [10, 1000, 32000])
-def test_nothing_waits_for_the_device(no_waiting, classes, call):
+def test_calls_do_not_synchronize(no_synchronization, classes, call):
     problem = make((64, classes), BF16, device="cuda")
     tokens = torch.full((), 50, device="cuda")
-    with no_waiting:
+    with no_synchronization:
         step(CALLS[call], problem)
         step(CALLS[call], problem, 3.0)
         fastkd.loss(*problem, normalizer=tokens)
@@ -78,11 +78,11 @@ def lists_of(problem, k: int = 20) -> TopK:
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("classes", [30, 1000, 32000])
-def test_a_sparse_teacher_does_not_wait_either(no_waiting, classes, reduction):
+def test_sparse_teachers_do_not_synchronize(no_synchronization, classes, reduction):
     problem = make((64, classes), BF16, device="cuda")
     lists = lists_of(problem)
-    lists.indices[3] = classes  # a mistake that only the data shows
-    with no_waiting:
+    lists.indices[3] = classes  # an invalid class, visible only in the data
+    with no_synchronization:
         for scale in (1.0, 3.0):
             leaf = problem.student.detach().requires_grad_()
             value = fastkd.loss(leaf, lists, problem.labels, reduction=reduction)
@@ -91,7 +91,7 @@ def test_a_sparse_teacher_does_not_wait_either(no_waiting, classes, reduction):
 
 @pytest.mark.parametrize("classes", [30, 1000, 128256])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_a_sparse_teacher_in_a_graph(classes, reduction):
+def test_sparse_teachers_can_be_captured(classes, reduction):
     static = make((32, classes), BF16, device="cuda")
     lists = lists_of(static)
     leaf = static.student.requires_grad_()
@@ -119,14 +119,14 @@ def test_a_sparse_teacher_in_a_graph(classes, reduction):
         assert torch.equal(value, expected[0]) and torch.equal(grad, expected[1])
 
 
-def test_the_watch_sees_waiting(no_waiting):
-    with pytest.raises(RuntimeError, match="synchroniz"), no_waiting:
+def test_the_watch_detects_synchronization(no_synchronization):
+    with pytest.raises(RuntimeError, match="synchroniz"), no_synchronization:
         torch.ones(1, device="cuda").item()
 
 
 @pytest.mark.parametrize("classes", WIDTHS)
 @pytest.mark.parametrize("call", ["mean", "none", "terms"])
-def test_graph_capture_and_replay(call, classes):
+def test_graphs_can_be_captured_and_replayed(call, classes):
     """Forward and backward are captured once, and replayed on new data."""
     static = make((32, classes), BF16, device="cuda")
     leaf = static.student.requires_grad_()
@@ -154,8 +154,8 @@ def test_graph_capture_and_replay(call, classes):
 
 
 @pytest.mark.parametrize("classes", [10, 1000, 32000, 128256])
-def test_a_side_stream_is_honoured(classes):
-    """The logits are late on the side stream: a launch on another stream would read old ones."""
+def test_kernels_run_on_a_side_stream(classes):
+    """The kernels run on the current stream, on which the logits are copied late."""
     problem = make((64, classes), BF16, device="cuda")
     expected = step(CALLS["mean"], problem)
     late = [torch.zeros_like(x) for x in problem]
@@ -171,7 +171,7 @@ def test_a_side_stream_is_honoured(classes):
 
 
 @pytest.mark.parametrize("classes", [10, 1000, 32000, 128256])
-def test_two_streams_at_once(classes):
+def test_two_streams_give_the_results_of_one(classes):
     problems = [make((64, classes), BF16, device="cuda", seed=seed) for seed in range(2)]
     expected = [step(CALLS["terms"], problem) for problem in problems]
     streams = [torch.cuda.Stream(), torch.cuda.Stream()]
@@ -189,7 +189,7 @@ def test_two_streams_at_once(classes):
 
 @pytest.mark.parametrize("classes", WIDTHS)
 @pytest.mark.parametrize("dtype", [FP32, BF16], ids=name_of)
-def test_twenty_runs_are_one(classes, dtype):
+def test_repeated_calls_give_equal_bits(classes, dtype):
     problem = make((200, classes), dtype, device="cuda")
     first = step(CALLS["terms"], problem)
     for _ in range(20):
@@ -199,7 +199,7 @@ def test_twenty_runs_are_one(classes, dtype):
 
 @pytest.mark.parametrize("rows", [1, 2, 7, 64, 131, 132, 133, 265])
 @pytest.mark.parametrize("classes", WIDTHS)
-def test_rows_around_the_number_of_processors(classes, rows):
+def test_rows_around_the_number_of_processors_equal_the_truth(classes, rows):
     problem = make((rows, classes), BF16, device="cuda", ignored=0.0)
     value, grad = step(CALLS["mean"], problem)
     exact = truth(*problem, temperature=3.0, alpha=0.3)
@@ -208,7 +208,7 @@ def test_rows_around_the_number_of_processors(classes, rows):
 
 
 @pytest.mark.parametrize("classes", WIDTHS)
-def test_half_of_the_rows_ignored(classes):
+def test_ignored_rows_do_not_change_other_rows(classes):
     student, teacher, labels = make((130, classes), BF16, device="cuda", ignored=0.0)
     labels[::2] = -100
     expected = step(CALLS["mean"], type(make((1, 1)))(student[1::2], teacher[1::2], labels[1::2]))
@@ -218,7 +218,7 @@ def test_half_of_the_rows_ignored(classes):
     value.backward()
     torch.testing.assert_close(value.detach(), expected[0], rtol=1e-6, atol=0)
     assert (leaf.grad[::2] == 0).all()
-    # The count and so the scale are equal; another number of rows may have another kernel.
+    # Both calls have the same scale, but another number of rows may use another kernel.
     torch.testing.assert_close(leaf.grad[1::2], expected[1], rtol=2**-7, atol=1e-9)
 
 
@@ -230,7 +230,7 @@ def test_half_of_the_rows_ignored(classes):
     [(FP32, BF16), (BF16, FP32), (FP16, BF16), (FP64, BF16), (FP64, FP64)],
     ids=lambda p: "-".join(map(name_of, p)),
 )
-def test_mixed_dtypes_of_each_size(classes, pair):
+def test_mixed_dtypes_of_each_size_equal_the_truth(classes, pair):
     problem = make((5, classes), *pair, device="cuda", ignored=0.0)
     acc = FP64 if FP64 in pair else FP32
     exact = truth(*problem, temperature=3.0, alpha=0.3)
@@ -238,7 +238,7 @@ def test_mixed_dtypes_of_each_size(classes, pair):
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_more_than_2_to_the_31_elements(reduction):
+def test_more_than_2_to_the_31_elements_are_supported(reduction):
     rows, classes = 16400, 131072
     assert rows * classes > 2**31
     if torch.cuda.mem_get_info()[0] < 14 * 2**30:
@@ -262,7 +262,7 @@ def test_more_than_2_to_the_31_elements(reduction):
     torch.cuda.empty_cache()
 
 
-def test_pixels_beyond_2_to_the_31_elements():
+def test_pixels_beyond_2_to_the_31_elements_are_supported():
     """The distance between the classes of a pixel exceeds 32 bits."""
     classes, pixels = 19, 2**27
     assert classes * pixels > 2**31
@@ -286,8 +286,8 @@ def test_pixels_beyond_2_to_the_31_elements():
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 @pytest.mark.parametrize(("inplace", "tensors"), [(False, 1.0), (True, 0.0)])
-def test_peak_memory_of_pixels(inplace, tensors, dtype):
-    """Peak memory is one gradient and less than 100 bytes a pixel, without copies."""
+def test_peak_memory_of_pixels_is_one_gradient(inplace, tensors, dtype):
+    """Peak memory is one gradient and less than 100 bytes per pixel, without copies."""
     student, teacher = (torch.randn(2, 150, 64, 64, device="cuda").to(dtype) for _ in range(2))
     labels = torch.randint(150, (2, 64, 64), device="cuda")
     hidden = student.requires_grad_() * 1
@@ -318,7 +318,7 @@ def test_peak_memory_is_one_gradient(classes, inplace, tensors, dtype):
     assert taken <= tensors * student.nbytes + 2**16
 
 
-def test_the_devices_own_context():
+def test_calls_do_not_change_the_current_device():
     if torch.cuda.device_count() < 2:
         pytest.skip("CUDA: needs two devices")
     problem = make((64, 32000), BF16, device="cuda:1")

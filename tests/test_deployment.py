@@ -1,4 +1,4 @@
-"""Exported students: what is written agrees, what runs is measured, and nothing is half written."""
+"""fastkd.export and reports of exported students: agreement, errors, incomplete files, timings."""
 
 import importlib
 import json
@@ -60,17 +60,17 @@ def logits_of(model: nn.Module, rows: torch.Tensor) -> torch.Tensor:
         return model(rows)
 
 
-# ---- what is written
+# ---- exported files
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_the_figures_are_those_of_the_file(student, exported, name):
+def test_figures_of_an_export_are_those_of_its_file(student, exported, name):
     result = exported[name]
     expected, logits = logits_of(student, HELD_OUT), logits_of(loading.load(result.path), HELD_OUT)
     assert result.rows == len(HELD_OUT) and result.bytes == result.path.stat().st_size
     assert result.difference == pytest.approx(float((logits - expected).abs().max()), rel=1e-3)
-    same = (logits.argmax(-1) == expected.argmax(-1)).double().mean()
-    assert result.agreement == pytest.approx(float(same), abs=1e-9)
+    agreement = (logits.argmax(-1) == expected.argmax(-1)).double().mean()
+    assert result.agreement == pytest.approx(float(agreement), abs=1e-9)
     if "int8" not in name:
         assert result.difference < 1e-4 and result.agreement == 1
     assert f"{result.bytes:,} bytes" in str(result)
@@ -86,8 +86,8 @@ def test_int8_costs_little_accuracy_and_few_bytes(student, exported):
     assert exported["ONNX int8"].bytes <= 0.35 * exported["ONNX"].bytes
 
 
-def test_the_runtime_alone_reads_what_is_written(student, exported):
-    """The file works without fastkd, for batches of any size, and names no file of this machine."""
+def test_the_runtime_alone_runs_the_file(student, exported):
+    """ONNX runtime alone runs the file on batches of any size; no file contains a local path."""
     path = exported["ONNX"].path
     session = onnxruntime.InferenceSession(str(path))
     for count in (1, 7, 100):
@@ -99,8 +99,8 @@ def test_the_runtime_alone_reads_what_is_written(student, exported):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("file", "kind"), [("a.pte", "executorch"), ("a.pt2", "torch")])
-def test_int8_by_pt2e(student, tmp_path, file, kind):
-    """PT2E quantizes a convolution, too; ATen would limit its batch if traced with few samples."""
+def test_pt2e_exports_int8(student, tmp_path, file, kind):
+    """PT2E quantizes the convolution, too, and the batch size stays dynamic."""
     torch.manual_seed(0)
     first = nn.Conv2d(1, 1, 1)
     nn.init.dirac_(first.weight)
@@ -112,7 +112,7 @@ def test_int8_by_pt2e(student, tmp_path, file, kind):
 
 
 @pytest.mark.parametrize("form", ["tuple", "mapping"])
-def test_several_inputs(form, tmp_path):
+def test_models_with_several_inputs_are_exported(form, tmp_path):
     class Sum(nn.Module):
         def __init__(self):
             super().__init__()
@@ -136,7 +136,7 @@ def test_several_inputs(form, tmp_path):
             loading.load(tmp_path / "a.onnx")(word=words, features=features)
 
 
-def test_logits_with_classes_elsewhere_and_one_sample(tmp_path):
+def test_classes_in_another_dimension_and_one_sample_are_exported(tmp_path):
     torch.manual_seed(0)
     model = nn.Conv2d(3, 5, 1)
     result = fastkd.export(model, torch.randn(1, 3, 4, 4), tmp_path / "a.pt2", "torch", dim=1)
@@ -144,7 +144,7 @@ def test_logits_with_classes_elsewhere_and_one_sample(tmp_path):
     assert logits_of(loading.load(result.path), torch.randn(9, 3, 4, 4)).shape == (9, 5, 4, 4)
 
 
-def test_the_student_stays_as_it_is(tmp_path):
+def test_the_student_stays_unchanged(tmp_path):
     model = nn.Sequential(nn.Linear(64, 8), nn.BatchNorm1d(8), nn.Dropout(), nn.Linear(8, 10))
     before = {name: value.clone() for name, value in model.state_dict().items()}
     model[1].eval()
@@ -154,7 +154,7 @@ def test_the_student_stays_as_it_is(tmp_path):
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
-# ---- what is not written
+# ---- refused exports
 
 
 class Fixed(nn.Module):
@@ -179,7 +179,7 @@ class Fixed(nn.Module):
         ({"rows": (TRAIN[:2], TRAIN[:3])}, ValueError, "^rows must have .* got the shapes"),
     ],
 )
-def test_arguments_that_do_not_fit(change, error, message, tmp_path, monkeypatch):
+def test_invalid_arguments_are_refused(change, error, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     arguments = {"student": nn.Linear(64, 10), "example": TRAIN[:32], "path": "a.onnx", **change}
     with pytest.raises(error, match=message):
@@ -188,7 +188,7 @@ def test_arguments_that_do_not_fit(change, error, message, tmp_path, monkeypatch
 
 
 @pytest.mark.parametrize("fault", ["disk", "wrong", "nan"])
-def test_a_file_is_written_whole_or_not(student, tmp_path, monkeypatch, fault):
+def test_a_file_is_written_completely_or_not_at_all(student, tmp_path, monkeypatch, fault):
     path = tmp_path / "a.pt2"
     path.write_text("earlier")
 
@@ -223,24 +223,24 @@ def test_a_missing_package_is_named_first(package, kind, tmp_path, monkeypatch):
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
         return importlib.import_module(name)
 
-    class Unasked(nn.Linear):
+    class Uncalled(nn.Linear):
         def forward(self, x):
-            pytest.fail("the model was asked")
+            pytest.fail("the model was called")
 
     path = tmp_path / f"a{writing.SUFFIXES[kind]}"
     monkeypatch.setattr(extras, "importlib", SimpleNamespace(import_module=import_module))
     with pytest.raises(ImportError, match=rf"needs {package}, .*fastkd\[deploy\]"):
-        fastkd.export(Unasked(64, 10), TRAIN, path, kind)
+        fastkd.export(Uncalled(64, 10), TRAIN, path, kind)
     if package != "onnx":
         path.write_bytes(b"")
         with pytest.raises(ImportError, match=rf"needs {package}, .*fastkd\[deploy\]"):
-            fastkd.report(Unasked(64, 10), path, LOADER, show=False)
+            fastkd.report(Uncalled(64, 10), path, LOADER, show=False)
 
 
-# ---- what runs
+# ---- reports of exported models
 
 
-def test_five_models_in_one_report(student, exported):
+def test_a_report_compares_exported_models(student, exported):
     result = fastkd.report(
         student, {n: each.path for n, each in exported.items()}, LOADER, seconds=0.01, show=False
     )
@@ -258,7 +258,7 @@ def test_five_models_in_one_report(student, exported):
     assert len(json.loads(result.json())["models"]) == 5
 
 
-def test_programs_in_memory_and_what_is_unknown_is_a_dash(student, exported):
+def test_programs_in_memory_have_a_dash_for_unknown_figures(student, exported):
     from executorch.runtime import Runtime
 
     program = Runtime.get().load_program(exported["ExecuTorch"].path)
@@ -283,8 +283,8 @@ def test_programs_in_memory_and_what_is_unknown_is_a_dash(student, exported):
 
 
 @pytest.mark.parametrize("count", [1, 3, 4, 9])
-def test_programs_of_a_fixed_batch(student, count):
-    """Programs of a fixed batch are called several times, and their last batch is padded."""
+def test_programs_of_a_fixed_batch_give_all_rows(student, count):
+    """A program of a fixed batch is called several times, and its last batch is padded."""
     program = torch.export.export(student.eval(), (HELD_OUT[:4],))
     model = loading.load(program)
     assert torch.allclose(logits_of(model, HELD_OUT[:count]), logits_of(student, HELD_OUT[:count]))
@@ -297,7 +297,7 @@ def test_an_executorch_program_has_a_largest_batch(student, exported, count):
 
 
 @pytest.mark.slow
-def test_an_executorch_program_of_a_fixed_batch(student, tmp_path):
+def test_an_executorch_program_may_have_a_fixed_batch(student, tmp_path):
     from executorch.exir import to_edge_transform_and_lower
 
     with loading.silence():
@@ -310,7 +310,7 @@ def test_an_executorch_program_of_a_fixed_batch(student, tmp_path):
     assert model.parameter_count is None
 
 
-def test_an_onnx_model_of_a_fixed_batch_and_a_dynamic_int8_one(student, exported, tmp_path):
+def test_onnx_models_may_have_a_fixed_batch_or_dynamic_int8(student, exported, tmp_path):
     from onnxruntime import quantization
 
     with loading.silence():
@@ -331,7 +331,7 @@ def test_an_onnx_model_of_a_fixed_batch_and_a_dynamic_int8_one(student, exported
         (__file__, ValueError, "^model must be an existing .onnx, .pte or .pt2 file; got "),
     ],
 )
-def test_what_is_no_model(model, error, message):
+def test_unknown_models_are_refused(model, error, message):
     with pytest.raises(error, match=message):
         loading.load(model)
 

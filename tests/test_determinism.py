@@ -1,4 +1,4 @@
-"""Bits are equal for every run and number of threads, and nearly so for instruction sets."""
+"""Bits are equal for every run and number of threads; instruction sets differ by rounding."""
 
 import os
 import time
@@ -13,14 +13,14 @@ from fastkd import _C
 
 S = _C.segment
 SHAPES = [
-    (64, 10),  # on the calling thread alone
-    (300, 1000),  # whole rows for each thread
-    (5, 3 * S + 1),  # whole rows, and one shared row
-    (1, 5 * S + 100),  # one row, shared segment by segment
+    (64, 10),  # the calling thread computes all rows
+    (300, 1000),  # each thread computes complete rows
+    (5, 3 * S + 1),  # complete rows, and one shared row
+    (1, 5 * S + 100),  # one row, whose segments are shared
     (2, 2 * S),
     (7, S + 1),
 ]
-# Forms of sweeps: one; two with a sum of slopes; without the label; with squares and three.
+# One divergence for each form of the kernels' sweeps.
 SWEEPS = ["forward_kl", "reverse_kl", "jsd", "dkd", "cosine"]
 
 
@@ -54,7 +54,7 @@ def test_repeated_calls_give_equal_bits(device, shape, reduction, dtype):
     pairwise(DTYPES, ["mean", "none"], SHAPES, SWEEPS),
     ids=str,
 )
-def test_same_for_any_number_of_threads(divergence, shape, reduction, dtype):
+def test_bits_are_equal_for_any_number_of_threads(divergence, shape, reduction, dtype):
     problem = make(shape, dtype, ignored=0.1)
     torch.set_num_threads(1)
     alone = run(*problem, reduction, divergence)
@@ -65,8 +65,8 @@ def test_same_for_any_number_of_threads(divergence, shape, reduction, dtype):
 
 
 @pytest.mark.usefixtures("threads", "isa")
-def test_merged_sums_of_a_shared_row_are_those_of_a_whole_one():
-    """Regression: one row of twenty had sums of two segments merged with another rounding."""
+def test_merged_sums_of_a_shared_row_equal_those_of_one_thread():
+    """Merged sums of two segments have the bits of one thread (regression in one row of twenty)."""
     for seed in range(60):
         student, teacher, _ = make((1, 2 * S - 3000), FP64, labels=False, seed=seed)
         student.requires_grad_()
@@ -81,18 +81,21 @@ def test_merged_sums_of_a_shared_row_are_those_of_a_whole_one():
 @pytest.mark.usefixtures("threads")
 @pytest.mark.parametrize("shape", [(64, 8 * S), (1, 64 * S)], ids=["whole rows", "one row"])
 def test_several_threads_do_the_work(shape):
-    """The calling thread's CPU time is well below the process's."""
+    """The calling thread uses far less CPU time than the process."""
     if len(os.sched_getaffinity(0)) < 2:
         pytest.skip("one processor")
     student, teacher, _ = make(shape, labels=False)
     torch.set_num_threads(2)
     student.requires_grad_()
     fastkd.loss(student, teacher)  # starts the threads
-    mine, everyone = time.thread_time(), time.process_time()
+    thread_seconds, process_seconds = time.thread_time(), time.process_time()
     for _ in range(8):
         fastkd.loss(student, teacher)
-    mine, everyone = time.thread_time() - mine, time.process_time() - everyone
-    assert mine < 0.75 * everyone
+    thread_seconds, process_seconds = (
+        time.thread_time() - thread_seconds,
+        time.process_time() - process_seconds,
+    )
+    assert thread_seconds < 0.75 * process_seconds
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
@@ -109,7 +112,7 @@ def test_instruction_sets_agree(divergence, shape, dtype):
             grad, *terms = run(*problem, "mean", divergence)
             for ours, theirs in zip(terms, best[1:], strict=True):
                 torch.testing.assert_close(ours, theirs, rtol=bound, atol=bound / 10, msg=name)
-            # Rounding to 16 bits may go either way: one unit in the last place.
+            # Rounding to 16 bits may differ by one unit in the last place.
             eps = max(torch.finfo(dtype).eps, bound)
             torch.testing.assert_close(
                 grad, best[0], rtol=eps, atol=bound * float(best[0].abs().max()), msg=name
@@ -121,7 +124,7 @@ def test_instruction_sets_agree(divergence, shape, dtype):
         _C.use_isa(before)
 
 
-def test_isa_can_be_forced_and_unknown_ones_are_refused():
+def test_isa_can_be_forced_and_an_unknown_isa_is_refused():
     before = _C.isa()
     with pytest.raises(ValueError, match=r"isa 'mmx' is not available here; available: .*default"):
         _C.use_isa("mmx")
@@ -137,10 +140,10 @@ def test_isa_can_be_forced_and_unknown_ones_are_refused():
     pairwise([2, 20, 32, 33, 39, 64, 1003, S + 5], DTYPES, SWEEPS),
     ids=str,
 )
-def test_the_gradient_written_in_backward_is_the_one_written_in_forward(
+def test_a_gradient_recomputed_in_backward_has_the_bits_of_forward(
     device, divergence, dtype, classes
 ):
-    """reduction="none" and a second backward pass recompute the same bits from row statistics."""
+    """Row statistics suffice to recompute the bits, in reduction="none" and in a second pass."""
     student, teacher, labels = make((24, classes), dtype, device=device)
     a, b = student.clone().requires_grad_(), student.clone().requires_grad_()
     total = fastkd.loss(a, teacher, labels, reduction="sum", divergence=divergence)
@@ -157,12 +160,12 @@ def test_the_gradient_written_in_backward_is_the_one_written_in_forward(
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 @pytest.mark.parametrize("divergence", [*SWEEPS, "topk"])
 def test_a_gradient_too_large_for_the_caches_has_the_same_bits(divergence, dtype, classes):
-    # Above 12 MiB stores are non-temporal; rows of an odd number of classes are misaligned.
-    few = 4
-    times = -(-13 * 2**20 // (few * classes * dtype.itemsize))
-    problem = make((few, classes), dtype)
-    indices = torch.arange(64).expand(few, 64)
-    log_probs = torch.full((few, 64), -5.0, dtype=FP64 if dtype is FP64 else FP32)
+    # Stores are non-temporal above 12 MiB; rows of an odd number of classes are misaligned.
+    few_rows = 4
+    times = -(-13 * 2**20 // (few_rows * classes * dtype.itemsize))
+    problem = make((few_rows, classes), dtype)
+    indices = torch.arange(64).expand(few_rows, 64)
+    log_probs = torch.full((few_rows, 64), -5.0, dtype=FP64 if dtype is FP64 else FP32)
 
     def gradient(times: int) -> Tensor:
         student, teacher, labels, ids, list_ = (
@@ -173,7 +176,7 @@ def test_a_gradient_too_large_for_the_caches_has_the_same_bits(divergence, dtype
             loss = fastkd.loss(student, fastkd.TopK(list_, ids), labels, reduction="sum")
         else:
             loss = fastkd.loss(student, teacher, labels, reduction="sum", divergence=divergence)
-        return torch.autograd.grad(loss, student)[0].view(times, few, classes)
+        return torch.autograd.grad(loss, student)[0].view(times, few_rows, classes)
 
     small, large = gradient(1), gradient(times)
     assert all(torch.equal(part, small[0]) for part in large)
@@ -181,7 +184,7 @@ def test_a_gradient_too_large_for_the_caches_has_the_same_bits(divergence, dtype
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 @pytest.mark.parametrize("divergence", SWEEPS)
-def test_the_terms_of_a_hard_term_of_no_weight_leave_the_gradient_alone(device, divergence, dtype):
+def test_terms_do_not_change_the_gradient_of_a_hard_term_of_weight_0(device, divergence, dtype):
     student, teacher, labels = make((800, 150), dtype, device=device, spread=10.0)
     gradients = []
     for reduction in ("sum", "none"):

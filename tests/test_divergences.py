@@ -18,7 +18,7 @@ OF_LOGITS = [name for name, kind in reference.DIVERGENCES.items() if kind.compar
 ROWS, CLASSES = 5, 6
 
 
-def test_the_type_of_names_lists_every_divergence():
+def test_the_literal_type_lists_every_divergence():
     assert typing.get_args(reference.DivergenceName) == NAMES
 
 
@@ -47,7 +47,7 @@ def test_gradients_equal_finite_differences(device, name, standardize):
     assert torch.autograd.gradgradcheck(function, (leaf, t))
 
 
-# docs/maths.md, section 10: slopes as functions of d = log p - log q, p, q and mix.
+# Slopes in docs/maths.md, section 10, as functions of d = log p - log q, p, q and mix.
 SLOPES = {
     "forward_kl": lambda d, p, q, b: -p,
     "reverse_kl": lambda d, p, q, b: q * (1 - d),
@@ -147,10 +147,10 @@ def test_module_learns_its_temperature(device):
 
 
 @pytest.mark.parametrize("name", [n for n in NAMES if n not in ("soft_cross_entropy", "mse")])
-def test_zero_for_a_perfect_student_up_to_a_constant(device, name):
-    """Divergences of probabilities, and of centered logits, ignore a constant."""
+def test_a_perfect_student_up_to_a_constant_has_no_loss(device, name):
+    """Divergences of probabilities, and of centered logits, ignore an added constant."""
     student, _, labels = make((ROWS, CLASSES), FP64, device=device, ignored=0.0)
-    # The cosine depends on a constant; the total variation's slope jumps where p rounds to q.
+    # The cosine depends on the constant; the total variation's slope jumps where p rounds to q.
     constant = 0.0 if name in ("cosine", "total_variation") else 3.0
     leaf = (student + constant).requires_grad_()
     options = {"divergence": name, "reduction": "none", "hard_weight": 0.0, "soft_weight": 1.0}
@@ -167,7 +167,7 @@ def test_soft_cross_entropy_of_a_perfect_student_is_the_entropy(device):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_never_negative_and_unmoved_by_a_constant(device, name):
+def test_divergences_are_at_least_0_and_ignore_a_constant(device, name):
     student, teacher, labels = make((50, CLASSES), FP64, device=device, ignored=0.0, seed=5)
     options = {"divergence": name, "reduction": "none", "hard_weight": 0.0, "soft_weight": 1.0}
     got = fastkd.loss(student, teacher, labels, **options)
@@ -180,15 +180,16 @@ def test_never_negative_and_unmoved_by_a_constant(device, name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_standardized_logits_have_no_scale(device, name):
+def test_standardized_logits_ignore_their_scale(device, name):
     student, teacher, labels = make((ROWS, CLASSES), FP64, device=device)
     options = {"divergence": name, "standardize": True, "hard_weight": 0.0, "soft_weight": 1.0}
     got = fastkd.loss(student, teacher, labels, **options)
     scaled = fastkd.loss(7.0 * student - 3.0, 0.2 * teacher + 1.0, labels, **options)
-    torch.testing.assert_close(scaled, got, rtol=1e-5, atol=0)  # 1e-7 is added to the deviation
+    # Standardizing adds 1e-7 to the deviation.
+    torch.testing.assert_close(scaled, got, rtol=1e-5, atol=0)
 
 
-def test_high_temperature_limit(device):
+def test_the_kl_has_its_high_temperature_limit(device):
     """T^2 KL approaches half the centered squared error as T grows (Hinton et al. 2015, 2.1)."""
     student, teacher, _ = make((ROWS, CLASSES), FP64, device=device, labels=False)
     limit = fastkd.terms(student, teacher, divergence="centered_mse", temperature=1.0).soft / 2
@@ -209,28 +210,28 @@ def test_divergences_keep_their_relations(device):
         z, w = (teacher, student) if swapped else (student, teacher)
         return fastkd.loss(z, w, divergence=name, mix=mix, reduction="none")
 
-    def same(a: Tensor, b: Tensor, rtol: float = 1e-10) -> None:
+    def assert_close(a: Tensor, b: Tensor, rtol: float = 1e-10) -> None:
         torch.testing.assert_close(a, b, rtol=rtol, atol=1e-13)
 
     forward, reverse = value("forward_kl"), value("reverse_kl")
-    same(value("symmetric_kl", 1.0), forward)
-    same(value("symmetric_kl", 0.0), reverse)
-    same(value("symmetric_kl"), (forward + reverse) / 2)
-    same(value("forward_kl", swapped=True), reverse)
-    same(value("jsd", 0.3), value("jsd", 0.7, swapped=True))
-    same(value("skewed_forward_kl", 0.2), value("skewed_reverse_kl", 0.2, swapped=True))
-    same(value("skewed_forward_kl", 1e-9), forward, 1e-6)
-    same(value("skewed_reverse_kl", 1e-9), reverse, 1e-6)
-    # The JSD over its weight tends to the forward KL, or at the other end to the reverse KL.
-    same(value("jsd", 1e-7) / 1e-7, forward, 1e-4)
-    same(value("jsd", 1 - 1e-7) / 1e-7, reverse, 1e-4)
+    assert_close(value("symmetric_kl", 1.0), forward)
+    assert_close(value("symmetric_kl", 0.0), reverse)
+    assert_close(value("symmetric_kl"), (forward + reverse) / 2)
+    assert_close(value("forward_kl", swapped=True), reverse)
+    assert_close(value("jsd", 0.3), value("jsd", 0.7, swapped=True))
+    assert_close(value("skewed_forward_kl", 0.2), value("skewed_reverse_kl", 0.2, swapped=True))
+    assert_close(value("skewed_forward_kl", 1e-9), forward, 1e-6)
+    assert_close(value("skewed_reverse_kl", 1e-9), reverse, 1e-6)
+    # The JSD over its weight tends to the forward KL as mix nears 0, and to the reverse KL near 1.
+    assert_close(value("jsd", 1e-7) / 1e-7, forward, 1e-4)
+    assert_close(value("jsd", 1 - 1e-7) / 1e-7, reverse, 1e-4)
     assert (value("jsd") <= 4 * torch.tensor(2.0).log()).all()
     assert (value("total_variation") <= 4).all()
     assert (2 * (value("total_variation") / 4) ** 2 <= forward / 4).all()  # Pinsker's inequality
 
 
-def test_jsd_of_disjoint_teacher_and_student(device):
-    """Classes that only one of the two allows add up to a JSD of log 2."""
+def test_jsd_without_a_common_class_is_log_2(device):
+    """Teacher and student without a common class have a JSD of log 2."""
     inf = float("inf")
     student = torch.tensor([[0.0, 1.0, -inf, -inf]], dtype=FP64, device=device)
     teacher = torch.tensor([[-inf, -inf, 2.0, 0.0]], dtype=FP64, device=device)
@@ -251,30 +252,30 @@ def test_jsd_of_disjoint_teacher_and_student(device):
         ),
     ],
 )
-def test_a_class_that_both_mask_is_not_there(device, name, standardize, form):
+def test_a_class_that_both_mask_has_no_effect(device, name, standardize, form):
     student, teacher, labels = make((ROWS, CLASSES), FP64, device=device)
     t = torch.tensor(1.5, dtype=FP64, device=device, requires_grad=True)
-    kept = torch.tensor([0, 1, 2, 3, 5], device=device)
+    unmasked = torch.tensor([0, 1, 2, 3, 5], device=device)
     labels = labels.masked_fill(labels == 4, 0)
-    narrow = torch.searchsorted(kept, labels.clamp(min=0)).where(labels >= 0, labels)
+    narrow = torch.searchsorted(unmasked, labels.clamp(min=0)).where(labels >= 0, labels)
     student[:, 4] = teacher[:, 4] = -float("inf")
     if form != "logits":
         teacher = teacher.log_softmax(-1) if form == "log_probs" else teacher.softmax(-1)
     options = {"divergence": name, "standardize": standardize, "teacher_form": form}
     for temperature in (t, 1.5):  # a learned temperature is never fused
-        wide, slim = student.clone().requires_grad_(), student[:, kept].clone().requires_grad_()
+        wide, slim = student.clone().requires_grad_(), student[:, unmasked].clone().requires_grad_()
         got = fastkd.loss(wide, teacher, labels, temperature=temperature, **options)
-        expected = fastkd.loss(slim, teacher[:, kept], narrow, temperature=1.5, **options)
+        expected = fastkd.loss(slim, teacher[:, unmasked], narrow, temperature=1.5, **options)
         torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-14)
         got.backward()
         expected.backward()
-        torch.testing.assert_close(wide.grad[:, kept], slim.grad, rtol=1e-10, atol=1e-13)
+        torch.testing.assert_close(wide.grad[:, unmasked], slim.grad, rtol=1e-10, atol=1e-13)
         assert (wide.grad[:, 4] == 0).all()
     assert t.grad.isfinite()
 
 
 INF = float("inf")
-# Value of a class that one side masks: (the teacher alone, the student alone); None if finite.
+# Values of a class that the teacher alone masks, and that the student alone masks; None if finite.
 PRICES = {
     "forward_kl": (None, INF),
     "reverse_kl": (INF, None),
@@ -291,7 +292,7 @@ PRICES = {
 
 
 @pytest.mark.parametrize("name", PRICES)
-def test_a_class_that_one_masks(device, name):
+def test_a_class_that_one_side_masks_has_its_value(device, name):
     """A finite value equals that of a class of tiny probability, with a finite gradient."""
     student, teacher, labels = make((ROWS, CLASSES), FP64, device=device, ignored=0.0)
     labels = labels.masked_fill(labels == 2, 3)
@@ -311,37 +312,37 @@ def test_a_class_that_one_masks(device, name):
         assert leaf.grad.isfinite().all()
 
 
-def far_below(where, offset, classes=3000):
+def shift_part(part, offset, classes=3000):
     def change(student, teacher):
-        student[:, where] += offset
-        teacher[:, where] += offset
+        student[:, part] += offset
+        teacher[:, part] += offset
 
     return classes, change
 
 
-def masked_in_fp32(student, teacher):
+def mask_in_fp32(student, teacher):
     student[:, 5], teacher[:, 5] = torch.finfo(torch.float32).min, -200.0
 
 
-def one_class_with_a_great_gap(student, teacher):
+def set_one_great_difference(student, teacher):
     student[:] = teacher + 1e-4 * student
     teacher[:, 5], student[:, 5] = teacher.amax(-1) - 5, -1e4
 
 
 JSD_ROWS = {
-    "padded": far_below(slice(32768, None), -INF, 33024),
-    "padded by numbers": far_below(slice(32768, None), -1e4, 33024),
-    "a block out of reach": far_below(slice(0, 1024), -100.0),
-    "a block further out of reach": far_below(slice(1024, 2048), -500.0),
-    "masked in fp32": (3000, masked_in_fp32),
-    "one class with a great gap": (3000, one_class_with_a_great_gap),
+    "padded": shift_part(slice(32768, None), -INF, 33024),
+    "padded by numbers": shift_part(slice(32768, None), -1e4, 33024),
+    "a block out of reach": shift_part(slice(0, 1024), -100.0),
+    "a block further out of reach": shift_part(slice(1024, 2048), -500.0),
+    "masked in fp32": (3000, mask_in_fp32),
+    "one class with a great gap": (3000, set_one_great_difference),
 }
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
 @pytest.mark.parametrize("name", JSD_ROWS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=name_of)
-def test_jsd_of_rows_with_parts_far_below_the_others(isa, name, temperature, dtype):
+def test_jsd_is_right_if_parts_of_a_row_are_far_below_others(isa, name, temperature, dtype):
     classes, change = JSD_ROWS[name]
     torch.manual_seed(0)
     teacher, student = 2 * torch.randn(3, classes), 2 * torch.randn(3, classes)
@@ -363,8 +364,8 @@ def test_jsd_of_rows_with_parts_far_below_the_others(isa, name, temperature, dty
     assert torch.equal(run(dtype, "sum")[1], grad)
 
 
-def test_forward_gradient_where_the_student_alone_masks(device):
-    """The loss is +inf, with the finite gradient q - p."""
+def test_forward_kl_has_a_finite_gradient_where_the_student_alone_masks(device):
+    """If the student alone masks a class, the loss is +inf, with the finite gradient q - p."""
     student = torch.tensor([[0.0, 1.0, -INF]], device=device, requires_grad=True)
     teacher = torch.tensor([[0.0, 0.0, 0.0]], device=device)
     for name in ("forward_kl", "soft_cross_entropy"):
@@ -374,8 +375,8 @@ def test_forward_gradient_where_the_student_alone_masks(device):
         torch.testing.assert_close(student.grad, expected)
 
 
-def masked_by_the_student(divergence, reduction, classes, device):
-    """Make a student leaf of two rows; the first masks a class that the teacher has."""
+def make_masked_by_the_student(divergence, reduction, classes, device):
+    """Make a student leaf of two rows; the first row masks a class that the teacher has."""
     student = torch.linspace(-1, 1, classes, device=device).repeat(2, 1)
     student[0, 1] = -INF
     student.requires_grad_()
@@ -388,24 +389,26 @@ def masked_by_the_student(divergence, reduction, classes, device):
 
 @pytest.mark.parametrize("reduction", ["sum", "none"])
 @pytest.mark.parametrize("classes", [3, 200])
-def test_squared_error_where_the_student_alone_masks(device, classes, reduction):
+def test_squared_error_is_infinite_where_the_student_alone_masks(device, classes, reduction):
     """The loss is +inf, with an infinite gradient for the masked class alone."""
-    student = masked_by_the_student("mse", reduction, classes, device)
+    student = make_masked_by_the_student("mse", reduction, classes, device)
     torch.testing.assert_close(student.grad, student.detach() * 2 / classes)
 
 
 @pytest.mark.parametrize("reduction", ["sum", "none"])
 @pytest.mark.parametrize("classes", [3, 200])
-def test_centered_squared_error_where_the_student_alone_masks(device, classes, reduction):
+def test_centered_squared_error_is_infinite_where_the_student_alone_masks(
+    device, classes, reduction
+):
     """The loss is +inf without a gradient: centered differences are infinite or NaN."""
-    student = masked_by_the_student("centered_mse", reduction, classes, device)
+    student = make_masked_by_the_student("centered_mse", reduction, classes, device)
     assert student.grad[0, 1].isnan()
     assert student.grad[0, 2:].isinf().all()
     torch.testing.assert_close(student.grad[1], student.detach()[1] * 2 / classes)
 
 
-def test_dkd_of_a_teacher_that_allows_the_label_alone(device):
-    """The second part is omitted; the first is -log q_y, of a one-hot teacher."""
+def test_dkd_of_a_one_hot_teacher_is_cross_entropy(device):
+    """The loss is -log q_y, since the divergence of the other classes is omitted."""
     teacher = torch.tensor([[2.0, -INF, -INF]], device=device)
     student = torch.tensor([[1.0, 0.0, 0.5]], device=device, requires_grad=True)
     label = torch.tensor([0], device=device)
@@ -420,19 +423,19 @@ def test_dkd_of_a_teacher_that_allows_the_label_alone(device):
 @pytest.mark.parametrize("reduction", ["sum", "none"])
 @pytest.mark.parametrize("nothing", [0.0, 1e-40])
 def test_the_cosine_of_a_zero_row_is_finite(device, classes, reduction, nothing):
-    """A zero row has cosine distance 1 and a gradient of z / T alone, as have subnormal rows."""
+    """A zero or subnormal row has the cosine distance 1 and a finite gradient."""
     student, teacher, _ = make((4, classes), device=device, labels=False)
     student[:2], teacher[1:3] = 0, 0
     near_student, near_teacher = (x.masked_fill(x == 0, nothing) for x in (student, teacher))
     options = {"divergence": "cosine", "temperature": 3.0, "reduction": reduction}
-    leaf, other = near_student.requires_grad_(), student.double().requires_grad_()
+    leaf, exact_leaf = near_student.requires_grad_(), student.double().requires_grad_()
     got = fastkd.loss(leaf, near_teacher, **options)
     weigh = {"hard_weight": 0.0, "soft_weight": 1.0}
-    expected = reference.loss(other, teacher.double(), **options, **weigh)
+    expected = reference.loss(exact_leaf, teacher.double(), **options, **weigh)
     torch.testing.assert_close(got.double(), expected, rtol=1e-6, atol=0)
     got.sum().backward()
     expected.sum().backward()
-    torch.testing.assert_close(leaf.grad.double(), other.grad, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(leaf.grad.double(), exact_leaf.grad, rtol=1e-5, atol=1e-6)
 
 
 def test_total_variation_has_slope_0_at_ties(device):
@@ -444,7 +447,7 @@ def test_total_variation_has_slope_0_at_ties(device):
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("standardize", [False, True])
 def test_rows_without_spread_are_finite(device, name, standardize):
-    """Rows of equal logits, or of zeros, divide by no zero in any divergence."""
+    """Rows of equal logits, or of zeros, have finite losses in every divergence."""
     student = torch.zeros(2, 4, device=device, requires_grad=True)
     labels = torch.tensor([1, 2], device=device)
     teacher = torch.tensor([[3.0, 3.0, 3.0, 3.0], [1.0, 0.0, 0.0, 0.0]], device=device)

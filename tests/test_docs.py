@@ -1,4 +1,4 @@
-"""The code of the documentation runs, its links lead somewhere, and it has every public name."""
+"""The documentation: its code runs, its links work, and its reference has every public name."""
 
 import functools
 import importlib.metadata
@@ -42,14 +42,14 @@ def run(blocks: list[str], name: str, namespace: dict[str, object]) -> None:
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in PAGES]
 )
-def test_python_of_a_page(name, tmp_path, monkeypatch):
+def test_python_of_a_page_runs(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
     run(PYTHON.findall((DOCS / name).read_text()), name, {})
 
 
 class LanguageModel(nn.Module):
-    """A model that returns an output with logits, as those of transformers do."""
+    """Language model whose output has logits, as in transformers."""
 
     def __init__(self):
         super().__init__()
@@ -59,7 +59,7 @@ class LanguageModel(nn.Module):
         return types.SimpleNamespace(logits=self.layers(tokens))
 
 
-def test_python_of_the_readme():
+def test_python_of_the_readme_runs():
     torch.manual_seed(0)
     tokens = torch.randint(50, (2, 12))
     names = {
@@ -104,7 +104,7 @@ def anchors(path: pathlib.Path) -> set[str]:
 
 
 @pytest.mark.parametrize("name", MARKDOWN)
-def test_links_of_a_page(name):
+def test_links_of_a_page_work(name):
     page = ROOT / name
     text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
     for link in re.findall(r"\]\(([^)\s]+)\)", re.sub(r"`[^`\n]*`", "code", text)):
@@ -132,6 +132,6 @@ def test_install_lists_the_extras():
     }
     metadata: dict[str, set[str]] = {}
     for line in importlib.metadata.requires("fastkd"):
-        if found := re.match(r"([\w-]+).*extra == [\"'](\w+)[\"']", line):
-            metadata.setdefault(found[2], set()).add(found[1])
+        if match := re.match(r"([\w-]+).*extra == [\"'](\w+)[\"']", line):
+            metadata.setdefault(match[2], set()).add(match[1])
     assert listed == metadata

@@ -10,18 +10,20 @@ from fastkd import reference
 
 INF = float("inf")
 CLASSES = [6, 100, 200, 3000]
-# Divergences that are infinite if one side masks a class.
+# For each side, the divergences that are infinite if that side masks a class.
 INFINITE = {
     "teacher": ["reverse_kl", "symmetric_kl", "mse", "centered_mse"],
     "student": ["forward_kl", "symmetric_kl", "soft_cross_entropy", "mse", "centered_mse", "dkd"],
 }
-MASKED = [(who, name) for who, names in INFINITE.items() for name in names]
+MASKED = [(side, name) for side, names in INFINITE.items() for name in names]
 
 
-def masked(who: str, classes: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, ...]:
-    """Return (student, teacher, labels) of four rows, of which one side masks a class in three."""
+def make_masked(
+    side: str, classes: int, dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor, ...]:
+    """Return (student, teacher, labels) of four rows; one side masks a class in three rows."""
     student, teacher, labels = make((4, classes), dtype, device=device, ignored=0.0)
-    (student if who == "student" else teacher)[:3, 1] = -INF
+    (student if side == "student" else teacher)[:3, 1] = -INF
     return student, teacher, labels.masked_fill(labels == 1, 2)
 
 
@@ -32,7 +34,7 @@ def gradient(student: Tensor, teacher: Tensor, labels: Tensor | None, **options)
 
 
 @pytest.mark.parametrize(
-    ("dtype", "classes", "reduction", "who", "name"),
+    ("dtype", "classes", "reduction", "side", "name"),
     pairwise(
         [FP32, BF16, FP64],
         CLASSES,
@@ -42,9 +44,9 @@ def gradient(student: Tensor, teacher: Tensor, labels: Tensor | None, **options)
     ),
     ids=str,
 )
-def test_the_symmetric_kl_of_one_kl_is_that_kl(device, name, who, reduction, classes, dtype):
+def test_the_symmetric_kl_ignores_the_kl_of_weight_0(device, name, side, reduction, classes, dtype):
     mix = 1.0 if name == "forward_kl" else 0.0
-    student, teacher, _ = masked(who, classes, dtype, device)
+    student, teacher, _ = make_masked(side, classes, dtype, device)
     options = {"reduction": reduction, "temperature": 1.5}
     both = {**options, "divergence": "symmetric_kl", "mix": mix}
     value = fastkd.loss(student, teacher, **both)
@@ -60,12 +62,12 @@ def test_the_symmetric_kl_of_one_kl_is_that_kl(device, name, who, reduction, cla
 
 
 @pytest.mark.parametrize("mix", [0.0, 1.0])
-@pytest.mark.parametrize("who", ["teacher", "student"])
-def test_the_reference_of_the_symmetric_kl_of_one_kl(who, mix):
-    student, teacher, _ = masked(who, 6, FP64, torch.device("cpu"))
+@pytest.mark.parametrize("side", ["teacher", "student"])
+def test_the_reference_of_the_symmetric_kl_ignores_the_kl_of_weight_0(side, mix):
+    student, teacher, _ = make_masked(side, 6, FP64, torch.device("cpu"))
     name = "forward_kl" if mix else "reverse_kl"
-    if (name == "reverse_kl") == (who == "teacher"):
-        return  # infinite by itself
+    if (name == "reverse_kl") == (side == "teacher"):
+        return  # the divergence is infinite for every weight
     options = {"hard_weight": 0.0, "soft_weight": 1.0}
     leaf = student.requires_grad_()
     value = reference.loss(leaf, teacher, divergence="symmetric_kl", mix=mix, **options)
@@ -83,9 +85,9 @@ def test_the_reference_of_the_symmetric_kl_of_one_kl(who, mix):
     ),
     ids=str,
 )
-def test_a_mixture_next_to_its_ends(device, name, mix, dtype, classes):
-    """Mixtures next to 0 and 1 are accepted, 0 and 1 are refused."""
-    student, teacher, _ = masked("teacher", classes, dtype, device)
+def test_mixtures_near_0_and_1_are_accepted(device, name, mix, dtype, classes):
+    """Mixtures near 0 and 1 are accepted; 0 and 1 are refused."""
+    student, teacher, _ = make_masked("teacher", classes, dtype, device)
     student[2, 3] = -INF
     options = {"divergence": name, "mix": mix, "reduction": "none"}
     value = fastkd.loss(student, teacher, **options)
@@ -94,23 +96,25 @@ def test_a_mixture_next_to_its_ends(device, name, mix, dtype, classes):
 
 
 @pytest.mark.parametrize(
-    ("classes", "dtype", "how", "masking"),
+    ("classes", "dtype", "weighting", "masking"),
     pairwise(CLASSES, [FP32, FP64], ["number", "rows", "grad_output", "reference"], MASKED),
     ids=str,
 )
-def test_an_infinite_soft_term_of_no_weight(device, masking, how, dtype, classes):
-    """The gradient is that of the hard term only."""
-    who, name = masking
-    student, teacher, labels = masked(who, classes, dtype, device)
-    weight = torch.zeros(4, device=device) if how == "rows" else 0.0
+def test_an_infinite_soft_term_of_weight_0_has_no_effect(
+    device, masking, weighting, dtype, classes
+):
+    """An infinite soft term with weight 0 does not change the gradient of the hard term."""
+    side, name = masking
+    student, teacher, labels = make_masked(side, classes, dtype, device)
+    weight = torch.zeros(4, device=device) if weighting == "rows" else 0.0
     options = {"divergence": name, "soft_weight": weight, "reduction": "none"}
-    if how == "grad_output":
+    if weighting == "grad_output":
         leaf = student.clone().requires_grad_()
         value = fastkd.loss(leaf, teacher, labels, divergence=name, reduction="none")
         value.backward(torch.zeros_like(value))
         assert (leaf.grad == 0).all()
         return
-    if how == "reference":
+    if weighting == "reference":
         leaf = student.clone().requires_grad_()
         value = reference.loss(leaf, teacher, labels, hard_weight=1.0, **options)
         got = torch.autograd.grad(value.sum(), leaf)[0]
@@ -126,9 +130,9 @@ def test_an_infinite_soft_term_of_no_weight(device, masking, how, dtype, classes
 
 @pytest.mark.parametrize("classes", CLASSES)
 @pytest.mark.parametrize("smoothing", [0.0, 0.1, 1.0])
-def test_an_infinite_hard_term_of_no_weight(device, smoothing, classes):
-    """A student that masks the label's class has an infinite hard term, whose weight is 0."""
-    student, teacher, labels = masked("student", classes, FP32, device)
+def test_an_infinite_hard_term_of_weight_0_has_no_effect(device, smoothing, classes):
+    """The hard term of a masked label is infinite, and weight 0 removes the term."""
+    student, teacher, labels = make_masked("student", classes, FP32, device)
     teacher[:3, 1] = -INF
     labels[:3] = 1
     options = {"label_smoothing": smoothing, "hard_weight": 0.0, "soft_weight": 1.0}
@@ -140,9 +144,9 @@ def test_an_infinite_hard_term_of_no_weight(device, smoothing, classes):
 
 
 @pytest.mark.parametrize("hard_weight", [0.0, 0.5])
-def test_the_reference_of_smoothing_1_where_the_student_masks_the_label(hard_weight):
-    """The label's class counts as one of all classes; its logarithm is infinite."""
-    student, teacher, labels = masked("student", 6, FP64, torch.device("cpu"))
+def test_the_reference_of_smoothing_1_has_finite_gradients_for_a_masked_label(hard_weight):
+    """With smoothing 1 and a masked label, the hard term is infinite, and its gradient finite."""
+    student, teacher, labels = make_masked("student", 6, FP64, torch.device("cpu"))
     teacher[:3, 1] = -INF
     labels[:3] = 1
     leaf = student.requires_grad_()
@@ -156,17 +160,19 @@ def test_the_reference_of_smoothing_1_where_the_student_masks_the_label(hard_wei
     torch.testing.assert_close(torch.autograd.grad(kernel, leaf)[0], got)
 
 
-def of_rows(temperature: Tensor, weight: Tensor, keep: slice, name: str, who: str, teachers: int):
+def compute_selected_rows(
+    temperature: Tensor, weight: Tensor, keep: slice, name: str, side: str, teachers: int
+):
     """Return (loss, gradients of logits and temperature) of the selected rows."""
-    student, teacher, labels = masked(who, 7, FP32, torch.device("cpu"))
+    student, teacher, labels = make_masked(side, 7, FP32, torch.device("cpu"))
     every = [teacher, teacher.roll(1, 0)] if teachers > 1 else [teacher]
-    for one in every:
-        one[:3, 1] = teacher[:3, 1]
-        one[3, 1] = 0.5
+    for logits in every:
+        logits[:3, 1] = teacher[:3, 1]
+        logits[3, 1] = 0.5
     leaf, t = student[keep].requires_grad_(), temperature.clone().requires_grad_()
     value = fastkd.loss(
         leaf,
-        [one[keep] for one in every] if teachers > 1 else every[0][keep],
+        [logits[keep] for logits in every] if teachers > 1 else every[0][keep],
         labels[keep],
         temperature=t,
         divergence=name,
@@ -179,12 +185,12 @@ def of_rows(temperature: Tensor, weight: Tensor, keep: slice, name: str, who: st
 
 
 @pytest.mark.parametrize("teachers", [1, 2])
-@pytest.mark.parametrize(("who", "name"), [pair for pair in MASKED if pair[1] != "dkd"])
-def test_a_learned_temperature_and_an_infinite_row_of_no_weight(who, name, teachers):
-    """Neither logits nor temperature get a gradient of NaN."""
+@pytest.mark.parametrize(("side", "name"), [pair for pair in MASKED if pair[1] != "dkd"])
+def test_an_infinite_row_of_weight_0_gives_finite_gradients(side, name, teachers):
+    """An infinite row of weight 0 gives neither logits nor temperature a gradient of NaN."""
     weight, t = torch.tensor([0.0, 0.0, 0.0, 0.7]), torch.tensor(1.5)
-    value, grad, of_t = of_rows(t, weight, slice(0, 4), name, who, teachers)
-    _, last, expected = of_rows(t, weight, slice(3, 4), name, who, teachers)
+    value, grad, of_t = compute_selected_rows(t, weight, slice(0, 4), name, side, teachers)
+    _, last, expected = compute_selected_rows(t, weight, slice(3, 4), name, side, teachers)
     assert value.isfinite() and grad.isfinite().all()
     torch.testing.assert_close(of_t, expected, rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(grad[3], last[0], rtol=1e-4, atol=1e-6)

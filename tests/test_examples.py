@@ -1,4 +1,4 @@
-"""Run every example briefly, and compare its output with its documentation."""
+"""Examples: each runs briefly, and prints what its documentation shows."""
 
 import os
 import pathlib
@@ -61,7 +61,7 @@ def test_the_language_model_writes_between_its_markers(tmp_path):
 @pytest.mark.parametrize("name", NOTEBOOKS)
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_notebooks_run_to_the_end(name):
-    """Run a notebook from its first cell to its last, with its pictures."""
+    """A notebook runs from its first cell to its last, and draws its pictures."""
     nbclient, nbformat = pytest.importorskip("nbclient"), pytest.importorskip("nbformat")
     notebook = nbformat.read(EXAMPLES / name, as_version=4)
     nbclient.NotebookClient(notebook, kernel_name="python3", timeout=120).execute()
@@ -70,7 +70,7 @@ def test_notebooks_run_to_the_end(name):
 
 
 def test_the_script_has_the_cells_of_the_notebook():
-    """In the percent format: ``jupytext --to ipynb examples/deploy.py`` writes the notebook."""
+    """``jupytext --to ipynb examples/deploy.py`` would write the notebook's cells."""
     nbformat = pytest.importorskip("nbformat")
     notebook = nbformat.read(EXAMPLES / "deploy.ipynb", as_version=4)
     cells = []
@@ -82,5 +82,5 @@ def test_the_script_has_the_cells_of_the_notebook():
     assert cells == [(cell.cell_type, cell.source) for cell in notebook.cells]
 
 
-def test_there_are_notebooks():
+def test_notebooks_are_found():
     assert {"introduction.ipynb", "deploy.ipynb"} <= set(NOTEBOOKS)

@@ -44,7 +44,7 @@ LOSSES: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
 }
 
 
-# Losses of one op each; the others run in `make test-all`.
+# Losses of one op each; `make test-all` also runs the other losses.
 QUICK = ("mean", "linear", "learned temperature")
 
 
@@ -74,7 +74,7 @@ class Learning(Student):
 
 
 def gradients(step: Callable[[], Tensor], module: nn.Module) -> list[Tensor]:
-    """Return the loss of a step and its gradients, times a factor other than 1."""
+    """Return the loss of a step and its gradients, with a grad_output other than 1."""
     for parameter in module.parameters():
         parameter.grad = None
     value = step()
@@ -85,8 +85,10 @@ def gradients(step: Callable[[], Tensor], module: nn.Module) -> list[Tensor]:
 def assert_same_step(ours: list[Tensor], theirs: list[Tensor], dtype: torch.dtype = FP32) -> None:
     assert len(ours) == len(theirs) > 1
     bound = {FP32: 1e-5, BF16: 2e-2, FP16: 2e-3}[dtype]
-    for one, other in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(one, other, rtol=bound, atol=bound * float(other.abs().max()))
+    for ours_grad, theirs_grad in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(
+            ours_grad, theirs_grad, rtol=bound, atol=bound * float(theirs_grad.abs().max())
+        )
 
 
 @pytest.mark.usefixtures("each_autograd")
@@ -100,7 +102,7 @@ def test_exported_programs_train_as_eager_calls_do(name, strict):
     module = Learning(linear) if name not in LOSSES else Student(LOSSES[name])
     expected = gradients(lambda: module(x, teacher, labels), module)
     with warnings.catch_warnings():
-        warnings.simplefilter("error")  # torch's warning about an op without a gradient
+        warnings.simplefilter("error")  # Torch warns about an op without a gradient
         exported = torch.export.export(module, (x, teacher, labels), strict=strict).module()
         ours = gradients(lambda: exported(x, teacher, labels), exported)
     assert_same_step(ours, expected)
@@ -120,7 +122,7 @@ def fresh_dynamo() -> Iterator[None]:
 def test_compiled_autograd_gives_the_gradients_of_autograd(name, backend):
     x = torch.randn(8, 6, generator=torch.Generator().manual_seed(1))
     _, teacher, labels = make((8, 50))
-    dtype = FP32  # the Python backend passes narrower tensors, except for heads, in float32
+    dtype = FP32  # the Python backend passes 16-bit tensors in float32, except for heads
     if backend == "eager" and not name.startswith("linear"):
         dtype = (BF16, FP16)[len(name) % 2]
     module = Student(lambda s, t, y: LOSSES[name](s.to(dtype), t, y))
@@ -139,7 +141,7 @@ def test_compiled_autograd_gives_the_gradients_of_autograd(name, backend):
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", names_of(LOSSES))
 def test_rows_chosen_by_a_mask_are_compiled(name, backend):
-    """The number of selected rows is unknown during tracing."""
+    """A step compiles if the number of selected rows is unknown during tracing."""
     student, teacher, labels = make((8, 50))
     mask = torch.arange(8) % 3 != 0
     leaf = student.requires_grad_()
@@ -152,5 +154,5 @@ def test_rows_chosen_by_a_mask_are_compiled(name, backend):
         (value, torch.autograd.grad(value, leaf)[0])
         for value in (f(leaf, teacher, labels, mask) for f in (compiled, step))
     )
-    for one, other in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(one, other)
+    for actual, expected_grad in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(actual, expected_grad)

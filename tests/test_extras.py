@@ -29,12 +29,12 @@ def data():
 """
 
 
-class Unasked(nn.Linear):
+class Uncalled(nn.Linear):
     def __init__(self):
         super().__init__(2, 3)
 
     def forward(self, x):
-        pytest.fail("the model was asked")
+        pytest.fail("the model was called")
 
 
 @pytest.fixture
@@ -56,7 +56,7 @@ def hide(monkeypatch):
 def test_precompute_names_its_package(package, hide, tmp_path):
     hide(package)
     with pytest.raises(ImportError, match=rf"needs {package}, .*fastkd\[train\]"):
-        fastkd.teachers.precompute(Unasked(), LOADER, tmp_path / "cache")
+        fastkd.teachers.precompute(Uncalled(), LOADER, tmp_path / "cache")
     assert not (tmp_path / "cache").exists()
 
 
@@ -64,7 +64,7 @@ def test_precompute_names_its_package(package, hide, tmp_path):
 def test_report_names_its_package(package, hide):
     hide(package)
     with pytest.raises(ImportError, match=rf"needs {package}, .*fastkd\[report\]"):
-        fastkd.report(Unasked(), nn.Linear(2, 3), LOADER)
+        fastkd.report(Uncalled(), nn.Linear(2, 3), LOADER)
 
 
 def test_the_trainer_names_its_package(hide):
@@ -72,7 +72,7 @@ def test_the_trainer_names_its_package(hide):
     student = nn.Linear(2, 3)
     optimizer = torch.optim.SGD(student.parameters(), 0.1)
     with pytest.raises(ImportError, match=r"needs tqdm, .*fastkd\[train\]"):
-        fastkd.Trainer(student, Unasked(), optimizer)
+        fastkd.Trainer(student, Uncalled(), optimizer)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The fast path (fast_path.py) and autograd kernels: hooks, modes and second passes.
+"""The fast path (fast_path.py) and the autograd kernels: hooks, modes and second passes.
 
 Tests with the fixture ``each_autograd`` run with autograd in C++ and in Python.
 """
@@ -31,7 +31,7 @@ each_loss = pytest.mark.parametrize("name", LOSSES)
 
 
 def assert_near(gradient: Tensor, expected: Tensor) -> None:
-    """Assert equality up to rounding: the gradient may be scaled, or computed by the formula."""
+    """Assert equality up to rounding, since one gradient may be scaled or recomputed."""
     rtol = 1e-2 if expected.dtype == BF16 else 1e-5
     torch.testing.assert_close(gradient, expected, rtol=rtol, atol=1e-7)
 
@@ -39,7 +39,7 @@ def assert_near(gradient: Tensor, expected: Tensor) -> None:
 @pytest.mark.usefixtures("each_autograd")
 @each_loss
 @pytest.mark.parametrize("dtype", [FP64, FP32, BF16], ids=name_of)
-def test_calls_that_take_the_fast_path(name, dtype, monkeypatch):
+def test_eligible_calls_take_the_fast_path(name, dtype, monkeypatch):
     loss = LOSSES[name]
     monkeypatch.setattr(losses, "prepare", None)
     student, teacher, labels = make((6, 5, 20), dtype)
@@ -111,8 +111,8 @@ def test_the_profiler_sees_the_loss(name, grad):
     with torch.profiler.profile(record_shapes=True) as profile:
         LOSSES[name](student.requires_grad_(grad), teacher, labels)
         with torch.inference_mode():
-            other = teacher + 1  # an inference tensor, which autograd cannot save
-        LOSSES[name](student, other, labels)
+            inference_tensor = teacher + 1  # an inference tensor, which autograd cannot save
+        LOSSES[name](student, inference_tensor, labels)
     op = {"loss": "fastkd::loss", "topk": "fastkd::topk_loss"}[name]
     recorded = [event for event in profile.events() if event.name == (f"{op}_into" if grad else op)]
     assert [event.input_shapes[1 if grad else 0] for event in recorded] == 2 * [[6, 20]]
@@ -125,23 +125,23 @@ def test_the_profiler_sees_the_loss(name, grad):
 @each_loss
 @pytest.mark.parametrize("dtype", [FP32, BF16], ids=name_of)
 def test_hooks_may_save_tensors_elsewhere(name, dtype):
-    """Hooks of ``save_on_cpu`` and others may move, compress or re-stride saved tensors."""
+    """Hooks such as ``save_on_cpu`` may move, compress or re-stride saved tensors."""
     student, teacher, labels = make((6, 20), dtype)
     leaf = student.requires_grad_()
-    plain = LOSSES[name](leaf, teacher, labels)
-    (expected,) = torch.autograd.grad(plain, leaf, torch.tensor(3.0))
-    ways = {
+    value = LOSSES[name](leaf, teacher, labels)
+    (expected,) = torch.autograd.grad(value, leaf, torch.tensor(3.0))
+    hooks = {
         "a copy": (Tensor.clone, lambda saved: saved),
         "a transposed copy": (lambda x: x.t().contiguous(), Tensor.t),
         "a negative": (Tensor.neg, lambda saved: torch._neg_view(saved)),
     }
-    for way, (pack, unpack) in ways.items():
-        if name == "topk" and way == "a negative":
+    for kind, (pack, unpack) in hooks.items():
+        if name == "topk" and kind == "a negative":
             continue  # the op refuses labels or indices that are negative views
         with saved_tensors_hooks(lambda x, f=pack: f(x), lambda x, f=unpack: f(x)):
             value = LOSSES[name](leaf, teacher, labels)
         torch.autograd.grad(value, leaf, retain_graph=True)
-        for _ in range(2):  # the forward pass's gradient is used up
+        for _ in range(2):  # the first pass has used up the forward pass's gradient
             (again,) = torch.autograd.grad(value, leaf, torch.tensor(3.0), retain_graph=True)
             assert_near(again, expected)
 
@@ -149,8 +149,8 @@ def test_hooks_may_save_tensors_elsewhere(name, dtype):
 @pytest.mark.usefixtures("each_autograd")
 @each_loss
 @pytest.mark.parametrize("with_labels", [False, True])
-def test_checkpointing_stops_when_it_has_what_it_needs(name, with_labels):
-    """Checkpointing raises an exception in the hook that saves tensors."""
+def test_checkpointing_may_stop_the_recomputation(name, with_labels):
+    """Checkpointing stops the recomputation by an exception in the hook that saves tensors."""
     _, teacher, labels = make((6, 40))
     hidden = torch.randn(6, 16, requires_grad=True)
     head = torch.randn(40, 16)
@@ -205,7 +205,7 @@ def unwrap(value: object) -> object:
 @pytest.mark.usefixtures("each_autograd")
 @each_loss
 @pytest.mark.parametrize("dtype", [FP32, BF16], ids=name_of)
-def test_hooks_may_give_back_wrappers(name, dtype):
+def test_hooks_may_return_wrappers(name, dtype):
     student, teacher, labels = make((6, 20), dtype)
     leaf = student.requires_grad_()
     expected = torch.autograd.grad(LOSSES[name](leaf, teacher, labels), leaf)[0]
@@ -225,8 +225,8 @@ def test_hooks_may_give_back_wrappers(name, dtype):
 
 @pytest.mark.parametrize("dtype", [FP64, FP32, BF16], ids=name_of)
 @pytest.mark.parametrize("factor", [1.0, 3.0, float("inf")])
-def test_terms_do_not_change_a_gradient_that_is_written_anew(dtype, factor):
-    """The hard term may have weight 0, and be computed for the terms alone."""
+def test_terms_do_not_change_a_recomputed_gradient(dtype, factor):
+    """A recomputed gradient does not depend on a hard term that only the terms need."""
     student, teacher, labels = make((5, 170), dtype, ignored=0.0)
     leaf = student.requires_grad_()
     values = [
@@ -234,19 +234,19 @@ def test_terms_do_not_change_a_gradient_that_is_written_anew(dtype, factor):
         fastkd.terms(leaf, teacher, labels, alpha=0).loss,
     ]
     for _ in range(2):
-        one, other = (
+        first, second = (
             torch.autograd.grad(value, leaf, torch.tensor(factor), retain_graph=True)[0]
             for value in values
         )
-        assert torch.equal(one, other) or (one.isnan() == other.isnan()).all()
+        assert torch.equal(first, second) or (first.isnan() == second.isnan()).all()
 
 
 @pytest.mark.usefixtures("each_autograd")
-def test_hooks_that_give_back_something_else_raise():
+def test_hooks_that_return_other_tensors_raise():
     student, teacher, labels = make((6, 20))
     leaf = student.requires_grad_()
-    for other in (lambda x: x[..., :10], lambda x: x.to("meta"), lambda x: x[:3]):
-        with saved_tensors_hooks(lambda x: x, other):
+    for change in (lambda x: x[..., :10], lambda x: x.to("meta"), lambda x: x[:3]):
+        with saved_tensors_hooks(lambda x: x, change):
             value = fastkd.loss(leaf, teacher, labels)
         with pytest.raises(RuntimeError):
             value.backward(retain_graph=True)
@@ -255,7 +255,7 @@ def test_hooks_that_give_back_something_else_raise():
 
 @pytest.mark.usefixtures("each_autograd")
 @each_loss
-def test_logits_that_changed_are_not_read_again(name):
+def test_changed_logits_raise_in_a_second_backward_pass(name):
     student, teacher, labels = make((6, 20))
     leaf = student.requires_grad_()
     hidden = leaf * 1

@@ -1,9 +1,8 @@
-"""Random calls compared with the reference in float64: sizes, layouts, dtypes, options.
+"""Random calls equal the reference in float64: sizes, layouts, dtypes, options.
 
-``make fuzz CASES=20000 SEED=7`` runs this file as a program, and the fuzzers of sparse teachers,
-linear heads and ops: batches of 500 cases from consecutive seeds. A failing batch prints the case
-that hypothesis has shrunk it to. Add such a case to REGRESSIONS with its fix. Options that only
-PyTorch computes (several teachers, standardize) are tested in test_objectives.py.
+``make fuzz CASES=20000 SEED=7`` runs the fuzzers as programs, in batches of 500 cases from
+consecutive seeds. A failing batch prints its shrunk case. Add the case to REGRESSIONS with its fix.
+test_objectives.py tests options that only PyTorch computes (several teachers, standardize).
 """
 
 import math
@@ -18,17 +17,17 @@ from fuzzing import (
     SMOOTHING,
     TEMPERATURES,
     WEIGHTS,
-    close,
+    check_close,
+    copy_to_layout,
+    draw_rarely,
+    execution_settings,
+    has_equal_bits,
     lacks_inverse,
-    laid_out,
     largest_of,
-    narrowed,
-    odd_numbers,
+    narrow_labels,
     program,
-    rarely,
-    same_bits,
-    settled,
-    sprinkle,
+    special_values,
+    write_special_values,
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -49,7 +48,7 @@ class Case(NamedTuple):
     spread: float = 3.0
     apart: float = 1.0  # scale of the difference of teacher and student
     seed: int = 0
-    odd: tuple[tuple[int, int, int, float], ...] = ()  # (student or teacher, row, class, value)
+    special: tuple[tuple[int, int, int, float], ...] = ()  # (student or teacher, row, class, value)
     layout: str = "contiguous"
     labels: str = "indices"
     ignored: float = 0.2
@@ -57,7 +56,8 @@ class Case(NamedTuple):
     temperature: float = 2.0
     teacher_t: float | None = None  # the teacher's temperature
     per_row: frozenset[str] = frozenset()  # options that are tensors with a number for each row
-    constant: frozenset[str] = frozenset()  # options that are such tensors with equal numbers
+    # Options that are tensors with equal numbers for each row.
+    constant: frozenset[str] = frozenset()
     weights: tuple[float, float] = (0.5, 0.5)
     smoothing: float = 0.0
     reduction: str = "mean"
@@ -68,13 +68,13 @@ class Case(NamedTuple):
     ignore_index: int = -100
     unused: int = 0  # padded classes, removed by a slice
     dim: int = -1
-    way: str = "loss"
+    entry_point: str = "loss"
     isa: str = "default"
     threads: int = 1
 
 
 ROW_SETTINGS = ("temperature", "teacher_temperature", "hard_weight", "soft_weight")
-WAYS = ("loss", "terms", "module", "python", "inplace")
+ENTRY_POINTS = ("loss", "terms", "module", "python", "inplace")
 CASES = st.builds(
     Case,
     leading=st.lists(st.integers(0, 5), max_size=3).map(tuple),
@@ -86,33 +86,35 @@ CASES = st.builds(
     spread=st.sampled_from([0.0, 1e-3, 1.0, 3.0, 100.0, 1e4]),
     apart=st.sampled_from([0.0, 1e-4, 1e-2, 1.0, 100.0]),
     seed=st.integers(0, 2**31),
-    odd=odd_numbers(2),
+    special=special_values(2),
     layout=st.sampled_from([*LAYOUTS, "same"]),
     labels=st.sampled_from(["indices", "none", "probabilities", *NARROW]),
     ignored=st.sampled_from([0.0, 0.2, 1.0]),
     divergence=st.sampled_from(["forward_kl", *fastkd.divergences()]),
     temperature=TEMPERATURES,
     teacher_t=st.one_of(st.none(), st.floats(0.25, 30.0)),
-    per_row=rarely(frozenset(), st.frozensets(st.sampled_from(ROW_SETTINGS))),
-    constant=rarely(frozenset(), st.frozensets(st.sampled_from([*ROW_SETTINGS, "class_weight"]))),
+    per_row=draw_rarely(frozenset(), st.frozensets(st.sampled_from(ROW_SETTINGS))),
+    constant=draw_rarely(
+        frozenset(), st.frozensets(st.sampled_from([*ROW_SETTINGS, "class_weight"]))
+    ),
     weights=WEIGHTS,
     smoothing=SMOOTHING,
     reduction=st.sampled_from(["mean", "sum", "none"]),
-    normalizer=rarely(None, st.sampled_from([0.5, 7.0, 1e4])),
-    class_weight=rarely(False, st.booleans()),
-    mix=rarely(None, st.sampled_from([0.0, 0.1, 0.5, 0.9, 1.0])),
+    normalizer=draw_rarely(None, st.sampled_from([0.5, 7.0, 1e4])),
+    class_weight=draw_rarely(False, st.booleans()),
+    mix=draw_rarely(None, st.sampled_from([0.0, 0.1, 0.5, 0.9, 1.0])),
     grad_output=GRAD_OUTPUTS,
-    ignore_index=rarely(-100, st.integers(-1, 3)),
-    unused=rarely(0, st.integers(1, 9)),
-    dim=rarely(-1, st.just(1)),
-    way=st.sampled_from(WAYS),
+    ignore_index=draw_rarely(-100, st.integers(-1, 3)),
+    unused=draw_rarely(0, st.integers(1, 9)),
+    dim=draw_rarely(-1, st.just(1)),
+    entry_point=st.sampled_from(ENTRY_POINTS),
     isa=st.sampled_from(_C.available_isas()),
     threads=st.integers(1, 3),
 )
 
 
 class Problem(NamedTuple):
-    """Tensors and options of a case; the options in the reference's form, too."""
+    """Tensors and options of a case, and the options in the form of the reference."""
 
     student: Tensor
     teacher: Tensor
@@ -129,10 +131,10 @@ def build(case: Case, device: torch.device) -> Problem:
     student = torch.randn(shape, generator=generator, dtype=FP64) * case.spread
     teacher = student + torch.randn(shape, generator=generator, dtype=FP64) * case.apart
     values = [student.to(case.dtypes[0]), teacher.to(case.dtypes[1])]
-    sprinkle(values, case.odd)
+    write_special_values(values, case.special)
     dim = case.dim if case.leading else -1
-    student, teacher = (laid_out(x.movedim(-1, dim).to(device), case.layout) for x in values)
-    if case.layout == "same" and case.dtypes[0] is case.dtypes[1] and case.way != "inplace":
+    student, teacher = (copy_to_layout(x.movedim(-1, dim).to(device), case.layout) for x in values)
+    if case.layout == "same" and case.dtypes[0] is case.dtypes[1] and case.entry_point != "inplace":
         teacher = student
     labels = labels_of(case, generator, device, dim)
     options: dict[str, Any] = {"reduction": case.reduction, "divergence": case.divergence}
@@ -173,9 +175,9 @@ def labels_of(
     if case.labels == "none" and case.divergence != "dkd":
         return None
     labels = torch.randint(case.classes, case.leading, generator=generator)
-    gone = torch.rand(case.leading, generator=generator) < case.ignored
-    labels = labels.masked_fill(gone, case.ignore_index).to(device)
-    return narrowed(labels, case.labels, case.classes, case.ignore_index)
+    is_ignored = torch.rand(case.leading, generator=generator) < case.ignored
+    labels = labels.masked_fill(is_ignored, case.ignore_index).to(device)
+    return narrow_labels(labels, case.labels, case.classes, case.ignore_index)
 
 
 def sliced(case: Case, logits: Tensor, dim: int) -> Tensor:
@@ -197,14 +199,14 @@ def compute(case: Case, problem: Problem) -> tuple[Tensor, Tensor]:
     student, teacher, labels, options, _ = problem
     leaf = student.detach().requires_grad_()
     logits, teacher = (sliced(case, x, options["dim"]) for x in (leaf, teacher))
-    whole = case.reduction != "none" and case.layout == "contiguous"
-    whole = whole and case.dim == -1 and not case.unused
-    if case.way == "inplace" and whole and is_fused(case):
+    allows_inplace = case.reduction != "none" and case.layout == "contiguous"
+    allows_inplace = allows_inplace and case.dim == -1 and not case.unused
+    if case.entry_point == "inplace" and allows_inplace and is_fused(case):
         hidden = leaf * 1
         value = fastkd.loss(hidden, teacher, labels, **options, inplace=True)
-    elif case.way == "terms":
+    elif case.entry_point == "terms":
         value = fastkd.terms(logits, teacher, labels, **options).loss
-    elif case.way == "module":
+    elif case.entry_point == "module":
         module = fastkd.KDLoss(**options)
         value = module(logits, teacher, labels)
     else:
@@ -223,22 +225,22 @@ def soft_terms(case: Case, problem: Problem) -> Tensor:
 
 
 def check_constants(case: Case, device: torch.device, problem: Problem, soft: Tensor) -> None:
-    """Raise if tensors with an option's number for each row cost the divergence accuracy."""
-    plain = soft_terms(case, build(case._replace(constant=frozenset()), device)).double()
-    finite = soft.isfinite() & plain.isfinite()
-    got, plain, soft = (x[finite] for x in (soft_terms(case, problem).double(), plain, soft))
-    error, of_plain = (got - soft).abs(), (plain - soft).abs()
+    """Raise if option tensors with equal numbers for each row cost the divergence accuracy."""
+    baseline = soft_terms(case, build(case._replace(constant=frozenset()), device)).double()
+    finite = soft.isfinite() & baseline.isfinite()
+    got, baseline, soft = (x[finite] for x in (soft_terms(case, problem).double(), baseline, soft))
+    error, of_baseline = (got - soft).abs(), (baseline - soft).abs()
     eps = torch.finfo(compute_dtype(problem.student, problem.teacher)).eps
     least = min(case.temperature, case.teacher_t or case.temperature)
     ratio = 1 + largest_of(problem.student, problem.teacher) / least
-    limit = 64 * eps * ratio * soft.abs() + 4 * (of_plain.max() if len(of_plain) else 0.0)
-    assert bool((error <= limit).all()), f"{error} beside {of_plain}"
+    limit = 64 * eps * ratio * soft.abs() + 4 * (of_baseline.max() if len(of_baseline) else 0.0)
+    assert bool((error <= limit).all()), f"{error} beside {of_baseline}"
 
 
 def roundings(case: Case, problem: Problem) -> tuple[Tensor, Tensor]:
-    """Return the bounds of rounding: (squared error of each row, error of each gradient entry).
+    """Return rounding bounds: (squared error of each row, error of each gradient entry).
 
-    A class depends on the rounding of its own logits and, for centered ones, of their mean.
+    A class depends on the rounding of its own logits and, for centered errors, of their mean.
     """
     student, teacher, exact = problem.student.double(), problem.teacher.double(), problem.exact
     dim, classes = exact["dim"], case.classes
@@ -258,14 +260,14 @@ def roundings(case: Case, problem: Problem) -> tuple[Tensor, Tensor]:
 
 
 def check(case: Case, device: torch.device) -> None:
-    """Assert that the call equals the reference in float64, as far as the dtypes carry."""
+    """Assert that the call equals the reference in float64, up to rounding in the call's dtypes."""
     problem = build(case, device)
     student, teacher, labels, _, exact = problem
     dim = exact["dim"]
     before = [None if x is None else x.clone() for x in problem[:3]]
     value, grad = compute(case, problem)
     for tensor, copy in zip(problem[:3], before, strict=True):
-        assert tensor is None or same_bits(tensor, copy), "an input was written"
+        assert tensor is None or has_equal_bits(tensor, copy), "an input was written"
     leaf = student.detach().double().requires_grad_()
     host = labels if labels is None or labels.is_floating_point() else labels.long()
     logits, wide = (sliced(case, x, dim) for x in (leaf, teacher.double()))
@@ -278,15 +280,15 @@ def check(case: Case, device: torch.device) -> None:
     if reference.DIVERGENCES[case.divergence].compares == "logits" and not all(
         bool(x.isfinite().all()) for x in (student, teacher)
     ):
-        return  # infinities of hostile calls are not predicted; the call returned
+        return  # infinities of such calls are not predicted
     acc = compute_dtype(student, teacher)
     eps = torch.finfo(acc).eps
     assert value.dtype == acc and grad.dtype == student.dtype
     assert value.shape == want.shape and grad.shape == student.shape
-    if size > 1e30:  # float32 overflows where float64 does not, so nothing is compared
+    if size > 1e30:  # float32 overflows where float64 does not
         return
-    # A class masked by the student alone makes the loss infinite; float64 says so unless the
-    # teacher's probability of it underflows.
+    # A class that the student alone masks makes the loss infinite. The truth is finite if the
+    # teacher's probability of the class underflows.
     alone = ((student == -math.inf) & (teacher > -math.inf)).any(dim)
     if bool(alone.any()) and not bool(value.isfinite().all()):
         return
@@ -294,10 +296,10 @@ def check(case: Case, device: torch.device) -> None:
     in_value, in_gradient = torch.tensor(size * count), torch.tensor(size)
     hard = torch.as_tensor(exact.get("hard_weight", 0.0))
     if case.divergence in ("mse", "centered_mse") and is_fused(case) and not hard.any():
-        # The classes of these divergences do not depend on the size of other logits.
+        # In these divergences, a class does not depend on the size of other logits.
         of_rows, in_gradient = roundings(case, problem)
         in_value = of_rows.sum().clamp(min=1e-30) * count
-    close(value, want.detach(), 8 * eps, 64 * eps * in_value, "loss")
+    check_close(value, want.detach(), 8 * eps, 64 * eps * in_value, "loss")
     if is_fused(case) and not hard.any():
         assert not bool((value < 0).any()), "a divergence is negative"
     if case.constant and is_fused(case) and rows.loss.numel():
@@ -306,7 +308,7 @@ def check(case: Case, device: torch.device) -> None:
         return  # the gradient jumps at p = q, where roundings differ
     is_comparable = rows.loss.isfinite().unsqueeze(dim) & gradient.isfinite()
     info = torch.finfo(grad.dtype)
-    close(
+    check_close(
         grad.where(is_comparable, torch.zeros_like(grad)),
         gradient.where(is_comparable, torch.zeros_like(gradient)),
         0.51 * info.eps + 8 * eps,
@@ -329,14 +331,14 @@ def sensitivity(case: Case, problem: Problem) -> float:
     fused = is_fused(case)
     if not fused and in_exponent > 1e30:
         return math.inf  # a logit over its temperature overflows float32
-    # PyTorch rounds log-probabilities at their own size, and sums them one class after another in
-    # eight lanes; so does a truth of the same width.
+    # PyTorch rounds log-probabilities relative to their size, and sums classes sequentially in
+    # eight lanes. The truth does, too, which matters for float64.
     if not fused or compute_dtype(student, teacher) is FP64:
         in_exponent += math.log(case.classes) + case.classes / 8 / 64
     size = float(hard.max()) * (1 + largest) + float(soft.max()) * greatest**2 * in_exponent
     size /= exact.get("normalizer", 1.0)
     if case.class_weight:
-        size *= 10  # divisor of the hard term's mean: at least a tenth for each row
+        size *= 10  # the hard term's mean divides by at least a tenth for each row
     if reference.DIVERGENCES[case.divergence].compares == "logits":
         size *= in_exponent
     if case.divergence == "cosine":  # the cosine's gradient grows as the logits shrink
@@ -353,26 +355,27 @@ def sensitivity(case: Case, problem: Problem) -> float:
 
 
 def run(case: Case, device: torch.device) -> None:
-    with settled(case.isa, case.threads, in_python=case.way == "python"):
+    with execution_settings(case.isa, case.threads, in_python=case.entry_point == "python"):
         check(case, device)
 
 
 # Cases that failed once.
 REGRESSIONS = [
-    # No rows with invalid strides: refused with a message about inplace.
-    Case(leading=(3, 5, 0), classes=35, layout="transposed", way="python"),
+    # A batch without rows and with invalid strides was refused by a message about inplace.
+    Case(leading=(3, 5, 0), classes=35, layout="transposed", entry_point="python"),
     Case(leading=(0,), classes=127, layout="classes apart"),
-    # Empty tensors without memory counted as sharing the teacher's.
-    Case(leading=(0,), classes=60, way="inplace"),
-    # 0 / 0 where the student's probability of a class is subnormal: a gradient of NaN.
+    # Empty tensors without memory counted as sharing the teacher's memory.
+    Case(leading=(0,), classes=60, entry_point="inplace"),
+    # The gradient was NaN (0 / 0) where the student's probability of a class is subnormal.
     Case((2,), 2049, spread=100.0, divergence="skewed_reverse_kl", temperature=1.0),
     Case((4,), 2049, (BF16, BF16), spread=100.0, divergence="skewed_reverse_kl", temperature=1.0),
-    # The teacher masks a class whose student probability underflows, with weight 0: NaN.
+    # The gradient was NaN at weight 0: the teacher masks a class whose student probability
+    # underflows.
     Case(
         (1,),
         16,
         spread=1e4,
-        odd=((1, 0, 0, -math.inf),),
+        special=((1, 0, 0, -math.inf),),
         divergence="reverse_kl",
         weights=(0.0, 0.0),
     ),
@@ -380,16 +383,16 @@ REGRESSIONS = [
         (1,),
         2,
         spread=0.0,
-        odd=((0, 0, 0, 1e38), (1, 0, 1, -math.inf)),
+        special=((0, 0, 0, 1e38), (1, 0, 1, -math.inf)),
         divergence="reverse_kl",
         temperature=1.0,
         weights=(0.0, 0.0),
     ),
-    # An infinite divergence with weight 0 and infinite slopes: NaN.
+    # The gradient was NaN at weight 0: the divergence and its slopes are infinite.
     Case(
         (1,),
         2,
-        odd=((1, 0, 0, 1e38),),
+        special=((1, 0, 0, 1e38),),
         divergence="reverse_kl",
         temperature=0.25,
         weights=(0.0, 0.0),
@@ -397,12 +400,12 @@ REGRESSIONS = [
     Case(
         (1,),
         1000,
-        odd=((1, 0, 0, 1e38),),
+        special=((1, 0, 0, 1e38),),
         divergence="reverse_kl",
         temperature=0.25,
         weights=(0.0, 0.0),
     ),
-    # Sequential sums of many exponentials: their rounding was in the gradient.
+    # The gradient had the rounding error of sequential sums of many exponentials.
     Case(
         (),
         32768,
@@ -414,7 +417,7 @@ REGRESSIONS = [
         temperature=0.25,
         weights=(0.0, 0.3),
     ),
-    # PyTorch's operations round log C, which the bound did not include.
+    # The bound did not include PyTorch's rounding of log C.
     Case(
         (),
         32768,
@@ -425,7 +428,7 @@ REGRESSIONS = [
         teacher_t=8.0,
         weights=(0.0, 0.3),
     ),
-    # PyTorch sums classes sequentially, which the bound did not include.
+    # The bound did not include PyTorch's sequential sums.
     Case(
         (),
         32768,
@@ -437,27 +440,37 @@ REGRESSIONS = [
         teacher_t=8.0,
         weights=(0.0, 0.3),
     ),
-    # The truth sums classes sequentially: a divergence of -1e-13.
-    Case((), 32768, (FP32, FP64), 0.0, 0.0, odd=((0, 0, 0, 6e-8),), labels="none", temperature=1.0),
-    # One KL alone, of a class that the teacher masks: the other KL's infinite slope made NaN.
+    # The truth was a divergence of -1e-13, since its sum is sequential.
+    Case(
+        (),
+        32768,
+        (FP32, FP64),
+        0.0,
+        0.0,
+        special=((0, 0, 0, 6e-8),),
+        labels="none",
+        temperature=1.0,
+    ),
+    # The gradient was NaN: the KL of weight 0 has an infinite slope for a class that the teacher
+    # masks.
     *(
         Case(
             (2,),
             n,
-            odd=((1, 0, 1, -math.inf), (1, 1, 1, -math.inf)),
+            special=((1, 0, 1, -math.inf), (1, 1, 1, -math.inf)),
             divergence="symmetric_kl",
             labels="none",
             mix=1.0,
-            way="python",
+            entry_point="python",
         )
         for n in (6, 1000)
     ),
-    # Differences of other classes were lost when one logit's maximum was subtracted.
+    # Differences of other classes were lost when the maximum of one logit was subtracted.
     *(
         Case(
             (3,),
             n,
-            odd=((0, 0, 1, 1e38 if n == 7 else 3e4),),
+            special=((0, 0, 1, 1e38 if n == 7 else 3e4),),
             divergence=name,
             labels="none",
             temperature=1.5,
@@ -467,24 +480,28 @@ REGRESSIONS = [
         for name in ("mse", "centered_mse")
         for teacher_t in (None, 0.7)
     ),
-    # Tensors with equal numbers for each row: a difference of rounded quotients.
+    # Option tensors with equal numbers for each row cost accuracy.
     *(
         Case((20,), n, spread=3.0, apart=1e-4, temperature=3.0, constant=frozenset([name]))
         for n in (10, 100)
         for name in ("temperature", "soft_weight", "class_weight")
     ),
-    # A gradient with a grad_output other than 1.
+    # The gradient was wrong for a grad_output other than 1.
     *(
-        Case((3,), n, reduction=reduction, grad_output=factor, odd=((0, 0, 1, -math.inf),))
+        Case((3,), n, reduction=reduction, grad_output=factor, special=((0, 0, 1, -math.inf),))
         for n in (10, 1000)
         for reduction in ("mean", "none")
         for factor in (-0.5, 0.0)
     ),
-    # The label's weight is 0, and the label is masked: 0 * inf in the reference.
+    # The reference was NaN (0 * inf) for a masked label of weight 0.
     Case(
-        (2,), 5, odd=((0, 0, 0, -math.inf), (1, 0, 0, -math.inf)), smoothing=1.0, weights=(0.0, 1.0)
+        (2,),
+        5,
+        special=((0, 0, 0, -math.inf), (1, 0, 0, -math.inf)),
+        smoothing=1.0,
+        weights=(0.0, 1.0),
     ),
-    # The teacher has a temperature for each row, and the student one for all rows.
+    # A teacher temperature for each row and one student temperature were refused.
     Case(teacher_t=3.0, per_row=frozenset(["teacher_temperature"])),
     Case(leading=(0,), teacher_t=2.0, per_row=frozenset(["teacher_temperature"])),
 ]

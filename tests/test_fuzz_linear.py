@@ -1,4 +1,4 @@
-"""Random heads: their loss compared with the reference on full logits, in float64."""
+"""Random heads: the loss equals the reference on full logits in float64."""
 
 import math
 from typing import Any, NamedTuple
@@ -12,17 +12,17 @@ from fuzzing import (
     SMOOTHING,
     TEMPERATURES,
     WEIGHTS,
-    close,
+    check_close,
+    copy_to_layout,
+    draw_rarely,
+    execution_settings,
+    has_equal_bits,
     lacks_inverse,
-    laid_out,
     largest_of,
-    narrowed,
-    odd_numbers,
+    narrow_labels,
     program,
-    rarely,
-    same_bits,
-    settled,
-    sprinkle,
+    special_values,
+    write_special_values,
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -46,13 +46,13 @@ class Case(NamedTuple):
     dtype: torch.dtype = FP32
     spread: float = 1.0
     seed: int = 0
-    odd: tuple[tuple[int, int, int, float], ...] = ()  # (tensor, row, column, value)
+    special: tuple[tuple[int, int, int, float], ...] = ()  # (tensor, row, column, value)
     layout: str = "contiguous"
     labels: str = "indices"
     ignored: float = 0.2
     ignore_index: int = -100
     biases: tuple[bool, bool] = (True, False)
-    masked: bool = False  # a class that both biases mask
+    masked: bool = False  # one class that both biases mask
     teacher: str = "head"
     divergence: str = "forward_kl"
     temperature: float = 2.0
@@ -65,7 +65,7 @@ class Case(NamedTuple):
     softcap: float | None = None
     scale: float | None = None
     chunk: int | None = None
-    by_classes: bool = False  # if chunks of classes support the call
+    by_classes: bool = False  # chunks of classes, if the call supports them
     grad_output: float = 1.0
     isa: str = "default"
     threads: int = 1
@@ -79,26 +79,26 @@ CASES = st.builds(
     dtype=st.sampled_from([FP32, FP64, BF16]),
     spread=st.sampled_from([0.0, 1e-2, 1.0, 3.0]),
     seed=st.integers(0, 2**31),
-    odd=rarely((), odd_numbers(2)),
+    special=draw_rarely((), special_values(2)),
     layout=st.sampled_from(LAYOUTS),
     labels=st.sampled_from(["indices", "none", "probabilities", *NARROW]),
     ignored=st.sampled_from([0.0, 0.2, 1.0]),
-    ignore_index=rarely(-100, st.integers(-1, 3)),
+    ignore_index=draw_rarely(-100, st.integers(-1, 3)),
     biases=st.tuples(st.booleans(), st.booleans()),
-    masked=rarely(False, st.booleans()),
+    masked=draw_rarely(False, st.booleans()),
     teacher=st.sampled_from(["head", "head", "logits"]),
     divergence=st.sampled_from(
         ["forward_kl", *(n for n in fastkd.divergences() if n != "total_variation")]
     ),
     temperature=TEMPERATURES,
-    teacher_t=rarely(None, st.floats(0.25, 30.0)),
-    per_row=rarely(False, st.booleans()),
+    teacher_t=draw_rarely(None, st.floats(0.25, 30.0)),
+    per_row=draw_rarely(False, st.booleans()),
     weights=WEIGHTS,
     smoothing=SMOOTHING,
     reduction=st.sampled_from(["mean", "sum", "none"]),
-    normalizer=rarely(None, st.sampled_from([0.5, 7.0, 1e4])),
-    softcap=rarely(None, st.floats(1.0, 50.0)),
-    scale=rarely(None, st.floats(0.1, 2.0)),
+    normalizer=draw_rarely(None, st.sampled_from([0.5, 7.0, 1e4])),
+    softcap=draw_rarely(None, st.floats(1.0, 50.0)),
+    scale=draw_rarely(None, st.floats(0.1, 2.0)),
     chunk=st.one_of(st.none(), st.integers(1, 7)),
     by_classes=st.booleans(),
     grad_output=GRAD_OUTPUTS,
@@ -115,8 +115,8 @@ def build(case: Case, device: torch.device) -> tuple[dict[str, Tensor | None], d
         return (torch.randn(shape, generator=generator) * scale).to(case.dtype)
 
     hiddens = [draw(*case.leading, width, scale=case.spread) for width in case.widths]
-    sprinkle(hiddens, case.odd)
-    hidden, teacher_hidden = (laid_out(x.to(device), case.layout) for x in hiddens)
+    write_special_values(hiddens, case.special)
+    hidden, teacher_hidden = (copy_to_layout(x.to(device), case.layout) for x in hiddens)
     weight, teacher_weight = (draw(case.classes, width) for width in case.widths)
     biases = [draw(case.classes) if is_given else None for is_given in case.biases]
     if case.masked and case.classes > 1:
@@ -178,9 +178,9 @@ def labels_of(case: Case, generator: torch.Generator, device: torch.device) -> T
     if case.labels == "none" and case.divergence != "dkd":
         return None
     labels = torch.randint(case.classes, case.leading, generator=generator)
-    gone = torch.rand(case.leading, generator=generator) < case.ignored
-    labels = labels.masked_fill(gone, case.ignore_index).to(device)
-    return narrowed(labels, case.labels, case.classes, case.ignore_index)
+    is_ignored = torch.rand(case.leading, generator=generator) < case.ignored
+    labels = labels.masked_fill(is_ignored, case.ignore_index).to(device)
+    return narrow_labels(labels, case.labels, case.classes, case.ignore_index)
 
 
 class Exact(NamedTuple):
@@ -214,8 +214,8 @@ def exact(
     chosen = {k: v for k, v in options.items() if k != "chunks"}
     if labels is None:
         chosen |= {"hard_weight": 0.0, "soft_weight": 1.0}
-    # An infinite divergence with weight 0 counts as 0, though its slopes times 0 would be NaN. (The
-    # cosine of such a row is always NaN.)
+    # An infinite divergence with weight 0 counts as 0, though its slopes times 0 would be NaN. The
+    # cosine is an exception: such a row is always NaN.
     nothing = chosen.get("soft_weight") == 0 and case.divergence != "cosine"
     seen = student.detach() if nothing else teacher
     value = reference.loss(student, seen, labels, **chosen)
@@ -228,7 +228,7 @@ def sensitivity(case: Case, tensors: dict[str, Tensor | None], want: Exact) -> f
 
     A logit's error is eps times the sum of the magnitudes of its products. If logits over their
     temperature are at most L, log p - log q is at most R = 1 + 2 L. R bounds the slopes of every
-    divergence, and R^2 their derivatives.
+    divergence, and R^2 bounds their derivatives.
     """
     sums = 1.0
     for side, width in zip(("student", "teacher"), case.widths, strict=True):
@@ -266,10 +266,10 @@ def check(case: Case, device: torch.device) -> None:
     value = loss_of(case, copies, options)
     value.backward(torch.full_like(value, case.grad_output))
     for name, tensor in tensors.items():
-        assert tensor is None or same_bits(tensor, before[name]), f"{name} was written"
+        assert tensor is None or has_equal_bits(tensor, before[name]), f"{name} was written"
     want, counted = exact(case, tensors, options)
     assert value.shape == want.loss.shape
-    # Rows of odd numbers have no effect if ignored, and affect only themselves otherwise.
+    # Rows with special values have no effect if ignored, and otherwise affect only themselves.
     hiddens = [x for k, x in before.items() if k.endswith("_hidden")]
     usual = torch.stack([(x.abs() < 1e5).all(-1) for x in hiddens]).all(0) | ~counted
     tame = {k: v.clone() if k.endswith("_hidden") else v for k, v in before.items()}
@@ -280,7 +280,7 @@ def check(case: Case, device: torch.device) -> None:
     rows = max(1, math.prod(case.leading))
     if bool(usual.all()):
         count = 1 if case.reduction == "none" else rows
-        close(value.detach(), want.loss, 8 * eps, 16 * slope * eps * count, "loss")
+        check_close(value.detach(), want.loss, 8 * eps, 16 * slope * eps * count, "loss")
         gains = {"student_hidden": largest_of(before["student_weight"]), "student_bias": rows}
         gains |= {"student_weight": largest_of(tame["student_hidden"]) * rows}
         names = [name for name in NAMES if copies[name] is not None]
@@ -288,14 +288,14 @@ def check(case: Case, device: torch.device) -> None:
             gain = gains[name] * (case.scale or 1.0)
             exact_gradient = gradient * case.grad_output
             limit = 16 * slope * eps * gain * max(1.0, abs(case.grad_output))
-            close(copies[name].grad, exact_gradient, 8 * eps, limit, name)
+            check_close(copies[name].grad, exact_gradient, 8 * eps, limit, name)
     elif case.reduction == "none":
         got, true = value.detach()[usual], want.loss[usual]
-        close(got, true, 8 * eps, 16 * slope * eps, "loss of the usual rows")
+        check_close(got, true, 8 * eps, 16 * slope * eps, "loss of the usual rows")
 
 
 def run(case: Case, device: torch.device) -> None:
-    with settled(case.isa, case.threads, in_python=False):
+    with execution_settings(case.isa, case.threads, in_python=False):
         check(case, device)
 
 
@@ -308,16 +308,19 @@ def test_random_heads_equal_the_reference(device, case):
 
 @pytest.mark.parametrize("teacher", ["head", "logits"])
 def test_earlier_failures_equal_the_reference(device, teacher):
-    # Infinite squares with weight 0: the gradient is the hard term's.
+    # The gradient was not the hard term's, as infinite squares had weight 0.
     biases, weights = (True, True), (0.5, 0.0)
     case = Case(divergence="mse", masked=True, biases=biases, teacher=teacher, weights=weights)
     run(case, device)
-    # An infinite slope of one class: the transposed layout gave 0 for the whole row.
+    # The transposed layout gave 0 for the whole row when the slope of one class is infinite.
     run(case._replace(leading=(), classes=2, weights=(0.0, 0.3)), device)
-    # An infinite slope of one class with centered squares: the whole gradient was 0.
+    # The whole gradient was 0 when the centered square of one class has an infinite slope.
     run(case._replace(biases=(True, False), divergence="centered_mse", weights=(0.0, 0.3)), device)
-    # A gradient below the least number of its dtype.
-    run(Case(leading=(), classes=2, widths=(1, 1), odd=((0, 0, 0, 1e-45),), labels="none"), device)
+    # The gradient is below the least number of its dtype.
+    run(
+        Case(leading=(), classes=2, widths=(1, 1), special=((0, 0, 0, 1e-45),), labels="none"),
+        device,
+    )
     # AMX products read NaN from between rows of odd width.
     apart = Case(leading=(3, 6), classes=127, widths=(1, 3), dtype=BF16, layout="rows apart")
     run(apart._replace(teacher=teacher, ignored=0.0), device)

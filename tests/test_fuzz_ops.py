@@ -1,8 +1,8 @@
-"""Hostile calls of the ops in ``torch.ops.fastkd``, which read memory by the sizes of tensors.
+"""Hostile calls of ``torch.ops.fastkd``, whose ops address memory by the sizes of tensors.
 
-Each call is nearly valid. It must raise an error that Python code expects, or return tensors of the
-right shapes. Each call is made twice, with different bytes around the tensors: the bytes must stay
-unchanged, and the results must not depend on them.
+Each call is nearly valid. The call must raise an error that Python code expects, or return tensors
+of the right shapes. Each call is made twice, with different bytes around the tensors: the bytes
+must stay unchanged, and the results must not depend on the bytes.
 """
 
 import math
@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from fuzzing import program, rarely, same_bits, settled
+from fuzzing import draw_rarely, execution_settings, has_equal_bits, program
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support import BF16, FP16, FP32, FP64
@@ -41,7 +41,7 @@ CHANGES = (
     "negated lazily", "a list", "far out of range", "negative", "the first argument",
     *(FP64, FP32, FP16, BF16, torch.int64, torch.int32, torch.bool, torch.complex64),
 )  # fmt: skip
-LAYOUTS = ("contiguous", "contiguous", "classes apart", "transposed", "expanded", "odd bytes")
+LAYOUTS = ("contiguous", "contiguous", "classes apart", "transposed", "expanded", "misaligned")
 # Replacements of a number, an enum, a flag or a name.
 NUMBERS = (
     0, 1, -1, 2, 3, 99, 2**31, 2**32, 2**40, -(2**63), 2**63 - 1, 0.0, -0.0, -1.0, 1e-46, 1e-300,
@@ -58,18 +58,18 @@ class Case(NamedTuple):
     classes: int = 10
     k: int = 2
     dtypes: tuple[torch.dtype, torch.dtype] = (FP32, FP32)
-    layouts: tuple[str, ...] = ("contiguous",)  # dtypes of the tensors, in turn
+    layouts: tuple[str, ...] = ("contiguous",)  # one layout for each tensor, in turn
     seed: int = 0
     teachers: int = 1
     mixed: bool = False
     present: int = 0  # bits: labels, row settings, denominator, temperatures of teachers
-    number: int = 0  # numbers of the divergence, the tail, the ensemble
+    number: int = 0  # selects the divergence, the tail and the ensemble
     reduction: int = 2
     flags: tuple[bool, bool, bool] = (False, False, False)
     inplace: bool = False
     requires_grad: bool = False
     changes: tuple[tuple[int, Any, Any], ...] = ()
-    """Each is (argument, change if it is a tensor, change if it is a number)."""
+    """(index of the argument, change of a tensor, replacement of a number)"""
     isa: str = "default"
     threads: int = 1
     in_python: bool = False
@@ -86,26 +86,26 @@ CASES = st.builds(
     dtypes=st.tuples(*[st.sampled_from(FLOATS)] * 2),
     layouts=st.lists(st.sampled_from(LAYOUTS), min_size=1, max_size=3).map(tuple),
     seed=st.integers(0, 2**31),
-    teachers=rarely(1, st.integers(1, 3)),
-    mixed=rarely(False, st.just(True)),
+    teachers=draw_rarely(1, st.integers(1, 3)),
+    mixed=draw_rarely(False, st.just(True)),
     present=st.integers(0, 15),
-    number=rarely(0, st.integers(0, len(_C.divergences) - 1)),
+    number=draw_rarely(0, st.integers(0, len(_C.divergences) - 1)),
     reduction=st.integers(0, 2),
     flags=st.tuples(*[st.booleans()] * 3),
-    inplace=rarely(False, st.just(True)),
-    requires_grad=rarely(False, st.just(True)),
+    inplace=draw_rarely(False, st.just(True)),
+    requires_grad=draw_rarely(False, st.just(True)),
     changes=st.lists(
         st.tuples(st.integers(0, 25), st.sampled_from(CHANGES), st.sampled_from(NUMBERS)),
         max_size=2,
     ).map(tuple),
     isa=st.sampled_from(_C.available_isas()),
     threads=st.integers(1, 3),
-    in_python=rarely(False, st.just(True)),
+    in_python=draw_rarely(False, st.just(True)),
 )
 
 
 class Memory:
-    """Tensors with bytes of ``guard`` before, behind and between their elements."""
+    """Tensors with ``guard`` bytes before, behind and between their elements."""
 
     def __init__(self, guard: int) -> None:
         self.guard = guard
@@ -124,7 +124,7 @@ class Memory:
         else:
             strides = [factor * math.prod(shape[dim + 1 :]) for dim in range(len(shape))]
         count = 1 + sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True))
-        start = GUARD_BYTES + (1 if layout == "odd bytes" else 0)
+        start = GUARD_BYTES + (1 if layout == "misaligned" else 0)
         block = bytearray([self.guard]) * (start + count * size + GUARD_BYTES)
         flat = torch.frombuffer(block, dtype=values.dtype, offset=start, count=count)
         tensor = flat.as_strided(shape, strides).copy_(values)
@@ -132,34 +132,38 @@ class Memory:
         return tensor
 
     def copy(self) -> list[tuple[bytes, Tensor]]:
-        """Return all bytes of the blocks, and the values of the tensors."""
+        """Return the bytes of all blocks, and the values of the tensors."""
         return [(bytes(block), tensor.clone()) for block, tensor in self.blocks]
 
     def check(self, before: list[tuple[bytes, Tensor]], writable: Tensor | None) -> None:
-        """Assert that nothing was written since ``before`` but elements of ``writable``."""
+        """Assert that only elements of ``writable`` have changed since ``before``."""
         for (block, tensor), (content, values) in zip(self.blocks, before, strict=True):
             if writable is not None and tensor.data_ptr() == writable.data_ptr():
                 tensor.copy_(values)
-            assert bytes(block) == content, "memory was written that is no result's"
+            assert bytes(block) == content, "memory outside the results was written"
 
 
 def expand(tensor: Tensor, rows: int) -> Tensor:
     return tensor.expand(rows, *tensor.shape[1:]) if tensor.dim() and len(tensor) == 1 else tensor
 
 
-def changed(value: Any, change: Any, first: Any) -> Any:
-    """Apply a change of CHANGES to a tensor argument, where torch has such a tensor."""
+def apply_change(value: Any, change: Any, first: Any) -> Any:
+    """Apply a change of CHANGES to an argument, if torch supports such a tensor."""
     if change == "absent":
         return None
     if not isinstance(value, Tensor):
         return value
     try:
-        return value.to(change) if isinstance(change, torch.dtype) else apply(value, change, first)
+        return (
+            value.to(change)
+            if isinstance(change, torch.dtype)
+            else change_tensor(value, change, first)
+        )
     except (RuntimeError, IndexError, NotImplementedError):
         return value
 
 
-def apply(tensor: Tensor, change: str, first: Any) -> Any:
+def change_tensor(tensor: Tensor, change: str, first: Any) -> Any:
     tensor = tensor.detach()
     dim0 = tensor[:1] if tensor.dim() and len(tensor) else tensor
     last = (*tensor.shape[:-1], 1) if tensor.dim() else (1,)
@@ -202,7 +206,7 @@ def apply(tensor: Tensor, change: str, first: Any) -> Any:
 
 
 def arguments_of(case: Case, memory: Memory) -> dict[str, Any]:
-    """Return the op's arguments by name, after the changes."""
+    """Return the changed arguments of the op, by name."""
     generator = torch.Generator().manual_seed(case.seed)
     rows, classes, k = math.prod(case.leading), case.classes, min(case.k, case.classes)
     shape = (*case.leading, classes)
@@ -290,20 +294,20 @@ def arguments_of(case: Case, memory: Memory) -> dict[str, Any]:
             flat[name] = number
         elif isinstance(value, list) and value:
             at = case.seed % len(value)
-            flat[name] = [*value[:at], changed(value[at], change, first), *value[at + 1 :]]
+            flat[name] = [*value[:at], apply_change(value[at], change, first), *value[at + 1 :]]
         else:
-            flat[name] = changed(value, change, first)
+            flat[name] = apply_change(value, change, first)
     return flat
 
 
 def linear_arguments(
     case: Case, tensors: dict[str, Any], floats: Any
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the arguments of the op with heads, whose tensors are one list."""
+    """Return the arguments of linear_loss, whose tensors are one list."""
     rows, classes = math.prod(case.leading), case.classes
     acc = tensors["log_probs"].dtype
     bias, sparse_teacher, teacher_head = case.flags
-    student_dtype, other = case.dtypes
+    student_dtype, teacher_dtype = case.dtypes
     lists = [None, None]
     if sparse_teacher:
         lists = [
@@ -311,7 +315,7 @@ def linear_arguments(
             for name in ("indices", "log_probs")
         ]
     head = teacher_head and not sparse_teacher
-    logits = None if head or sparse_teacher else floats((rows, classes), other)
+    logits = None if head or sparse_teacher else floats((rows, classes), teacher_dtype)
     labels = tensors["labels"]
     settings_of_rows = tensors["row_settings"]
     numbers_of_rows = [None] * 4 if settings_of_rows is None else list(settings_of_rows)
@@ -319,9 +323,9 @@ def linear_arguments(
         floats((rows, HIDDEN), student_dtype),
         floats((classes, HIDDEN), student_dtype),
         floats((classes,), student_dtype) if bias else None,
-        floats((rows, HIDDEN), other) if head else None,
-        floats((classes, HIDDEN), other) if head else None,
-        floats((classes,), other) if head and bias else None,
+        floats((rows, HIDDEN), teacher_dtype) if head else None,
+        floats((classes, HIDDEN), teacher_dtype) if head else None,
+        floats((classes,), teacher_dtype) if head and bias else None,
         logits,
         *lists,
         None if labels is None else labels.reshape(rows),
@@ -336,8 +340,8 @@ def linear_arguments(
         "label_smoothing": 0.1, "divergence": _C.divergences[case.number], "mix": None,
         "standardize": False, "tail": topk.TAILS[case.number % len(topk.TAILS)], "estimator": None,
         "student_softcap": None, "teacher_softcap": None, "student_scale": 1.0,
-        "teacher_scale": 1.0, "dtype": student_dtype, "teacher_dtype": other, "accumulate": FP32,
-        "chunk": max(case.k, classes // 8), "by_classes": case.present == 15,
+        "teacher_scale": 1.0, "dtype": student_dtype, "teacher_dtype": teacher_dtype,
+        "accumulate": FP32, "chunk": max(case.k, classes // 8), "by_classes": case.present == 15,
         "hidden_grad": case.mixed, "weight_grad": case.mixed, "bias_grad": case.mixed and bias,
     }  # fmt: skip
     return {"inputs": inputs}, numbers
@@ -378,7 +382,7 @@ def call(case: Case, guard: int) -> tuple[str, list[Tensor]]:
     try:
         results = getattr(OPS, case.op)(*arguments.values())
     except ERRORS as error:
-        # An invalid list is found when its row is computed, after earlier rows are written.
+        # An invalid list is detected when its row is computed, after earlier rows are written.
         late = "indices must be different" in str(error)
         memory.check(before, grad if late and isinstance(grad, Tensor) else None)
         return type(error).__name__, []
@@ -395,51 +399,51 @@ def call(case: Case, guard: int) -> tuple[str, list[Tensor]]:
         return "", []
     if case.op == "loss_into":
         del results[1]  # statistics of ignored rows are not written
-    # A linear loss leaves outputs that it does not compute unchanged.
+    # Outputs on "meta" have no values to compare.
     return "", [each for each in results if each.device.type == "cpu"]
 
 
 def check(case: Case) -> None:
     (error, results), (other_error, others) = (call(case, guard) for guard in GUARDS)
     assert error == other_error
-    for result, other in zip(results, others, strict=True):
-        assert same_bits(result, other), "memory around the tensors was read"
+    for result, expected in zip(results, others, strict=True):
+        assert has_equal_bits(result, expected), "memory around the tensors was read"
 
 
 def run(case: Case, _: torch.device) -> None:
-    with settled(case.isa, case.threads, in_python=case.in_python):
+    with execution_settings(case.isa, case.threads, in_python=case.in_python):
         check(case)
 
 
 # Cases that failed once.
 REGRESSIONS = [
-    # A `filled` gradient was scaled by row-wise grad_output; zero rows were read from null.
+    # A `filled` gradient was scaled by the first row's grad_output, which is null without rows.
     Case(op="loss_backward_", leading=(0,), reduction=0, flags=(False, False, True)),
     Case(op="topk_loss_backward_", leading=(0,), reduction=0, flags=(False, False, True)),
     Case(op="loss_backward_", reduction=0, flags=(False, False, True)),
     # The number of a reduction lost its upper 32 bits before it was checked.
     Case(changes=((19, "absent", 2**40),)),
-    # With one tensor on "meta" the fake kernel answered with uninitialized memory.
+    # With one tensor on "meta" the fake kernel returned uninitialized memory.
     Case(present=1, changes=((8, "on meta", 0),)),
     Case(op="topk_loss_into", changes=((3, "on meta", 0),)),
     Case(op="linear_loss", changes=((0, "on meta", 0),)),
-    # An attribute error on None, and an assertion.
+    # The op failed with an attribute error on None, and with an assertion.
     Case(op="loss_gradient", number=_C.divergences.index("dkd"), reduction=1),
     Case(op="linear_loss", present=15, flags=(False, True, False)),
-    Case(op="linear_loss", changes=((20, "absent", 0),)),  # a division by a chunk of 0
+    Case(op="linear_loss", changes=((20, "absent", 0),)),  # the op divided by a chunk size of 0
 ]
 REFUSED = ("filled", "reduction", "device", "labels must be", "by_classes", "chunk")
 
 
 @pytest.mark.parametrize("case", REGRESSIONS)
 def test_regressions_are_refused(case):
-    """Each call that was accepted, or crashed, is refused by a message with the argument's name."""
+    """A call that was accepted, or crashed, is refused by a message with the argument's name."""
     with pytest.raises(ERRORS, match="|".join(REFUSED)):
         getattr(OPS, case.op)(*arguments_of(case, Memory(GUARDS[0])).values())
 
 
-def test_a_gradient_whose_classes_are_apart(isa):
-    """Elements between the classes stay, and the values equal those of adjacent classes."""
+def test_a_gradient_with_non_adjacent_classes_is_written_in_place(isa):
+    """Elements between the classes stay unchanged; the values equal those of adjacent classes."""
     for dtype, classes in ((FP64, 127), (FP32, 1000)):
         student, teacher = (torch.randn(1, classes, dtype=dtype) for _ in range(2))
         case = Case(dtypes=(dtype, dtype), present=0, reduction=1)

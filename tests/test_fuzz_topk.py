@@ -1,4 +1,4 @@
-"""Random sparse teachers compared with the definition in float64."""
+"""Random sparse teachers: the loss equals the definition in float64."""
 
 import math
 from typing import Any, NamedTuple
@@ -12,16 +12,16 @@ from fuzzing import (
     SMOOTHING,
     TEMPERATURES,
     WEIGHTS,
-    close,
-    laid_out,
+    check_close,
+    copy_to_layout,
+    draw_rarely,
+    execution_settings,
+    has_equal_bits,
     largest_of,
-    narrowed,
-    odd_numbers,
+    narrow_labels,
     program,
-    rarely,
-    same_bits,
-    settled,
-    sprinkle,
+    special_values,
+    write_special_values,
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -45,7 +45,7 @@ class Case(NamedTuple):
     dtypes: tuple[torch.dtype, torch.dtype] = (FP32, FP32)
     spread: float = 3.0
     seed: int = 0
-    odd: tuple[tuple[int, int, int, float], ...] = ()  # (student or list, row, column, value)
+    special: tuple[tuple[int, int, int, float], ...] = ()  # (student or list, row, column, value)
     padding: float = 0.0
     wrong: tuple[int, int, int] | None = None  # (row, position in the list, an invalid class)
     layout: str = "contiguous"
@@ -76,9 +76,9 @@ CASES = st.builds(
     dtypes=st.tuples(*[st.sampled_from([FP32, FP32, BF16, FP16, FP64])] * 2),
     spread=st.sampled_from([0.0, 1e-3, 1.0, 3.0, 100.0, 300.0, 1e4]),
     seed=st.integers(0, 2**31),
-    odd=odd_numbers(2),
+    special=special_values(2),
     padding=st.sampled_from([0.0, 0.3, 1.0]),
-    wrong=rarely(
+    wrong=draw_rarely(
         None,
         st.tuples(
             st.integers(0, 30),
@@ -91,13 +91,13 @@ CASES = st.builds(
     ignored=st.sampled_from([0.0, 0.2, 1.0]),
     tail=st.sampled_from(TAILS),
     divergence=st.sampled_from(SPARSE_DIVERGENCES),
-    estimator=rarely(None, st.sampled_from(ESTIMATORS)),
+    estimator=draw_rarely(None, st.sampled_from(ESTIMATORS)),
     row_weights=st.booleans(),
     temperature=TEMPERATURES,
     weights=WEIGHTS,
     smoothing=SMOOTHING,
     reduction=st.sampled_from(["mean", "sum", "none"]),
-    normalizer=rarely(None, st.sampled_from([0.5, 7.0, 1e4])),
+    normalizer=draw_rarely(None, st.sampled_from([0.5, 7.0, 1e4])),
     grad_output=GRAD_OUTPUTS,
     isa=st.sampled_from(_C.available_isas()),
     threads=st.integers(1, 3),
@@ -127,18 +127,18 @@ def build(case: Case, device: torch.device) -> Problem:
         lists = indices.view(-1, k)
         lists[row % len(lists), place % k] = wrong
     values = [student.to(case.dtypes[0]), log_probs.to(case.dtypes[1]).contiguous()]
-    sprinkle(values, case.odd)
+    write_special_values(values, case.special)
     labels = None
     if case.labels != "none":
         labels = torch.randint(case.classes, case.leading, generator=generator)
-        gone = torch.rand(case.leading, generator=generator) < case.ignored
-        labels = labels.masked_fill(gone, -100).to(device)
-        labels = narrowed(labels, case.labels, case.classes)
-    student, log_probs = (laid_out(x.to(device), case.layout) for x in values)
-    return Problem(student, laid_out_indices(indices, case.layout), log_probs, labels)
+        is_ignored = torch.rand(case.leading, generator=generator) < case.ignored
+        labels = labels.masked_fill(is_ignored, -100).to(device)
+        labels = narrow_labels(labels, case.labels, case.classes)
+    student, log_probs = (copy_to_layout(x.to(device), case.layout) for x in values)
+    return Problem(student, copy_indices(indices, case.layout), log_probs, labels)
 
 
-def laid_out_indices(indices: Tensor, layout: str) -> Tensor:
+def copy_indices(indices: Tensor, layout: str) -> Tensor:
     """Return the indices contiguous, or as a view of every second entry."""
     if layout != "classes apart":
         return indices
@@ -156,8 +156,8 @@ def is_refused(problem: Problem) -> bool:
     return False
 
 
-def of_soft_term(case: Case) -> dict[str, Any]:
-    """Return the soft term's options; tail "ignore" has the forward KL alone."""
+def soft_term_options(case: Case) -> dict[str, Any]:
+    """Return the options of the soft term; tail "ignore" supports only the forward KL."""
     if case.estimator is not None or case.tail == "ignore":
         return {}
     return {"divergence": case.divergence, "mix": reference.DIVERGENCES[case.divergence].mix}
@@ -185,7 +185,7 @@ def exact(case: Case, problem: Problem, reduction: str) -> tuple[Tensor, Tensor]
         None if labels is None else labels.long().reshape(-1),
         tail=case.tail,
         estimator=case.estimator,
-        **of_soft_term(case),
+        **soft_term_options(case),
         temperature=case.temperature,
         hard_weight=hard,
         soft_weight=soft * row_weight(case, student.reshape(-1, classes)),
@@ -206,7 +206,7 @@ def check(case: Case, device: torch.device) -> None:
     if labels is not None:
         options |= {"label_smoothing": case.smoothing}
         options |= dict(zip(("hard_weight", "soft_weight"), case.weights, strict=True))
-    options |= of_soft_term(case)
+    options |= soft_term_options(case)
     if case.row_weights:
         hard, soft = (0.0, 1.0) if labels is None else case.weights
         options |= {"soft_weight": soft * row_weight(case, student)}
@@ -224,7 +224,7 @@ def check(case: Case, device: torch.device) -> None:
     value.backward(torch.full_like(value, case.grad_output))
     grad, value = leaf.grad, value.detach()
     for tensor, copy in zip(problem, before, strict=True):
-        assert tensor is None or same_bits(tensor, copy), "an input was written"
+        assert tensor is None or has_equal_bits(tensor, copy), "an input was written"
     want, gradient = exact(case, problem, case.reduction)
     gradient = gradient * case.grad_output
     rows, _ = exact(case, problem, "none")
@@ -233,7 +233,7 @@ def check(case: Case, device: torch.device) -> None:
     eps, t = torch.finfo(acc).eps, case.temperature
     mass = reference.topk.mass(indices.long(), log_probs.double())
     if is_infinite_without_rest(case.divergence, 0.5) and bool((1 - mass < eps / 2).any()):
-        return  # the ghost's least probability is the compute dtype's, not float64's
+        return  # the ghost's least probability depends on the compute dtype
     hard, soft = (0.0, 1.0) if labels is None else case.weights
     largest = largest_of(student, log_probs)
     size = (hard * (1 + largest) + soft * t * t * (1 + largest / min(t, 1.0))) / (
@@ -241,17 +241,19 @@ def check(case: Case, device: torch.device) -> None:
     )
     assert grad is not None and value.dtype == acc and grad.dtype == student.dtype
     assert value.shape == (student.shape[:-1] if case.reduction == "none" else ())
-    if size > 1e30:  # float32 overflows where float64 does not, so nothing is compared
+    if size > 1e30:  # float32 overflows where float64 does not
         return
     # k3's exp(d) has a relative error of |d| times the rounding of d.
     relative = 8 * eps * (1 + largest / min(t, 1.0)) if case.estimator == "k3" else 8 * eps
-    close(value.flatten(), want.flatten(), relative, 64 * eps * size * max(1, len(rows)), "loss")
+    check_close(
+        value.flatten(), want.flatten(), relative, 64 * eps * size * max(1, len(rows)), "loss"
+    )
     # A loss that overflows, such as k3 of a token with a student probability of 1e-90, has no
     # gradient to compare.
     is_finite = rows.abs() < torch.finfo(acc).max / 2
     is_comparable = is_finite.view(*student.shape[:-1], 1) & gradient.isfinite()
     info = torch.finfo(grad.dtype)
-    close(
+    check_close(
         grad.where(is_comparable, torch.zeros_like(grad)),
         gradient.where(is_comparable, torch.zeros_like(gradient)),
         0.51 * info.eps + relative,
@@ -261,7 +263,7 @@ def check(case: Case, device: torch.device) -> None:
 
 
 def run(case: Case, device: torch.device) -> None:
-    with settled(case.isa, case.threads, in_python=False):
+    with execution_settings(case.isa, case.threads, in_python=False):
         check(case, device)
 
 
@@ -280,24 +282,24 @@ REGRESSIONS = [
         divergence="reverse_kl",
     ),
     # Logits as log_probs: beyond exp(709) their sum overflowed to a small number.
-    Case(odd=((1, 0, 0, 1e38),)),
-    Case(odd=((1, 1, 2, 3e4),), dtypes=(FP64, FP64), tail="ignore"),
-    # A negative scale of an exponential: its bits overflowed.
+    Case(special=((1, 0, 0, 1e38),)),
+    Case(special=((1, 1, 2, 3e4),), dtypes=(FP64, FP64), tail="ignore"),
+    # The bits of an exponential overflowed for a negative scale.
     *(
         Case(
             (4,), 40, k=40, spread=300.0, reduction="none", grad_output=-0.5, ignored=0.0, tail=tail
         )
         for tail in TAILS
     ),
-    # The fallback gave 0 for a row without any probability and an empty list.
-    Case(leading=(), classes=1, k=1, odd=((0, 0, 0, -math.inf),), padding=1.0, labels="none"),
+    # The fallback gave 0 for an empty list in a row without any probability.
+    Case(leading=(), classes=1, k=1, special=((0, 0, 0, -math.inf),), padding=1.0, labels="none"),
     # The fallback gave 0, not inf, for a masked class whose probability underflows.
     Case(
         leading=(),
         classes=2,
         k=2,
         spread=1e4,
-        odd=((0, 0, 1, -math.inf),),
+        special=((0, 0, 1, -math.inf),),
         ignored=0.0,
         temperature=1.0,
         weights=(0.0, 0.3),

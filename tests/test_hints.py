@@ -19,7 +19,7 @@ SHAPES = [((3, 4), (3, 4)), ((3, 5, 4), (3, 5, 4)), ((3, 4, 6, 7), (3, 4, 6, 7))
 
 
 @pytest.mark.parametrize(("ours", "theirs"), SHAPES)
-def test_mse_and_cosine_by_torch(ours, theirs):
+def test_mse_and_cosine_equal_torch(ours, theirs):
     torch.manual_seed(1)
     student, teacher = torch.randn(ours).double(), torch.randn(theirs).double()
     dim = 1 if len(ours) > 3 else -1
@@ -32,7 +32,7 @@ def test_mse_and_cosine_by_torch(ours, theirs):
         torch.testing.assert_close(value, 0.5 * expected, rtol=1e-12, atol=0)
 
 
-def test_attention_as_its_authors_compute_it():
+def test_attention_equals_its_authors_code():
     torch.manual_seed(1)
     student, teacher = torch.randn(3, 4, 6, 7).double(), torch.randn(3, 9, 6, 7).double()
 
@@ -48,7 +48,7 @@ def test_attention_as_its_authors_compute_it():
     ("ours", "theirs", "project"),
     [((3, 4, 6, 7), (3, 9, 6, 7), nn.Conv2d(4, 9, 1)), ((3, 5, 4), (3, 5, 9), nn.Linear(4, 9))],
 )
-def test_a_projection_maps_the_student_to_the_teacher_in_its_own_dtype(ours, theirs, project):
+def test_a_projection_computes_in_its_own_dtype(ours, theirs, project):
     torch.manual_seed(1)
     student, teacher = torch.randn(ours).double(), torch.randn(theirs)
     value = loss_of("mse", student, teacher, project=project)
@@ -57,7 +57,7 @@ def test_a_projection_maps_the_student_to_the_teacher_in_its_own_dtype(ours, the
 
 
 @pytest.mark.parametrize("listed", [False, True])
-def test_the_projection_learns_and_the_student_through_it(listed):
+def test_the_projection_and_the_student_learn(listed):
     """The projection learns even if the optimizer lacks its parameters."""
     pytest.importorskip("accelerate")
     torch.manual_seed(0)
@@ -85,7 +85,7 @@ def test_the_projection_learns_and_the_student_through_it(listed):
     assert set(student.state_dict()) == {"0.weight", "0.bias", "2.weight", "2.bias"}
 
 
-def test_a_module_that_gives_a_tuple():
+def test_a_module_may_return_a_tuple():
     class Block(nn.Module):
         def forward(self, x):
             return x + 1, "cache"
@@ -98,12 +98,12 @@ def test_a_module_that_gives_a_tuple():
             features.pop()
 
 
-def test_a_model_without_modules_inside():
+def test_a_model_without_submodules_is_refused():
     with pytest.raises(ValueError, match="the student has no module 'a'; it has no submodules"):
         Features(nn.Linear(2, 2), ["a"], "student")
 
 
-def test_features_that_do_not_fit():
+def test_features_that_do_not_fit_are_refused():
     for kind in ("mse", "attention"):
         with pytest.raises(ValueError, match=r"have the same shape .*; got \(3, 6, 7, 4\)"):
             loss_of(kind, torch.zeros(3, 4, 6, 7), torch.zeros(3, 4, 5, 7))
@@ -131,6 +131,6 @@ def test_bad_arguments_are_refused(options, words):
         fastkd.Hint(student="a", teacher="b", **options)
 
 
-def test_names_are_given_by_keyword():
+def test_names_must_be_keywords():
     with pytest.raises(TypeError, match="positional"):
         fastkd.Hint("a", "b")

@@ -1,6 +1,6 @@
-"""Test invalid calls of the ops and of autograd's nodes, by mistake or by an attacker.
+"""Invalid calls of the ops and of autograd's nodes raise errors.
 
-Each call must raise, since the ops read and write memory by the sizes of their arguments.
+The ops read and write memory by the sizes of their arguments, so each invalid call must raise.
 """
 
 import itertools
@@ -30,8 +30,8 @@ def arguments_of(*, rows: Tensor | None = None, denominator: Tensor | None = Non
     return student, *call._replace(**changed)
 
 
-def released(tensor: Tensor) -> Tensor:
-    """Return a tensor with a released storage, as FSDP's parameters have."""
+def release(tensor: Tensor) -> Tensor:
+    """Return a tensor with a released storage, like a parameter under FSDP."""
     tensor = tensor.detach().clone()
     tensor.untyped_storage().resize_(0)
     return tensor
@@ -58,19 +58,19 @@ WRONG = {
     "a divergence that there is not": dict(divergence=99),
     "a negative divergence": dict(divergence=-1),
     "a reduction that there is not": dict(reduction=3),
-    "a released student": dict(student=released(make((ROWS, CLASSES)).student)),
-    "a released teacher": dict(teacher=released(make((ROWS, CLASSES)).teacher)),
-    "released labels": dict(labels=released(make((ROWS, CLASSES)).labels)),
-    "released settings": dict(rows=released(torch.ones(4 * ROWS))),
-    "a released denominator": dict(denominator=released(torch.ones(()))),
+    "a released student": dict(student=release(make((ROWS, CLASSES)).student)),
+    "a released teacher": dict(teacher=release(make((ROWS, CLASSES)).teacher)),
+    "released labels": dict(labels=release(make((ROWS, CLASSES)).labels)),
+    "released settings": dict(rows=release(torch.ones(4 * ROWS))),
+    "a released denominator": dict(denominator=release(torch.ones(()))),
 }
 
 
 @pytest.mark.usefixtures("each_autograd")
 @pytest.mark.parametrize("case", WRONG)
-def test_the_dense_ops_refuse(case):
+def test_the_dense_ops_refuse_invalid_arguments(case):
     wrong = arguments_of(**WRONG[case])
-    stats, one = torch.zeros(shapes.STATS * ROWS + 1), torch.ones(())
+    stats, grad_output = torch.zeros(shapes.STATS * ROWS + 1), torch.ones(())
     with pytest.raises(RuntimeError):
         OPS.loss(*wrong)
     with pytest.raises(RuntimeError):
@@ -80,7 +80,7 @@ def test_the_dense_ops_refuse(case):
         OPS.loss_into(grad, *wrong, True)
     if "reduction" not in case and "denominator" not in case:  # unused in the backward pass
         with pytest.raises(RuntimeError):
-            OPS.loss_backward_(grad, one, stats, *wrong, False)
+            OPS.loss_backward_(grad, grad_output, stats, *wrong, False)
     assert (grad == 7).all(), "a call that is refused writes nothing"
 
 
@@ -88,22 +88,22 @@ BACKWARD = {
     "a gradient of other rows": dict(grad=torch.zeros(ROWS + 1, CLASSES)),
     "a gradient of fewer rows": dict(grad=torch.zeros(ROWS - 1, CLASSES)),
     "a gradient in float16": dict(grad=torch.zeros(ROWS, CLASSES, dtype=FP16)),
-    "a released gradient": dict(grad=released(torch.zeros(ROWS, CLASSES))),
+    "a released gradient": dict(grad=release(torch.zeros(ROWS, CLASSES))),
     "an empty grad_output": dict(grad_output=torch.ones(0)),
     "a grad_output of rows": dict(grad_output=torch.ones(ROWS)),
     "a grad_output of other rows": dict(grad_output=torch.ones(ROWS - 1), reduction=0),
     "a grad_output in float64": dict(grad_output=torch.ones((), dtype=FP64)),
-    "a released grad_output": dict(grad_output=released(torch.ones(()))),
+    "a released grad_output": dict(grad_output=release(torch.ones(()))),
     "short statistics": dict(stats=torch.zeros(shapes.STATS * ROWS)),
     "no statistics with reduction none": dict(stats=torch.zeros(0), reduction=0),
     "statistics in float64": dict(stats=torch.zeros(shapes.STATS * ROWS + 1, dtype=FP64)),
-    "released statistics": dict(stats=released(torch.zeros(shapes.STATS * ROWS + 1))),
+    "released statistics": dict(stats=release(torch.zeros(shapes.STATS * ROWS + 1))),
 }
 
 
 @pytest.mark.parametrize("filled", [False, True])
 @pytest.mark.parametrize("case", BACKWARD)
-def test_the_backward_ops_refuse(case, filled):
+def test_the_backward_ops_refuse_invalid_arguments(case, filled):
     all_arguments = {
         "grad": torch.zeros(ROWS, CLASSES),
         "grad_output": torch.ones(()),
@@ -122,7 +122,7 @@ def test_the_backward_ops_refuse(case, filled):
             OPS.topk_loss_backward_(*first, *lists(), None, None, None, *settings, filled)
 
 
-def test_the_sparse_op_refuses():
+def test_the_sparse_op_refuses_invalid_arguments():
     student, indices, log_probs = lists()
     settings = (2.0, 0.5, 0.5, 0.0, -100, 0, 0.5, 0, 0, 2, 0.0)
     OPS.topk_loss(student, indices, log_probs, None, None, None, *settings)
@@ -133,9 +133,9 @@ def test_the_sparse_op_refuses():
         (student, indices.int(), log_probs),
         (student, indices[0], log_probs[0]),
         (student, indices + CLASSES, log_probs),
-        (released(student), indices, log_probs),
-        (student, released(indices), log_probs),
-        (student, indices, released(log_probs)),
+        (release(student), indices, log_probs),
+        (student, release(indices), log_probs),
+        (student, indices, release(log_probs)),
     ]
     for tensors in wrong:
         with pytest.raises(RuntimeError):
@@ -150,20 +150,20 @@ def test_the_sparse_op_refuses():
         (reduction, -1),
     ]
     for place, number in wrong_numbers:
-        other = [*settings[:place], number, *settings[place + 1 :]]
+        changed = [*settings[:place], number, *settings[place + 1 :]]
         with pytest.raises(RuntimeError):
-            OPS.topk_loss(student, indices, log_probs, None, None, None, *other)
+            OPS.topk_loss(student, indices, log_probs, None, None, None, *changed)
     cut_off = [*settings[:5], 2, 0.5, topk.TAILS.index("ignore"), *settings[8:]]
     with pytest.raises(RuntimeError):
         OPS.topk_loss(student, indices, log_probs, None, None, None, *cut_off)
 
 
 @pytest.mark.usefixtures("each_autograd")
-@pytest.mark.parametrize("what", ["student", "teacher", "labels", "temperature"])
+@pytest.mark.parametrize("name", ["student", "teacher", "labels", "temperature"])
 @pytest.mark.parametrize("options", [{}, {"reduction": "none"}, {"divergence": "jsd"}], ids=str)
-def test_released_tensors_raise(what, options):
+def test_released_tensors_raise(name, options):
     all_arguments = dict(make((ROWS, CLASSES))._asdict(), temperature=torch.ones(ROWS))
-    all_arguments[what] = released(all_arguments[what])
+    all_arguments[name] = release(all_arguments[name])
     student, teacher, labels, temperature = all_arguments.values()
     for leaf in (student, student.detach().requires_grad_()):
         with pytest.raises(RuntimeError):
@@ -171,10 +171,10 @@ def test_released_tensors_raise(what, options):
 
 
 @pytest.mark.usefixtures("each_autograd")
-@pytest.mark.parametrize("what", range(4))
-def test_released_lists_raise(what):
+@pytest.mark.parametrize("index", range(4))
+def test_released_lists_raise(index):
     all_arguments = [*lists(), make((ROWS, CLASSES)).labels]
-    all_arguments[what] = released(all_arguments[what])
+    all_arguments[index] = release(all_arguments[index])
     student, indices, log_probs, labels = all_arguments
     for requires_grad in (False, True):
         leaf = student.detach().requires_grad_(requires_grad)
@@ -194,8 +194,8 @@ def test_a_student_released_after_the_forward_pass_raises():
 
 
 @pytest.mark.parametrize("reduction", shapes.REDUCTIONS)
-def test_grad_fn_called_by_hand_refuses_what_the_engine_would(reduction):
-    """The ops raise; nodes of autograd in Python cannot be called at all."""
+def test_grad_fn_called_directly_refuses_invalid_grad_outputs(reduction):
+    """The ops raise an error; nodes of autograd in Python cannot be called at all."""
     student, teacher, labels = make((ROWS, CLASSES), FP32)
     leaf = student.requires_grad_()
     _, indices, log_probs = lists()

@@ -1,4 +1,4 @@
-"""``inplace=True``: the gradient in the memory of the logits."""
+"""``inplace=True`` writes the gradient into the memory of the logits."""
 
 import pytest
 import torch
@@ -12,10 +12,10 @@ import fastkd
 @pytest.mark.parametrize("scale", [1.0, 2.5])
 def test_inplace_gives_the_same_gradient_in_the_logits_memory(device, scale, reduction, dtype):
     student, teacher, labels = make((6, 1003), dtype, device=device)
-    plain, over = student.clone().requires_grad_(), student.clone().requires_grad_()
-    value = fastkd.loss(plain * 1, teacher, labels, reduction=reduction)
+    expected, overwritten = student.clone().requires_grad_(), student.clone().requires_grad_()
+    value = fastkd.loss(expected * 1, teacher, labels, reduction=reduction)
     (value * scale).backward()
-    hidden = over * 1
+    hidden = overwritten * 1
     version = hidden._version
     again = fastkd.loss(hidden, teacher, labels, reduction=reduction, inplace=True)
     assert hidden._version > version
@@ -23,30 +23,32 @@ def test_inplace_gives_the_same_gradient_in_the_logits_memory(device, scale, red
     seen = []
     hidden.register_hook(lambda grad: seen.append(grad.data_ptr()))
     (again * scale).backward()
-    assert seen == [hidden.data_ptr()]  # allocates no second tensor of this size
-    if dtype in (BF16, FP16) and scale != 1.0:  # scaled after rounding, as it cannot be recomputed
+    assert seen == [hidden.data_ptr()]  # no second tensor of this size is allocated
+    if dtype in (BF16, FP16) and scale != 1.0:  # the gradient is scaled after rounding
         info = torch.finfo(dtype)
-        smallest = info.smallest_normal * info.eps  # subnormals lose digits that no scale restores
-        torch.testing.assert_close(over.grad, plain.grad, rtol=info.eps, atol=smallest * scale)
+        smallest = info.smallest_normal * info.eps  # subnormal numbers lose digits
+        torch.testing.assert_close(
+            overwritten.grad, expected.grad, rtol=info.eps, atol=smallest * scale
+        )
     else:
-        assert torch.equal(over.grad, plain.grad)
+        assert torch.equal(overwritten.grad, expected.grad)
 
 
 def test_inplace_logits_cannot_be_used_afterwards(device):
     student, teacher, labels = make((6, 20), device=device)
     hidden = student.requires_grad_() * 1
-    other = hidden.exp().sum()  # saves its own result, so works
-    square = hidden.square().sum()  # saves the logits
+    exp_sum = hidden.exp().sum()  # exp() saves its result for backward
+    square = hidden.square().sum()  # square() saves the logits
     value = fastkd.loss(hidden, teacher, labels, inplace=True)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         (value + square).backward()
     hidden = student * 1
-    other = hidden.exp().sum()
-    (fastkd.loss(hidden, teacher, labels, inplace=True) + other).backward()
+    exp_sum = hidden.exp().sum()
+    (fastkd.loss(hidden, teacher, labels, inplace=True) + exp_sum).backward()
     student.grad = None
 
 
-def test_inplace_gradient_can_be_had_once(device):
+def test_inplace_gradient_can_be_computed_once(device):
     student, teacher, labels = make((6, 20), device=device)
     value = fastkd.loss(student.requires_grad_() * 1, teacher, labels, inplace=True)
     value.backward(retain_graph=True)
@@ -57,7 +59,7 @@ def test_inplace_gradient_can_be_had_once(device):
         torch.autograd.grad(value, student, create_graph=True)
 
 
-def test_inplace_refuses_what_it_cannot_do(device):
+def test_inplace_refuses_unsupported_logits(device):
     student, teacher, labels = make((6, 20), device=device)
     leaf = student.clone().requires_grad_()
     with pytest.raises(ValueError, match=r"inplace=True.*leaf"):
@@ -101,15 +103,15 @@ def test_inplace_refuses_rows_that_share_memory(device, overlapping):
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.frombuffer")
-def test_inplace_refuses_logits_between_addresses():
-    """torch.frombuffer makes tensors at misaligned addresses."""
+def test_inplace_refuses_misaligned_logits():
+    """Logits at an address that is no multiple of their element size are refused."""
     memory = torch.frombuffer(bytearray(4 * 60 + 1), dtype=torch.float32, offset=1).view(6, 10)
     leaf, teacher, _ = make((6, 10))
     logits = memory.copy_(leaf.requires_grad_())
     with pytest.raises(ValueError, match=r"inplace=True.*student .*multiple of its 4 bytes.*at 0x"):
         fastkd.loss(logits, teacher, inplace=True)
     assert torch.equal(memory, leaf)
-    fastkd.loss(logits, teacher).backward()  # accepted as a copy
+    fastkd.loss(logits, teacher).backward()  # without inplace, the logits are copied
     (want,) = torch.autograd.grad(fastkd.loss(leaf * 1, teacher), leaf)
     assert torch.equal(leaf.grad, want)
 
@@ -123,10 +125,10 @@ def test_inplace_without_a_gradient_changes_nothing(device):
     assert torch.equal(student, before)
 
 
-def test_inplace_of_sliced_logits(device):
-    """Rows between the slices logits[:, :-1] stay unchanged."""
+def test_inplace_keeps_rows_outside_the_slice(device):
+    """The last row of each sequence, outside the slice logits[:, :-1], stays unchanged."""
     student, teacher, labels = make((3, 5, 40), device=device)
-    plain, over = student.clone().requires_grad_(), student.clone().requires_grad_()
-    fastkd.loss((plain * 1)[:, :-1], teacher[:, :-1], labels[:, :-1]).backward()
-    fastkd.loss((over * 1)[:, :-1], teacher[:, :-1], labels[:, :-1], inplace=True).backward()
-    assert torch.equal(plain.grad, over.grad)
+    expected, overwritten = student.clone().requires_grad_(), student.clone().requires_grad_()
+    fastkd.loss((expected * 1)[:, :-1], teacher[:, :-1], labels[:, :-1]).backward()
+    fastkd.loss((overwritten * 1)[:, :-1], teacher[:, :-1], labels[:, :-1], inplace=True).backward()
+    assert torch.equal(expected.grad, overwritten.grad)

@@ -13,7 +13,7 @@ from fastkd.training import student_loss, teacher
 
 CLASSES = 200
 NARROW = [torch.uint8, torch.int8, torch.int16, torch.int32, torch.uint16, torch.uint32]
-LABELS = {torch.int8: [3, -100, 5, -100, 100, 7]}  # -100 is one of the last
+LABELS = {torch.int8: [3, -100, 5, -100, 100, 7]}  # int8 holds ignore_index, but no label above 127
 OTHERS = [156, 3, 156, 5, 199, 7]
 
 
@@ -21,90 +21,92 @@ def labels_in(dtype: torch.dtype) -> torch.Tensor:
     return torch.tensor(LABELS.get(dtype, OTHERS), dtype=dtype)
 
 
-def top(teacher):
+def make_topk(teacher):
     return TopK(*teacher[:, :CLASSES].log_softmax(-1).topk(7))
 
 
-def head(logits):
+def make_head(logits):
     return Head(logits, torch.eye(logits.shape[-1]))
 
 
-def of_heads(student, teacher, labels, **options):
-    return loss_in_chunks(head(student), head(teacher), labels, **options)
+def loss_of_heads(student, teacher, labels, **options):
+    return loss_in_chunks(make_head(student), make_head(teacher), labels, **options)
 
 
-def of_chunks(student, teacher, labels):
+def loss_of_chunks(student, teacher, labels):
     chunked = torchtune.ForwardKLWithChunkedOutputLoss(2)
     parts = (x.unsqueeze(0).chunk(2, 1) for x in (student, teacher))
     return chunked(*parts, labels.unsqueeze(0))
 
 
-def of_distilbert(student, teacher, labels):
+def loss_of_distilbert(student, teacher, labels):
     logits = (x.unsqueeze(0) for x in (student, teacher))
     return distilbert.step_loss(
         *logits, torch.ones(1, 6), labels.unsqueeze(0), alpha_ce=0.5, alpha_mlm=0.0, alpha_clm=0.5
     )
 
 
-def learned(student, teacher, labels):
+def loss_with_learned_temperature(student, teacher, labels):
     return fastkd.loss(student, teacher, labels, temperature=torch.tensor(2.0, requires_grad=True))
 
 
-def mapped(student, teacher, labels):
+def loss_under_vmap(student, teacher, labels):
     return torch.func.vmap(fastkd.loss)(
         *(x.unflatten(0, (2, 3)) for x in (student, teacher, labels))
     )
 
 
 WEIGHT = torch.linspace(0.5, 1.5, CLASSES)
-WAYS = {
+LOSSES = {
     "loss": fastkd.loss,
     "standardize": lambda *a: fastkd.loss(*a, standardize=True),
     "class_weight": lambda *a: fastkd.loss(*a, class_weight=WEIGHT),
     "smoothed": lambda *a: fastkd.loss(*a, class_weight=WEIGHT, label_smoothing=0.1),
     "dkd": lambda *a: fastkd.loss(*a, divergence="dkd"),
-    "learned": learned,
-    "vmap": mapped,
+    "learned": loss_with_learned_temperature,
+    "vmap": loss_under_vmap,
     "reference": fastkd.reference.loss,
-    "heads": of_heads,
-    "heads by classes": lambda *a: of_heads(*a, chunks={"chunk_by": "classes", "chunk_size": 64}),
-    "heads, class_weight": lambda *a: of_heads(*a, class_weight=WEIGHT),
-    "topk": lambda s, t, y: fastkd.loss(s, top(t), y),
-    "topk of heads": lambda s, t, y: fastkd.loss(head(s), top(t), y),
-    "torchtune": of_chunks,
-    "distilbert": of_distilbert,
+    "heads": loss_of_heads,
+    "heads by classes": lambda *a: loss_of_heads(
+        *a, chunks={"chunk_by": "classes", "chunk_size": 64}
+    ),
+    "heads, class_weight": lambda *a: loss_of_heads(*a, class_weight=WEIGHT),
+    "topk": lambda s, t, y: fastkd.loss(s, make_topk(t), y),
+    "topk of heads": lambda s, t, y: fastkd.loss(make_head(s), make_topk(t), y),
+    "torchtune": loss_of_chunks,
+    "distilbert": loss_of_distilbert,
     "causal": lambda s, t, y: fastkd.loss(s, t, causal_labels({"labels": y.unsqueeze(0)})[0]),
 }
 
 
 @pytest.mark.parametrize("dtype", NARROW, ids=str)
-@pytest.mark.parametrize("way", WAYS)
-def test_a_loss_is_that_of_int64(way, dtype):
+@pytest.mark.parametrize("name", LOSSES)
+def test_narrow_labels_give_the_loss_of_int64_labels(name, dtype):
     student, teacher, _ = make((6, CLASSES))
     labels = labels_in(dtype)
-    got, want = (WAYS[way](student, teacher, y) for y in (labels, labels.long()))
+    got, want = (LOSSES[name](student, teacher, y) for y in (labels, labels.long()))
     torch.testing.assert_close(got, want, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("way", ["loss", "topk", "heads", "topk of heads", "dkd"])
-def test_one_out_of_range_is_refused(way):
+@pytest.mark.parametrize("name", ["loss", "topk", "heads", "topk of heads", "dkd"])
+def test_a_narrow_label_out_of_range_is_refused(name):
     student, teacher, _ = make((6, 100))
     labels = torch.tensor([3, 5, 156, 2, 1, 0], dtype=torch.uint8)
     with pytest.raises(
         ValueError, match=r"labels must be in \[0, 100\) or ignore_index=-100; row 2 has 156"
     ):
-        WAYS[way](student, teacher, labels)
+        LOSSES[name](student, teacher, labels)
 
 
-def test_lists_of_narrow_indices():
+def test_narrow_indices_of_lists_are_accepted():
     student, teacher, _ = make((6, 300))
-    lists = top(teacher)
+    lists = make_topk(teacher)
     narrow = lists._replace(indices=lists.indices.to(torch.uint8))
-    for logits in (student, head(student)):
+    for logits in (student, make_head(student)):
         assert torch.equal(fastkd.loss(logits, narrow), fastkd.loss(logits, lists))
 
 
-def test_check_inputs_looks_at_rows_labelled_156():
+def test_check_inputs_checks_rows_labelled_156():
     student, teacher, _ = make((6, CLASSES))
     student[2, 0] = torch.nan
     with pytest.raises(ValueError, match=r"student must not hold NaN or \+inf; row 2"):
@@ -122,7 +124,7 @@ def test_a_trainer_counts_rows_labelled_156():
         targets = loss.get_targets(batch)
         assert loss.count_rows(targets) == 6
         assert loss.sum_terms(student, batch, logits)[-1] == 6
-        assert loss.sum_terms(student, batch, top(logits))[-1] == 6
+        assert loss.sum_terms(student, batch, make_topk(logits))[-1] == 6
 
 
 def test_a_report_counts_rows_labelled_156():

@@ -1,4 +1,4 @@
-"""Import and include rules of the layers, checked in the sources."""
+"""The layers' rules for imports and includes, checked in the sources."""
 
 import ast
 import pathlib
@@ -66,11 +66,11 @@ IMPORTS = {
         "validation",
     },
 }
-# The optional module of C++ autograd, which has no stable interface.
+# C++ autograd has no stable interface; these files belong to the optional module.
 UNSTABLE = {"torch/eager.cpp", "torch/grad_buffer.h"}
 
 
-def part(path: pathlib.Path) -> str:
+def folder_of(path: pathlib.Path) -> str:
     return path.relative_to(CSRC).parts[0]
 
 
@@ -78,49 +78,53 @@ def includes(path: pathlib.Path) -> list[str]:
     return INCLUDE.findall(path.read_text())
 
 
-def own_part(path: pathlib.Path, name: str) -> str | None:
+def included_folder(path: pathlib.Path, name: str) -> str | None:
     """Return the folder of csrc of an include, or None for a system header."""
     for base in (path.parent, CSRC):
         target = (base / name).resolve()
         if target.is_file() and target.is_relative_to(CSRC):
-            return part(target)
+            return folder_of(target)
     return None
 
 
-def test_the_sources_are_where_this_test_looks():
+def test_the_sources_are_found():
     assert len(SOURCES) > 10 and len(MODULES) > 5
-    assert {part(path) for path in SOURCES} == set(LAYERS)
+    assert {folder_of(path) for path in SOURCES} == set(LAYERS)
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(CSRC)))
 def test_csrc_includes_downwards_only(path):
     for name in includes(path):
         if (path.name, name) == ("module.cpp", "../cuda/plan.h"):
-            continue  # the planner is plain C++, called from test_plan.py
-        target = own_part(path, name)
+            continue  # the planner is plain C++, and test_plan.py calls it
+        target = included_folder(path, name)
         if target is not None:
-            assert target in LAYERS[part(path)], f"{path.name} must not include {name}"
+            assert target in LAYERS[folder_of(path)], f"{path.name} must not include {name}"
         elif name.startswith(".") or name.endswith(".cuh"):
             pytest.fail(f"{path.name} includes {name}, which is not there")
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(CSRC)))
 def test_torch_headers_are_in_the_glue_and_stable(path):
-    where = str(path.relative_to(CSRC))
+    relative = str(path.relative_to(CSRC))
     for name in includes(path):
         if TORCH.match(name):
-            assert part(path) == "torch", f"{where} must not include {name}"
-            if where not in UNSTABLE:
+            assert folder_of(path) == "torch", f"{relative} must not include {name}"
+            if relative not in UNSTABLE:
                 assert name.startswith(("torch/csrc/stable/", "torch/headeronly/")), (
-                    f"{where} includes {name}, which is not stable"
+                    f"{relative} includes {name}, which is not stable"
                 )
         if name.startswith("pybind11/") or name == "Python.h":
-            assert where in {"torch/module.cpp", *UNSTABLE}, f"{where} must not include {name}"
-        if name.startswith("cuda") and own_part(path, name) is None:
-            assert part(path) == "cuda", f"{where} must not include {name}"
+            assert relative in {"torch/module.cpp", *UNSTABLE}, (
+                f"{relative} must not include {name}"
+            )
+        if name.startswith("cuda") and included_folder(path, name) is None:
+            assert folder_of(path) == "cuda", f"{relative} must not include {name}"
 
 
-@pytest.mark.parametrize("path", [p for p in SOURCES if part(p) == "cpu"], ids=lambda p: p.name)
+@pytest.mark.parametrize(
+    "path", [p for p in SOURCES if folder_of(p) == "cpu"], ids=lambda p: p.name
+)
 def test_cpu_kernels_own_no_threads(path):
     for name in includes(path):
         assert name not in {"thread", "mutex", "future", "omp.h", "pthread.h"}
@@ -142,13 +146,13 @@ def imported(path: pathlib.Path) -> set[str]:
     return names
 
 
-def tops(path: pathlib.Path) -> set[str]:
+def top_level_names(path: pathlib.Path) -> set[str]:
     return {name.split(".")[0] for name in imported(path)} - set(sys.stdlib_module_names)
 
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda p: p.name)
 def test_the_package_imports_torch_and_itself(path):
-    assert tops(path) <= {"torch", "fastkd"}
+    assert top_level_names(path) <= {"torch", "fastkd"}
 
 
 @pytest.mark.parametrize(
@@ -159,16 +163,16 @@ def test_the_reference_imports_torch_alone(path):
     assert all(name.startswith(("torch", "fastkd.reference.")) for name in others)
 
 
-def python_part(path: pathlib.Path) -> str:
+def module_of(path: pathlib.Path) -> str:
     return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
 
 
-def test_every_module_has_its_place():
+def test_every_module_is_in_the_table():
     stubs = {path.stem for path in PACKAGE.glob("_*.pyi")}
-    assert {python_part(path) for path in MODULES} | stubs == {*IMPORTS, "__init__", "__main__"}
+    assert {module_of(path) for path in MODULES} | stubs == {*IMPORTS, "__init__", "__main__"}
 
 
-def test_every_module_imports_what_stands_above_it():
+def test_modules_import_only_modules_above_them():
     known: set[str] = set()
     for name, allowed in IMPORTS.items():
         assert allowed <= known, f"{name}: {allowed - known} must stand above it"
@@ -177,7 +181,7 @@ def test_every_module_imports_what_stands_above_it():
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(PACKAGE)))
 def test_python_files_import_lower_layers(path):
-    layer = python_part(path)
+    layer = module_of(path)
     if layer == "__main__":
         return  # the command line may import everything
     names = {name for name in imported(path) if name.split(".")[0] == "fastkd"}
@@ -194,13 +198,13 @@ def test_python_files_import_lower_layers(path):
 
 def test_tests_and_benchmarks_do_not_import_each_other():
     for path in (ROOT / "tests").rglob("*.py"):
-        assert "benchmarks" not in tops(path), path
+        assert "benchmarks" not in top_level_names(path), path
     for path in (ROOT / "benchmarks").rglob("*.py"):
-        assert not tops(path) & {"tests", "support", "conftest"}, path
+        assert not top_level_names(path) & {"tests", "support", "conftest"}, path
 
 
 def test_importing_fastkd_needs_torch_alone():
-    """Import fastkd in an interpreter that finds no other installed package."""
+    """fastkd can be imported in an interpreter that has torch and no other installed package."""
     script = """
 import sys
 import importlib.abc
@@ -227,7 +231,7 @@ print(sorted(name for name in new if not name.startswith("_")))
     assert ast.literal_eval(done.stdout) == ["fastkd"]
 
 
-def test_cpp_and_python_know_the_same_divergences():
+def test_cpp_and_python_have_equal_divergences():
     assert tuple(reference.DIVERGENCES) == fastkd.divergences()
     assert _C.divergences == dense.DIVERGENCES
     assert set(dense.DIVERGENCES) <= set(reference.DIVERGENCES)

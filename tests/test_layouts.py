@@ -22,8 +22,8 @@ import fastkd
 from fastkd import reference
 from fastkd._core import dense, shapes
 
-# (N, classes, ...): few pixels, several tiles with a remainder, groups across tiles, classes in
-# several blocks, more classes than a tile has, and one class.
+# (N, classes, ...): few pixels; several tiles with a remainder; groups across tiles; classes in
+# several blocks; more classes than a tile has; one class.
 SHAPES = [(2, 19, 5, 7), (5, 3, 4), (2, 21, 8, 24), (1, 150, 33), (1, 1100, 40), (3, 1, 2, 2)]
 # Layouts that the kernels read in place come first.
 LAYOUTS = ["plain", "channels last", "fewer classes", "classes outside", "crop", "spread"]
@@ -36,7 +36,7 @@ def make(
     seed: int = 0,
     device: torch.device | str = "cpu",
 ) -> Tensor:
-    """Draw logits, equal for every layout, in a layout that programs use."""
+    """Draw logits in a layout that programs use; the values do not depend on the layout."""
     generator = torch.Generator().manual_seed(seed)
     values = torch.randn(shape, generator=generator, dtype=FP64).mul_(3).to(device, dtype)
     n, classes, *pixels = shape
@@ -44,7 +44,7 @@ def make(
         return values.movedim(1, -1).contiguous().movedim(-1, 1)
     if layout == "classes outside":
         return values.transpose(0, 1).contiguous().transpose(0, 1)
-    whole = {
+    view = {
         "plain": values.new_empty(shape),
         "fewer classes": values.new_empty((n, classes + 2, *pixels))[:, :classes],
         "crop": values.new_empty((n, classes, *(x + 3 for x in pixels)))[
@@ -52,7 +52,7 @@ def make(
         ],
         "spread": values.new_empty((*shape[:-1], 2 * shape[-1]))[..., ::2],
     }[layout]
-    return whole.copy_(values)
+    return view.copy_(values)
 
 
 def make_labels(shape: tuple[int, ...], device: torch.device | str = "cpu") -> Tensor:
@@ -87,14 +87,14 @@ def check(student: Tensor, teacher: Tensor, labels: Tensor | None, **options: An
     )
     if grad.dtype is not FP64:
         assert_grad(grad.movedim(1, -1), exact_grad, acc)
-    else:  # float64 is the truth, whose rounding dominates
+    else:  # the bound is the rounding of the float64 truth
         atol = 1e-14 * float(exact_grad.abs().max()) + 1e-16
         torch.testing.assert_close(grad.movedim(1, -1), exact_grad, rtol=1e-12, atol=atol)
     return grad
 
 
 def check_dtypes(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> None:
-    """Test a student dtype with teachers of the same and of other dtypes."""
+    """Test a student dtype with teachers of this dtype, of float32 and of float64."""
 
     def teacher(dtype: torch.dtype) -> Tensor:
         return make(shape, dtype=dtype, seed=1, device=device)
@@ -107,18 +107,18 @@ def check_dtypes(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> Non
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_every_dtype_and_instruction_set(isa, shape, dtype):
+def test_every_dtype_and_instruction_set_equals_the_truth(isa, shape, dtype):
     check_dtypes(shape, dtype, "cpu")
 
 
-# Many pixels, and one class more than one thread, two threads, ... take.
+# Many pixels; then one class more than 1, 2, 4 and 8 threads process.
 CUDA_SHAPES = [(3, 19, 200, 301), *((2, classes, 40, 33) for classes in (25, 49, 97, 193))]
 
 
 @pytest.mark.cuda
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 @pytest.mark.parametrize("shape", [*SHAPES, *CUDA_SHAPES], ids=str)
-def test_every_dtype_on_cuda(shape, dtype):
+def test_every_dtype_on_cuda_equals_the_truth(shape, dtype):
     check_dtypes(shape, dtype, "cuda")
 
 
@@ -142,14 +142,14 @@ def test_any_two_layouts_give_the_truth(device, shape, ours, theirs):
     student, teacher = make(shape, ours, device=device), make(shape, theirs, seed=1, device=device)
     grad = check(student, teacher, labels)
     expected = torch.empty_like(student)
-    if ours == "spread":  # neither its classes nor its pixels are adjacent
+    if ours == "spread":  # neither classes nor pixels are adjacent
         expected = make(shape, "plain")
     assert grad.stride() == expected.stride()
 
 
 @pytest.mark.parametrize("name", ["forward_kl", "jsd"])
-def test_pixels_have_their_own_numbers(device, name):
-    """Each pixel may have its own temperature and weights."""
+def test_pixels_may_have_their_own_options(device, name):
+    """Each pixel may have a temperature and weights of its own."""
     shape = (2, 19, 5, 7)
     rows = torch.rand((2, 5, 7), generator=torch.Generator().manual_seed(3)).to(device) + 0.5
     student, teacher = make(shape, device=device), make(shape, seed=1, device=device)
@@ -179,10 +179,10 @@ def test_labels_of_pixels_are_checked_and_ignored():
         fastkd.loss(student, teacher, labels, dim=1)
 
 
-def test_masked_classes_and_rows_without_an_answer(device):
+def test_masked_classes_and_invalid_rows_have_their_values(device):
     shape = (1, 5, 2, 4)
     student, teacher = make(shape, device=device), make(shape, seed=1, device=device)
-    student[0, 1, 0, 0] = teacher[0, 1, 0, 0] = -torch.inf  # both masked: contributes 0
+    student[0, 1, 0, 0] = teacher[0, 1, 0, 0] = -torch.inf  # masked by both: contributes 0
     teacher[0, 1, 0, 1] = -torch.inf  # masked by the teacher: contributes 0
     student[0, 1, 0, 2] = -torch.inf  # masked by the student alone: +inf
     student[0, :, 0, 3] = -torch.inf  # all masked, NaN, or +inf: NaN
@@ -223,25 +223,25 @@ def test_second_derivatives_of_pixels_are_right():
 @pytest.mark.parametrize("shape", [(2, 19, 5, 7), (1, 1100, 40)], ids=str)
 @pytest.mark.parametrize("name", ["forward_kl", "reverse_kl"])
 def test_pixels_are_overwritten_in_place(device, shape, name):
-    plain, over = (make(shape, device=device).requires_grad_() for _ in range(2))
+    expected, overwritten = (make(shape, device=device).requires_grad_() for _ in range(2))
     teacher, labels = make(shape, seed=1, device=device), make_labels(shape, device)
-    value = fastkd.loss(plain, teacher, labels, dim=1, divergence=name)
+    value = fastkd.loss(expected, teacher, labels, dim=1, divergence=name)
     value.backward()
-    hidden = over * 1
+    hidden = overwritten * 1
     seen = []
     hidden.register_hook(lambda grad: seen.append(grad.data_ptr()))
     again = fastkd.loss(hidden, teacher, labels, dim=1, divergence=name, inplace=True)
     again.backward()
     assert torch.equal(again, value)
-    assert torch.equal(over.grad, plain.grad)
+    assert torch.equal(overwritten.grad, expected.grad)
     assert seen == [hidden.data_ptr()]
     with pytest.raises(ValueError, match="inplace=True needs student to be laid out"):
-        fastkd.loss((plain * 1)[..., ::2], teacher[..., ::2], dim=1, inplace=True)
+        fastkd.loss((expected * 1)[..., ::2], teacher[..., ::2], dim=1, inplace=True)
 
 
 @pytest.mark.usefixtures("threads")
 @pytest.mark.parametrize("shape", [(3, 19, 50, 41), (2, 60, 1000)], ids=str)
-def test_any_number_of_threads(shape):
+def test_bits_are_equal_for_any_number_of_threads(shape):
     student, teacher, labels = make(shape).requires_grad_(), make(shape, seed=1), make_labels(shape)
     results = []
     for count in (1, 2, 3, 7):
@@ -269,7 +269,7 @@ def test_pixels_are_not_copied(layout, dtype):
     assert grad.nbytes <= taken <= grad.nbytes + 40 * labels.numel() + 4096
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own warning in tracing
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # Torch's own warning in tracing
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 @pytest.mark.parametrize(
     ("layout", "dynamic"),
@@ -296,7 +296,7 @@ def test_compiled_pixels_equal_eager_ones(device, layout, dynamic):
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_fakes_have_the_strides_of_pixels(device, layout, reduction):
-    """The fake kernels return the gradient's strides."""
+    """The fake kernels return the strides of the real gradient."""
     shape = (2, 19, 5, 7)
     student, teacher = make(shape, layout, device=device), make(shape, seed=1, device=device)
     student, teacher = student.movedim(1, -1), teacher.movedim(1, -1)
@@ -315,7 +315,7 @@ def test_fakes_have_the_strides_of_pixels(device, layout, reduction):
 
 
 def test_transposed_logits_are_read_in_place():
-    """(C, N).t() is a strided layout, too."""
+    """(C, N).t() is a strided layout, too, and is not copied."""
     student, teacher, labels = make((7, 40)), make((7, 40), seed=1), torch.arange(40) % 7
     value = fastkd.loss(student.t(), teacher.t(), labels)
     expected = fastkd.loss(student.t().contiguous(), teacher.t().contiguous(), labels)

@@ -1,4 +1,4 @@
-"""Learned temperatures and weights, and standardized logits, against float64 in each dtype."""
+"""Learned temperatures and weights, and standardized logits, equal the float64 reference."""
 
 import pytest
 import torch
@@ -39,7 +39,7 @@ LEARN = {
 }
 
 
-def leaves_of(options):
+def make_leaves(options):
     """Return the options with new leaves, and the learned ones."""
     fixed = {
         name: value.clone() if isinstance(value, torch.Tensor) else value
@@ -53,8 +53,8 @@ def leaves_of(options):
     return fixed, learned
 
 
-def problem(dtype, device="cpu"):
-    """Make a problem with a class masked by both and a NaN in an ignored row."""
+def make_problem(dtype, device="cpu"):
+    """Make a problem with a class that both mask, and a NaN in an ignored row."""
     student, teacher, labels = make((ROWS, CLASSES), dtype, device=device, ignored=0.0)
     student[1, 3] = teacher[1, 3] = -torch.inf
     labels[1] = 5
@@ -68,15 +68,15 @@ def problem(dtype, device="cpu"):
 )
 def test_gradients_are_those_of_float64(name, learn, reduction):
     for dtype, bound in ((FP32, 2e-6), (BF16, 2.0**-8)):
-        student, teacher, labels = problem(dtype)
-        options, learned = leaves_of(LEARN[learn])
+        student, teacher, labels = make_problem(dtype)
+        options, learned = make_leaves(LEARN[learn])
         leaf = student.clone().requires_grad_()
         loss = fastkd.loss(leaf, teacher, labels, divergence=name, reduction=reduction, **options)
         factor = torch.linspace(1, 2, loss.numel(), dtype=loss.dtype).reshape(loss.shape)
         got = torch.autograd.grad(loss, [leaf, *learned], factor)
         assert got[0].dtype is dtype and not got[0][4].any()
 
-        fixed, learned = leaves_of(LEARN[learn])
+        fixed, learned = make_leaves(LEARN[learn])
         if "hard_weight" not in fixed and "soft_weight" not in fixed:
             fixed.update(hard_weight=0.5, soft_weight=0.5)
         fixed.setdefault("hard_weight", 1.0)
@@ -87,11 +87,11 @@ def test_gradients_are_those_of_float64(name, learn, reduction):
         expected = torch.autograd.grad(terms.loss, [wide, *learned], factor.double())
         torch.testing.assert_close(loss.double(), terms.loss, rtol=bound, atol=bound)
         size = max(float(terms.loss.detach().abs().max()), 1.0)  # rounding of a gradient near 0
-        for mine, theirs in zip(got, expected, strict=True):
+        for ours, theirs in zip(got, expected, strict=True):
             scale = float(theirs.abs().max())
-            # Only the logits' gradient is rounded to their dtype.
-            limit = bound if mine.shape == student.shape else min(bound, 2e-6)
-            assert float((mine.double() - theirs).abs().max()) <= limit * max(scale, size)
+            # Only the logits' gradient is rounded to 16 bits.
+            limit = bound if ours.shape == student.shape else min(bound, 2e-6)
+            assert float((ours.double() - theirs).abs().max()) <= limit * max(scale, size)
 
 
 MIXTURES = {
@@ -104,7 +104,7 @@ MIXTURES = {
 
 @pytest.mark.parametrize("which", MIXTURES)
 @pytest.mark.parametrize("name", ["forward_kl", "jsd", "dkd"])
-def test_a_mixture_of_teachers(name, which):
+def test_a_mixture_of_teachers_equals_the_reference(name, which):
     fixed, teachers_of = MIXTURES[which]
     results = []
     for dtype in (FP32, FP64):
@@ -121,20 +121,20 @@ def test_a_mixture_of_teachers(name, which):
             loss = reference.terms(leaf, teachers, labels, **weights, **options).loss
         gradients = torch.autograd.grad(loss, [leaf, t])
         results.append([loss.detach(), *gradients])
-    for mine, theirs in zip(*results, strict=True):
-        torch.testing.assert_close(mine.double(), theirs.double(), rtol=1e-5, atol=2e-6)
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours.double(), theirs.double(), rtol=1e-5, atol=2e-6)
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("learn", [name for name in LEARN if name != "class weights"])
 @pytest.mark.parametrize("kind", ["probabilities", "smoothed weights"])
-def test_labels_that_take_another_pass(kind, learn, reduction):
+def test_probabilities_and_smoothed_weights_equal_the_reference(kind, learn, reduction):
     results = []
     for dtype in (FP32, FP64):
         student, teacher, labels = (
             x.to(dtype) if x.is_floating_point() else x for x in make((ROWS, CLASSES))
         )
-        options, learned = leaves_of(LEARN[learn])
+        options, learned = make_leaves(LEARN[learn])
         options["reduction"] = reduction
         if kind == "probabilities":
             labels = make((ROWS, CLASSES), labels=False, seed=1).student.to(dtype).softmax(-1)
@@ -153,19 +153,19 @@ def test_labels_that_take_another_pass(kind, learn, reduction):
             terms = reference.terms(leaf, teacher, labels, **{"hard_weight": 1.0, **options})
             gradients = torch.autograd.grad(terms.loss.sum(), [leaf, *learned])
         results.append([*terms[:6], *gradients])
-    for mine, theirs in zip(*results, strict=True):
-        torch.testing.assert_close(mine.double(), theirs.double(), rtol=1e-5, atol=2e-6)
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours.double(), theirs.double(), rtol=1e-5, atol=2e-6)
 
 
 @pytest.mark.parametrize("dtype", [FP32, BF16], ids=name_of)
-def test_terms_of_each_row(dtype):
-    student, teacher, labels = problem(dtype)
+def test_terms_of_each_row_equal_the_reference(dtype):
+    student, teacher, labels = make_problem(dtype)
     got = fastkd.terms(student, teacher, labels, standardize=True, reduction="none")
     expected = reference.terms(
         student.double(), teacher.double(), labels, standardize=True, reduction="none"
     )
-    for mine, theirs in zip(got[:6], expected[:6], strict=True):
-        torch.testing.assert_close(mine.double(), theirs, rtol=2e-6, atol=2e-6)
+    for ours, theirs in zip(got[:6], expected[:6], strict=True):
+        torch.testing.assert_close(ours.double(), theirs, rtol=2e-6, atol=2e-6)
 
 
 def test_only_the_temperature_learns():
@@ -180,7 +180,7 @@ def test_only_the_temperature_learns():
         torch.testing.assert_close(fastkd.loss(student, teacher, labels, temperature=t), loss)
 
 
-def test_a_row_of_one_value_and_a_row_of_nan():
+def test_constant_rows_are_finite_and_nan_stays_in_its_row():
     student, teacher, labels = make((4, CLASSES), ignored=0.0)
     student[0] = 3.0
     teacher[1] = -2.0
@@ -192,18 +192,18 @@ def test_a_row_of_one_value_and_a_row_of_nan():
     assert grad.isfinite().all(-1).tolist() == [True, True, False, True]
 
 
-# ---- gradients in other ways, and other contents
+# ---- higher derivatives, batched gradients, masked and constant rows
 
 
 @pytest.mark.parametrize("learn", LEARN)
-def test_gradients_that_will_be_differentiated_are_the_same(learn):
+def test_gradients_with_create_graph_are_the_same(learn):
     student, teacher, labels = make((ROWS, CLASSES), FP64)
-    options, learned = leaves_of(LEARN[learn])
+    options, learned = make_leaves(LEARN[learn])
     leaf = student.requires_grad_()
 
-    def gradients(**how):
+    def gradients(create_graph=False):
         loss = fastkd.loss(leaf, teacher, labels, **options)
-        return torch.autograd.grad(loss, [leaf, *learned], **how)
+        return torch.autograd.grad(loss, [leaf, *learned], create_graph=create_graph)
 
     for once, again in zip(gradients(), gradients(create_graph=True), strict=True):
         torch.testing.assert_close(again, once, rtol=1e-11, atol=1e-13)
@@ -211,9 +211,9 @@ def test_gradients_that_will_be_differentiated_are_the_same(learn):
 
 
 @pytest.mark.parametrize("learn", LEARN)
-def test_a_batch_of_gradients(learn):
+def test_batched_gradients_equal_those_of_single_rows(learn):
     student, teacher, labels = make((ROWS, CLASSES), FP64)
-    options, learned = leaves_of(LEARN[learn])
+    options, learned = make_leaves(LEARN[learn])
     leaf = student.requires_grad_()
     losses = fastkd.loss(leaf, teacher, labels, reduction="none", **options)
     batch = torch.autograd.grad(
@@ -225,14 +225,14 @@ def test_a_batch_of_gradients(learn):
     )
     for row in range(ROWS):
         alone = torch.autograd.grad(losses[row], [leaf, *learned], retain_graph=True)
-        for mine, theirs in zip(batch, alone, strict=True):
-            torch.testing.assert_close(mine[row], theirs, rtol=1e-11, atol=1e-13)
+        for ours, theirs in zip(batch, alone, strict=True):
+            torch.testing.assert_close(ours[row], theirs, rtol=1e-11, atol=1e-13)
 
 
 @pytest.mark.parametrize("name", ["forward_kl", "reverse_kl", "jsd", "total_variation"])
 @pytest.mark.parametrize("side", ["student", "teacher"])
 @pytest.mark.parametrize("learn", ["standardize", "temperatures"])
-def test_a_class_that_one_side_masks(learn, side, name):
+def test_a_class_that_one_side_masks_has_the_references_gradient(learn, side, name):
     options = {"standardize": True}
     if learn == "temperatures":
         options = {"temperature": torch.tensor(2.5), "teacher_temperature": torch.tensor(3.0)}
@@ -241,16 +241,16 @@ def test_a_class_that_one_side_masks(learn, side, name):
         problem = make((4, 6), labels=False)._asdict()
         problem[side][:, 2] = -torch.inf
         leaf, teacher = (problem[key].to(dtype) for key in ("student", "teacher"))
-        fixed, learned = leaves_of(options)
+        fixed, learned = make_leaves(options)
         value = loss(leaf.requires_grad_(), teacher, divergence=name, **fixed, **weights)
         return torch.autograd.grad(value, [leaf, *learned])
 
     exact = gradients(reference.loss, FP64, hard_weight=0.0, soft_weight=1.0)
-    for mine, theirs in zip(gradients(fastkd.loss, FP32), exact, strict=True):
-        torch.testing.assert_close(mine.to(theirs), theirs, rtol=1e-5, atol=1e-6, equal_nan=True)
+    for ours, theirs in zip(gradients(fastkd.loss, FP32), exact, strict=True):
+        torch.testing.assert_close(ours.to(theirs), theirs, rtol=1e-5, atol=1e-6, equal_nan=True)
 
 
-def test_logits_of_inference_mode():
+def test_inference_tensors_are_accepted():
     t = torch.tensor(2.0, requires_grad=True)
     with torch.inference_mode():
         student, teacher, labels = make((ROWS, CLASSES))
@@ -260,7 +260,7 @@ def test_logits_of_inference_mode():
     assert torch.equal(t.grad, expected.grad)
 
 
-def test_a_class_of_weight_0_that_the_student_masks():
+def test_a_masked_class_of_weight_0_has_no_effect():
     student, teacher, _ = make((2, 5))
     student[0, 2] = teacher[0, 2] = -torch.inf
     weight = torch.tensor([1.0, 1.0, 0.0, 1.0, 1.0])
@@ -285,7 +285,7 @@ def test_standardized_logits_have_no_offset(offset):
 
 
 @pytest.mark.parametrize("mask", [-1e20, -1e30, torch.finfo(FP32).min])
-def test_a_mask_that_is_finite(mask):
+def test_a_finite_mask_gives_finite_gradients(mask):
     student, teacher, _ = make((4, 50))
     student[:, 40:] = teacher[:, 40:] = mask
     leaf = student.requires_grad_()

@@ -1,4 +1,4 @@
-"""The loss of a student Head: against float64, and against PyTorch in the same dtypes."""
+"""The loss of a student Head equals the float64 reference, and PyTorch in the same dtypes."""
 
 from typing import Any
 
@@ -47,7 +47,7 @@ def run(
     return value.detach(), list(torch.autograd.grad(value, leaves, outgoing))
 
 
-def on_full_logits(
+def compute_on_full_logits(
     heads: Heads,
     dtype: torch.dtype,
     outgoing: Tensor | None = None,
@@ -57,7 +57,7 @@ def on_full_logits(
     scale: Any = None,
     **options,
 ) -> tuple[Tensor, list[Tensor]]:
-    """Return loss and gradients by PyTorch: products in ``dtype``, the loss in ``loss_dtype``."""
+    """Return PyTorch's loss and gradients: products in ``dtype``, the loss in ``loss_dtype``."""
 
     def logits(hidden, weight, bias, cap, scale):
         z = F.linear(hidden, weight, bias) * (1.0 if scale is None else scale)
@@ -75,7 +75,7 @@ def on_full_logits(
 
 
 def loss_in(z: Tensor, w: Tensor, labels: Tensor, options: dict) -> Tensor:
-    """Compute the loss by the reference or, in 16 bits, by the usual PyTorch operations."""
+    """Compute the loss by the reference or, in 16 bits, by PyTorch's functions."""
     if z.dtype in (FP32, FP64):
         options = {k: v.to(z.dtype) if is_real(v) else v for k, v in options.items()}
         return reference.loss(z, w, labels, **weights(options, True))
@@ -110,10 +110,10 @@ OPTIONS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 @pytest.mark.parametrize("dtype", [FP64, FP32], ids=name_of)
 def test_every_option_equals_the_truth(device, dtype, options):
-    """Test loss and gradients of every option, in several chunks with a smaller last one."""
+    """Loss and gradients of every option are right, in several chunks with a smaller last one."""
     heads = make_heads(dtype, device)
     options = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in options.items()}
-    exact, exact_grads = on_full_logits(heads, FP64, **options)
+    exact, exact_grads = compute_on_full_logits(heads, FP64, **options)
     value, grads = run(heads, chunks={"chunk_size": 8}, **options)
     bound = 64 * torch.finfo(dtype).eps
     assert value.dtype == dtype and abs(value - exact) <= bound * abs(exact)
@@ -125,11 +125,11 @@ def test_every_option_equals_the_truth(device, dtype, options):
 @pytest.mark.parametrize("reduction", ["none", "mean"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 def test_grad_output_scales_the_gradients(device, dtype, reduction):
-    """grad_output multiplies the gradients; with "none", each row's."""
+    """grad_output multiplies the gradients; with "none", each row has a grad_output."""
     heads = make_heads(dtype, device)
     outgoing = torch.linspace(0.5, 2, ROWS) if reduction == "none" else torch.tensor(3.0)
     options = {"reduction": reduction, "softcap": 5.0}
-    exact, exact_grads = on_full_logits(heads, FP64, outgoing.to(device), **options)
+    exact, exact_grads = compute_on_full_logits(heads, FP64, outgoing.to(device), **options)
     value, grads = run(heads, outgoing.to(device), chunks={"chunk_size": 8}, **options)
     bound = 16 * torch.finfo(dtype).eps
     assert distance(value, exact) <= bound * exact.norm()
@@ -142,52 +142,54 @@ def test_grad_output_scales_the_gradients(device, dtype, reduction):
 def test_16_bit_errors_are_at_most_pytorchs(device, dtype, chunk_size):
     """Errors are at most PyTorch's in 16 bits, and 1.1 times those of float32 logits."""
     heads = make_heads(dtype, device, rows=300, classes=1000)
-    _, exact = on_full_logits(heads, FP64)
+    _, exact = compute_on_full_logits(heads, FP64)
     _, grads = run(heads, chunks={"chunk_size": chunk_size})
-    _, upcast = on_full_logits(heads, dtype, loss_dtype=FP32)
-    _, eager = on_full_logits(heads, dtype)
+    _, upcast = compute_on_full_logits(heads, dtype, loss_dtype=FP32)
+    _, eager = compute_on_full_logits(heads, dtype)
     for name, grad, right, cast, baseline in zip("xwb", grads, exact, upcast, eager, strict=True):
         error = distance(grad, right)
         assert error <= distance(baseline, right), name
         assert error <= 1.1 * distance(cast, right), name
 
 
-def test_float16_under_a_loss_scale(device):
+def test_float16_gradients_survive_a_loss_scale(device):
     """Gradients too small for float16 are exact under a loss scale."""
     heads = make_heads(FP16, device, rows=300, classes=1000)
     outgoing = torch.tensor(2.0**13, device=device)
     options = {"normalizer": 1e5}
-    _, exact = on_full_logits(heads, FP64, outgoing, **options)
+    _, exact = compute_on_full_logits(heads, FP64, outgoing, **options)
     _, grads = run(heads, outgoing, chunks={"chunk_size": 64}, **options)
     for grad, right in zip(grads, exact, strict=True):
         assert distance(grad, right) <= 2e-3 * right.norm()
 
 
 @pytest.mark.parametrize("dtype", [FP64, FP32, BF16], ids=name_of)
-def test_chunks_change_rounding_alone(device, dtype):
+def test_chunks_change_only_rounding(device, dtype):
     heads = make_heads(dtype, device)
-    whole, whole_grads = run(heads, chunks={"chunk_size": ROWS})
+    expected, expected_grads = run(heads, chunks={"chunk_size": ROWS})
     bound = 16 * torch.finfo(dtype).eps
     for size in (1, 7, 8, 36, 1000):
         value, grads = run(heads, chunks={"chunk_size": size})
-        torch.testing.assert_close(value, whole, rtol=1e-5 if dtype != FP64 else 1e-14, atol=0)
-        for grad, right in zip(grads, whole_grads, strict=True):
+        torch.testing.assert_close(value, expected, rtol=1e-5 if dtype != FP64 else 1e-14, atol=0)
+        for grad, right in zip(grads, expected_grads, strict=True):
             assert distance(grad, right.double()) <= bound * right.double().norm()
 
 
-def test_summing_in_16_bits(device):
+def test_sums_in_16_bits_are_less_exact(device):
     """accumulate_dtype=bfloat16 costs less accuracy than 16-bit logits."""
     heads = make_heads(BF16, device, rows=300, classes=1000)
-    _, (_, exact, _) = on_full_logits(heads, FP64)
-    _, (_, upcast, _) = on_full_logits(heads, BF16, loss_dtype=FP32)
+    _, (_, exact, _) = compute_on_full_logits(heads, FP64)
+    _, (_, upcast, _) = compute_on_full_logits(heads, BF16, loss_dtype=FP32)
     errors = [
-        distance(run(heads, chunks={"chunk_size": 16, "accumulate_dtype": how})[1][1], exact)
-        for how in (FP32, BF16)
+        distance(
+            run(heads, chunks={"chunk_size": 16, "accumulate_dtype": dtype_of_sum})[1][1], exact
+        )
+        for dtype_of_sum in (FP32, BF16)
     ]
     assert errors[0] < errors[1] < 2 * distance(upcast, exact)
 
 
-# ---- what is not computed
+# ---- products that are not computed
 
 
 class Products(TorchDispatchMode):
@@ -223,7 +225,7 @@ def test_ignored_rows_take_part_in_no_product(device):
 
 
 @pytest.mark.parametrize("frozen", ["hidden", "weight", "bias", "all"])
-def test_frozen_parts_cost_nothing(device, frozen):
+def test_frozen_tensors_need_no_products(device, frozen):
     heads = make_heads(device=device)
     names = Head._fields[:3]
     for name, leaf in zip(names, heads.leaves(), strict=True):
@@ -247,8 +249,8 @@ def test_no_gradient_is_computed_under_no_grad(device):
     assert len(products.shapes) == 2 and not value.requires_grad
 
 
-def test_rows_are_kept_while_a_graph_is_captured(device, monkeypatch):
-    """All rows are computed under capture, where nothing may synchronize."""
+def test_all_rows_are_computed_while_a_graph_is_captured(device, monkeypatch):
+    """Under graph capture, which forbids synchronization, all rows are computed."""
     heads = make_heads(device=device)
     expected = run(heads, chunks={"chunk_size": 8})
     monkeypatch.setattr(linear_loss, "find_counted_rows", lambda labels, ignore_index: None)
@@ -263,28 +265,28 @@ def test_rows_are_kept_while_a_graph_is_captured(device, monkeypatch):
 
 @pytest.mark.parametrize("cap", [None, 5.0], ids=["plain", "soft cap"])
 @pytest.mark.parametrize("dtype", [FP32, BF16], ids=name_of)
-def test_peak_memory_is_what_the_plan_says(dtype, cap):
+def test_peak_memory_is_that_of_the_plan(dtype, cap):
     heads = make_heads(dtype, rows=512, classes=16000, ignored=0.0).with_options(cap)
     for options in ({"chunk_size": 64}, {"max_workspace": 2**24}, {"chunk_size": 512}):
         options["chunk_by"] = "rows"
         chosen = fastkd.chunks.plan(*heads, **options)
         peak = peak_bytes(lambda options=options: run(heads, softcap=cap, chunks=options))
         small = 2**21  # biases, row statistics
-        if dtype == BF16:  # a factor of a product, which oneDNN packs for itself
+        if dtype == BF16:  # oneDNN packs a factor of each product
             small += chosen.chunk * 16000 * dtype.itemsize
         assert 0.5 * chosen.peak_bytes <= peak <= chosen.peak_bytes + small
 
 
-def test_a_bound_holds_without_kernels_too():
+def test_max_workspace_holds_without_kernels():
     heads = make_heads(rows=512, classes=2000, ignored=0.0)
     options = {"divergence": "jsd", "standardize": True}
     assert peak_bytes(lambda: run(heads, chunks={"max_workspace": 2**23}, **options)) <= 2**23
 
 
-def test_a_quarter_of_the_memory_of_full_logits():
+def test_memory_is_a_quarter_of_that_of_full_logits():
     heads = make_heads(rows=512, classes=8000, ignored=0.0)
     ours = peak_bytes(lambda: run(heads))
-    theirs = peak_bytes(lambda: on_full_logits(heads, FP32))
+    theirs = peak_bytes(lambda: compute_on_full_logits(heads, FP32))
     assert ours <= theirs / 4
 
 
@@ -300,7 +302,7 @@ def test_a_teacher_may_be_logits(device):
         torch.testing.assert_close(grad, right)
 
 
-def test_a_teacher_that_is_a_head_for_full_logits(device):
+def test_a_teacher_head_serves_full_logits(device):
     """A teacher Head computes all of its logits for a student of full logits."""
     heads = make_heads(device=device)
     student = heads.student.logits()
@@ -311,7 +313,7 @@ def test_a_teacher_that_is_a_head_for_full_logits(device):
 def test_labels_may_be_probabilities(device):
     heads = make_heads(FP64, device)
     heads = heads._replace(labels=torch.rand(ROWS, CLASSES, device=device, dtype=FP64).softmax(-1))
-    exact, exact_grads = on_full_logits(heads, FP64)
+    exact, exact_grads = compute_on_full_logits(heads, FP64)
     value, grads = run(heads, chunks={"chunk_size": 8})
     torch.testing.assert_close(value, exact)
     for grad, right in zip(grads, exact_grads, strict=True):
@@ -342,7 +344,7 @@ def test_no_rows_give_zero(device, labels):
         assert not value.any() and not any(grad.any() for grad in grads)
 
 
-def test_a_weight_that_is_tied(device):
+def test_a_weight_may_be_tied(device):
     """The weight is tied to the embedding, and to the teacher's head, which gets no gradient."""
     heads = make_heads(FP64, device)
     tokens = torch.arange(ROWS, device=device)
@@ -368,9 +370,9 @@ def test_autocast_keeps_float32_gradients(device, dtype):
     with torch.autocast(device.type, dtype=dtype):
         value, grads = run(heads, chunks={"chunk_size": 64})
     assert value.dtype == FP32 and all(grad.dtype == FP32 for grad in grads)
-    _, exact = on_full_logits(heads, FP64)
+    _, exact = compute_on_full_logits(heads, FP64)
     with torch.autocast(device.type, dtype=dtype):
-        _, eager = on_full_logits(heads, FP32, loss_dtype=FP32)
+        _, eager = compute_on_full_logits(heads, FP32, loss_dtype=FP32)
     for grad, right, baseline in zip(grads, exact, eager, strict=True):
         assert 0 < distance(grad, right) <= 1.1 * distance(baseline, right)
 
@@ -387,14 +389,14 @@ def test_the_module_takes_heads(device):
     assert torch.equal(module(*heads[:2]), expected)
 
 
-def test_class_weights_of_labels_out_of_range(monkeypatch):
-    """Labels index the weights unchecked on CUDA, where an invalid one is a device-side assert."""
+def test_plans_accept_labels_out_of_range(monkeypatch):
+    """Plans accept labels out of range, which on CUDA would index the weights unchecked."""
     heads = make_heads()._replace(labels=torch.full((ROWS,), CLASSES))
     monkeypatch.setattr(checks, "is_readable", lambda tensor: False)
     assert fastkd.chunks.plan(*heads, class_weight=torch.ones(CLASSES)).rows == ROWS
 
 
-def test_options_of_the_module_that_are_tensors():
+def test_tensor_options_move_with_the_module():
     """Tensor options move with the module, and are not in its state."""
     weight = torch.linspace(0.1, 2, CLASSES)
     module = fastkd.KDLoss(class_weight=weight).to("meta")
@@ -445,10 +447,10 @@ def test_layouts_give_the_results_of_copies(device):
 @pytest.mark.parametrize(
     ("dtype", "teacher_dtype"), [(FP32, BF16), (BF16, FP32), (FP32, FP64), (FP16, BF16)]
 )
-def test_a_teacher_of_another_dtype(device, dtype, teacher_dtype):
+def test_a_teacher_may_have_another_dtype(device, dtype, teacher_dtype):
     heads = make_heads(dtype, device)
     heads = heads._replace(teacher=Head(*(value.to(teacher_dtype) for value in heads.teacher[:3])))
-    exact, exact_grads = on_full_logits(heads, FP64)
+    exact, exact_grads = compute_on_full_logits(heads, FP64)
     value, grads = run(heads, chunks={"chunk_size": 8})
     bound = (2 if BF16 in (dtype, teacher_dtype) else 64) * max(
         torch.finfo(kind).eps for kind in (dtype, teacher_dtype)
@@ -459,7 +461,7 @@ def test_a_teacher_of_another_dtype(device, dtype, teacher_dtype):
         assert grad.dtype == dtype and distance(grad, right) <= bound * right.norm()
 
 
-# ---- bad input
+# ---- invalid arguments
 
 STUDENT = {
     "widths": ({"hidden": torch.zeros(ROWS, 3)}, r"Head\.hidden must have shape \(\.\.\., width\)"),
@@ -554,7 +556,7 @@ def test_bad_arguments_are_refused(wrong, message):
         fastkd.loss(**{**make_heads()._asdict(), **wrong})
 
 
-def test_chunks_are_of_heads_alone():
+def test_only_heads_have_chunks():
     heads = make_heads()
     plan = fastkd.chunks.plan(*heads)
     with pytest.raises(ValueError, match='chunks must be "auto" unless student is a Head'):
@@ -579,8 +581,8 @@ def test_terms_are_those_of_full_logits(device, teacher):
         ours = fastkd.terms(heads.student, teachers[teacher], heads.labels, chunks=plan, **options)
         dense = teachers["lists"] if teacher == "lists" else logits
         theirs = fastkd.terms(heads.student.logits(), dense, heads.labels, **options)
-        for one, other in zip(ours, theirs, strict=True):
-            torch.testing.assert_close(one, other)
+        for ours_grad, theirs_grad in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(ours_grad, theirs_grad)
         grads = [torch.autograd.grad(t.loss.sum(), heads.leaves()) for t in (ours, theirs)]
-        for one, other in zip(*grads, strict=True):
-            torch.testing.assert_close(one, other)
+        for ours_grad, theirs_grad in zip(*grads, strict=True):
+            torch.testing.assert_close(ours_grad, theirs_grad)

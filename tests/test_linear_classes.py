@@ -1,4 +1,4 @@
-"""Test chunks of classes against float64 and against chunks of rows, and their memory."""
+"""Chunks of classes equal the float64 reference and chunks of rows, and take less memory."""
 
 import math
 from typing import Any
@@ -19,7 +19,7 @@ from support import (
     name_of,
     peak_bytes,
 )
-from test_linear import CLASSES, ROWS, Products, on_full_logits, run
+from test_linear import CLASSES, ROWS, Products, compute_on_full_logits, run
 
 import fastkd
 from fastkd import Head, TopK
@@ -30,11 +30,11 @@ from fastkd.linear import products
 from fastkd.linear.class_statistics import RowStatistics
 
 
-def by_classes(size: Any = "auto") -> dict[str, Any]:
+def chunk_by_classes(size: Any = "auto") -> dict[str, Any]:
     return {"chunk_by": "classes", "chunk_size": size}
 
 
-def by_rows(size: Any = "auto") -> dict[str, Any]:
+def chunk_by_rows(size: Any = "auto") -> dict[str, Any]:
     return {"chunk_by": "rows", "chunk_size": size}
 
 
@@ -63,7 +63,7 @@ def skip_what_cuda_lacks(device: torch.device, options: dict[str, Any]) -> None:
         pytest.skip("chunks of classes need kernels for it")
 
 
-def on(device: torch.device, options: dict[str, Any]) -> dict[str, Any]:
+def move_options(device: torch.device, options: dict[str, Any]) -> dict[str, Any]:
     return {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in options.items()}
 
 
@@ -71,11 +71,11 @@ def on(device: torch.device, options: dict[str, Any]) -> dict[str, Any]:
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 @pytest.mark.parametrize("dtype", [FP64, FP32], ids=name_of)
 def test_every_option_equals_the_truth(device, dtype, options, size):
-    """Test loss and gradients of every supported option, with a smaller last chunk."""
+    """Loss and gradients of every supported option are right, with a smaller last chunk."""
     skip_what_cuda_lacks(device, options)
-    heads, options = make_heads(dtype, device), on(device, options)
-    exact, exact_grads = on_full_logits(heads, FP64, **options)
-    value, grads = run(heads, chunks=by_classes(size), **options)
+    heads, options = make_heads(dtype, device), move_options(device, options)
+    exact, exact_grads = compute_on_full_logits(heads, FP64, **options)
+    value, grads = run(heads, chunks=chunk_by_classes(size), **options)
     bound = 64 * torch.finfo(dtype).eps
     assert value.dtype == dtype and abs(value - exact) <= bound * abs(exact)
     for grad, right in zip(grads, exact_grads, strict=True):
@@ -89,8 +89,8 @@ def test_grad_output_scales_the_gradients(device, dtype, reduction):
     heads = make_heads(dtype, device)
     outgoing = torch.linspace(0.5, 2, ROWS) if reduction == "none" else torch.tensor(3.0)
     options = {"reduction": reduction, "softcap": 5.0}
-    exact, exact_grads = on_full_logits(heads, FP64, outgoing.to(device), **options)
-    value, grads = run(heads, outgoing.to(device), chunks=by_classes(32), **options)
+    exact, exact_grads = compute_on_full_logits(heads, FP64, outgoing.to(device), **options)
+    value, grads = run(heads, outgoing.to(device), chunks=chunk_by_classes(32), **options)
     bound = 16 * torch.finfo(dtype).eps
     assert distance(value, exact) <= bound * exact.norm()
     for grad, right in zip(grads, exact_grads, strict=True):
@@ -101,32 +101,32 @@ def test_grad_output_scales_the_gradients(device, dtype, reduction):
 def test_16_bit_errors_are_at_most_pytorchs(device, dtype):
     """Errors are bounded by those of PyTorch, of float32 logits, and of chunks of rows."""
     heads = make_heads(dtype, device, rows=300, classes=1000)
-    _, exact = on_full_logits(heads, FP64)
-    _, grads = run(heads, chunks=by_classes(64))
-    _, in_rows = run(heads, chunks=by_rows(64))
-    _, upcast = on_full_logits(heads, dtype, loss_dtype=FP32)
-    _, eager = on_full_logits(heads, dtype)
+    _, exact = compute_on_full_logits(heads, FP64)
+    _, grads = run(heads, chunks=chunk_by_classes(64))
+    _, in_rows = run(heads, chunks=chunk_by_rows(64))
+    _, upcast = compute_on_full_logits(heads, dtype, loss_dtype=FP32)
+    _, eager = compute_on_full_logits(heads, dtype)
     baselines = (upcast, eager, in_rows)
     for name, grad, right, *others in zip("xwb", grads, exact, *baselines, strict=True):
         error = distance(grad, right)
-        of_cast, of_eager, of_rows = (distance(other, right) for other in others)
+        of_cast, of_eager, of_rows = (distance(baseline, right) for baseline in others)
         assert error <= of_eager and error <= 1.1 * of_cast, name
         assert error <= 1.01 * of_rows, name
 
 
-def test_float16_under_a_loss_scale(device):
+def test_float16_gradients_survive_a_loss_scale(device):
     heads = make_heads(FP16, device, rows=300, classes=1000)
     outgoing = torch.tensor(2.0**13, device=device)
-    _, exact = on_full_logits(heads, FP64, outgoing, normalizer=1e5)
-    _, grads = run(heads, outgoing, normalizer=1e5, chunks=by_classes(64))
+    _, exact = compute_on_full_logits(heads, FP64, outgoing, normalizer=1e5)
+    _, grads = run(heads, outgoing, normalizer=1e5, chunks=chunk_by_classes(64))
     for grad, right in zip(grads, exact, strict=True):
         assert distance(grad, right) <= 2e-3 * right.norm()
 
 
-@pytest.mark.parametrize("chunks_of", [by_rows(8), by_classes()], ids=str)
+@pytest.mark.parametrize("chunks_of", [chunk_by_rows(8), chunk_by_classes()], ids=str)
 @pytest.mark.parametrize("largest", [2.0**13, 1e6])
-def test_float16_of_rows_under_a_loss_scale(device, largest, chunks_of):
-    """Row factors do not overflow, alone or times hidden states."""
+def test_float16_gradients_of_rows_survive_a_loss_scale(device, largest, chunks_of):
+    """The factors of rows do not overflow, alone or times hidden states."""
     heads = make_heads(FP16, device)
     with torch.no_grad():
         heads.student.hidden[:, 0] = 20.0
@@ -135,7 +135,7 @@ def test_float16_of_rows_under_a_loss_scale(device, largest, chunks_of):
     small = torch.where(heads.labels == -100, 0.0, outgoing / largest)
     options = {"reduction": "none", "hard_weight": 1e-3, "soft_weight": 1e-3, "chunks": chunks_of}
     _, expected = run(heads, small, **options)
-    with torch.autocast(device.type, dtype=FP16):  # gradients of weights in float32
+    with torch.autocast(device.type, dtype=FP16):  # gradients of weights are in float32
         hidden, weight, bias = heads.leaves()
         wide = heads._replace(student=Head(hidden, weight.float(), bias.float()))
         _, grads = run(wide, outgoing, **options)
@@ -147,17 +147,17 @@ def test_float16_of_rows_under_a_loss_scale(device, largest, chunks_of):
 @pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl"])
 @pytest.mark.parametrize("size", [1e-2, 1e-4])
 def test_nothing_cancels_near_the_teacher(device, divergence, size):
-    """Nothing cancels between chunks if the student nearly equals its teacher."""
+    """The loss keeps its accuracy across chunks if the student nearly equals its teacher."""
     skip_what_cuda_lacks(device, {"divergence": divergence} if divergence != "forward_kl" else {})
     torch.manual_seed(0)
     teacher = torch.randn(8, 5000, device=device) * 3
     weight = (teacher + size * torch.randn_like(teacher)).t().contiguous()
     hidden = torch.eye(8, device=device)
     options = {"reduction": "none", "temperature": 1.0, "divergence": divergence}
-    value = loss_in_chunks(Head(hidden, weight), teacher, chunks=by_classes(), **options)
+    value = loss_in_chunks(Head(hidden, weight), teacher, chunks=chunk_by_classes(), **options)
     exact = fastkd.loss(weight.t().double(), teacher.double(), **options)
     assert exact.max() < size**2
-    # The gradient depends on the squared difference, which includes the statistics' rounding.
+    # The loss is of the order size^2, and the rounding of the statistics contributes eps * size.
     bound = torch.finfo(FP32).eps / size
     torch.testing.assert_close(value.double(), exact, rtol=bound, atol=0)
 
@@ -175,7 +175,7 @@ MASKS = {
 @pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl", "soft_cross_entropy"])
 @pytest.mark.parametrize("masks", MASKS.values(), ids=MASKS)
 def test_masked_chunks_equal_chunks_of_rows(device, masks, divergence):
-    """Fully masked chunks, of one or both, give the results of chunks of rows."""
+    """Chunks of masked classes give the results of chunks of rows."""
     skip_what_cuda_lacks(device, {"divergence": divergence} if divergence != "forward_kl" else {})
     heads = make_heads(FP64, device)
     with torch.no_grad():
@@ -184,11 +184,11 @@ def test_masked_chunks_equal_chunks_of_rows(device, masks, divergence):
                 bias[mask] = -math.inf
     for reduction in ("none", "sum"):
         options = {"divergence": divergence, "reduction": reduction}
-        value, grads = run(heads, chunks=by_classes(32), **options)
-        expected, right = run(heads, chunks=by_rows(8), **options)
+        value, grads = run(heads, chunks=chunk_by_classes(32), **options)
+        expected, right = run(heads, chunks=chunk_by_rows(8), **options)
         torch.testing.assert_close(value, expected, equal_nan=True)
-        for one, other in zip(grads, right, strict=True):
-            torch.testing.assert_close(one, other, equal_nan=True)
+        for grad, expected_grad in zip(grads, right, strict=True):
+            torch.testing.assert_close(grad, expected_grad, equal_nan=True)
 
 
 @pytest.mark.parametrize("wrong", [math.nan, math.inf])
@@ -197,12 +197,12 @@ def test_nan_stays_in_its_row(device, wrong):
     heads = make_heads(device=device, ignored=0.0)
     with torch.no_grad():
         heads.student.hidden[3, 0] = wrong
-    value, _ = run(heads, chunks=by_classes(32), reduction="none")
+    value, _ = run(heads, chunks=chunk_by_classes(32), reduction="none")
     assert value[3].isnan() and value.isnan().sum() == 1
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.5, 3.0])
-def test_references_of_the_cuda_kernels(temperature):
+def test_sums_relative_to_rounded_products_add_up(temperature):
     """Sums relative to a rounded product, as on CUDA, add up across chunks far from zero."""
     torch.manual_seed(0)
     objective = Objective(
@@ -240,7 +240,7 @@ def test_references_of_the_cuda_kernels(temperature):
         torch.testing.assert_close(hard.double(), right, rtol=2e-7, atol=0)
 
 
-# ---- what is not computed
+# ---- products that are not computed
 
 
 def test_ignored_rows_take_part_in_no_product(device):
@@ -250,7 +250,7 @@ def test_ignored_rows_take_part_in_no_product(device):
         heads.student.hidden[heads.labels == -100] = float("nan")
         heads.teacher.hidden[heads.labels == -100] = float("inf")
     with Products() as products:
-        value, grads = run(heads, chunks=by_classes(32))
+        value, grads = run(heads, chunks=chunk_by_classes(32))
     assert value.isfinite() and all(grad.isfinite().all() for grad in grads)
     assert not grads[0][heads.labels == -100].any()
     assert counted < 32
@@ -259,18 +259,18 @@ def test_ignored_rows_take_part_in_no_product(device):
 
 def test_all_rows_ignored_give_zero(device):
     heads = make_heads(device=device, ignored=1.0)
-    value, grads = run(heads, chunks=by_classes())
+    value, grads = run(heads, chunks=chunk_by_classes())
     assert value == 0 and not any(grad.any() for grad in grads)
 
 
 @pytest.mark.parametrize("options", [{}, {"alpha": 1.0}, {"soft_weight": 1.0, "hard_weight": 0.0}])
 def test_labels_out_of_range_are_nan_rows(device, monkeypatch, options):
-    """Labels are not checked on CUDA, and not by this path on a CPU."""
+    """Labels out of range give NaN rows where data are not checked, as on CUDA."""
     monkeypatch.setattr(checks, "is_readable", lambda tensor: False)
     heads = make_heads(device=device, ignored=0.0)
-    expected = loss_in_chunks(*heads, chunks=by_classes(64), reduction="none", **options)
+    expected = loss_in_chunks(*heads, chunks=chunk_by_classes(64), reduction="none", **options)
     heads.labels[2], heads.labels[4], heads.labels[5] = CLASSES, -5, -100
-    rows = loss_in_chunks(*heads, chunks=by_classes(64), reduction="none", **options)
+    rows = loss_in_chunks(*heads, chunks=chunk_by_classes(64), reduction="none", **options)
     (grad,) = torch.autograd.grad(rows.sum(), heads.student.hidden)
     is_invalid = torch.tensor([row in (2, 4) for row in range(ROWS)], device=rows.device)
     assert torch.equal(rows.isnan(), is_invalid) and torch.equal(grad.isnan().any(1), is_invalid)
@@ -280,33 +280,34 @@ def test_labels_out_of_range_are_nan_rows(device, monkeypatch, options):
 
 @pytest.mark.parametrize("ignore_index", [0, 5, CLASSES - 1])
 @pytest.mark.parametrize("captured", [False, True])
-def test_an_ignored_class_marks_no_other_chunk(device, ignore_index, captured, monkeypatch):
-    """An ignore_index that is a class, such as a pad id, marks no other chunk's class."""
+def test_ignore_index_may_be_a_class(device, ignore_index, captured, monkeypatch):
+    """ignore_index may be a valid class, such as a pad id, in any chunk."""
     heads = make_heads(FP64, device, rows=300)
     heads = heads._replace(labels=heads.labels.masked_fill(heads.labels == -100, ignore_index))
-    expected, right = run(heads, chunks=by_rows(64), ignore_index=ignore_index)
+    expected, right = run(heads, chunks=chunk_by_rows(64), ignore_index=ignore_index)
     if captured:  # mimics graph capture, where all rows are computed
         monkeypatch.setattr(linear_loss, "find_counted_rows", lambda labels, ignore_index: None)
-    value, grads = run(heads, chunks=by_classes(32), ignore_index=ignore_index)
+    value, grads = run(heads, chunks=chunk_by_classes(32), ignore_index=ignore_index)
     torch.testing.assert_close(value, expected)
-    for grad, other in zip(grads, right, strict=True):
-        torch.testing.assert_close(grad, other)
+    for grad, expected_grad in zip(grads, right, strict=True):
+        torch.testing.assert_close(grad, expected_grad)
 
 
 @pytest.mark.parametrize("frozen", ["hidden", "weight", "bias", "all"])
-def test_frozen_parts_cost_nothing(device, frozen):
+def test_frozen_tensors_need_no_products(device, frozen):
     heads = make_heads(device=device)
-    _, expected = run(heads, chunks=by_rows(8))
+    _, expected = run(heads, chunks=chunk_by_rows(8))
     names = Head._fields[:3]
     for name, leaf in zip(names, heads.leaves(), strict=True):
         leaf.requires_grad_(frozen not in (name, "all"))
     with Products() as products:
-        value = loss_in_chunks(*heads, chunks=by_classes(1000))
+        value = loss_in_chunks(*heads, chunks=chunk_by_classes(1000))
     counted = int((heads.labels != -100).sum())
     widths = {"hidden": (counted, WIDTH), "weight": WIDTH, "bias": 1}
     for name, shape in widths.items():
         requires_grad = any(
-            one == shape or (one[0] != counted and one[1] == shape) for one in products.shapes
+            product == shape or (product[0] != counted and product[1] == shape)
+            for product in products.shapes
         )
         assert requires_grad == (frozen not in (name, "all")), name
     if frozen == "all":
@@ -322,19 +323,19 @@ def test_frozen_parts_cost_nothing(device, frozen):
 def test_without_gradients_the_logits_are_computed_once(device):
     heads = make_heads(device=device)
     with torch.no_grad(), Products() as products:
-        loss_in_chunks(heads.student, heads.teacher, chunks=by_classes(CLASSES))
+        loss_in_chunks(heads.student, heads.teacher, chunks=chunk_by_classes(CLASSES))
     assert len(products.shapes) == 2
     with Products() as products:
-        run(heads, chunks=by_classes(1000), reduction="none")
+        run(heads, chunks=chunk_by_classes(1000), reduction="none")
     forward = [shape for shape in products.shapes if shape[1] != WIDTH]
     assert len(forward) >= 2
 
 
-def test_rows_are_kept_while_a_graph_is_captured(device, monkeypatch):
+def test_all_rows_are_computed_while_a_graph_is_captured(device, monkeypatch):
     heads = make_heads(device=device)
-    expected = run(heads, chunks=by_rows(8))
+    expected = run(heads, chunks=chunk_by_rows(8))
     monkeypatch.setattr(linear_loss, "find_counted_rows", lambda labels, ignore_index: None)
-    value, grads = run(heads, chunks=by_classes(32))
+    value, grads = run(heads, chunks=chunk_by_classes(32))
     torch.testing.assert_close(value, expected[0])
     for grad, right in zip(grads, expected[1], strict=True):
         torch.testing.assert_close(grad, right)
@@ -344,7 +345,7 @@ def test_rows_are_kept_while_a_graph_is_captured(device, monkeypatch):
 
 
 def wide_heads(dtype, rows=256, width=256, classes=8000) -> Heads:
-    """Make heads whose largest tensor is the weight's gradient, as language models have."""
+    """Make heads whose largest tensor is the weight's gradient, as in language models."""
     torch.manual_seed(0)
     heads = make_heads(dtype, rows=rows, classes=classes, ignored=0.0)
     hidden = torch.randn(rows, width).to(dtype).requires_grad_()
@@ -354,32 +355,32 @@ def wide_heads(dtype, rows=256, width=256, classes=8000) -> Heads:
 
 @pytest.mark.parametrize("cap", [None, 5.0], ids=["plain", "soft cap"])
 @pytest.mark.parametrize("dtype", [FP32, BF16], ids=name_of)
-def test_peak_memory_is_what_the_plan_says(dtype, cap):
-    """The peak is the gradients and a little, a third of that of chunks of rows."""
+def test_peak_memory_is_that_of_the_plan(dtype, cap):
+    """The peak is little more than the gradients, and a third of that of chunks of rows."""
     heads = wide_heads(dtype)._replace(labels=None)
     rows, width = heads.student.hidden.shape
     classes = len(heads.student.weight)
-    chosen = fastkd.chunks.plan(*heads.with_options(cap), **by_classes())
+    chosen = fastkd.chunks.plan(*heads.with_options(cap), **chunk_by_classes())
     gradients = (rows * max(4, dtype.itemsize) + classes * dtype.itemsize) * width
     scratch = products.compute_scratch_bytes(rows, width) if dtype == BF16 else 0
     assert gradients < chosen.peak_bytes < 1.1 * gradients + scratch
     small = 2**18  # biases
-    if dtype == BF16:  # a factor of a product, as oneDNN packs it
+    if dtype == BF16:  # oneDNN packs a factor of each product
         small += 4 * chosen.chunk * width
-    peak = peak_bytes(lambda: run(heads, softcap=cap, chunks=by_classes()))
+    peak = peak_bytes(lambda: run(heads, softcap=cap, chunks=chunk_by_classes()))
     assert gradients <= peak <= chosen.peak_bytes + small
 
 
 def test_ignored_rows_are_not_copied_with_the_teachers_logits():
     heads = wide_heads(FP32)._replace(teacher=torch.randn(256, 8000))
     heads.labels[::2] = -100
-    peak = peak_bytes(lambda: loss_in_chunks(*heads, chunks=by_classes()).backward())
+    peak = peak_bytes(lambda: loss_in_chunks(*heads, chunks=chunk_by_classes()).backward())
     assert peak < (8000 + 4 * 256) * 256 * 4 + 2**20
-    value = loss_in_chunks(*heads, chunks=by_classes())
+    value = loss_in_chunks(*heads, chunks=chunk_by_classes())
     torch.testing.assert_close(value, fastkd.loss(*heads))
 
 
-def test_a_bound_that_rows_cannot_keep_to():
+def test_a_small_max_workspace_gives_chunks_of_classes():
     """If only few rows fit beside the gradients, the plan has chunks of classes."""
     heads = wide_heads(FP32)
     bound = 10 * 2**20
@@ -389,8 +390,8 @@ def test_a_bound_that_rows_cannot_keep_to():
     assert peak_bytes(lambda: run(heads, chunks={"max_workspace": bound})) <= bound
     expected, right = run(heads)
     torch.testing.assert_close(value, expected)
-    for one, other in zip(grads, right, strict=True):
-        torch.testing.assert_close(one, other)
+    for grad, expected_grad in zip(grads, right, strict=True):
+        torch.testing.assert_close(grad, expected_grad)
     with pytest.raises(ValueError, match=r"max_workspace=1048576 is too small"):
         run(heads, chunks={"max_workspace": 2**20})
     with pytest.raises(ValueError, match=r"too small for chunks of classes"):
@@ -400,7 +401,7 @@ def test_a_bound_that_rows_cannot_keep_to():
 
 
 @pytest.mark.parametrize("chunk_by", ["rows", "classes"])
-def test_a_bound_holds_where_16_bit_products_go_through_float32(monkeypatch, chunk_by):
+def test_max_workspace_holds_if_16_bit_products_use_float32(monkeypatch, chunk_by):
     monkeypatch.setattr(products, "_has_products", lambda dtype: False)
     heads = make_heads(BF16, rows=512, classes=16000, ignored=0.0)
     for bound in (5 * 2**20, 9 * 2**20):
@@ -409,10 +410,10 @@ def test_a_bound_holds_where_16_bit_products_go_through_float32(monkeypatch, chu
         assert peak <= bound + 2**17  # biases
 
 
-# ---- other ways in
+# ---- tied weights, unsupported calls
 
 
-def test_tied_weights_and_autocast(device):
+def test_tied_weights_train_under_autocast(device):
     """The float32 weight is shared with the teacher, and products are in bfloat16."""
     heads = make_heads(device=device)
     teacher_hidden = torch.randn(ROWS, WIDTH, device=device)
@@ -426,8 +427,8 @@ def test_tied_weights_and_autocast(device):
         assert leaf.grad.dtype == FP32
         return value.detach(), leaf.grad
 
-    value, grad = step(by_classes(32))
-    expected, right = step(by_rows(8))
+    value, grad = step(chunk_by_classes(32))
+    expected, right = step(chunk_by_rows(8))
     torch.testing.assert_close(value, expected, rtol=1e-4, atol=0)
     assert distance(grad, right) <= 2e-3 * right.norm()
 
@@ -442,10 +443,10 @@ LACKS = {
 
 @pytest.mark.parametrize(("options", "message"), LACKS.values(), ids=LACKS)
 def test_unsupported_calls_are_refused(options, message):
-    """Unsupported calls, and calls with another call's plan, are refused."""
+    """Calls that chunks of classes do not support, and plans of other calls, are refused."""
     heads = make_heads()
     with pytest.raises(ValueError, match=f'chunk_by must be "auto" or "rows" with {message}'):
-        run(heads, chunks=by_classes(), **options)
+        run(heads, chunks=chunk_by_classes(), **options)
     plan = fastkd.chunks.plan(*heads, chunk_by="classes")
     with pytest.raises(
         ValueError, match=rf'must be a plan of rows \(chunk_by="rows"\) with {message}'
@@ -460,8 +461,8 @@ def test_terms_are_refused():
         fastkd.terms(*heads, chunks=plan)
 
 
-def test_lists_of_a_sparse_teacher():
+def test_sparse_teachers_are_refused():
     heads = make_heads()
     teacher = TopK(*heads.teacher.logits().log_softmax(-1).topk(4))
     with pytest.raises(ValueError, match="with a TopK as teacher"):
-        run(heads._replace(teacher=teacher), chunks=by_classes())
+        run(heads._replace(teacher=teacher), chunks=chunk_by_classes())

@@ -1,4 +1,4 @@
-"""A Head with a sparse teacher, against the definition on full logits in float64."""
+"""The loss of a Head with a sparse teacher equals the definition on full logits in float64."""
 
 from typing import Any
 
@@ -38,7 +38,7 @@ def make(dtype=FP32, device="cpu", rows=ROWS, classes=CLASSES, ignored=0.3) -> H
 
 
 def loss(heads: Heads, *, softcap=None, scale=None, tail="ghost", **options) -> Tensor:
-    """Compute the loss at temperature 2, unless the options have another."""
+    """Compute the loss, at temperature 2 by default."""
     heads = heads._replace(teacher=heads.teacher._replace(tail=tail)).with_options(softcap, scale)
     return loss_in_chunks(*heads, **{"temperature": 2.0, **options})
 
@@ -64,7 +64,7 @@ def divergence(log_q: Tensor, indices: Tensor, log_p: Tensor, tail: str) -> Tens
     return F.kl_div(*pair, log_target=True, reduction="none").sum(-1)
 
 
-def on_full_logits(
+def compute_on_full_logits(
     heads: Heads,
     outgoing: Tensor | None = None,
     *,
@@ -79,7 +79,7 @@ def on_full_logits(
     softcap: float | None = None,
     scale: float = 1.0,
 ) -> tuple[Tensor, list[Tensor]]:
-    """Return loss and gradients by PyTorch: products in ``dtype``, the loss in float32 or wider."""
+    """Return PyTorch's loss and gradients: products in ``dtype``, the loss in float32 or wider."""
     leaves = [leaf.detach().to(dtype).requires_grad_() for leaf in heads.leaves()]
     wide = torch.promote_types(dtype, FP32)
     z = F.linear(*leaves).to(wide) * scale
@@ -115,7 +115,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 
 @pytest.fixture(params=["kernel", "formula"])
-def way(request, monkeypatch):
+def implementation(request, monkeypatch):
     """Run the test with the kernel, and as on a device without kernels."""
     if request.param == "formula":
         monkeypatch.setattr(topk, "KERNEL_DEVICES", ())
@@ -123,10 +123,10 @@ def way(request, monkeypatch):
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 @pytest.mark.parametrize("dtype", [FP64, FP32], ids=name_of)
-def test_every_option_equals_the_truth(device, way, dtype, options):
-    """Test loss and gradients in one chunk, and in several with a smaller last one."""
+def test_every_option_equals_the_truth(device, implementation, dtype, options):
+    """Loss and gradients are right in one chunk, and in several with a smaller last one."""
     heads = make(dtype, device)
-    exact, exact_grads = on_full_logits(heads, **options)
+    exact, exact_grads = compute_on_full_logits(heads, **options)
     bound = 64 * torch.finfo(dtype).eps
     for size in (8, ROWS):
         value, grads = run(heads, chunks={"chunk_size": size}, **options)
@@ -139,11 +139,11 @@ def test_every_option_equals_the_truth(device, way, dtype, options):
 @pytest.mark.parametrize("reduction", ["none", "mean"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 def test_grad_output_scales_the_gradients(device, dtype, reduction):
-    """grad_output multiplies the gradients; with "none", each row's."""
+    """grad_output multiplies the gradients; with "none", each row has a grad_output."""
     heads = make(dtype, device)
     outgoing = torch.linspace(0.5, 2, ROWS) if reduction == "none" else torch.tensor(3.0)
     options = {"reduction": reduction, "softcap": 5.0}
-    exact, exact_grads = on_full_logits(heads, outgoing.to(device), **options)
+    exact, exact_grads = compute_on_full_logits(heads, outgoing.to(device), **options)
     value, grads = run(heads, outgoing.to(device), chunks={"chunk_size": 8}, **options)
     bound = 16 * torch.finfo(dtype).eps
     assert distance(value, exact) <= bound * exact.norm()
@@ -155,15 +155,15 @@ def test_grad_output_scales_the_gradients(device, dtype, reduction):
 def test_16_bit_errors_are_at_most_those_of_upcast_logits(device, dtype):
     """Errors are at most 1.1 times those of logits cast to float32."""
     heads = make(dtype, device, rows=300, classes=1000)
-    _, exact = on_full_logits(heads)
-    _, cast = on_full_logits(heads, dtype=dtype)
+    _, exact = compute_on_full_logits(heads)
+    _, cast = compute_on_full_logits(heads, dtype=dtype)
     for size in (8, 300):
         _, grads = run(heads, chunks={"chunk_size": size})
         for name, grad, right, baseline in zip("xwb", grads, exact, cast, strict=True):
             assert distance(grad, right) <= 1.1 * distance(baseline, right), name
 
 
-def test_it_is_the_loss_of_full_logits(device):
+def test_the_loss_is_that_of_full_logits(device):
     """The loss equals that of full logits with narrow lists, padding and batch dimensions."""
     heads = make(device=device)
     indices = heads.teacher.indices.int().clone()
@@ -190,7 +190,7 @@ def test_the_default_temperature_is_that_of_the_lists(device):
 
 def test_the_soft_term_needs_no_labels(device):
     heads = make(FP64, device)._replace(labels=None)
-    exact, exact_grads = on_full_logits(heads, soft_weight=1.0)
+    exact, exact_grads = compute_on_full_logits(heads, soft_weight=1.0)
     value, grads = run(heads, chunks={"chunk_size": 8})
     torch.testing.assert_close(value, exact)
     for grad, right in zip(grads, exact_grads, strict=True):
@@ -213,7 +213,7 @@ def test_ignored_rows_are_not_read(device):
     assert not value.any() and not any(grad.any() for grad in grads)
 
 
-def test_no_gradient_where_none_is_asked_for(device):
+def test_gradients_are_computed_only_for_leaves(device):
     heads = make(device=device)
     expected, _ = run(heads)
     with torch.no_grad():
@@ -228,8 +228,8 @@ def test_autocast_keeps_float32_gradients(device, dtype):
     heads = make(FP32, device, rows=300, classes=1000)
     with torch.autocast(device.type, dtype=dtype):
         value, grads = run(heads, chunks={"chunk_size": 64})
-        _, eager = on_full_logits(heads, dtype=FP32)
-    _, exact = on_full_logits(heads)
+        _, eager = compute_on_full_logits(heads, dtype=FP32)
+    _, exact = compute_on_full_logits(heads)
     assert value.dtype == FP32 and all(grad.dtype == FP32 for grad in grads)
     for grad, right, baseline in zip(grads, exact, eager, strict=True):
         assert 0 < distance(grad, right) <= 1.1 * distance(baseline, right)
@@ -239,8 +239,8 @@ def test_autocast_keeps_float32_gradients(device, dtype):
 
 
 @pytest.mark.parametrize("cap", [None, 5.0], ids=["plain", "soft cap"])
-def test_peak_memory_is_what_the_plan_says(cap):
-    """The peak includes the gradient of the logits, which a sparse teacher needs separately."""
+def test_peak_memory_is_that_of_the_plan(cap):
+    """The planned peak includes the gradient of the logits, which a sparse teacher needs."""
     heads = make(rows=512, classes=16000, ignored=0.0)
     for options in ({"chunk_size": 128}, {"max_workspace": 2**24}, {"chunk_size": 512}):
         options["chunk_by"] = "rows"
@@ -250,7 +250,7 @@ def test_peak_memory_is_what_the_plan_says(cap):
         assert 0.5 * chosen.peak_bytes <= peak <= chosen.peak_bytes + small
 
 
-def test_a_bound_holds_for_long_lists_too():
+def test_max_workspace_holds_for_long_lists():
     """The check of long lists needs little memory."""
     torch.manual_seed(0)
     student = Head(torch.randn(1024, 8, requires_grad=True), torch.randn(1000, 8))
@@ -262,7 +262,7 @@ def test_a_bound_holds_for_long_lists_too():
         fastkd.loss(student, TopK(log_probs, indices))
 
 
-def test_a_bound_holds_without_the_kernel_too(monkeypatch):
+def test_max_workspace_holds_without_the_kernel(monkeypatch):
     heads = make(rows=512, classes=2000, ignored=0.0)
     monkeypatch.setattr(topk, "KERNEL_DEVICES", ())
     assert peak_bytes(lambda: run(heads, chunks={"max_workspace": 2**23})) <= 2**23
@@ -279,37 +279,37 @@ def test_derivatives_equal_finite_differences(tail, reduction):
     hidden, weight, bias = heads.leaves()
     leaves = [x[:, :3].detach().requires_grad_() for x in (hidden, weight)] + [bias]
 
-    def of(x, w, b):
+    def compute_loss(x, w, b):
         options = {"tail": tail, "reduction": reduction, "softcap": 5.0}
         return loss(heads._replace(student=Head(x, w, b)), chunks={"chunk_size": 2}, **options)
 
-    assert torch.autograd.gradcheck(of, leaves)
-    assert torch.autograd.gradgradcheck(of, leaves)
+    assert torch.autograd.gradcheck(compute_loss, leaves)
+    assert torch.autograd.gradgradcheck(compute_loss, leaves)
 
 
 def test_a_second_backward_pass_is_right():
     heads = make()
     value = loss(heads, chunks={"chunk_size": 8})
     first = torch.autograd.grad(value, heads.leaves(), retain_graph=True)
-    kept = [grad.clone() for grad in first]
+    copies = [grad.clone() for grad in first]
     second = torch.autograd.grad(value, heads.leaves())
-    for one, copy, two in zip(first, kept, second, strict=True):
-        assert torch.equal(one, copy) and torch.equal(one, two)
+    for before, copy, repeated in zip(first, copies, second, strict=True):
+        assert torch.equal(before, copy) and torch.equal(before, repeated)
 
 
 def test_function_transforms_give_the_gradient():
     heads = make(FP64, ignored=0.0)
     hidden, weight, bias = (leaf.detach() for leaf in heads.leaves())
 
-    def of(x, log_probs, indices, labels):
+    def compute_loss(x, log_probs, indices, labels):
         return loss(Heads(Head(x, weight, bias), TopK(log_probs, indices), labels))
 
     rows = (hidden, *heads.teacher[:2], heads.labels)
     _, (right, _, _) = run(heads)
-    torch.testing.assert_close(torch.func.grad(of)(*rows), right)
+    torch.testing.assert_close(torch.func.grad(compute_loss)(*rows), right)
     batch = [value[:36].unflatten(0, (4, 9)) for value in rows]
-    each = torch.stack([of(*one) for one in zip(*batch, strict=True)])
-    torch.testing.assert_close(torch.func.vmap(of)(*batch), each)
+    each = torch.stack([compute_loss(*row) for row in zip(*batch, strict=True)])
+    torch.testing.assert_close(torch.func.vmap(compute_loss)(*batch), each)
 
 
 @pytest.mark.filterwarnings(
@@ -329,20 +329,20 @@ def test_a_compiled_loss_equals_the_eager_one(reduction):
     teacher = heads.teacher._replace(tail="renormalize")
     plan = fastkd.chunks.plan(heads.student, teacher, heads.labels, chunk_size=8)
 
-    def of(x, w, b):
+    def compute_loss(x, w, b):
         return fastkd.loss(Head(x, w, b), teacher, heads.labels, reduction=reduction, chunks=plan)
 
     backend = aot_autograd(fw_compiler=keep, bw_compiler=keep)
-    compiled = torch.compile(of, fullgraph=True, backend=backend)
+    compiled = torch.compile(compute_loss, fullgraph=True, backend=backend)
     leaves = heads.leaves()
-    grads = [torch.autograd.grad(call(*leaves).sum(), leaves) for call in (compiled, of)]
-    for one, other in zip(*grads, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-7)
+    grads = [torch.autograd.grad(call(*leaves).sum(), leaves) for call in (compiled, compute_loss)]
+    for ours_grad, theirs_grad in zip(*grads, strict=True):
+        torch.testing.assert_close(ours_grad, theirs_grad, rtol=1e-5, atol=1e-7)
     assert "fastkd.linear_loss.default" in graphs[0]
     torch._dynamo.reset()
 
 
-# ---- the module, bad input
+# ---- the module, invalid arguments
 
 
 def test_the_module_takes_heads_and_lists(device):

@@ -39,7 +39,7 @@ def fresh_compiler():
 
 
 class Model(nn.Module):
-    """Model of a body, a head, and the loss."""
+    """Model with a body, a head, and the loss."""
 
     def __init__(
         self,
@@ -86,8 +86,8 @@ def step(model, function=None):
 
 
 def assert_same_step(ours, theirs):
-    for one, other in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-7)
+    for ours_grad, theirs_grad in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(ours_grad, theirs_grad, rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.parametrize("options", CALLS.values(), ids=CALLS)
@@ -114,10 +114,10 @@ def test_a_second_backward_pass_is_right(dtype):
     model = Model(dtype)
     value = model(*model.inputs)
     first = torch.autograd.grad(value, list(model.parameters()), retain_graph=True)
-    kept = [grad.clone() for grad in first]
+    copies = [grad.clone() for grad in first]
     second = torch.autograd.grad(value, list(model.parameters()))
-    for one, copy, two in zip(first, kept, second, strict=True):
-        assert torch.equal(one, copy) and torch.equal(one, two)
+    for before, copy, repeated in zip(first, copies, second, strict=True):
+        assert torch.equal(before, copy) and torch.equal(before, repeated)
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
@@ -141,7 +141,7 @@ def test_checkpointing_gives_the_same_gradients(options, reentrant):
     ],
 )
 def test_a_compiled_model_equals_the_eager_one(options, fresh_compiler):
-    """The call compiles to one graph with the op, not its formula."""
+    """The call compiles to one graph with the op, not with the op's formula."""
     from functorch.compile import make_boxed_func
     from torch._dynamo.backends.common import aot_autograd
 
@@ -167,11 +167,13 @@ def test_inductor_gives_the_eager_gradients(fresh_compiler):
     """The default backend works, also in float16, where gradients are scaled last."""
     dtype = FP16
     model = Model(dtype)
-    for one, other in zip(
+    for compiled_grad, eager_grad in zip(
         step(model, torch.compile(model, fullgraph=True)), step(model), strict=True
     ):
         bound = 4 * torch.finfo(dtype).eps
-        torch.testing.assert_close(one, other, rtol=bound, atol=bound * float(other.abs().max()))
+        torch.testing.assert_close(
+            compiled_grad, eager_grad, rtol=bound, atol=bound * float(eager_grad.abs().max())
+        )
 
 
 @pytest.mark.slow
@@ -221,7 +223,7 @@ def test_function_transforms_give_the_gradients():
     right = torch.autograd.grad(loss(x.requires_grad_(), t, labels), x)[0]
     torch.testing.assert_close(torch.func.grad(loss)(x.detach(), t, labels), right)
     batch = [value[:20].unflatten(0, (4, 5)) for value in (x.detach(), t, labels)]
-    each = torch.stack([loss(*one) for one in zip(*batch, strict=True)])
+    each = torch.stack([loss(*row) for row in zip(*batch, strict=True)])
     torch.testing.assert_close(torch.func.vmap(loss)(*batch), each)
 
 
@@ -237,7 +239,7 @@ DISTRIBUTED = """
     store = "file://" + folder + "/store"
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=2)
     for name, wrap in (("ddp", torch.nn.parallel.DistributedDataParallel), ("fsdp", fully_shard)):
-        model = Model(rows=20, normalizer=15 / 2)  # the mean over both of what counts
+        model = Model(rows=20, normalizer=15 / 2)  # the mean over the valid rows of both processes
         inputs = [value[rank * 10 : rank * 10 + 10] for value in model.inputs]
         wrapped = wrap(model)
         wrapped(*inputs).backward()
@@ -245,7 +247,7 @@ DISTRIBUTED = """
         if rank == 0:
             torch.save(grads, folder + "/" + name + ".pt")
     dist.destroy_process_group()
-    os._exit(0)  # as training_run.py does
+    os._exit(0)  # threads of the process group may abort the process at exit
 """
 
 

@@ -1,4 +1,4 @@
-"""Value and gradient against float64, for every option, dtype and layout."""
+"""Value and gradient of the loss equal the float64 reference: options, dtypes and layouts."""
 
 import itertools
 import math
@@ -58,7 +58,7 @@ def check(
     value.backward(grad_output)
     assert leaf.grad.dtype == student.dtype
     assert_grad(leaf.grad, exact.grad, acc, theirs[1])
-    # Without a gradient the kernels have another path, with the same result.
+    # Without a gradient the kernels have another code path, with the same result.
     assert torch.equal(fastkd.loss(student.detach(), teacher, labels, **options), value.detach())
 
 
@@ -69,8 +69,8 @@ def check(
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_every_pair_of_dtypes_equals_the_truth(device, pair, reduction):
     problem = make((9, 1003), *pair, device=device)
-    same = pair[0] == pair[1]
-    check(*problem, reduction=reduction, against_eager=same)
+    equal_dtypes = pair[0] == pair[1]
+    check(*problem, reduction=reduction, against_eager=equal_dtypes)
 
 
 @pytest.mark.parametrize("dtype", [FP32, BF16, FP64], ids=name_of)
@@ -180,18 +180,18 @@ def test_normalizer_may_be_a_tensor(device, shape, dtype):
 
 @pytest.mark.parametrize("dtype", [FP32, BF16, FP64], ids=name_of)
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_temperature_of_each_row(device, dtype, reduction):
+def test_each_row_may_have_a_temperature(device, dtype, reduction):
     student, teacher, labels = make((4, 3, 50), dtype, device=device)
     temperature = torch.linspace(0.5, 8.0, 12, device=device).view(4, 3)
     check(student, teacher, labels, temperature=temperature, reduction=reduction)
-    one = torch.tensor(3.0, device=device)
+    scalar = torch.tensor(3.0, device=device)
     exact = truth(student, teacher, labels, temperature=3.0)
-    got = fastkd.loss(student, teacher, labels, temperature=one)
+    got = fastkd.loss(student, teacher, labels, temperature=scalar)
     assert_value(got, exact, compute_dtype(student, teacher))
 
 
 @pytest.mark.parametrize("index_dtype", [torch.int32, torch.int16, torch.int8, torch.uint8])
-def test_labels_of_any_integer_dtype(device, index_dtype):
+def test_labels_may_have_any_integer_dtype(device, index_dtype):
     student, teacher, labels = make((6, 10), device=device, ignored=0.0)
     got = fastkd.loss(student, teacher, labels.to(index_dtype))
     assert torch.equal(got, fastkd.loss(student, teacher, labels))
@@ -208,7 +208,7 @@ def test_all_rows_ignored_give_zero(device, dtype, reduction):
     assert torch.equal(leaf.grad, torch.zeros_like(leaf))
 
 
-def test_alpha_defaults_to_one_half_with_labels_and_the_soft_term_alone_without():
+def test_alpha_defaults_to_one_half_with_labels_and_to_0_without():
     student, teacher, labels = make((4, 5))
     assert torch.equal(
         fastkd.loss(student, teacher, labels), fastkd.loss(student, teacher, labels, alpha=0.5)
@@ -287,7 +287,7 @@ LONG_WIDTHS = {
 @pytest.mark.parametrize("dtype", [FP32, BF16], ids=name_of)
 @pytest.mark.parametrize("classes", LONG_WIDTHS, ids=str)
 def test_long_rows_equal_the_truth(device, classes, dtype):
-    # Three rows: whole rows and rows shared among threads, for two threads and for more.
+    # With three rows, two or more threads compute both complete and shared rows.
     check(*make((3, classes), dtype, device=device, ignored=0.0), against_eager=dtype == FP32)
 
 
@@ -299,7 +299,7 @@ def test_long_rows_equal_the_truth(device, classes, dtype):
         ((1, 151936), FP32),  # Qwen
         ((1, 151936), FP64),
         ((1, 151936), FP16),
-        ((1, 128257), BF16),  # odd, so no row is aligned
+        ((1, 128257), BF16),  # odd, so rows are misaligned
     ],
     ids=str,
 )
@@ -328,7 +328,7 @@ def test_every_number_of_rows_equals_the_truth(device, rows, dtype):
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 @pytest.mark.parametrize("shape", [(0, 10), (0, 3, 10), (4, 0, 10), (0, 100000)])
 def test_no_rows_give_zero(device, shape, dtype):
-    """Without rows the loss is 0, as if all rows are ignored."""
+    """Without rows the loss is 0, as if all rows were ignored."""
     student, teacher, labels = make(shape, dtype, device=device)
     for reduction in ("mean", "sum", "none"):
         for index in (labels, None):
@@ -390,38 +390,40 @@ LAYOUTS = list(views(torch.empty(4, 6, 40), torch.empty(4, 6, 40)))
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_views_give_the_bits_of_copies(device, layout, dtype):
     """A view gives the bits of its contiguous copy, and a gradient for its base."""
-    same = assert_same
+    assert_equal = assert_same
     if layout == "classes not adjacent" and dtype is FP64 and device.type == "cpu":
         # Pixels use the transposed layout; adjacent float64 classes do not.
-        same = partial(torch.testing.assert_close, rtol=1e-13, atol=1e-15)
+        assert_equal = partial(torch.testing.assert_close, rtol=1e-13, atol=1e-15)
     base, teacher, _ = make((4, 6, 40), dtype, device=device, labels=False)
     for reduction in ("mean", "none"):
         leaf = base.clone().requires_grad_()
-        student, other = views(leaf, teacher)[layout]
+        student, teacher_view = views(leaf, teacher)[layout]
         labels = torch.arange(math.prod(student.shape[:-1]), device=device).view(student.shape[:-1])
         labels = (labels % student.shape[-1]).masked_fill(labels % 5 == 1, -100)
         copy = student.detach().clone(memory_format=torch.contiguous_format).requires_grad_()
-        value = fastkd.loss(student, other, labels, reduction=reduction)
-        expected = fastkd.loss(copy, other.contiguous(), labels, reduction=reduction)
-        same(value.detach(), expected.detach())
+        value = fastkd.loss(student, teacher_view, labels, reduction=reduction)
+        expected = fastkd.loss(copy, teacher_view.contiguous(), labels, reduction=reduction)
+        assert_equal(value.detach(), expected.detach())
         outgoing = torch.linspace(1, 2, value.numel(), device=device, dtype=value.dtype).view_as(
             value
         )
         inner = torch.autograd.grad(value, student, outgoing)[0]
         expected.backward(outgoing)
-        same(inner, copy.grad)
+        assert_equal(inner, copy.grad)
         if student.grad_fn is not None:
-            again = fastkd.loss(views(leaf, teacher)[layout][0], other, labels, reduction=reduction)
+            again = fastkd.loss(
+                views(leaf, teacher)[layout][0], teacher_view, labels, reduction=reduction
+            )
             again.backward(outgoing)
             behind = views(leaf, teacher)[layout][0]
-            same(leaf.grad, torch.autograd.grad(behind, leaf, copy.grad)[0])
-    check(student.detach(), other, labels)
+            assert_equal(leaf.grad, torch.autograd.grad(behind, leaf, copy.grad)[0])
+    check(student.detach(), teacher_view, labels)
 
 
 @pytest.mark.parametrize("dtype", [FP32, BF16, FP16], ids=name_of)
 @pytest.mark.parametrize("classes", [33, 1000, 5001])
 def test_misaligned_rows_equal_the_truth(device, classes, dtype):
-    """Rows start at each pair of base alignments and each offset from a vector."""
+    """Rows may start at each pair of base alignments, at each offset from a vector."""
     student, teacher, labels = make((9, classes), dtype, device=device)
     expected = fastkd.loss(student, teacher, labels)
     for a, b in itertools.product(range(0, 8, 3), repeat=2):
@@ -449,7 +451,7 @@ def test_rows_far_apart_equal_the_truth(device):
     assert torch.equal(got, fastkd.loss(fresh, teacher, labels))
 
 
-def test_defaults_of_torch_change_nothing():
+def test_torchs_defaults_change_nothing():
     """torch.set_default_dtype and set_default_device do not change fallback results."""
     student, teacher, labels = make((6, 20))
     calls = [{"standardize": True}, {"temperature": torch.tensor(3.0, requires_grad=True)}]
@@ -481,8 +483,8 @@ NORMALIZED = ({"divergence": "jsd"}, {}, {"standardize": True}, {"label_smoothin
 @pytest.mark.parametrize("normalizer", NORMALIZERS.values(), ids=NORMALIZERS)
 @pytest.mark.parametrize("options", NORMALIZED, ids=str)
 @pytest.mark.usefixtures("each_autograd")
-def test_a_normalizer_of_0_goes_with_ignored_rows_alone(normalizer, options, device):
-    """An accumulation step may have no label; its token count is 0."""
+def test_a_normalizer_of_0_needs_ignored_rows(normalizer, options, device):
+    """A normalizer of 0 is accepted if all rows are ignored, as in a step without labels."""
     student, teacher, labels = make((6, 20), device=device)
     ignored = torch.full_like(labels, -100)
     weight, top = torch.eye(20, device=device), fastkd.TopK(*teacher.log_softmax(-1).topk(3))

@@ -1,4 +1,4 @@
-"""Memory: calls do not leak, and torch's OutOfMemoryError is raised."""
+"""Calls do not leak memory, and raise torch's OutOfMemoryError."""
 
 import json
 import pathlib
@@ -14,7 +14,7 @@ SLOW = pytest.mark.slow
 
 @pytest.mark.slow
 def test_no_call_keeps_memory():
-    """Run ``make soak`` briefly; it makes 100,000 calls of each kind."""
+    """A brief run of ``make soak`` passes; the full run makes 100,000 calls of each kind."""
     command = [sys.executable, "-m", "reliability.soak", "1000"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -34,7 +34,7 @@ options = {"reduction": "none"} if what == "backward" else {}
 shape = (8_000_000, 2) if what == "rows" else (64, 250_000)
 student, teacher = torch.randn(shape), torch.randn(shape)  # 64 MB each
 if what == "copy":
-    student = torch.randn(250_000, 64).t()  # the kernels need a copy of it
+    student = torch.randn(250_000, 64).t()  # the kernels need a contiguous copy
 small = torch.randn(2, 10, requires_grad=True)
 fastkd.loss(small, small.detach() + 1).backward()
 before, (leaf, other) = student.clone(), (student.requires_grad_(), teacher.clone())
@@ -61,11 +61,11 @@ print("works again", bool(leaf.grad.isfinite().all()))
 
 @pytest.mark.skipif(sys.platform != "linux", reason="limits the address space as Linux does")
 @pytest.mark.parametrize(
-    "what", ["forward", *(pytest.param(w, marks=SLOW) for w in ("copy", "backward", "rows"))]
+    "operation", ["forward", *(pytest.param(w, marks=SLOW) for w in ("copy", "backward", "rows"))]
 )
 @pytest.mark.parametrize("language", ["cpp", pytest.param("python", marks=SLOW)])
-def test_no_memory_left_is_torchs_error(language, what):
-    command = [sys.executable, "-c", SHORT_OF_MEMORY, language, what]
+def test_out_of_memory_raises_torchs_error(language, operation):
+    command = [sys.executable, "-c", SHORT_OF_MEMORY, language, operation]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert re.search(r"DefaultCPUAllocator: can't allocate memory", done.stdout), (
         done.stdout + done.stderr
@@ -128,7 +128,7 @@ print((resident() - before) / used)
     ],
 )
 def test_gradients_hold_little_more_memory_than_their_size(language, loss, size, count):
-    """Whole huge pages would take up to 32 times the size of a 64 KB gradient."""
+    """A 64 KB gradient does not occupy a huge page of 2 MB."""
     command = [sys.executable, "-c", KEPT_GRADIENTS, language, str(size), str(count), loss]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr

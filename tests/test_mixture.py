@@ -16,7 +16,7 @@ from fastkd._core.arguments import Call, check_tensors
 from fastkd._core.objective import Options
 
 INF = math.inf
-# Tolerance of log p, relative to its size; of p, absolute.
+# Tolerance of log p, relative to its size, and absolute tolerance of p.
 BOUND = {FP32: 4e-7, FP64: 1e-14}
 CPU = torch.device("cpu")
 
@@ -29,12 +29,12 @@ def teachers_of(
     device: torch.device = CPU,
 ) -> list[Tensor]:
     generator = torch.Generator().manual_seed(count)
-    many = [4 * torch.randn(shape, generator=generator, dtype=FP64) for _ in range(count)]
+    teachers = [4 * torch.randn(shape, generator=generator, dtype=FP64) for _ in range(count)]
     if form == "probs":
-        many = [logits.softmax(-1) for logits in many]
+        teachers = [logits.softmax(-1) for logits in teachers]
     if form == "log_probs":
-        many = [logits.log_softmax(-1) for logits in many]
-    return [logits.to(device, dtype) for logits in many]
+        teachers = [logits.log_softmax(-1) for logits in teachers]
+    return [logits.to(device, dtype) for logits in teachers]
 
 
 def mixed_logits(teachers: list[Tensor], dtype: torch.dtype = FP32, **options: Any) -> Tensor:
@@ -45,8 +45,8 @@ def mixed_logits(teachers: list[Tensor], dtype: torch.dtype = FP32, **options: A
     return dense.mix_teachers(dense.make_arguments(call, False), dtype)
 
 
-def mixed(teachers: list[Tensor], dtype: torch.dtype = FP32, **options: Any) -> Tensor:
-    """Compute the mixture's logits at temperature 1 in float64 on the CPU."""
+def mix(teachers: list[Tensor], dtype: torch.dtype = FP32, **options: Any) -> Tensor:
+    """Compute the mixture's logits at temperature 1, in float64 on the CPU."""
     logits = mixed_logits(teachers, dtype, **options)
     assert logits.is_contiguous() and logits.dtype == dtype
     temperature = options.get("temperature", 2.0)
@@ -56,9 +56,9 @@ def mixed(teachers: list[Tensor], dtype: torch.dtype = FP32, **options: Any) -> 
 
 
 def check(teachers: list[Tensor], dtype: torch.dtype = FP32, **options: Any) -> None:
-    """Assert p, its logarithm and the masked classes against float64."""
+    """Assert that p, log p and the masked classes equal those in float64."""
     classes = teachers[0].shape[-1]
-    got = mixed(teachers, dtype, **options).log_softmax(-1).reshape(-1, classes)
+    got = mix(teachers, dtype, **options).log_softmax(-1).reshape(-1, classes)
     form, teacher_t = options.get("teacher_form", "logits"), options.get("teacher_temperature")
     default = options.get("temperature", 2.0) if form == "logits" else 1.0
     teacher_t = default if teacher_t is None else teacher_t
@@ -71,9 +71,9 @@ def check(teachers: list[Tensor], dtype: torch.dtype = FP32, **options: Any) -> 
     masked = [torch.from_numpy(x) == (0 if form == "probs" else -INF) for x in shared]
     together = torch.stack(masked).all(0) if ensemble == "probs" else torch.stack(masked).any(0)
     assert torch.equal(got == -INF, together)
-    there = p > 0  # float64 may underflow where the logarithm does not
-    bound = BOUND[dtype] * p[there].log().abs().max().clamp(min=1)
-    torch.testing.assert_close(got[there], p[there].log(), rtol=0, atol=float(bound))
+    positive = p > 0  # float64 may underflow where the logarithm does not
+    bound = BOUND[dtype] * p[positive].log().abs().max().clamp(min=1)
+    torch.testing.assert_close(got[positive], p[positive].log(), rtol=0, atol=float(bound))
 
 
 @pytest.mark.usefixtures("isa")
@@ -106,18 +106,18 @@ def test_options_equal_the_truth(device):
 
 
 def test_rows_of_any_stride_are_mixed(device):
-    """Rows of any stride are read in place; non-adjacent classes are mixed too."""
+    """Rows of any stride are read in place; non-adjacent classes are mixed, too."""
     wide = teachers_of("logits", (3, 6, 50), FP32, 2, device)
     check([logits[:, :-1, 3:44] for logits in wide])
     check([wide[0][:, 1:, :40], wide[1][:, :5, 9:49].contiguous()])
     check([logits[1:2].expand(3, 6, 50) for logits in wide])
     pixels = [logits.movedim(-1, 1).contiguous().movedim(1, -1) for logits in wide]
-    torch.testing.assert_close(mixed(pixels), mixed(wide), rtol=0, atol=0)
+    torch.testing.assert_close(mix(pixels), mix(wide), rtol=0, atol=0)
 
 
 @pytest.mark.usefixtures("isa")
 def test_masked_classes_are_mixed(device):
-    """A class masked by one teacher has the others' share; one masked by all is masked."""
+    """A class masked by one teacher gets the other teachers' share; one masked by all is masked."""
     first, second = teachers_of("logits", (3, 2100), FP32, 2, device)
     first[0, :1500] = -INF
     second[0, 1200:] = -INF
@@ -137,29 +137,29 @@ def test_masked_classes_are_mixed(device):
 
 @pytest.mark.usefixtures("isa")
 @pytest.mark.parametrize("value", [math.nan, INF])
-def test_a_row_without_an_answer_is_nan(device, value):
+def test_an_invalid_row_is_nan(device, value):
     for at in (0, 17, 1024):
         teachers = teachers_of("logits", (3, 1025), FP32, 2, device)
         teachers[1][1, at] = value
-        result = mixed(teachers)
+        result = mix(teachers)
         assert result[1].isnan().all()
         assert result[::2].isfinite().all()
     teachers = teachers_of("logits", (3, 40), FP32, 2, device)
     teachers[0][2] = -INF
-    assert mixed(teachers)[2].isnan().all()
+    assert mix(teachers)[2].isnan().all()
     probs = teachers_of("probs", (3, 40), FP32, 2, device)
     probs[0][0, 1] = -0.5
-    assert mixed(probs, teacher_form="probs")[0].isnan().all()
+    assert mix(probs, teacher_form="probs")[0].isnan().all()
 
 
 @pytest.mark.usefixtures("threads", "isa")
-def test_same_bits_for_any_number_of_threads():
+def test_bits_are_equal_for_any_number_of_threads():
     teachers = teachers_of("logits", (37, 5000), FP32, 3)
     torch.set_num_threads(1)
-    one = mixed(teachers)
+    expected = mix(teachers)
     for threads in (2, 5):
         torch.set_num_threads(threads)
-        assert torch.equal(mixed(teachers), one)
+        assert torch.equal(mix(teachers), expected)
 
 
 @pytest.mark.parametrize("of_rows", [None, torch.tensor([1.0, 2.0, 3.0, 1.5, 2.5, 3.5])])
@@ -181,7 +181,7 @@ def test_opcheck_passes_for_mixtures(of_rows):
         torch.library.opcheck(ops.loss.default, (student.clone().requires_grad_(), *arguments[1:]))
 
 
-def test_the_op_refuses_what_it_cannot_read():
+def test_the_op_refuses_invalid_arguments():
     op = torch.ops.fastkd.mixture.default
     a, b = torch.zeros(3, 4), torch.zeros(3, 5)
     for teachers, shares in (([], []), ([a], [0.5, 0.5]), ([a, b], [0.5, 0.5])):
@@ -194,8 +194,8 @@ def test_the_op_refuses_what_it_cannot_read():
         torch.ops.fastkd.loss(a, [b], None, [1.0], False, 0, 1.0, 1.0, *options)
 
 
-def test_no_rows_give_no_mixture():
-    assert mixed([torch.zeros(0, 5), torch.zeros(0, 5)]).shape == (0, 5)
+def test_no_rows_give_an_empty_mixture():
+    assert mix([torch.zeros(0, 5), torch.zeros(0, 5)]).shape == (0, 5)
 
 
 def test_a_mixture_of_one_teacher_with_itself_is_that_teacher():
@@ -205,7 +205,7 @@ def test_a_mixture_of_one_teacher_with_itself_is_that_teacher():
     torch.testing.assert_close(fastkd.loss(student, [teacher, teacher], temperature=3.0), alone)
 
 
-# ---- in place of a call's teacher, some rows at a time
+# ---- mixtures inside a loss
 
 SHAPES = [(70, 10), (300, 100), (3, 1000), (37, 5000), (3, 140_000)]
 
@@ -228,7 +228,7 @@ def call(student: Tensor, teacher: Any, *, scale: float = 1.0, **options: Any) -
     {}, {"reduction": "none"}, {"divergence": "jsd"}, {"divergence": "dkd"}, {"inplace": True},
     {"scale": 128.0}, {"teacher_form": "probs"}, {"divergence": "mse", "ensemble": "logits"},
 ])  # fmt: skip
-def test_as_a_teacher_that_was_mixed_before(shape, options):
+def test_a_mixture_gives_the_bits_of_a_premixed_teacher(shape, options):
     """The bits equal those of a premixed teacher, for any dtype and number of threads."""
     threads = torch.get_num_threads()
     dtypes = DTYPES if shape[1] < 1000 else (FP32, BF16)
@@ -247,14 +247,14 @@ def test_as_a_teacher_that_was_mixed_before(shape, options):
             assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
 
 
-def test_rows_have_their_own_numbers():
-    """The mixture and the loss share temperatures and weights of rows."""
+def test_rows_may_have_their_own_options():
+    """Temperatures and weights of rows apply to the mixture and to the loss."""
     generator = torch.Generator().manual_seed(2)
     student = torch.randn(70, 300, generator=generator)
     teachers = teachers_of("logits", (70, 300), FP32, 2)
-    teacher_t, mine = (torch.rand(70, generator=generator) + 0.5 for _ in range(2))
-    before = mixed_logits(teachers, temperature=mine, teacher_temperature=teacher_t)
-    shared = {"temperature": mine, "soft_weight": teacher_t, "hard_weight": 0.5}
+    teacher_t, temperature = (torch.rand(70, generator=generator) + 0.5 for _ in range(2))
+    before = mixed_logits(teachers, temperature=temperature, teacher_temperature=teacher_t)
+    shared = {"temperature": temperature, "soft_weight": teacher_t, "hard_weight": 0.5}
     expected = call(student, before, **shared)
     got = call(student, teachers, teacher_temperature=teacher_t, **shared)
     assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
@@ -272,7 +272,7 @@ def test_pixels_are_mixed():
 
 
 def test_many_teachers_are_mixed(device):
-    """More teachers than the CUDA kernel takes are mixed by PyTorch operations."""
+    """PyTorch's operations mix more teachers than the CUDA kernel takes."""
     student = torch.randn(3, 40, generator=torch.Generator().manual_seed(8)).to(device)
     first, second = teachers_of("logits", (3, 40), FP32, 2, device)
     got = fastkd.loss(student, [first, second] * 20, temperature=3.0)
@@ -287,7 +287,7 @@ def test_a_double_teacher_makes_the_loss_double():
     torch.testing.assert_close(got, call(student.double(), [first, second])[0])
 
 
-def test_no_tensor_of_the_teachers_size():
+def test_the_mixture_is_never_a_full_tensor():
     shape = (256, 8192)
     student = torch.randn(shape, generator=torch.Generator().manual_seed(5)).requires_grad_()
     teachers = teachers_of("logits", shape, FP32, 3)
@@ -302,7 +302,7 @@ def test_no_tensor_of_the_teachers_size():
         assert 0 < taken < student.nbytes / 4
 
 
-def test_again_and_differentiated_twice():
+def test_second_passes_and_second_derivatives_are_right():
     student = torch.randn(3, 40, dtype=FP64, generator=torch.Generator().manual_seed(6))
     student.requires_grad_()
     teachers = teachers_of("logits", (3, 40), FP64, 2)
@@ -319,8 +319,8 @@ def test_again_and_differentiated_twice():
 
 
 @pytest.mark.parametrize("ensemble", ["probs", "logits"])
-def test_statistics_of_rows_mix_teachers(ensemble):
-    """Two passes of the linear loop mix several teachers."""
+def test_row_statistics_mix_teachers(ensemble):
+    """The linear loss, which reads statistics in two passes, mixes several teachers."""
     student = torch.randn(3, 40, generator=torch.Generator().manual_seed(1))
     teachers = teachers_of("logits", (3, 40), FP32, 2)
     options = {"reduction": "none", "ensemble": ensemble}
@@ -336,7 +336,7 @@ def test_statistics_of_rows_mix_teachers(ensemble):
     torch.testing.assert_close(gradient, of_sum)
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, in tracing
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # Torch's own warning in tracing
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_a_compiled_mixture_equals_the_eager_one(reduction):

@@ -1,4 +1,4 @@
-"""Every divergence, teacher form, label kind, reduction and dtype against float64 in NumPy."""
+"""Every divergence, teacher form, label kind, reduction and dtype equals the NumPy oracle."""
 
 import re
 from typing import Any
@@ -16,24 +16,24 @@ from fastkd import reference
 NAMES = fastkd.divergences()
 OF_LOGITS = [name for name, kind in reference.DIVERGENCES.items() if kind.compares == "logits"]
 ROWS, CLASSES = 5, 6
-# Tolerance in float32 (float64) for sums of a few products of exponentials and logarithms, relative
-# to T^2 and to the logits' size.
+# Tolerance for sums of a few products of exponentials and logarithms, relative to T^2 and to the
+# size of the logits.
 BOUND = {FP32: 4e-6, FP64: 1e-13}
 GRAD_BOUND = {FP32: 4e-6, FP64: 1e-9, BF16: 2**-8, FP16: 2**-10}
 
 
-def teacher_of(form: str, dtype: torch.dtype, device: Any, seed: int = 1) -> Any:
-    """Make a teacher in a form: one tensor, or three."""
-    many = [
+def make_teacher(form: str, dtype: torch.dtype, device: Any, seed: int = 1) -> Any:
+    """Make a teacher of a form: one tensor, or three."""
+    teachers = [
         make((ROWS, CLASSES), FP64, labels=False, device=device, seed=seed + i).student
         for i in range(3 if form.startswith("three") else 1)
     ]
     if form == "log_probs":
-        many = [x.log_softmax(-1) for x in many]
+        teachers = [x.log_softmax(-1) for x in teachers]
     if form == "probs":
-        many = [x.softmax(-1) for x in many]
-    many = [x.to(dtype) for x in many]
-    return many if len(many) > 1 else many[0]
+        teachers = [x.softmax(-1) for x in teachers]
+    teachers = [x.to(dtype) for x in teachers]
+    return teachers if len(teachers) > 1 else teachers[0]
 
 
 FORMS = {
@@ -45,7 +45,7 @@ FORMS = {
 }
 
 
-def labels_of(kind: str, device: Any) -> Tensor | None:
+def make_labels(kind: str, device: Any) -> Tensor | None:
     if kind == "none":
         return None
     if kind == "indices":
@@ -104,12 +104,12 @@ def check(student: Tensor, teacher: Any, labels: Tensor | None, **options: Any) 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("name", NAMES)
 def test_every_objective_equals_numpys(device, name, form, kind):
-    labels = labels_of(kind, device)
+    labels = make_labels(kind, device)
     message = refusal(name, form, kind)
-    # Each reduction and each dtype; their pairs would show nothing more.
+    # Each reduction and each dtype once; other pairs would test nothing more.
     for reduction, dtype in zip(("mean", "sum", "none", "mean"), DTYPES, strict=True):
         student = make((ROWS, CLASSES), dtype, labels=False, device=device).student
-        teacher = teacher_of(form, dtype, device)
+        teacher = make_teacher(form, dtype, device)
         options = {"divergence": name, "reduction": reduction, **FORMS[form]}
         if message is None:
             check(student, teacher, labels, **options)
@@ -140,7 +140,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize(  # dkd takes no probabilities as labels
+@pytest.mark.parametrize(  # dkd refuses probabilities as labels
     ("kind", "options", "name"),
     [
         *pairwise(
@@ -150,7 +150,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     ],
 )
 def test_options_equal_numpys(device, name, options, kind):
-    labels = labels_of(kind, device)
+    labels = make_labels(kind, device)
     resolved = {
         key: value.to(device) if isinstance(value, Tensor) else value
         for key, value in OPTIONS[options].items()
@@ -158,21 +158,21 @@ def test_options_equal_numpys(device, name, options, kind):
     if options == "ignore_index" and kind == "indices":
         labels = labels.abs().clamp(max=5)
     student = make((ROWS, CLASSES), FP64, labels=False, device=device).student
-    check(student, teacher_of("logits", FP64, device), labels, divergence=name, **resolved)
+    check(student, make_teacher("logits", FP64, device), labels, divergence=name, **resolved)
 
 
 @pytest.mark.parametrize("mix", [0.05, 0.7])
 @pytest.mark.parametrize("name", [n for n in NAMES if reference.DIVERGENCES[n].mix is not None])
 def test_every_mix_equals_numpys(device, name, mix):
     student = make((ROWS, CLASSES), FP64, labels=False, device=device).student
-    teacher, labels = teacher_of("logits", FP64, device), labels_of("indices", device)
+    teacher, labels = make_teacher("logits", FP64, device), make_labels("indices", device)
     check(student, teacher, labels, divergence=name, mix=mix)
 
 
 @pytest.mark.parametrize("form", FORMS)
 def test_teacher_temperature_softens_every_form(device, form):
     student = make((ROWS, CLASSES), FP64, labels=False, device=device).student
-    teacher = teacher_of(form, FP64, device)
+    teacher = make_teacher(form, FP64, device)
     for name in ("forward_kl", "jsd"):
         check(student, teacher, None, divergence=name, teacher_temperature=1.7, **FORMS[form])
 
@@ -180,7 +180,7 @@ def test_teacher_temperature_softens_every_form(device, form):
 def test_a_standardized_ensemble_equals_numpys(device):
     student = make((ROWS, CLASSES), FP64, labels=False, device=device).student
     for form in ("three, probs", "three, logits"):
-        teacher = teacher_of(form, FP64, device)
+        teacher = make_teacher(form, FP64, device)
         check(student, teacher, None, divergence="reverse_kl", standardize=True, **FORMS[form])
 
 
@@ -191,7 +191,7 @@ def test_a_sequence_of_one_is_one_teacher(device):
     assert torch.equal(fastkd.loss(student, [teacher], labels, teacher_weights=[3.0]), alone)
 
 
-# ---- F.cross_entropy
+# ---- the hard term equals F.cross_entropy
 
 
 @pytest.mark.parametrize(
@@ -201,7 +201,7 @@ def test_a_sequence_of_one_is_one_teacher(device):
 )
 def test_hard_term_is_cross_entropy(device, kind, weighted, smoothing, reduction):
     student = make((ROWS, CLASSES), FP64, labels=False, device=device).student
-    labels = labels_of(kind, device)
+    labels = make_labels(kind, device)
     weight = torch.linspace(0, 2, CLASSES, dtype=FP64, device=device) if weighted else None
     ours, theirs = student.clone().requires_grad_(), student.clone().requires_grad_()
     options = {"label_smoothing": smoothing, "reduction": reduction}
@@ -215,7 +215,7 @@ def test_hard_term_is_cross_entropy(device, kind, weighted, smoothing, reduction
     torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-12, atol=1e-14)
 
 
-def test_labels_without_weight_leave_zero(device):
+def test_labels_without_weight_give_zero(device):
     """If the labels' weights sum to 0, the mean is 0, and not 0 / 0."""
     student, teacher, labels = make((3, 4), device=device)
     weight = torch.zeros(4, device=device)
@@ -223,8 +223,8 @@ def test_labels_without_weight_leave_zero(device):
     assert got == 0
 
 
-def test_class_weights_in_place_and_of_pixels(device):
-    """Class weights become row weights in every kernel that takes row weights."""
+def test_class_weights_work_in_place_and_for_pixels(device):
+    """Class weights become row weights, also with inplace and for pixels."""
     student, teacher, _ = make((2, 7, 5, 3), device=device, labels=False)
     labels = torch.randint(7, (2, 5, 3), generator=torch.Generator().manual_seed(3)).to(device)
     labels[0, 0] = -100
@@ -247,7 +247,7 @@ def test_class_weights_in_place_and_of_pixels(device):
     torch.testing.assert_close(results[0], (torch.stack(exact[:6]), leaf.grad))
 
 
-# ---- where the classes are
+# ---- classes in another dimension, slices of padded classes
 
 
 @pytest.mark.parametrize(
@@ -260,7 +260,7 @@ def test_class_weights_in_place_and_of_pixels(device):
     ),
     ids=str,
 )
-def test_classes_in_dimension_1(device, shape, name, reduction, kind):
+def test_classes_may_be_in_dimension_1(device, shape, name, reduction, kind):
     student, teacher, _ = make(shape, device=device, labels=False)
     last = (shape[0], *shape[2:], shape[1])
     labels = None
@@ -290,36 +290,36 @@ def test_hard_term_in_dimension_1_is_cross_entropy(device):
 
 @pytest.mark.parametrize("name", ["forward_kl", "jsd"])
 @pytest.mark.parametrize("extra", [(0, 2), (3, 0), (1, 1)])
-def test_slices_of_padded_classes(device, extra, name):
+def test_slices_of_padded_classes_are_supported(device, extra, name):
     student, teacher, labels = make((4, 7), device=device)
     padded = [
         F.pad(x, (0, more), value=50.0) for x, more in zip((student, teacher), extra, strict=True)
     ]
-    leaf, plain = padded[0].requires_grad_(), student.clone().requires_grad_()
+    leaf, unpadded_leaf = padded[0].requires_grad_(), student.clone().requires_grad_()
     options = {"divergence": name, "class_weight": torch.ones(7, device=device)}
     got = fastkd.loss(leaf[:, :7], padded[1][:, :7], labels, **options)
-    expected = fastkd.loss(plain, teacher, labels, **options)
+    expected = fastkd.loss(unpadded_leaf, teacher, labels, **options)
     torch.testing.assert_close(got, expected)
     got.backward()
     expected.backward()
-    torch.testing.assert_close(leaf.grad[:, :7], plain.grad)
+    torch.testing.assert_close(leaf.grad[:, :7], unpadded_leaf.grad)
     assert (leaf.grad[:, 7:] == 0).all()
 
 
-def test_slices_of_padded_classes_in_dimension_1(device):
+def test_slices_of_padded_classes_in_dimension_1_are_supported(device):
     student, teacher, _ = make((2, 6, 3), device=device, labels=False)
     got = fastkd.loss(student[:, :4], teacher[:, :5][:, :4], dim=1)
-    few = [logits[:, :4].contiguous() for logits in (student, teacher)]
-    torch.testing.assert_close(got, fastkd.loss(*few, dim=1))
+    sliced = [logits[:, :4].contiguous() for logits in (student, teacher)]
+    torch.testing.assert_close(got, fastkd.loss(*sliced, dim=1))
 
 
-# ---- what is fused
+# ---- calls with kernels
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("labels_are", ["probabilities", "indices"])
-def test_targets_by_the_kernels(labels_are, reduction, monkeypatch):
-    """Kernels compute probabilities as labels, and class weights with smoothing."""
+def test_kernels_compute_targets(labels_are, reduction, monkeypatch):
+    """Kernels compute labels of probabilities, and class weights with smoothing."""
     student, teacher, labels = make((3, ROWS, CLASSES), ignored=0.3)
     options: dict[str, Any] = {"class_weight": torch.rand(CLASSES) + 0.1, "label_smoothing": 0.1}
     options |= {"reduction": reduction, "hard_weight": torch.rand(3, ROWS), "soft_weight": 0.3}
@@ -331,14 +331,14 @@ def test_targets_by_the_kernels(labels_are, reduction, monkeypatch):
     monkeypatch.setattr(reference, "terms", None)
     got = fastkd.terms(leaf, teacher, labels, **options)
     got.loss.sum().backward()
-    for mine, double in zip(got[:6], expected[:6], strict=True):
-        torch.testing.assert_close(mine.double(), double, rtol=2e-6, atol=2e-6)
+    for field, double in zip(got[:6], expected[:6], strict=True):
+        torch.testing.assert_close(field.double(), double, rtol=2e-6, atol=2e-6)
     torch.testing.assert_close(leaf.grad, gradient, rtol=2e-5, atol=2e-7)
     with pytest.raises(ValueError, match="inplace"):
         fastkd.loss(leaf * 1, teacher, labels, **options, inplace=True)
 
 
-def test_second_derivatives_of_targets():
+def test_second_derivatives_of_targets_equal_finite_differences():
     student, teacher, labels = make((3, CLASSES), FP64, ignored=0.0)
     smoothed = {"class_weight": torch.rand(CLASSES) + 0.1, "label_smoothing": 0.1}
     for target, options in ((torch.rand(student.shape), {}), (labels, smoothed)):
@@ -350,8 +350,8 @@ def test_second_derivatives_of_targets():
         assert torch.autograd.gradgradcheck(function, student.requires_grad_())
 
 
-def test_labels_that_are_no_probabilities(device):
-    """Rows of zeros and negative weights give the results of F.cross_entropy."""
+def test_labels_need_not_be_probabilities(device):
+    """Labels whose rows do not sum to 1 give the result of F.cross_entropy."""
     student, teacher, _ = make((ROWS, CLASSES), device=device, labels=False)
     labels = torch.rand(student.shape, device=device)
     labels[0], labels[1, 2] = 0, -0.5

@@ -11,7 +11,7 @@ CLASSES = [7, 100, 144, 145, 3000]
 
 
 def errors(divergence, student, teacher, **options):
-    """Return (relative errors of each row's value, errors of the gradient, its true magnitude)."""
+    """Return (relative errors of rows, errors of the gradient, its true magnitude)."""
     options = {"divergence": divergence, "reduction": "none", "temperature": 1.5, **options}
     exact = truth(student, teacher, **options)
     leaf = student.clone().requires_grad_()
@@ -26,10 +26,8 @@ def errors(divergence, student, teacher, **options):
     pairwise(CLASSES, [1e4, 1e6, 1e8, -1e8], [None, 0.7]),
     ids=str,
 )
-def test_squared_error_of_one_logit_far_from_the_rest(
-    device, classes, size_of_one, teacher_temperature
-):
-    """No class loses digits to the maxima that softmaxes subtract."""
+def test_squared_error_is_exact_with_an_outlier(device, classes, size_of_one, teacher_temperature):
+    """No class loses digits to the maximum that a softmax would subtract."""
     student, teacher, _ = make((6, classes), device=device, labels=False)
     student[:, classes // 2] = size_of_one
     value, grad, size = errors("mse", student, teacher, teacher_temperature=teacher_temperature)
@@ -45,25 +43,25 @@ def test_squared_error_of_one_logit_far_from_the_rest(
     pairwise(CLASSES, [1e4, 1e6, 1e8, -1e8], [None, 0.7]),
     ids=str,
 )
-def test_centered_squared_error_of_one_logit_far_from_the_rest(
+def test_centered_squared_error_is_exact_with_an_outlier(
     device, classes, size_of_one, teacher_temperature
 ):
-    """The centered error is not the difference of a mean of squares and a squared mean."""
+    """Centered errors are exact, unlike a mean of squares minus a squared mean."""
     student, teacher, _ = make((6, classes), device=device, labels=False)
     student[:, classes // 2] = size_of_one
     value, grad, size = errors(
         "centered_mse", student, teacher, teacher_temperature=teacher_temperature
     )
     assert float(value.max()) < 1e-6
-    # The one logit makes the mean large, and each class is compared with the mean.
+    # The outlier makes the mean large, and each class is compared with the mean.
     scale = (20 + abs(size_of_one) / classes) * 2 / classes
     assert bool((grad <= 1e-6 * (size + scale)).all())
 
 
 @pytest.mark.parametrize("dtype", [FP32, FP64, BF16, FP16], ids=name_of)
 @pytest.mark.parametrize("classes", CLASSES)
-def test_centered_squared_error_of_logits_that_differ_by_a_constant(device, classes, dtype):
-    """The constant enters neither value nor gradient, and costs no digits."""
+def test_centered_squared_error_is_exact_if_logits_differ_by_a_constant(device, classes, dtype):
+    """A constant added to all logits changes neither value nor gradient."""
     student, noise, _ = make((6, classes), FP64, device=device, labels=False)
     student = student.to(dtype)
     teacher = (student.double() + 1e-2 * noise + 1000).to(dtype if dtype is FP64 else FP32)
@@ -86,8 +84,8 @@ def test_centered_squared_error_of_logits_that_differ_by_a_constant(device, clas
     pairwise([FP32, BF16], CLASSES, ["mse", "centered_mse", "forward_kl", "reverse_kl", "jsd"]),
     ids=str,
 )
-def test_an_outlier_in_every_dtype_and_pass(device, divergence, classes, dtype):
-    """A second backward pass gives the bits of the first, with the hard term."""
+def test_an_outlier_costs_no_accuracy_in_any_dtype_or_pass(device, divergence, classes, dtype):
+    """An outlier costs no accuracy, and a second backward pass gives the bits of the first."""
     student, teacher, labels = make((6, classes), dtype, device=device, ignored=0.0)
     student[:, classes // 2] = 3e4
     exact = truth(student, teacher, labels, divergence=divergence, reduction="sum")
@@ -104,7 +102,7 @@ def test_an_outlier_in_every_dtype_and_pass(device, divergence, classes, dtype):
 
 
 ROWS = 20
-SAME = {
+NEUTRAL = {
     "row weights": lambda classes: {"soft_weight": torch.ones(ROWS)},
     "temperatures of rows": lambda classes: {"temperature": torch.full((ROWS,), 3.0)},
     "equal temperatures": lambda classes: {
@@ -116,21 +114,23 @@ SAME = {
 
 
 @pytest.mark.parametrize(
-    ("offset", "classes", "how"), pairwise([0.0, 20.0], [3, 10, 100, 144, 145, 1000], SAME), ids=str
+    ("offset", "classes", "row_tensors"),
+    pairwise([0.0, 20.0], [3, 10, 100, 144, 145, 1000], NEUTRAL),
+    ids=str,
 )
-def test_row_tensors_that_change_nothing_cost_no_accuracy(device, how, classes, offset):
-    """A rounded difference of quotients would exceed the KL of a student near its teacher."""
+def test_row_tensors_that_change_nothing_cost_no_accuracy(device, row_tensors, classes, offset):
+    """The error is at most twice that of a call with numbers in place of row tensors."""
     teacher, noise, labels = make((ROWS, classes), device=device, ignored=0.0)
     teacher += offset
     student = teacher + 1e-3 * noise
     options = {"temperature": 3.0, "reduction": "none", "hard_weight": 0.0, "soft_weight": 1.0}
     exact = truth(student, teacher, labels, **options)
-    plain = fastkd.loss(student, teacher, labels, **options)
-    tensors = {name: value.to(device) for name, value in SAME[how](classes).items()}
+    baseline = fastkd.loss(student, teacher, labels, **options)
+    tensors = {name: value.to(device) for name, value in NEUTRAL[row_tensors](classes).items()}
     value = fastkd.loss(student, teacher, labels, **{**options, **tensors})
     error = ((value.double() - exact.loss) / exact.loss).abs().max()
-    of_plain = ((plain.double() - exact.loss) / exact.loss).abs().max()
-    assert float(error) <= 2 * float(of_plain) + 2e-7
+    of_baseline = ((baseline.double() - exact.loss) / exact.loss).abs().max()
+    assert float(error) <= 2 * float(of_baseline) + 2e-7
 
 
 @pytest.mark.usefixtures("isa")

@@ -43,7 +43,7 @@ def test_types_are_shipped():
     assert (files / "_C.pyi").is_file()
 
 
-def test_stub_names_what_the_library_has():
+def test_stubs_have_the_names_of_the_library():
     stub = (importlib.resources.files("fastkd") / "_C.pyi").read_text()
     named = set(re.findall(r"^(?:def )?(\w+)[(:]", stub, re.MULTILINE))
     assert named == {name for name in dir(_C) if not name.startswith("_")}
@@ -117,7 +117,7 @@ def test_docstrings_run(name):
     assert failed == 0
 
 
-def test_there_are_examples_to_run():
+def test_docstring_examples_are_found():
     doctests = [
         test
         for name in NAMES
@@ -142,13 +142,13 @@ def test_info_names_versions_and_kernels():
     assert facts["compiler"] == _C.compiler
 
 
-def test_command_without_arguments_says_what_there_is():
+def test_command_without_arguments_lists_the_commands():
     done = subprocess.run([sys.executable, "-m", "fastkd"], capture_output=True, text=True)
     assert done.returncode == 2 and "info" in done.stderr
 
 
 @pytest.mark.slow
-def test_another_isa_can_be_asked_for_by_the_environment():
+def test_the_environment_can_select_an_isa():
     for name in _C.available_isas():
         done = subprocess.run(
             [sys.executable, "-c", "from fastkd import _C; print(_C.isa())"],

@@ -1,4 +1,4 @@
-"""The planner of the CUDA kernels, plain C++, for devices that are not at hand."""
+"""The planner of the CUDA kernels chooses valid launches for devices that are not installed."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 
 from fastkd import _C
 
-FLOAT32, FLOAT64, FLOAT16, BFLOAT16 = range(4)  # csrc/dtypes.h
+FLOAT32, FLOAT64, FLOAT16, BFLOAT16 = range(4)  # as in csrc/dtypes.h
 DTYPES = (FLOAT32, FLOAT64, FLOAT16, BFLOAT16)
 HOT = (FLOAT32, FLOAT16, BFLOAT16)
 
@@ -61,15 +61,15 @@ def test_every_plan_can_be_launched(name: str, pair: tuple[int, int]) -> None:
         assert 32 <= p["threads"] <= 1024 and p["threads"] % 32 == 0
         assert 1 <= p["cluster"] <= device.cluster
         blocks = -(-rows // p["rows_per_block"])
-        if p["finish_inside"]:  # the grid is that one cluster, which processes all rows
+        if p["finish_inside"]:  # the grid is the cluster
             assert p["cluster"] == blocks <= 8
         else:
             assert p["cluster"] == 1
-        # The row fits its memory.
+        # The threads of a row hold all of its classes.
         if p["family"] == "tiny":
             assert p["lanes"] in (8, 32) and classes <= 4 * p["lanes"]
             assert p["rows_per_block"] * p["lanes"] == p["threads"]
-        if strided:  # whole warps of neighboring rows
+        if strided:  # full warps of neighboring rows
             assert (
                 p["rows_per_block"] * p["lanes"] == p["threads"] and p["rows_per_block"] % 32 == 0
             )
@@ -95,14 +95,14 @@ def test_each_size_has_its_kernel(name: str, dtype: int, warps: int, ctas: int) 
     assert kind(ctas + 1)[0] == "streaming"
     assert kind(8193) == kind(262144) == ("streaming", 512)
     # Different dtypes use tiny, then streaming; double never uses tiny.
-    other = BFLOAT16 if dtype == FLOAT32 else FLOAT16
-    assert kind(128, other) == ("tiny", 32)
-    assert kind(129, other) == kind(1023, other) == ("streaming", 64)
-    assert kind(1024, other) == kind(8191, other) == ("streaming", 256)
+    other_dtype = BFLOAT16 if dtype == FLOAT32 else FLOAT16
+    assert kind(128, other_dtype) == ("tiny", 32)
+    assert kind(129, other_dtype) == kind(1023, other_dtype) == ("streaming", 64)
+    assert kind(1024, other_dtype) == kind(8191, other_dtype) == ("streaming", 256)
     assert kind(5, FLOAT64) == ("streaming", 64)
 
 
-def test_longer_rows_never_go_back_to_a_family_for_shorter_ones() -> None:
+def test_longer_rows_never_use_a_family_of_shorter_rows() -> None:
     order = ("tiny", "registers", "streaming")
     for dtype, rows in itertools.product(HOT, ROWS):
         families = [order.index(plan(n, rows, dtype)["family"]) for n in range(1, 2**14, 61)]
@@ -113,12 +113,12 @@ def test_threads_share_rows_whose_classes_are_not_adjacent() -> None:
     def sharing(classes: int, rows: int) -> int:
         return plan(classes, rows, strided=True)["lanes"]
 
-    many = 2**20
-    assert sharing(1, many) == sharing(24, many) == 1
-    assert sharing(25, many) == sharing(48, many) == 2
-    assert sharing(49, many) == 4
-    assert sharing(97, many) == sharing(2**20, many) == 8
-    # Few rows, so the device has spare threads.
+    many_rows = 2**20
+    assert sharing(1, many_rows) == sharing(24, many_rows) == 1
+    assert sharing(25, many_rows) == sharing(48, many_rows) == 2
+    assert sharing(49, many_rows) == 4
+    assert sharing(97, many_rows) == sharing(2**20, many_rows) == 8
+    # With few rows, the device has spare threads.
     assert sharing(19, 512 * 512) == sharing(19, 132 * 512) == 1
     assert sharing(19, 132 * 512 - 1) == 2
     assert sharing(19, 1) == 4
@@ -126,19 +126,19 @@ def test_threads_share_rows_whose_classes_are_not_adjacent() -> None:
 
 
 @pytest.mark.parametrize("classes", [10, 100, 1000, 8192, 128256])
-def test_a_small_grid_adds_up_its_own_total(classes: int) -> None:
+def test_a_small_grid_sums_the_total_itself(classes: int) -> None:
     with_clusters, without = DEVICES["hopper"], DEVICES["ampere"]
-    one = plan(classes, 1, device=without)
-    assert one["finish_inside"] and one["cluster"] == 1
-    eight = plan(classes, 8 * one["rows_per_block"], device=without)
-    assert not eight["finish_inside"]
+    one_row = plan(classes, 1, device=without)
+    assert one_row["finish_inside"] and one_row["cluster"] == 1
+    eight_blocks = plan(classes, 8 * one_row["rows_per_block"], device=without)
+    assert not eight_blocks["finish_inside"]
     per_block = plan(classes, 8, device=with_clusters)["rows_per_block"]
     p = plan(classes, 8, device=with_clusters)
     assert p["finish_inside"] and p["cluster"] == -(-8 // per_block)
     assert not plan(classes, 8192, device=with_clusters)["finish_inside"]
 
 
-def test_dtypes_that_do_not_exist_are_refused() -> None:
+def test_invalid_dtypes_are_refused() -> None:
     for student, teacher in ((4, 0), (0, 4), (-1, 0)):
         with pytest.raises(ValueError, match="dtype"):
             plan(100, student=student, teacher=teacher)

@@ -1,4 +1,4 @@
-"""Properties that hold for every input, tested by hypothesis."""
+"""Properties of the loss that hold for every input, tested by hypothesis."""
 
 import math
 from typing import Any
@@ -39,8 +39,8 @@ def test_soft_term_is_not_negative_and_zero_at_the_teacher(device, classes, rows
     student, teacher, _ = make((rows, classes), dtype, device=device, labels=False, seed=seed)
     got = fastkd.loss(student, teacher, temperature=t, reduction="none")
     assert (got >= 0).all()
-    same = fastkd.loss(teacher, teacher, temperature=t, reduction="none")
-    assert (same >= 0).all() and (same <= 1e-12).all()
+    self_divergence = fastkd.loss(teacher, teacher, temperature=t, reduction="none")
+    assert (self_divergence >= 0).all() and (self_divergence <= 1e-12).all()
 
 
 @given(
@@ -58,11 +58,11 @@ def test_a_constant_added_to_a_row_changes_nothing(device, classes, rows, t, see
     student, teacher = ((x.clamp(-31, 31) * 4096).round() / 4096 for x in (student, teacher))
     leaf, moved = student.clone().requires_grad_(), (student + a).requires_grad_()
     value = fastkd.loss(leaf, teacher, labels, temperature=t, alpha=alpha)
-    other = fastkd.loss(moved, teacher + b, labels, temperature=t, alpha=alpha)
-    torch.testing.assert_close(other, value, rtol=2e-6, atol=2e-6)
+    moved_loss = fastkd.loss(moved, teacher + b, labels, temperature=t, alpha=alpha)
+    torch.testing.assert_close(moved_loss, value, rtol=2e-6, atol=2e-6)
     value.backward()
-    other.backward()
-    scale = 1 + t  # rounding of the gradient's parts, differences of probabilities
+    moved_loss.backward()
+    scale = 1 + t  # rounding of the gradient's two parts
     torch.testing.assert_close(moved.grad, leaf.grad, rtol=2e-5, atol=2e-7 * scale)
 
 
@@ -72,13 +72,16 @@ def test_permuted_classes_permute_the_gradient(device, classes, rows, t, seed):
     order = torch.randperm(classes, generator=torch.Generator().manual_seed(seed)).to(device)
     place = order.argsort()
     moved = torch.where(labels == -100, labels, place[labels.clamp(min=0)])
-    leaf, other = student.clone().requires_grad_(), student[:, order].clone().requires_grad_()
+    leaf, permuted_leaf = (
+        student.clone().requires_grad_(),
+        student[:, order].clone().requires_grad_(),
+    )
     value = fastkd.loss(leaf, teacher, labels, temperature=t)
-    permuted = fastkd.loss(other, teacher[:, order], moved, temperature=t)
+    permuted = fastkd.loss(permuted_leaf, teacher[:, order], moved, temperature=t)
     torch.testing.assert_close(permuted, value, rtol=2e-6, atol=1e-6)
     value.backward()
     permuted.backward()
-    torch.testing.assert_close(other.grad, leaf.grad[:, order], rtol=2e-6, atol=1e-6)
+    torch.testing.assert_close(permuted_leaf.grad, leaf.grad[:, order], rtol=2e-6, atol=1e-6)
 
 
 @given(
@@ -105,7 +108,7 @@ def test_rows_are_independent(device, classes, rows, t, seed, dtype):
         value, grad = run(student[row : row + 1], teacher[row : row + 1], labels[row : row + 1])
         if device.type == "cpu":
             assert torch.equal(value[0], values[row]) and torch.equal(grad[0], grads[row])
-        else:  # another number of rows may use another kernel, with another order of sums
+        else:  # the kernel depends on the number of rows
             torch.testing.assert_close(value[0], values[row], rtol=2e-6, atol=1e-7)
 
 
@@ -136,18 +139,18 @@ def test_gradients_sum_to_zero_over_classes(device, classes, rows, t, seed, alph
 )
 def test_ignored_rows_are_zero_and_unread(device, classes, rows, seed, dtype, junk, index):
     student, teacher, labels = make((rows, classes), dtype, device=device, seed=seed, ignored=0.5)
-    gone = labels == -100
-    labels = torch.where(gone, index, labels)
-    gone = labels == index
+    is_ignored = labels == -100
+    labels = torch.where(is_ignored, index, labels)
+    is_ignored = labels == index
     clean = fastkd.loss(student, teacher, labels, ignore_index=index)
-    student[gone], teacher[gone] = junk, -junk
+    student[is_ignored], teacher[is_ignored] = junk, -junk
     leaf = student.requires_grad_()
     rowwise = fastkd.terms(leaf, teacher, labels, ignore_index=index, reduction="none")
-    assert all((term[gone] == 0).all() for term in rowwise)
+    assert all((term[is_ignored] == 0).all() for term in rowwise)
     value = fastkd.loss(leaf, teacher, labels, ignore_index=index)
     assert torch.equal(value, clean)
     value.backward()
-    assert (leaf.grad[gone] == 0).all() and leaf.grad.isfinite().all()
+    assert (leaf.grad[is_ignored] == 0).all() and leaf.grad.isfinite().all()
 
 
 @given(classes=WIDTHS, rows=ROWS, t=TEMPERATURES, seed=SEEDS, alpha=SHARES)
@@ -179,12 +182,12 @@ def test_reductions_agree(device, classes, rows, t, seed, ignored, n):
 
 @st.composite
 def calls(draw: st.DrawFn) -> tuple[tuple[int, ...], dict[str, Any], dict[str, Any]]:
-    """Strategy of a shape, a memory layout, and options."""
+    """Draw a shape, a memory layout, and options."""
     leading = draw(st.lists(st.integers(1, 4), max_size=3))
     shape = (*leading, draw(WIDTHS))
     layout = {
         "dtypes": draw(st.tuples(st.sampled_from(DTYPES), st.sampled_from(DTYPES))),
-        # Layout of each tensor: classes cut off at either end, rows left out, dimensions swapped.
+        # Layout of each tensor: classes cut off at either end, rows skipped, dimensions swapped.
         "cut": draw(st.tuples(st.integers(0, 3), st.integers(0, 3))),
         "step": draw(st.tuples(st.integers(1, 2), st.integers(1, 2))),
         "swap": draw(st.tuples(st.booleans(), st.booleans())),
@@ -210,7 +213,7 @@ def calls(draw: st.DrawFn) -> tuple[tuple[int, ...], dict[str, Any], dict[str, A
 
 
 def lay_out(values: Tensor, cut: int, step: int, swap: bool) -> Tensor:
-    """Copy logits into a view of a larger tensor with its first dimensions swapped."""
+    """Copy logits into a view of a larger tensor, with the first dimensions swapped."""
     swap = swap and values.dim() > 2
     shape = list(values.transpose(0, 1).shape if swap else values.shape)
     if len(shape) > 1:
@@ -227,7 +230,7 @@ def lay_out(values: Tensor, cut: int, step: int, swap: bool) -> Tensor:
 
 @settings(max_examples=100)
 @given(call=calls())
-def test_any_call_is_what_the_reference_says(device, call):
+def test_any_call_equals_the_reference(device, call):
     shape, layout, options = call
     student, teacher, labels = make(
         shape, *layout["dtypes"], device=device, labels=layout["labels"], seed=layout["seed"]
@@ -250,7 +253,7 @@ def test_any_call_is_what_the_reference_says(device, call):
     exact = truth(student, teacher, labels, **options)
     leaf = student.detach().requires_grad_()
     got = fastkd.terms(leaf, teacher, labels, **options)
-    # A loss sums terms with weights up to 3 T^2; where they nearly vanish, rounding remains.
+    # A loss sums terms with weights up to 3 T^2, and keeps their rounding if the terms vanish.
     size = float(torch.as_tensor(options["temperature"]).max()) ** 2 * 4
     slack = Answer(exact.terms, exact.loss, exact.grad, exact.noise + size * torch.finfo(acc).eps)
     assert_value(got.loss, slack, acc)
@@ -264,10 +267,10 @@ def test_every_divergence_is_the_references(device, name, classes, t, seed):
     classes += name == "dkd"  # dkd distinguishes the label from other classes
     student, teacher, labels = make((3, classes), FP64, device=device, seed=seed)
     options = {"temperature": t, "divergence": name}
-    leaf, other = student.clone().requires_grad_(), student.clone().requires_grad_()
+    leaf, exact_leaf = student.clone().requires_grad_(), student.clone().requires_grad_()
     value = fastkd.loss(leaf, teacher, labels, **options)
-    expected = reference.loss(other, teacher, labels, **weights(options, True))
+    expected = reference.loss(exact_leaf, teacher, labels, **weights(options, True))
     torch.testing.assert_close(value, expected, rtol=1e-12, atol=1e-13 * t * t)
     value.backward()
     expected.backward()
-    torch.testing.assert_close(leaf.grad, other.grad, rtol=1e-10, atol=1e-13 * t)
+    torch.testing.assert_close(leaf.grad, exact_leaf.grad, rtol=1e-10, atol=1e-13 * t)

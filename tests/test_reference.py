@@ -1,4 +1,4 @@
-"""The reference against torch's cross_entropy and kl_div, in float64."""
+"""The reference equals torch's cross_entropy and kl_div in float64."""
 
 import itertools
 import math
@@ -73,7 +73,7 @@ def test_soft_term_is_kl_div(shape, t):
     torch.testing.assert_close(mean.soft, batch_mean, **EXACT)
 
 
-def test_row_temperatures_are_rows_of_their_own():
+def test_row_temperatures_equal_single_rows():
     student, teacher, labels = make((6, 9), FP64, ignored=0.3)
     t = torch.linspace(0.5, 4.0, 6, dtype=FP64)
     together = reference.terms(student, teacher, labels, temperature=t, reduction="none")
@@ -81,8 +81,8 @@ def test_row_temperatures_are_rows_of_their_own():
         alone = reference.terms(
             student[row], teacher[row], labels[row], temperature=float(t[row]), reduction="none"
         )
-        for name, one, all_rows in zip(alone._fields[:6], alone[:6], together[:6], strict=True):
-            torch.testing.assert_close(all_rows[row], one, msg=name, **EXACT)
+        for name, of_row, all_rows in zip(alone._fields[:6], alone[:6], together[:6], strict=True):
+            torch.testing.assert_close(all_rows[row], of_row, msg=name, **EXACT)
 
 
 @pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
@@ -114,14 +114,14 @@ def test_both_terms_are_weighed_masked_and_reduced_alike(reduction, normalizer):
 
 def test_the_gradient_is_torchs():
     student, teacher, labels = make((8, 13), FP64, ignored=0.4)
-    leaf, other = student.clone().requires_grad_(), student.clone().requires_grad_()
+    leaf, exact_leaf = student.clone().requires_grad_(), student.clone().requires_grad_()
     valid = labels != -100
     rows = 0.3 * F.cross_entropy(leaf, labels, reduction="none") + 0.7 * 4.0 * kl(
         leaf, teacher, 2.0
     )
     (rows * valid).sum().div(valid.sum()).backward()
-    reference.loss(other, teacher, labels, hard_weight=0.3, soft_weight=0.7).backward()
-    torch.testing.assert_close(other.grad, leaf.grad, **EXACT)
+    reference.loss(exact_leaf, teacher, labels, hard_weight=0.3, soft_weight=0.7).backward()
+    torch.testing.assert_close(exact_leaf.grad, leaf.grad, **EXACT)
 
 
 def test_entropies_and_agreement_are_their_formulas():
@@ -130,16 +130,16 @@ def test_entropies_and_agreement_are_their_formulas():
     for logits, entropy in ((student, got.student_entropy), (teacher, got.teacher_entropy)):
         expected = torch.distributions.Categorical(logits=logits / 3.0).entropy()
         torch.testing.assert_close(entropy, expected, **EXACT)
-    same = student.argmax(-1) == teacher.argmax(-1)
-    assert torch.equal(got.agreement, same.double())
+    agreement = student.argmax(-1) == teacher.argmax(-1)
+    assert torch.equal(got.agreement, agreement.double())
 
 
 @pytest.mark.parametrize(
     ("student", "teacher", "soft"),
     [
-        # The teacher masks a class: it contributes 0, and q keeps its mass.
+        # The teacher masks a class: the class contributes 0, and q keeps its mass.
         ([0.0, 0.0], [0.0, -INF], math.log(2)),
-        # Both mask a class: as if it did not exist.
+        # Both mask a class: as if the class did not exist.
         ([0.0, 1.0, -INF], [1.0, 0.0, -INF], None),
         # The student alone masks a class with teacher mass: infinite.
         ([0.0, -INF], [0.0, 0.0], INF),
@@ -158,11 +158,11 @@ def test_masked_classes_give_exact_values(student, teacher, soft):
 def test_a_term_without_weight_may_be_infinite():
     student = torch.tensor([[0.0, -INF]], dtype=FP64)
     teacher = torch.zeros(1, 2, dtype=FP64)
-    zero, one = torch.tensor([0]), torch.tensor([1])
+    zero, second = torch.tensor([0]), torch.tensor([1])
     assert reference.loss(student, teacher, zero, hard_weight=1.0, soft_weight=0.0) == 0
     assert reference.loss(student, teacher, zero, hard_weight=1.0, soft_weight=0.1) == INF
-    assert reference.loss(student, teacher, one, hard_weight=1.0, soft_weight=0.0) == INF
-    assert reference.loss(teacher, teacher, one, hard_weight=0.0, soft_weight=1.0) == 0
+    assert reference.loss(student, teacher, second, hard_weight=1.0, soft_weight=0.0) == INF
+    assert reference.loss(teacher, teacher, second, hard_weight=0.0, soft_weight=1.0) == 0
 
 
 def test_ignored_rows_are_not_read():
@@ -188,7 +188,7 @@ def test_labels_out_of_range_give_nan_for_their_row(label):
 
 
 @pytest.mark.parametrize(("a", "b"), [*itertools.product([FP16, torch.float32, FP64], repeat=2)])
-def test_computes_in_float32_or_better(a, b):
+def test_the_reference_computes_in_float32_or_wider(a, b):
     student, teacher, labels = make((3, 5), a, b)
     expected = FP64 if FP64 in (a, b) else torch.float32
     assert reference.loss(student, teacher, labels).dtype == expected

@@ -1,4 +1,4 @@
-"""Exact resumption, also after SIGKILL in a save, and with two processes."""
+"""Exact resumption of training, also after SIGKILL in a save, and with two processes."""
 
 import json
 import pathlib
@@ -16,7 +16,7 @@ SCRIPT = pathlib.Path(__file__).with_name("training_run.py")
 
 
 def run(*arguments: object, processes: int = 1) -> subprocess.CompletedProcess:
-    """Run training_run.py in processes of its own."""
+    """Run training_run.py in new processes."""
     distributed = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
     before = [*distributed, str(processes)] if processes > 1 else []
     return subprocess.run(
@@ -29,18 +29,18 @@ def run_here(*arguments: object) -> None:
 
 
 def losses(path: pathlib.Path) -> dict[str, str]:
-    """Return the last loss of each step: steps after the last checkpoint are repeated."""
+    """Return the last loss of each step, since steps after the last checkpoint are repeated."""
     return dict(line.split(" ", 1) for line in path.with_suffix(".losses").read_text().splitlines())
 
 
 def evaluations(path: pathlib.Path) -> list[list[float]]:
-    """Return the Evaluation fields of each held-out part; valid rows come last."""
+    """Return the Evaluation fields of each held-out part; the valid rows come last."""
     return json.loads(path.with_suffix(".evaluations").read_text())
 
 
 @pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
-def test_killed_in_a_save(workers, tmp_path):
-    """A resumed run gives the bits of an uninterrupted one."""
+def test_a_run_killed_in_a_save_resumes_exactly(workers, tmp_path):
+    """A resumed run gives the bits of an uninterrupted run."""
     straight, out, checkpoints = tmp_path / "a.pt", tmp_path / "b.pt", tmp_path / "checkpoints"
     run_here(straight, "--workers", workers)
     arguments = (out, "--workers", workers, "--checkpoints", checkpoints)
@@ -52,45 +52,47 @@ def test_killed_in_a_save(workers, tmp_path):
     assert losses(out) == losses(straight)
     for ours, theirs in zip(torch.load(out), torch.load(straight), strict=True):
         assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
-    kept = [path.name for path in sorted(checkpoints.iterdir())]
-    assert kept == ["step-00000011", "step-00000012"]
+    names = [path.name for path in sorted(checkpoints.iterdir())]
+    assert names == ["step-00000011", "step-00000012"]
 
 
 @pytest.mark.slow
 def test_two_processes_give_the_parameters_of_one(tmp_path):
-    """Global batches are equal; valid rows differ between processes and batches."""
-    same = ("--no-shuffle", "--noise", 0, "--dropout", 0)
-    one, two = tmp_path / "one.pt", tmp_path / "two.pt"
-    run_here(one, "--batch", 16, *same)
-    done = run(two, "--batch", 8, *same, processes=2)
+    """Global batches are equal, though valid rows differ between processes and batches."""
+    deterministic = ("--no-shuffle", "--noise", 0, "--dropout", 0)
+    one_process, two_processes = tmp_path / "one.pt", tmp_path / "two.pt"
+    run_here(one_process, "--batch", 16, *deterministic)
+    done = run(two_processes, "--batch", 8, *deterministic, processes=2)
     assert done.returncode == 0, done.stderr
-    for ours, theirs in zip(torch.load(two), torch.load(one), strict=True):
+    for ours, theirs in zip(torch.load(two_processes), torch.load(one_process), strict=True):
         for name in theirs:
             torch.testing.assert_close(ours[name], theirs[name], rtol=1e-9, atol=1e-12)
-    for ours, theirs in zip(losses(two).values(), losses(one).values(), strict=True):
+    for ours, theirs in zip(
+        losses(two_processes).values(), losses(one_process).values(), strict=True
+    ):
         for a, b in zip(ours.split(), theirs.split(), strict=True):
             assert float.fromhex(a) == pytest.approx(float.fromhex(b), rel=1e-6)
-    pairs = zip(evaluations(two), evaluations(one), strict=True)
+    pairs = zip(evaluations(two_processes), evaluations(one_process), strict=True)
     for resumed, expected in pairs:
         assert resumed == pytest.approx(expected, rel=1e-9)
     labels = training_run.Digits(96, 0.0).labels
-    assert [int(fields[-1]) for fields in evaluations(two)] == [
+    assert [int(fields[-1]) for fields in evaluations(two_processes)] == [
         int((labels[:count] != -100).sum()) for count in (37, 5)
     ]
 
 
 @pytest.mark.slow
-def test_two_processes_with_a_sharded_student(tmp_path):
-    """FSDP, resumed half way, gives the parameters of one process."""
-    same = ("--no-shuffle", "--noise", 0, "--dropout", 0)
-    one, two = tmp_path / "one.pt", tmp_path / "two.pt"
-    run_here(one, "--batch", 16, *same)
+def test_two_processes_train_a_sharded_student(tmp_path):
+    """A run under FSDP, resumed half way, gives the parameters of one process."""
+    deterministic = ("--no-shuffle", "--noise", 0, "--dropout", 0)
+    one_process, two_processes = tmp_path / "one.pt", tmp_path / "two.pt"
+    run_here(one_process, "--batch", 16, *deterministic)
     for epochs in (1, 2):
         arguments = ("--fsdp", "--epochs", epochs, "--checkpoints", tmp_path / "checkpoints")
-        done = run(two, "--batch", 8, *same, *arguments, processes=2)
+        done = run(two_processes, "--batch", 8, *deterministic, *arguments, processes=2)
         assert done.returncode == 0, done.stderr
-    (ours,), (theirs, _) = torch.load(two), torch.load(one)
+    (ours,), (theirs, _) = torch.load(two_processes), torch.load(one_process)
     assert ours.keys() == theirs.keys()
     for name in theirs:
         torch.testing.assert_close(ours[name], theirs[name], rtol=1e-9, atol=1e-12)
-    assert losses(two).keys() == losses(one).keys()
+    assert losses(two_processes).keys() == losses(one_process).keys()

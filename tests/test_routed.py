@@ -1,4 +1,4 @@
-"""Routed teachers: one of several teachers for each row."""
+"""Routed teachers: each row has one of several teachers."""
 # ruff: noqa: E501 - one mistake a line
 
 import pytest
@@ -35,12 +35,12 @@ OPTIONS = [
 ]
 
 
-def of_device(options, device):
+def move_options(options, device):
     return {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in options.items()}
 
 
-def chosen(logits, indices):
-    """Select the logits of each row's teacher from all teachers' logits."""
+def select_rows(logits, indices):
+    """Select the logits of each row's teacher from the logits of all teachers."""
     stacked = torch.stack([x.float() for x in logits])
     return stacked.gather(0, indices[None, ..., None].expand(1, *SHAPE, CLASSES))[0]
 
@@ -50,10 +50,10 @@ def test_each_row_has_the_logits_of_its_teacher(device, labels, indices, options
     student = draw(*SHAPE, CLASSES, seed=0).to(device).requires_grad_()
     teachers = [draw(*SHAPE, CLASSES, seed=i).to(device) for i in (1, 2, 3)]
     teachers[1] = teachers[1].bfloat16()
-    options = of_device(options, device)
+    options = move_options(options, device)
     teacher = fastkd.Routed(tuple(teachers), indices)
     ours = fastkd.loss(student, teacher, labels, **options)
-    expected = fastkd.loss(student, chosen(teachers, indices), labels, **options)
+    expected = fastkd.loss(student, select_rows(teachers, indices), labels, **options)
     torch.testing.assert_close(ours, expected)
     grads = [torch.autograd.grad(x.sum(), student)[0] for x in (ours, expected)]
     torch.testing.assert_close(*grads)
@@ -68,11 +68,11 @@ def test_heads_may_be_routed(device, labels, indices, options, with_labels):
         fastkd.Head(draw(*SHAPE, n, seed=n).to(device), draw(CLASSES, n, seed=n + 1).to(device))
         for n in (4, 8, 6)
     )
-    options = of_device(options, device)
+    options = move_options(options, device)
     if not with_labels:
         labels = None
         options.pop("hard_weight", None)
-    exact = chosen([head.logits() for head in heads], indices)
+    exact = select_rows([head.logits() for head in heads], indices)
     expected = fastkd.loss(hidden @ weight.T, exact, labels, **options)
     want = torch.autograd.grad(expected.sum(), (hidden, weight))
     # A teacher is not read in rows of other teachers.
@@ -91,10 +91,10 @@ def test_terms_of_heads_add_up(device, labels, indices):
     heads = tuple(fastkd.Head(hidden.roll(i, -1), weight) for i in (1, 2, 3))
     teacher = fastkd.Routed(heads, indices)
     ours = fastkd.terms(fastkd.Head(hidden, weight), teacher, labels)
-    exact = chosen([head.logits() for head in heads], indices)
+    exact = select_rows([head.logits() for head in heads], indices)
     expected = fastkd.terms(hidden @ weight.T, exact, labels)
-    for name, mine, theirs in zip(ours._fields, ours, expected, strict=True):
-        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5, msg=name)
+    for name, ours_field, expected_field in zip(ours._fields, ours, expected, strict=True):
+        torch.testing.assert_close(ours_field, expected_field, rtol=1e-5, atol=1e-5, msg=name)
 
 
 def test_one_teacher_may_have_no_row(device, labels, indices):

@@ -1,4 +1,4 @@
-"""Sampled teachers: estimates of KL(student || teacher) from one token a row."""
+"""Sampled teachers: estimates of KL(student || teacher) from one token per row."""
 # ruff: noqa: E501 - one mistake a line
 
 import math
@@ -54,8 +54,8 @@ def test_values_and_gradients_are_schulmans(device, estimator, temperature, dtyp
 
 
 @pytest.mark.parametrize("estimator", ESTIMATORS)
-def test_expected_values_and_gradients(device, estimator):
-    """Weighted by the student's probabilities over all tokens, means agree with the docstring."""
+def test_expected_values_and_gradients_are_those_of_the_docstring(device, estimator):
+    """Means over the student's distribution agree with the docstring of Sampled."""
     student, log_p = make(device)
     student = student.detach()[:1].expand(CLASSES, -1).contiguous().requires_grad_()
     tokens = torch.arange(CLASSES, device=device)
@@ -63,17 +63,17 @@ def test_expected_values_and_gradients(device, estimator):
     teacher = fastkd.Sampled(log_p[0], tokens, estimator)
     loss = fastkd.loss(student, teacher, soft_weight=q, reduction="sum")
     loss.backward()
-    whole = student.detach()[:1].requires_grad_()
+    leaf = student.detach()[:1].requires_grad_()
     name = "forward_kl" if estimator == "k3" else "reverse_kl"
     reverse = reference.loss(
-        whole, log_p[:1], temperature=1.0, divergence="reverse_kl", soft_weight=1.0, hard_weight=0.0
+        leaf, log_p[:1], temperature=1.0, divergence="reverse_kl", soft_weight=1.0, hard_weight=0.0
     )
     same_gradient = reference.loss(
-        whole, log_p[:1], temperature=1.0, divergence=name, soft_weight=1.0, hard_weight=0.0
+        leaf, log_p[:1], temperature=1.0, divergence=name, soft_weight=1.0, hard_weight=0.0
     )
     if estimator != "k2":  # k2 is biased
         torch.testing.assert_close(loss, reverse)
-    expected = torch.autograd.grad(same_gradient, whole)[0][0]
+    expected = torch.autograd.grad(same_gradient, leaf)[0][0]
     torch.testing.assert_close(student.grad.sum(0), expected)
 
 
@@ -131,7 +131,7 @@ def test_a_token_that_the_student_masks_has_an_infinite_loss_and_no_gradient(
     assert (logits.grad[0] == 0).all() and logits.grad.isfinite().all()
 
 
-def test_a_head_as_student(device):
+def test_the_student_may_be_a_head(device):
     generator = torch.Generator().manual_seed(1)
     hidden = torch.randn(ROWS, 8, generator=generator).to(device).requires_grad_()
     weight = torch.randn(CLASSES, 8, generator=generator).to(device).requires_grad_()

@@ -1,7 +1,7 @@
-"""Replies of inference servers: alignment of their log-probabilities, and refused replies.
+"""Replies of inference servers: log-probabilities align with tokens, and bad replies are refused.
 
-tests/fixtures/vllm.json was recorded from a real server (its header names the version);
-sglang.json was written by hand. Both include the model's log-probabilities of every class.
+tests/fixtures/vllm.json was recorded from a real server, whose version the file names. sglang.json
+was written by hand. Both files include the model's log-probabilities of every class.
 """
 # ruff: noqa: E501 - one mistake a line
 
@@ -45,7 +45,7 @@ def choice(name: str, index: int = 0) -> dict[str, Any]:
 def assert_scores(topk: TopK, reference: list[list[float]], k: int, first: int = 0) -> None:
     """Assert that row i has the k most probable classes of ``reference[first + i - 1]``.
 
-    That is the distribution of token i. With ``first=0``, row 0 is padding.
+    ``reference[i - 1]`` is the distribution of token i. With ``first=0``, row 0 is padding.
     """
     assert topk.log_probs.dtype == torch.float32 and topk.indices.dtype == torch.int64
     truth = torch.tensor(reference, dtype=torch.float64)
@@ -69,7 +69,7 @@ def assert_scores(topk: TopK, reference: list[list[float]], k: int, first: int =
 def test_a_prompt_is_scored(index):
     reply, tokens = choice("prompts, k = 3", index), VLLM["prompts"][index]
     topk = served.from_vllm(reply, tokens=tokens)
-    # The longest list has the prompt's own token besides the 3 most probable.
+    # The longest list has the prompt's own token besides the 3 most probable tokens.
     assert topk.indices.shape == (len(tokens), 4) and topk.tail == "ghost"
     assert_scores(topk, VLLM["reference"][index], 3)
     assert tokens == reply["prompt_token_ids"]
@@ -92,7 +92,7 @@ def test_all_classes_may_be_listed():
     torch.testing.assert_close(topk.log_probs[1:].exp().sum(1), torch.ones(len(PROMPT) - 1))
 
 
-def test_own_tokens_of_a_prompt():
+def test_tokens_of_a_prompt_are_gathered():
     truth = torch.tensor(VLLM["reference"][0]).gather(1, torch.tensor(PROMPT)[1:, None])[:, 0]
     for name in ("prompt, k = 0", "prompts, k = 3"):
         topk = served.from_vllm(choice(name), tokens=torch.tensor(PROMPT))
@@ -103,14 +103,14 @@ def test_own_tokens_of_a_prompt():
         torch.testing.assert_close(sampled.log_probs[1:], truth, atol=3e-5, rtol=0)
 
 
-def test_a_part_of_a_prompt():
-    whole = served.from_vllm(choice("prompts, k = 3"), k=3)
+def test_a_part_of_a_prompt_is_scored():
+    full = served.from_vllm(choice("prompts, k = 3"), k=3)
     part = served.from_vllm(choice("prompts, k = 3")["prompt_logprobs"][4:], k=3, tokens=PROMPT[4:])
-    assert torch.equal(part.indices, whole.indices[4:])
-    assert torch.equal(part.log_probs, whole.log_probs[4:])
+    assert torch.equal(part.indices, full.indices[4:])
+    assert torch.equal(part.log_probs, full.log_probs[4:])
 
 
-def test_a_prompt_of_a_chat():
+def test_a_prompt_of_a_chat_is_scored():
     topk = served.from_vllm(REPLIES["chat"], k=2, tokens=REPLIES["chat"]["prompt_token_ids"])
     reference = REPLIES["chat"]["reference"][: len(topk.indices) - 1]
     assert_scores(topk, reference, 2)
@@ -145,7 +145,7 @@ def test_python_objects_are_read(name):
         assert all({9, 2, 30} <= set(row) for row in topk.indices.tolist())
 
 
-def test_objects_of_vllm_itself():
+def test_objects_of_vllm_are_read():
     vllm = pytest.importorskip("vllm.logprobs")
     rows = VLLM["objects"]["raw_logprobs"]["T = 1"]["prompt_logprobs"]
     listed = [row and {token: vllm.Logprob(lp, rank) for token, lp, rank in row} for row in rows]
@@ -158,7 +158,7 @@ def test_objects_of_vllm_itself():
 
 
 def test_the_temperature_of_prompts_is_1():
-    """Scores of prompts agree with the module's docstring in both modes of vLLM."""
+    """The scores of prompts have temperature 1 in both modes of vLLM."""
     for mode in ("raw_logprobs", "processed_logprobs"):
         recorded = VLLM["objects"][mode]["T = 2"]
         topk = served.from_vllm(objects(recorded["prompt_logprobs"]))
@@ -167,7 +167,7 @@ def test_the_temperature_of_prompts_is_1():
     assert_scores(topk, VLLM["reference"][0], 3)
 
 
-def test_the_temperature_of_generated_tokens():
+def test_the_temperature_of_generated_tokens_is_that_of_the_call():
     for mode, temperature in {"raw_logprobs": 1.0, "processed_logprobs": 2.0}.items():
         recorded = VLLM["objects"][mode]["T = 2"]
         reference = torch.tensor(recorded["reference"], dtype=torch.float64)
@@ -183,7 +183,7 @@ def test_logits_are_refused():
 
 
 def test_a_probability_of_0_is_minus_infinity():
-    """Samples from the 2 most probable tokens have others at -inf, or -9999 in JSON."""
+    """The 2 most probable tokens are sampled; other tokens have -inf, or -9999 in JSON."""
     recorded = VLLM["objects"]["processed_logprobs"]["top_k = 2"]["logprobs"]
     in_json = [
         row and {str(token): {"logprob": max(lp, -9999.0)} for token, lp, _ in row}
@@ -200,11 +200,11 @@ def test_a_probability_of_0_is_minus_infinity():
 
 
 @pytest.mark.parametrize("name", ["completion", "chat", "warm"])
-@pytest.mark.parametrize("whole", [True, False])
-def test_generated_tokens_are_scored(name, whole):
+@pytest.mark.parametrize("full", [True, False])
+def test_generated_tokens_are_scored(name, full):
     reply = choice(name)
-    topk = served.from_openai(reply if whole else reply["logprobs"], tokens=reply["token_ids"])
-    # A chat reply lists the generated token and the 2 or 3 most probable ones, 3 in all.
+    topk = served.from_openai(reply if full else reply["logprobs"], tokens=reply["token_ids"])
+    # A chat reply lists 3 tokens: the generated token and the 2 or 3 most probable tokens.
     is_chat = name == "chat"
     reference = (REPLIES["chat"] if is_chat else reply)["reference"]
     first = len(reference) + 1 - len(reply["token_ids"])
@@ -237,7 +237,7 @@ def test_chosen_ids_are_scored():
     assert all({9, 2, 30} <= set(row) for row in topk.indices.tolist())
 
 
-def test_ids_in_place_of_tokens():
+def test_ids_in_place_of_tokens_are_read():
     """vLLM's /inference/v1/generate returns ids in place of tokens."""
     content = copy.deepcopy(choice("chat")["logprobs"]["content"])
     for entry in [*content, *(top for each in content for top in each["top_logprobs"])]:
@@ -257,9 +257,9 @@ def test_text_is_refused():
 PART = len(SGLANG["prompt"])
 
 
-@pytest.mark.parametrize("whole", [True, False])
-def test_replies_of_sglang_are_read(whole):
-    reply = SGLANG["reply"] if whole else SGLANG["reply"]["meta_info"]
+@pytest.mark.parametrize("full", [True, False])
+def test_replies_of_sglang_are_read(full):
+    reply = SGLANG["reply"] if full else SGLANG["reply"]["meta_info"]
     tokens, generated = SGLANG["prompt"], SGLANG["reply"]["output_ids"]
     topk = served.from_sglang(reply, tokens=tokens)
     assert topk.indices.shape == (PART, 3)
@@ -281,8 +281,8 @@ def test_replies_of_sglang_are_read(whole):
         assert sampled.tokens[1:].tolist() == ids[1:]
 
 
-def test_the_form_of_sglang():
-    """SGLang's own types decode the hand-written fixture."""
+def test_the_fixture_has_the_form_of_sglang():
+    """SGLang's types decode the hand-written fixture."""
     types = pytest.importorskip("sglang.api.v1.api_types")
     decoded = types.GenerateResponse.from_json_value(SGLANG["reply"])
     assert len(decoded.meta_info.input_top_logprobs) == PART
@@ -294,7 +294,7 @@ def test_the_form_of_sglang():
 
 @pytest.mark.parametrize("side", ["right", "left"])
 @pytest.mark.parametrize("length", [None, 10])
-def test_a_batch_of_lists(side, length):
+def test_lists_are_collated(side, length):
     parts = [served.from_vllm(each) for each in REPLIES["prompts, k = 3"]["choices"]]
     parts[1] = TopK(parts[1].log_probs[:, :2], parts[1].indices[:, :2])
     batch = served.collate(parts, length, padding_side=side)
@@ -309,7 +309,7 @@ def test_a_batch_of_lists(side, length):
             assert torch.equal(got[number], expected)
 
 
-def test_a_batch_of_sampled_tokens():
+def test_sampled_tokens_are_collated():
     parts = [
         served.gather(served.from_vllm(each), torch.tensor(tokens), "k2")
         for each, tokens in zip(REPLIES["prompts, k = 3"]["choices"], VLLM["prompts"], strict=True)
@@ -322,7 +322,7 @@ def test_a_batch_of_sampled_tokens():
         [-1] * (missing + 1) + VLLM["prompts"][1][1:],
     ]
     assert (batch.log_probs == -math.inf).tolist() == (batch.tokens == -1).tolist()
-    # A batch's tokens, padded by labels of -100, give equal results.
+    # The batch as one tensor of tokens, padded by labels of -100, gives equal results.
     labels = torch.tensor([PROMPT, [-100] * missing + VLLM["prompts"][1]])
     lists = [served.from_vllm(each) for each in REPLIES["prompts, k = 3"]["choices"]]
     again = served.gather(served.collate(lists, padding_side="left"), labels, "k2")
@@ -330,7 +330,7 @@ def test_a_batch_of_sampled_tokens():
     assert torch.equal(again.log_probs, batch.log_probs)
 
 
-# ---- what is refused
+# ---- refused replies
 
 GOOD = [None, {"5": {"logprob": -2.5, "rank": 3}, "7": {"logprob": -0.5, "rank": 1}}]
 TOP = [None, [[-0.5, 7, None], [-2.5, 5, "x"]]]
@@ -372,7 +372,7 @@ def token(value: Any) -> Any:
 
 LIST = TopK(torch.tensor([[-1.0, -2.0]]), torch.tensor([[3, 4]]))
 ONE = Sampled(torch.tensor([-1.0]), torch.tensor([3]))
-# (a call, the error, a part of its message)
+# (a call, the error, a part of the error's message)
 MISTAKES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     # the reply
     "no reply": (lambda: served.from_vllm(None), ValueError, "prompt_logprobs must be a list with an entry for each token; got None"),
@@ -484,12 +484,12 @@ def test_a_mistake_is_named(name):
 
 
 def test_a_number_of_json_may_be_an_int():
-    """JavaScript writes 0.0 as 0."""
+    """JavaScript writes 0.0 as 0, so an int is a log-probability."""
     assert served.from_vllm([{"5": {"logprob": 0}}]).log_probs.tolist() == [[0.0]]
 
 
 def test_a_bfloat16_server_is_not_refused():
-    """16-bit log-probabilities add up to 1 up to their rounding."""
+    """16-bit log-probabilities add up to 1 only up to rounding."""
     torch.manual_seed(0)
     log_probs = torch.randn(50, 400).log_softmax(-1).bfloat16().topk(200)
     rows = [
@@ -499,7 +499,7 @@ def test_a_bfloat16_server_is_not_refused():
     assert served.from_sglang({"input_top_logprobs": rows}).indices.shape == (50, 200)
 
 
-# ---- any reply at all: a valid value, or a ValueError or TypeError
+# ---- arbitrary replies give a valid value, a ValueError or a TypeError
 
 JUNK = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8)
@@ -576,6 +576,6 @@ def test_any_reply_is_read_or_refused(name, seed, junk, k):
 
 
 def test_every_good_reply_is_valid():
-    """The fuzzer's seeds are valid, so that it reaches later checks."""
+    """The fuzzer's seeds are valid, so that mutations reach later checks."""
     for reader, reply in READERS.values():
         assert_valid(reader(reply))

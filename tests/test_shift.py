@@ -1,4 +1,4 @@
-"""shift=1: row i of a causal model predicts label i + 1."""
+"""With shift=1, row i of a causal model predicts label i + 1."""
 
 import math
 
@@ -32,20 +32,22 @@ def labels(device):
 
 
 def check(student, ours, sliced, sliced_labels, **options):
-    """Compare a shifted call with a call on slices: loss, gradient and terms."""
+    """Assert that a shifted call equals a call on slices: loss, gradient and terms."""
     teacher, labels = ours
     reduction = options.get("reduction", "mean")
-    one = fastkd.loss(student, teacher, labels, shift=1, **options)
+    shifted_loss = fastkd.loss(student, teacher, labels, shift=1, **options)
     rows = {k: v[:, 1:] if isinstance(v, torch.Tensor) else v for k, v in options.items()}
-    other = fastkd.loss(student[:, :-1], sliced, sliced_labels, **rows)
+    sliced_loss = fastkd.loss(student[:, :-1], sliced, sliced_labels, **rows)
     if reduction == "none":
-        assert (one[:, -1] == 0).all()
-    torch.testing.assert_close(one[:, :-1] if reduction == "none" else one, other)
-    gradients = [torch.autograd.grad(x.sum(), student)[0] for x in (one, other)]
+        assert (shifted_loss[:, -1] == 0).all()
+    torch.testing.assert_close(
+        shifted_loss[:, :-1] if reduction == "none" else shifted_loss, sliced_loss
+    )
+    gradients = [torch.autograd.grad(x.sum(), student)[0] for x in (shifted_loss, sliced_loss)]
     torch.testing.assert_close(*gradients)
-    mine = fastkd.terms(student, teacher, labels, shift=1, **options)
+    shifted = fastkd.terms(student, teacher, labels, shift=1, **options)
     theirs = fastkd.terms(student[:, :-1], sliced, sliced_labels, **rows)
-    for name, x, y in zip(mine._fields, mine, theirs, strict=True):
+    for name, x, y in zip(shifted._fields, shifted, theirs, strict=True):
         x = x[:, :-1] if reduction == "none" else x
         torch.testing.assert_close(x, y, msg=name, equal_nan=True)
 
@@ -71,8 +73,8 @@ def test_lists_belong_to_tokens(student, teacher, labels, divergence, with_label
     check(student, (top, labels), sliced, sliced_labels, divergence=divergence)
 
 
-def test_sampled_tokens_with_weights(student, teacher, labels, device):
-    """Weights belong to tokens, as importance ratios and masks do."""
+def test_sampled_tokens_may_have_weights(student, teacher, labels, device):
+    """Weights belong to tokens, like importance ratios and masks."""
     tokens = labels.clamp(min=0)
     log_probs = teacher.log_softmax(-1).gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
     weights = draw(BATCH, POSITIONS, seed=2).abs().to(device)
@@ -84,9 +86,9 @@ def test_sampled_tokens_with_weights(student, teacher, labels, device):
 def test_shifted_heads_equal_slices(device, labels):
     hidden = draw(BATCH, POSITIONS, 8, seed=3).to(device)
     weight = draw(CLASSES, 8, seed=4).to(device).requires_grad_()
-    other = fastkd.Head(hidden, weight.detach() * 1.1)
-    ours = fastkd.loss(fastkd.Head(hidden, weight), other, labels, shift=1)
-    sliced = other._replace(hidden=hidden[:, :-1])
+    other_head = fastkd.Head(hidden, weight.detach() * 1.1)
+    ours = fastkd.loss(fastkd.Head(hidden, weight), other_head, labels, shift=1)
+    sliced = other_head._replace(hidden=hidden[:, :-1])
     student = fastkd.Head(hidden[:, :-1], weight)
     theirs = fastkd.loss(student, sliced, labels[:, 1:])
     torch.testing.assert_close(ours, theirs)
@@ -99,7 +101,7 @@ def test_dim_1_is_shifted_too(student, teacher, labels):
     torch.testing.assert_close(ours, fastkd.loss(student, teacher, labels, shift=1))
 
 
-def test_two_positions_and_short_sequences(student, teacher, labels):
+def test_shift_2_and_short_sequences_are_supported(student, teacher, labels):
     """shift=2 works, and so do sequences with nothing to predict."""
     ours = fastkd.loss(student, teacher, labels, shift=2)
     torch.testing.assert_close(ours, fastkd.loss(student[:, :-2], teacher[:, :-2], labels[:, 2:]))
@@ -114,7 +116,7 @@ def test_the_module_shifts(student, teacher, labels):
 
 
 def test_narrow_labels_are_shifted(student, teacher, labels):
-    """uint8 labels cannot hold ignore_index."""
+    """uint8 labels are shifted, though ignore_index is no uint8."""
     labels = labels.clamp(min=0)
     ours = fastkd.loss(student, teacher, labels.to(torch.uint8), shift=1)
     torch.testing.assert_close(ours, fastkd.loss(student, teacher, labels, shift=1))

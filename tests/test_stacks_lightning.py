@@ -1,4 +1,4 @@
-"""The Lightning example, 20 steps, beside its module with a loss by hand."""
+"""The Lightning example logs the losses of a hand-written module in 20 steps."""
 
 import copy
 import importlib.util
@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 lightning = pytest.importorskip("lightning")
-pytest.importorskip("sklearn")  # imported by the example
+pytest.importorskip("sklearn")  # the example imports sklearn
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 STEPS = 20

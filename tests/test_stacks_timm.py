@@ -1,4 +1,4 @@
-"""timm's LogitDistillationTask in a training loop, 20 steps, beside fastkd.compat's."""
+"""timm's LogitDistillationTask and fastkd.compat's give equal losses in 20 training steps."""
 
 import copy
 
@@ -31,7 +31,7 @@ class Network(nn.Module):
         )
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        # On a CPU, autocast leaves log_softmax in bfloat16, which costs timm's own loss 1 %.
+        # On a CPU, autocast would compute log_softmax in bfloat16, which costs timm's own loss 1 %.
         return self.layers(images).float()
 
 

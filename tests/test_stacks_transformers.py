@@ -1,4 +1,4 @@
-"""transformers.Trainer with the mixin, 20 steps, beside a trainer with a loss by hand."""
+"""transformers.Trainer with the mixin gives the losses of a hand-written trainer in 20 steps."""
 
 import copy
 import json
@@ -20,8 +20,8 @@ from stacks import (  # noqa: E402
     LENGTH,
     TEMPERATURE,
     VOCABULARY,
-    by_hand,
     llama,
+    loss_by_hand,
     losses,
     pad,
     sentences,
@@ -58,7 +58,7 @@ class ByHand(transformers.Trainer):
         if moved is None:
             student, teacher, moved = student[:, :-1], teacher[:, :-1], labels[:, 1:]
         smoothing = self.args.label_smoothing_factor
-        total = by_hand(student, teacher, moved, num_items_in_batch, smoothing)
+        total = loss_by_hand(student, teacher, moved, num_items_in_batch, smoothing)
         total = total * self.accelerator.num_processes
         return (total, {"logits": student}) if return_outputs else total
 
@@ -98,14 +98,14 @@ def trainer(
 ):
     training = arguments(folder, **options)
     training._n_gpu = gpus
-    mine = {"kd_loss": loss or fastkd.KDLoss(temperature=TEMPERATURE, alpha=ALPHA)}
+    fastkd_options = {"kd_loss": loss or fastkd.KDLoss(temperature=TEMPERATURE, alpha=ALPHA)}
     return kind(
         copy.deepcopy(student) if student else llama(8, 0),
         training,
         train_dataset=sentences() if data is None else data,
         data_collator=collator,
         teacher=copy.deepcopy(teacher) if teacher else llama(16, 1).requires_grad_(False).eval(),
-        **(mine if issubclass(kind, Distilling) else {}),
+        **(fastkd_options if issubclass(kind, Distilling) else {}),
     )
 
 
@@ -115,8 +115,8 @@ def run(kind, folder, **options) -> list[float]:
     return losses(made)
 
 
-def moved(samples):
-    """Collate with labels aligned with their logits, as collators without padding do."""
+def collate_shifted(samples):
+    """Collate with labels shifted to their logits, like collators without padding."""
     batch = pad(samples)
     return {**batch, "shift_labels": causal_labels(batch), "labels": batch["labels"] * 0 + 7}
 
@@ -128,7 +128,7 @@ SITUATIONS = {
     "packing": {"collator": PACKED},
     "bf16 autocast": {"bf16": True},
     "label smoothing": {"label_smoothing_factor": 0.2},
-    "shift_labels": {"collator": moved},
+    "shift_labels": {"collator": collate_shifted},
 }
 
 
@@ -146,8 +146,8 @@ def test_each_step_has_the_loss_by_hand(situation, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("everywhere", [True, False])
-def test_two_gpus_are_one_with_batches_twice_as_large(everywhere, tmp_path):
-    """The trainer counts two simulated GPUs, (2, 1), and DataParallel finds none."""
+def test_two_gpus_equal_one_with_doubled_batches(everywhere, tmp_path):
+    """The trainer counts two simulated GPUs, (2, 1), though DataParallel finds none."""
     even = [sample for sample in sentences(64) if len(sample["input_ids"]) % 2][:32]
     for sample in even:  # the token count is divided by the GPUs, rounded down
         sample["labels"] = sample["input_ids"]
@@ -159,7 +159,7 @@ def test_two_gpus_are_one_with_batches_twice_as_large(everywhere, tmp_path):
 
 
 @pytest.mark.parametrize("count", [5, torch.tensor(5), torch.tensor([5]), torch.full((2, 1), 5.0)])
-def test_counts_of_every_shape(count, tmp_path):
+def test_counts_may_have_every_shape(count, tmp_path):
     made = trainer(Distilling, tmp_path)
     batch = pad(sentences()[:4])
     expected = made.compute_loss(made.model, batch) * (causal_labels(batch) != -100).sum() / 5
@@ -187,7 +187,7 @@ def packed_and_padded():
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["mixin", "fastkd.Trainer"])
 def test_a_packed_batch_has_the_loss_of_the_padded_one(kind, tmp_path):
-    """No sequence attends to the previous one, in the student or in the teacher."""
+    """No sequence attends to the previous sequence, in the student or in the teacher."""
     options = {"temperature": TEMPERATURE, "alpha": ALPHA}
     values = []
     for batch in packed_and_padded():
@@ -208,8 +208,8 @@ def test_a_packed_batch_has_the_loss_of_the_padded_one(kind, tmp_path):
     assert values[0] == pytest.approx(values[1], rel=1e-6)
 
 
-class Asked(nn.Module):
-    """Output of logits that records the call's use of the cache."""
+class CacheRecorder(nn.Module):
+    """Model that records whether calls asked for the cache."""
 
     def __init__(self):
         super().__init__()
@@ -220,9 +220,9 @@ class Asked(nn.Module):
         return self.linear(x)
 
 
-def test_no_model_keeps_a_cache(tmp_path):
+def test_models_are_called_without_a_cache(tmp_path):
     x, y = torch.randn(4, 2), torch.tensor([0, 1, 2, 0])
-    teacher, student = Asked(), Asked()
+    teacher, student = CacheRecorder(), CacheRecorder()
     loader = [(x, y, torch.arange(4))]
     fastkd.teachers.precompute(teacher, loader, tmp_path / "cache", progress=False)
     fastkd.report(teacher, student, loader, seconds=0.01, batch_sizes=[2], show=False)
@@ -240,29 +240,30 @@ class Wrapped(nn.Module):
         return self.module(*inputs, **keywords)
 
 
-def test_wrapped_models_are_asked_for_no_cache_unless_the_batch_wants_one():
-    asked = Asked()
-    batches.outputs(Wrapped(asked), {"x": torch.zeros(1, 2)})
-    batches.outputs(Wrapped(asked), {"x": torch.zeros(1, 2), "use_cache": True})
-    batches.outputs(Wrapped(asked), (torch.zeros(1, 2), True))
-    batches.outputs(Wrapped(nn.Linear(2, 3)), torch.zeros(1, 2))  # this model takes no cache
-    assert asked.seen == [False, True, True]
+def test_wrapped_models_are_called_without_a_cache_by_default():
+    model = CacheRecorder()
+    batches.outputs(Wrapped(model), {"x": torch.zeros(1, 2)})
+    batches.outputs(Wrapped(model), {"x": torch.zeros(1, 2), "use_cache": True})
+    batches.outputs(Wrapped(model), (torch.zeros(1, 2), True))
+    # This model has no use_cache argument.
+    batches.outputs(Wrapped(nn.Linear(2, 3)), torch.zeros(1, 2))
+    assert model.seen == [False, True, True]
 
 
-def test_a_compiled_model_is_asked_for_no_cache():
-    asked = Asked()
-    batches.outputs(torch.compile(asked, backend="eager"), torch.zeros(1, 2))
-    assert asked.seen == [False]
+def test_a_compiled_model_is_called_without_a_cache():
+    model = CacheRecorder()
+    batches.outputs(torch.compile(model, backend="eager"), torch.zeros(1, 2))
+    assert model.seen == [False]
 
 
-def test_labels_that_are_shifted_stay_where_they_are():
+def test_shifted_labels_are_not_shifted_again():
     shifted = torch.tensor([[5, -100]])
     assert causal_labels({"shift_labels": shifted}).equal(shifted)
     assert causal_labels({"shift_labels": None, "labels": shifted}).tolist() == [[-100, -100]]
 
 
-def test_granite_takes_it_by_its_base_model():
-    """Granite's head takes ``**kwargs`` alone, and calls a base model that names the argument."""
+def test_granite_gets_use_cache_by_its_base_model():
+    """Granite's head takes ``**kwargs`` alone, and calls a base model that has use_cache."""
     config = transformers.GraniteMoeConfig(
         vocab_size=VOCABULARY, hidden_size=8, intermediate_size=8, num_hidden_layers=1,
         num_attention_heads=2, num_key_value_heads=2, num_local_experts=2, num_experts_per_tok=1,
@@ -276,11 +277,11 @@ def test_granite_takes_it_by_its_base_model():
     assert packed.past_key_values is None and padded.past_key_values is None
 
 
-# ---- models of every kind
+# ---- models with other outputs
 
 
 class Head(nn.Module):
-    """Plain module; ``form`` is the type of its forward's output."""
+    """Module that is no transformers model; ``form`` is the type of its forward's output."""
 
     def __init__(self, width, form, seed):
         super().__init__()
@@ -303,7 +304,7 @@ FORMS = {
 }
 
 
-def without_mask(samples):
+def collate_without_mask(samples):
     """Collate into batches of the same length, without an attention mask."""
     longest = {"input_ids": [0] * LENGTH, "labels": [-100] * LENGTH}
     batch = pad([*samples, longest])
@@ -311,10 +312,10 @@ def without_mask(samples):
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_plain_modules_are_trained(form, tmp_path):
+def test_torch_modules_are_trained(form, tmp_path):
     models = {"student": Head(8, FORMS[form], 0), "teacher": Head(16, FORMS[form], 1)}
-    ours = trainer(Distilling, tmp_path, collator=without_mask, **models)
-    theirs = trainer(ByHand, tmp_path, collator=without_mask, **models)
+    ours = trainer(Distilling, tmp_path, collator=collate_without_mask, **models)
+    theirs = trainer(ByHand, tmp_path, collator=collate_without_mask, **models)
     ours.train()
     theirs.train()
     assert losses(ours) == pytest.approx(losses(theirs), rel=1e-5)
@@ -347,10 +348,10 @@ def test_a_teacher_in_bf16_gets_its_dtype(tmp_path):
     assert len(losses(made)) == STEPS
 
 
-# ---- what cannot be, said when the trainer is made
+# ---- refused arguments
 
 
-def refused(error, match, folder, **options):
+def assert_refused(error, match, folder, **options):
     student, before = llama(8, 0), llama(16, 1)
     teacher = options.pop("teacher", before)
     loss = options.pop("loss", None)
@@ -365,26 +366,28 @@ def refused(error, match, folder, **options):
 
 
 def test_unsupported_arguments_are_refused(tmp_path):
-    refused(
+    assert_refused(
         TypeError,
         "teacher must be a torch.nn.Module; got the name 'org/large'.*from_pretrained",
         tmp_path,
         teacher="org/large",
     )
-    refused(TypeError, "teacher must be a torch.nn.Module; got NoneType", tmp_path, teacher=None)
-    refused(
+    assert_refused(
+        TypeError, "teacher must be a torch.nn.Module; got NoneType", tmp_path, teacher=None
+    )
+    assert_refused(
         ValueError,
         "kd_loss must have no parameter that requires grad.*got temperature",
         tmp_path,
         loss=fastkd.KDLoss(temperature=nn.Parameter(torch.tensor(2.0))),
     )
-    refused(
+    assert_refused(
         ValueError,
         "compute_loss_func must be None",
         tmp_path,
         trainer={"compute_loss_func": lambda *arguments, **options: 0.0},
     )
-    refused(
+    assert_refused(
         ValueError,
         "must agree where both are set; got 0.1 and 0.2",
         tmp_path,
@@ -395,10 +398,10 @@ def test_unsupported_arguments_are_refused(tmp_path):
 
 def test_an_ignored_label_that_the_trainer_counts_is_refused(tmp_path):
     loss = fastkd.KDLoss(ignore_index=0)
-    refused(ValueError, "kd_loss must have ignore_index=-100; got 0", tmp_path, loss=loss)
+    assert_refused(ValueError, "kd_loss must have ignore_index=-100; got 0", tmp_path, loss=loss)
 
 
-def test_a_temperature_that_does_not_learn_is_taken(tmp_path):
+def test_a_fixed_parameter_as_temperature_is_accepted(tmp_path):
     fixed = nn.Parameter(torch.tensor(TEMPERATURE), requires_grad=False)
     ours = run(Distilling, tmp_path, loss=fastkd.KDLoss(temperature=fixed, alpha=ALPHA))
     assert ours == pytest.approx(run(ByHand, tmp_path), rel=1e-5)
@@ -412,7 +415,7 @@ def test_label_smoothing_of_the_loss_and_of_the_arguments_is_the_same(tmp_path):
     assert run(Distilling, tmp_path, loss=loss, label_smoothing_factor=0.2) == expected
 
 
-# ---- interrupted, and on two processes
+# ---- interrupted runs, two processes
 
 
 @pytest.mark.slow
@@ -433,7 +436,7 @@ def free_port() -> int:
 
 
 @pytest.mark.slow
-def test_two_processes_are_one_with_batches_twice_as_large(tmp_path):
+def test_two_processes_equal_one_with_doubled_batches(tmp_path):
     shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
     processes = []
     for rank in range(2):

@@ -1,4 +1,4 @@
-"""TRL's GKD, distillation and SFT trainers, 20 steps: their own loss beside fastkd's."""
+"""TRL's GKD, distillation and SFT trainers log the losses of fastkd's trainers in 20 steps."""
 
 import json
 import os
@@ -21,8 +21,8 @@ from stacks import (  # noqa: E402
     LENGTH,
     TEMPERATURE,
     VOCABULARY,
-    by_hand,
     llama,
+    loss_by_hand,
     losses,
     sentences,
 )
@@ -129,7 +129,7 @@ def test_the_gkd_trainer_logs_trls_losses(options, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("kind", [FastGKD, integration.GKDTrainer])
-def test_gkd_trainer_where_no_token_of_a_step_counts(kind, tmp_path):
+def test_the_gkd_trainer_has_loss_0_without_valid_tokens(kind, tmp_path):
     """A step without valid tokens has the loss 0, where TRL's own loss is 0 / 0."""
     data = prompted()
     rows = [{**row, "completion_mask": [0] * len(row["input_ids"])} for row in data.to_list()]
@@ -137,7 +137,7 @@ def test_gkd_trainer_where_no_token_of_a_step_counts(kind, tmp_path):
     assert gkd(kind, tmp_path, empty, max_steps=3) == [0.0] * 3
 
 
-def other_models(kind: str):
+def make_scaled_models(kind: str):
     """Return a student and a teacher with scaled, or soft-capped, logits."""
     shared = {"vocab_size": VOCABULARY, "num_hidden_layers": 1, "num_attention_heads": 2}
     shared |= {"num_key_value_heads": 2, "initializer_range": 0.3, "pad_token_id": 0}
@@ -157,9 +157,9 @@ def other_models(kind: str):
 
 
 @pytest.mark.parametrize("kind", ["scale", "divided", "softcap"])
-def test_gkd_trainer_with_logits_that_are_scaled_or_capped(kind, tmp_path):
+def test_the_gkd_trainer_supports_scaled_and_capped_logits(kind, tmp_path):
     ours, theirs = (
-        gkd(trainer, tmp_path, prompted(), other_models(kind), max_steps=5)
+        gkd(trainer, tmp_path, prompted(), make_scaled_models(kind), max_steps=5)
         for trainer in (integration.GKDTrainer, GKDTrainer)
     )
     assert ours == pytest.approx(theirs, rel=1e-5)
@@ -179,7 +179,7 @@ def test_the_gkd_trainer_evaluates(compute_metrics, tmp_path):
 
 
 @pytest.mark.parametrize("return_outputs", [False, True])
-def test_gkd_trainer_of_several_processes(return_outputs, tmp_path, monkeypatch):
+def test_the_gkd_trainer_scales_the_loss_by_the_processes(return_outputs, tmp_path, monkeypatch):
     """DDP averages gradients, so a loss over a shared count is multiplied by the processes."""
     trainer = gkd_trainer(integration.GKDTrainer, tmp_path, prompted())
     batch = next(iter(trainer.get_train_dataloader()))
@@ -195,8 +195,8 @@ def test_gkd_trainer_of_several_processes(return_outputs, tmp_path, monkeypatch)
     assert loss(10) == shared
 
 
-def two_steps(folder, processes: int) -> dict[str, list[float]]:
-    """Train on batches of 4 in all, and return what was logged."""
+def train_two_steps(folder, processes: int) -> dict[str, list[float]]:
+    """Train on batches of 4 in all processes together; return the logged values."""
     trainer = gkd_trainer(
         integration.GKDTrainer,
         folder,
@@ -211,13 +211,13 @@ def two_steps(folder, processes: int) -> dict[str, list[float]]:
 
 
 def test_gkd_trainer_takes_the_same_steps_with_two_processes(tmp_path):
-    """TRL's own losses and gradients under DDP are half of one process's."""
+    """Two processes give the losses of one; TRL's own losses are halved under DDP."""
     file = tmp_path / "log.json"
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     done = subprocess.run([*command, __file__, file], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     ours = json.loads(file.read_text())
-    for name, alone in two_steps(tmp_path, 1).items():
+    for name, alone in train_two_steps(tmp_path, 1).items():
         assert ours[name] == pytest.approx(alone, rel=1e-5), name
 
 
@@ -279,7 +279,7 @@ def distillation(kind, folder, **options):
     return trainer
 
 
-def test_distillation_trainer_with_logits(tmp_path, monkeypatch):
+def test_the_distillation_trainer_with_logits_logs_trls_losses(tmp_path, monkeypatch):
     options = {"beta": 0.5, "temperature": 2.0}
     theirs = losses(distillation(DistillationTrainer, tmp_path, **options))
     monkeypatch.setattr(distillation_trainer, "_chunked_divergence_loss", with_logits)
@@ -304,9 +304,11 @@ def test_the_distillation_trainer_logs_trls_losses(options, tmp_path, monkeypatc
     monkeypatch.setattr(distillation_trainer, "_chunked_divergence_loss", None)
     ours = distillation(integration.DistillationTrainer, tmp_path, **options).state.log_history
     for name in ("loss", "grad_norm", "entropy", "eval_loss", "eval_entropy"):
-        mine, other = ([entry[name] for entry in log if name in entry] for log in (ours, theirs))
-        assert len(mine) == (STEPS if "eval" not in name else 2 * ("eval_steps" in options))
-        assert mine == pytest.approx(other, rel=1e-5), name
+        ours_values, theirs_values = (
+            [entry[name] for entry in log if name in entry] for log in (ours, theirs)
+        )
+        assert len(ours_values) == (STEPS if "eval" not in name else 2 * ("eval_steps" in options))
+        assert ours_values == pytest.approx(theirs_values, rel=1e-5), name
 
 
 def test_the_trainers_can_be_pickled_by_name():
@@ -335,18 +337,18 @@ class ByHand(SFTTrainer):
         student = model(**inputs, use_cache=False).logits[:, :-1]
         with torch.no_grad():
             teacher = self.teacher(**inputs, use_cache=False).logits[:, :-1]
-        return by_hand(student, teacher, labels, num_items_in_batch)
+        return loss_by_hand(student, teacher, labels, num_items_in_batch)
 
 
 def sft(kind, folder, **options) -> list[float]:
-    mine = {"kd_loss": fastkd.KDLoss(temperature=TEMPERATURE, alpha=ALPHA)}
+    fastkd_options = {"kd_loss": fastkd.KDLoss(temperature=TEMPERATURE, alpha=ALPHA)}
     trainer = kind(
         llama(8, 0),
         args=SFTConfig(str(folder), max_length=2 * LENGTH, **{**SHARED, **options}),
         train_dataset=Dataset.from_list([{"input_ids": row["input_ids"]} for row in sentences()]),
         processing_class=tokenizer(),
         teacher=llama(16, 1),
-        **(mine if kind is Distilling else {}),
+        **(fastkd_options if kind is Distilling else {}),
     )
     trainer.train()
     return losses(trainer)
@@ -361,13 +363,13 @@ def test_the_sft_trainer_logs_losses_by_hand(packing, tmp_path):
 
 
 def test_packing_gives_the_loss_of_padding(tmp_path):
-    """One step holds all sentences."""
+    """A step on packed sentences has the loss of the padded sentences."""
     options = {"max_steps": 1, "per_device_train_batch_size": 32}
     packed, padded = (sft(Distilling, tmp_path, packing=each, **options) for each in (True, False))
     assert packed == pytest.approx(padded, rel=1e-6)
 
 
-if __name__ == "__main__":  # one of the two processes
-    log = two_steps(pathlib.Path(sys.argv[1]).parent, 2)
+if __name__ == "__main__":  # run by one of the two processes
+    log = train_two_steps(pathlib.Path(sys.argv[1]).parent, 2)
     if os.environ["RANK"] == "0":
         pathlib.Path(sys.argv[1]).write_text(json.dumps(log))

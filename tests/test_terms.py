@@ -1,4 +1,4 @@
-"""fastkd.terms: every field against the reference, and its gradient."""
+"""Every field of fastkd.terms, and the gradient, equal those of the reference."""
 
 import math
 
@@ -23,7 +23,7 @@ import fastkd
 from fastkd import _C
 
 RELATIVE = {FP32: 2e-6, FP64: 1e-13}
-# Entropies and divergences are differences of log-probabilities: a unit in the last place.
+# Absolute bound, since entropies and divergences are differences of log-probabilities.
 ABSOLUTE = {FP32: 1e-6, FP64: 1e-14}
 
 
@@ -96,15 +96,15 @@ def test_terms_need_no_labels(device, reduction):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
-def test_the_loss_is_the_loss(device, dtype):
+def test_the_loss_of_terms_is_that_of_loss(device, dtype):
     student, teacher, labels = make((6, 1003), dtype, device=device)
     for reduction in ("mean", "sum", "none"):
         a, b = student.clone().requires_grad_(), student.clone().requires_grad_()
-        one = fastkd.loss(a, teacher, labels, reduction=reduction)
-        other = fastkd.terms(b, teacher, labels, reduction=reduction).loss
-        one.sum().backward()
-        other.sum().backward()
-        assert torch.equal(one, other) and torch.equal(a.grad, b.grad)
+        loss = fastkd.loss(a, teacher, labels, reduction=reduction)
+        loss_of_terms = fastkd.terms(b, teacher, labels, reduction=reduction).loss
+        loss.sum().backward()
+        loss_of_terms.sum().backward()
+        assert torch.equal(loss, loss_of_terms) and torch.equal(a.grad, b.grad)
 
 
 def test_only_the_loss_carries_a_gradient(device):
@@ -153,7 +153,7 @@ def test_agreement_counts_equal_greatest_classes(device, width, student, teacher
 
 
 def test_agreement_sees_every_segment(device):
-    """The greatest class lies in any part of a row that threads share."""
+    """The greatest class may be in any segment of a row that threads share."""
     width = 3 * _C.segment + 7
     student, teacher = torch.zeros(5, width, device=device), torch.zeros(5, width, device=device)
     places = [0, _C.segment - 1, _C.segment, 2 * _C.segment + 3, width - 1]

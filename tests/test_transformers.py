@@ -101,7 +101,7 @@ def test_docstrings_run():
     assert doctest.testmod(integration).attempted > 0 == doctest.testmod(integration).failed
 
 
-def test_what_the_trainer_divides_by_cannot_be_chosen(tmp_path):
+def test_only_mean_losses_of_kdloss_are_accepted(tmp_path):
     with pytest.raises(ValueError, match="reduction='mean'; got 'sum'"):
         trainer_of(model(8, 0), model(8, 1), tmp_path, kd_loss=fastkd.KDLoss(reduction="sum"))
     with pytest.raises(TypeError, match=r"fastkd\.KDLoss; got function"):

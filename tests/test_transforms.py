@@ -26,7 +26,7 @@ def problem64(device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @OLD_SCRIPT
-def test_func_grad_and_hessian(device):
+def test_func_grad_and_hessian_equal_the_references(device):
     student, teacher, labels = problem64(device)
     for transform in (torch.func.grad, torch.func.hessian, torch.func.jacrev, torch.func.jacfwd):
         ours = transform(lambda x: fastkd.loss(x, teacher, labels))(student)
@@ -47,7 +47,7 @@ def test_vmap_gives_the_gradients_of_samples(device):
 
 
 @OLD_SCRIPT
-def test_func_jvp_and_functional_call(device):
+def test_func_jvp_of_functional_call_is_right(device):
     student, teacher, labels = problem64(device)
     tangent = student.roll(1, 0)
     value, derivative = torch.func.jvp(
@@ -99,13 +99,13 @@ TRANSFORMS = {
     "name", [pytest.param(n, marks=pytest.mark.slow if i else ()) for i, n in enumerate(LOSSES)]
 )
 def test_compiled_transforms_equal_eager_ones(name, transform):
-    """Ops without a batching formula must not be compiled without their derivatives."""
+    """Compiled derivatives are right for ops without a batching formula."""
     student, teacher, labels = problem64(torch.device("cpu"))
 
     def function(x: Tensor) -> Tensor:
         return TRANSFORMS[transform](lambda z: LOSSES[name](z, teacher, labels), x)
 
-    torch.compiler.reset()  # beyond its recompilation limit Dynamo gives up
+    torch.compiler.reset()  # Dynamo compiles nothing beyond its recompilation limit
     compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
     want = function(student)
     assert want.abs().max() > 0
@@ -124,8 +124,8 @@ def test_batched_grad_outputs_give_batched_gradients(name):
     value = LOSSES[name](leaf, teacher, labels)
     (once,) = torch.autograd.grad(value, leaf, retain_graph=True)
     factors = torch.tensor([1.0, -2.0, 0.5], dtype=FP64)
-    (many,) = torch.autograd.grad(value, leaf, factors, is_grads_batched=True)
-    torch.testing.assert_close(many, factors.view(3, 1, 1) * once, **EXACT)
+    (batched,) = torch.autograd.grad(value, leaf, factors, is_grads_batched=True)
+    torch.testing.assert_close(batched, factors.view(3, 1, 1) * once, **EXACT)
 
 
 @pytest.mark.filterwarnings("ignore:.*performance drop.*")
@@ -142,7 +142,7 @@ def test_a_vectorized_jacobian_is_right():
 
 @pytest.mark.usefixtures("each_autograd")
 @pytest.mark.parametrize("dtype", [FP32, FP64, BF16])
-def test_gradients_that_are_negatives_of_what_lies_in_memory(device, dtype):
+def test_grad_outputs_may_be_negative_views(device, dtype):
     student, teacher, labels = make((4, 7), dtype, device=device)
     value = fastkd.loss(student.requires_grad_(), teacher, labels)
     (once,) = torch.autograd.grad(value, student, retain_graph=True)
@@ -154,13 +154,13 @@ def test_gradients_that_are_negatives_of_what_lies_in_memory(device, dtype):
     assert not torch.autograd.grad(value, student, nothing)[0].any()
 
 
-# ---- what has no derivative, or no effect
+# ---- tangents that are refused, inplace without effect
 
 
 @OLD_SCRIPT
 @pytest.mark.usefixtures("each_autograd")
 @pytest.mark.parametrize("name", ["teacher", "normalizer", "class_weight"])
-def test_tangents_of_what_gets_none_are_refused(name):
+def test_tangents_of_other_inputs_are_refused(name):
     student, teacher, labels = problem64(torch.device("cpu"))
     static: dict[str, Any] = {
         "teacher": teacher,

@@ -1,4 +1,4 @@
-"""The loss of fastkd.integrations.trl against TRL's code, without trainers."""
+"""The loss of fastkd.integrations.trl equals that of TRL's code, without trainers."""
 
 import functools
 import math
@@ -20,13 +20,13 @@ SCALES = {"student_logit_scale": 0.7, "teacher_logit_scale": 1.3}
 
 
 @functools.cache
-def theirs():
-    """Compute TRL's _chunked_divergence_loss by its torch code, for devices without Triton."""
+def compile_trl_loss():
+    """Return TRL's _chunked_divergence_loss with its PyTorch code, for devices without Triton."""
     names = {"_BLOCK_SIZE": 0, "_MM_OUT_DTYPE": False, "_use_triton": lambda device: False}
-    steps = peers.code(
+    steps = peers.compile_code(
         "trl", "kernels/chunked_logprob.py", "_torch_transform", "_addmm_fp32", **names
     )
-    function = peers.code(
+    function = peers.compile_code(
         "trl",
         "kernels/chunked_divergence.py",
         *("ChunkedDivergenceFunction", "_stats_tile", "_jsd_tile", "_backward_tile"),
@@ -35,14 +35,14 @@ def theirs():
         maybe_gather_lm_head_ctx=lambda *_: nullcontext(),
     ).ChunkedDivergenceFunction
     file = "trainer/distillation_trainer.py"
-    loss = peers.code(
+    loss = peers.compile_code(
         "trl", file, "_chunked_divergence_loss", ChunkedDivergenceFunction=function, **names
     )
     return loss._chunked_divergence_loss
 
 
 def draw(bias: bool = False, dtype: torch.dtype = torch.float32):
-    """Draw the student's tensors, the teacher's, and a mask."""
+    """Draw the student's tensors, the teacher's tensors, and a mask."""
     generator = torch.Generator().manual_seed(1)
 
     def tensor(*shape: int) -> Tensor:
@@ -73,12 +73,14 @@ def test_value_and_gradients_are_trls(beta, temperature, options):
     for count, bias in ((None, True), (30, False), (torch.tensor(30.0), True)):
         call = (*draw(bias), beta)
         inputs = {**options, "temperature": temperature, "num_items_in_batch": count}
-        ours, other = (run(f, *call, **inputs) for f in (trl.chunked_divergence_loss, theirs()))
-        torch.testing.assert_close(ours, other, **peers.SINGLE)
+        ours, theirs_result = (
+            run(f, *call, **inputs) for f in (trl.chunked_divergence_loss, compile_trl_loss())
+        )
+        torch.testing.assert_close(ours, theirs_result, **peers.SINGLE)
 
 
 @pytest.mark.parametrize("count", [None, 0, 5])
-def test_without_a_token_that_counts(count):
+def test_without_a_valid_token_the_loss_is_zero(count):
     student, teacher, mask = draw()
     loss, entropy, tokens, *grads = run(
         trl.chunked_divergence_loss, student, teacher, 0 * mask, 0.5, num_items_in_batch=count
@@ -87,7 +89,7 @@ def test_without_a_token_that_counts(count):
     assert not any(grad.any() for grad in grads)
 
 
-def test_tokens_that_do_not_count_may_hold_anything():
+def test_ignored_tokens_may_hold_anything():
     student, teacher, mask = draw()
     clean = run(trl.chunked_divergence_loss, student, teacher, mask, 1.0)
     student[0][mask == 0] = teacher[0][mask == 0] = math.nan
@@ -97,7 +99,7 @@ def test_tokens_that_do_not_count_may_hold_anything():
 
 @pytest.mark.parametrize("beta", [0.0, 0.5, 1.0])
 def test_a_class_that_both_mask_contributes_nothing(beta):
-    """Documented difference: TRL's losses are NaN."""
+    """A class that both mask contributes 0; TRL's losses are NaN (documented)."""
     student, teacher, mask = draw(bias=True)
     without = run(
         trl.chunked_divergence_loss,
@@ -108,11 +110,11 @@ def test_a_class_that_both_mask_contributes_nothing(beta):
     student[2][0] = teacher[2][0] = -math.inf
     ours = run(trl.chunked_divergence_loss, student, teacher, mask, beta)
     torch.testing.assert_close(ours[:4], without[:4])
-    assert run(theirs(), student, teacher, mask, beta)[0].isnan()
+    assert run(compile_trl_loss(), student, teacher, mask, beta)[0].isnan()
 
 
 def test_the_loss_of_a_close_teacher_is_exact():
-    """Documented difference: TRL subtracts large sums, and its loss may be negative."""
+    """A small loss is exact; TRL subtracts large sums and may be negative (documented)."""
     student, _, _ = draw()
     noise = torch.randn(CLASSES, WIDTH, generator=torch.Generator().manual_seed(1))
     call = student, [student[0], student[1] + 1e-5 * noise], torch.ones(ROWS)
@@ -121,25 +123,25 @@ def test_the_loss_of_a_close_teacher_is_exact():
         exact = run(trl.chunked_divergence_loss, *double, call[2], beta)[0]
         ours = run(trl.chunked_divergence_loss, *call, beta)[0]
         assert float(ours) == pytest.approx(float(exact), rel=0.02)
-    assert min(run(theirs(), *call, beta)[0] for beta in (0.0, 1.0)) < 0
+    assert min(run(compile_trl_loss(), *call, beta)[0] for beta in (0.0, 1.0)) < 0
 
 
 def test_heads_of_different_classes_are_refused():
-    """Documented difference: TRL drops the teacher's last classes."""
+    """Heads of different classes are refused; TRL drops the teacher's last classes (documented)."""
     student, teacher, mask = draw()
     with pytest.raises(ValueError, match=r"must have the same classes; got \(11,\) and \(10,\)"):
         run(trl.chunked_divergence_loss, [student[0], student[1][:10]], teacher, mask, 0.0)
-    assert run(theirs(), [student[0], student[1][:10]], teacher, mask, 0.0)[0].isfinite()
+    assert run(compile_trl_loss(), [student[0], student[1][:10]], teacher, mask, 0.0)[0].isfinite()
 
 
 def test_a_weight_of_another_dtype_is_converted():
-    """TRL accepts a backbone in bfloat16 with a head in another dtype."""
+    """A backbone in bfloat16 may have a head in another dtype, as in TRL."""
     student, teacher, mask = draw()
     student[0], teacher[0] = student[0].bfloat16(), teacher[0].bfloat16()
     ours = run(trl.chunked_divergence_loss, student, teacher, mask, 0.5)
     assert [grad.dtype for grad in ours[3:]] == [torch.bfloat16, torch.float32]
-    other = run(theirs(), student, teacher, mask, 0.5)
-    torch.testing.assert_close(ours, other, rtol=0.02, atol=0.01)
+    expected = run(compile_trl_loss(), student, teacher, mask, 0.5)
+    torch.testing.assert_close(ours, expected, rtol=0.02, atol=0.01)
 
 
 def test_autocast_sums_the_gradient_in_the_dtype_of_the_weight():
@@ -169,7 +171,7 @@ def test_distributed_weights_are_gathered():
     torch.testing.assert_close(ours, expected, rtol=0, atol=0)
 
 
-def test_another_trl_is_refused(monkeypatch):
+def test_other_versions_of_trl_are_refused(monkeypatch):
     monkeypatch.setattr(extras, "load", lambda module, extra: SimpleNamespace(__version__="1.15.0"))
     # An earlier test may have made the class.
     monkeypatch.delitem(vars(trl), "DistillationTrainer", raising=False)

@@ -1,4 +1,4 @@
-"""``Head`` and ``TopK``: checks, other code that moves them, and the loss of every pair."""
+"""``Head`` and ``TopK``: checks, other code that moves tensors, and the loss of every pair."""
 # ruff: noqa: E501 - one mistake a line
 
 import copy
@@ -62,12 +62,12 @@ each_value = pytest.mark.parametrize("value", [make() for make in VALUES.values(
 
 def assert_same_value(value: Head | TopK, expected: Head | TopK) -> None:
     assert type(value) is type(expected)
-    for mine, theirs in zip(value, expected, strict=True):
+    for ours, theirs in zip(value, expected, strict=True):
         if isinstance(theirs, Tensor):
-            assert isinstance(mine, Tensor) and mine.dtype == theirs.dtype
-            assert torch.equal(mine, theirs)
+            assert isinstance(ours, Tensor) and ours.dtype == theirs.dtype
+            assert torch.equal(ours, theirs)
         else:
-            assert mine == theirs
+            assert ours == theirs
 
 
 # ---- checks at construction
@@ -75,7 +75,7 @@ def assert_same_value(value: Head | TopK, expected: Head | TopK) -> None:
 FLOATS = "must be float64, float32, bfloat16 or float16; got torch.int64"
 SHAPES = "Head.hidden must have shape (..., width) and Head.weight (classes, width); got "
 LISTS = "TopK.log_probs and TopK.indices must have the same shape (..., k) with k >= 1; got "
-# (the constructor, its arguments, the error, a part of its message)
+# (the constructor, its arguments, the error, a part of the error's message)
 MISTAKES: dict[str, tuple[Any, dict[str, Any], type[Exception], str]] = {
     "hidden a list": (Head, {"hidden": [1.0], "weight": Z(5, 4)}, TypeError, "Head.hidden must be a tensor; got list"),
     "hidden None": (Head, {"hidden": None, "weight": Z(5, 4)}, TypeError, "Head.hidden must be a tensor; got NoneType"),
@@ -118,7 +118,7 @@ def test_the_message_names_argument_and_values(mistake):
 
 
 @pytest.mark.parametrize("kind", [Head, TopK])
-def test_arguments_of_the_wrong_number(kind):
+def test_missing_and_unknown_arguments_are_refused(kind):
     with pytest.raises(TypeError, match="missing"):
         kind()
     with pytest.raises(TypeError, match="unexpected keyword argument 'labels'"):
@@ -126,7 +126,7 @@ def test_arguments_of_the_wrong_number(kind):
 
 
 def test_the_order_of_topk_is_that_of_torch():
-    """``TopK(*log_probs.topk(k))`` has its fields in order."""
+    """``TopK(*log_probs.topk(k))`` gets its fields in the right order."""
     top_two = torch.log_softmax(draw(3, 5), -1).topk(2)
     top = TopK(*top_two)
     assert (
@@ -134,7 +134,7 @@ def test_the_order_of_topk_is_that_of_torch():
     )
 
 
-def test_fields_that_replace_others_are_checked_by_the_call():
+def test_replaced_fields_are_checked_by_the_call():
     student, labels = draw(ROWS, CLASSES), make_labels()
     with pytest.raises(ValueError, match=r"^teacher\.tail must be one of"):
         fastkd.loss(student, topk()._replace(tail="drop"), labels)
@@ -162,10 +162,10 @@ def test_fields_that_replace_others_are_checked_by_the_call():
     ],
     ids=str,
 )  # fmt: skip
-@pytest.mark.parametrize("way", [fastkd.loss, fastkd.terms, fastkd.KDLoss()])
-def test_pairs_that_are_refused(way, student, teacher, error, message):
+@pytest.mark.parametrize("function", [fastkd.loss, fastkd.terms, fastkd.KDLoss()])
+def test_unsupported_pairs_are_refused(function, student, teacher, error, message):
     with pytest.raises(error, match=re.escape(message)):
-        way(student, teacher)
+        function(student, teacher)
 
 
 def test_classes_that_differ_name_the_slices():
@@ -178,7 +178,7 @@ def test_classes_that_differ_name_the_slices():
     assert torch.equal(sliced, fastkd.loss(student[..., :5].contiguous(), teacher))
 
 
-# ---- as values
+# ---- repr, copies, pytrees, data loaders
 
 
 def test_repr_shows_no_numbers():
@@ -217,12 +217,13 @@ def test_values_are_pytrees(value):
     assert_same_value(pytree.tree_unflatten(leaves, tree)["value"], value)
     doubled = pytree.tree_map_only(Tensor, lambda x: x * 2, value)
     assert torch.equal(doubled[0], value[0] * 2)
-    shapes = pytree.tree_map_only(Tensor, lambda x: x.shape, value)  # not a tensor, so not checked
+    # Shapes are not tensors, so TopK does not check them.
+    shapes = pytree.tree_map_only(Tensor, lambda x: x.shape, value)
     assert type(shapes) is type(value) and shapes[0] == value[0].shape
 
 
 @each_value
-def test_accelerate_moves_them(value):
+def test_accelerate_moves_values(value):
     operations = pytest.importorskip("accelerate.utils")
     assert_same_value(operations.send_to_device(value, "cpu"), value)
     moved = operations.send_to_device(value, "meta")
@@ -243,7 +244,7 @@ class Samples(Dataset):
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_batch_of_a_data_loader(workers):
+def test_the_default_collate_makes_one_topk(workers):
     """The default collate_fn makes one TopK of the samples' lists."""
     (batch,) = DataLoader(Samples(), batch_size=ROWS, num_workers=workers)
     assert_same_value(batch["teacher"], topk("renormalize"))
@@ -277,21 +278,21 @@ def teacher_of(kind: str, dtype: torch.dtype = FP32) -> Tensor | Head | TopK:
 @each_pair
 def test_compiled_pairs_equal_eager_ones(student, teacher, values):
     inputs = (draw(ROWS, CLASSES),) if student == "tensor" else head()
-    other = teacher_of(teacher)
+    teacher_value = teacher_of(teacher)
     made = {"tensor": lambda x: x, "Head": Head, "TopK": TopK}
 
     def made_inside(leaves: list[Tensor], fields: Any) -> Tensor:
         return as_arguments(made[student](*leaves), made[teacher](*fields))
 
-    def as_arguments(one: Any, other: Any) -> Tensor:
-        return fastkd.loss(one, other, make_labels()) * 2
+    def as_arguments(student_input: Any, teacher_input: Any) -> Tensor:
+        return fastkd.loss(student_input, teacher_input, make_labels()) * 2
 
     results = []
     for compiles in (False, True):
         leaves = [x.clone().requires_grad_() for x in inputs if isinstance(x, Tensor)]
-        function, arguments = as_arguments, (made[student](*leaves), other)
+        function, arguments = as_arguments, (made[student](*leaves), teacher_value)
         if values == "made inside":
-            fields = (other,) if teacher == "tensor" else tuple(other)
+            fields = (teacher_value,) if teacher == "tensor" else tuple(teacher_value)
             function, arguments = made_inside, (leaves, fields)
         if compiles:
             torch._dynamo.reset()
@@ -305,10 +306,12 @@ def test_compiled_pairs_equal_eager_ones(student, teacher, values):
 @each_pair
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")
 def test_function_transforms_give_the_gradients(student, teacher):
-    inputs, other = head(dtype=FP64)[:2], teacher_of(teacher, FP64)
+    inputs, teacher_value = head(dtype=FP64)[:2], teacher_of(teacher, FP64)
 
     def function(hidden: Tensor, weight: Tensor, labels: Tensor | None = None) -> Tensor:
-        return fastkd.loss(student_of(hidden, weight)[student], other, labels, reduction="sum")
+        return fastkd.loss(
+            student_of(hidden, weight)[student], teacher_value, labels, reduction="sum"
+        )
 
     leaves = [x.clone().requires_grad_() for x in inputs]
     labels = make_labels()
@@ -325,12 +328,12 @@ def test_function_transforms_give_the_gradients(student, teacher):
 
     # A tree of numbers marks the fields with a dimension of rows.
     dims = rows_of(*{"tensor": (0,), "Head": (0, None, None), "TopK": (0, 0, None)}[teacher])
-    rows = torch.func.vmap(torch.func.grad(row), (0, dims))(inputs[0], other)
+    rows = torch.func.vmap(torch.func.grad(row), (0, dims))(inputs[0], teacher_value)
     (expected,) = torch.autograd.grad(function(*leaves), leaves[0])
     torch.testing.assert_close(rows, expected)
 
 
-# ---- options
+# ---- options of every pair
 
 
 @pytest.mark.parametrize("function", [fastkd.loss, fastkd.terms, fastkd.KDLoss.__init__])
@@ -355,7 +358,7 @@ def test_annotations_are_those_of_the_loss():
 def test_a_hard_term_without_labels_is_refused_everywhere(student, teacher):
     first, second = student_of(*head()[:2])[student], teacher_of(teacher)
 
-    def ways(**options: Any) -> list[Callable[[], Any]]:
+    def make_calls(**options: Any) -> list[Callable[[], Any]]:
         module = fastkd.KDLoss(**options)
         functions = (fastkd.loss, fastkd.terms)
         return [
@@ -364,39 +367,41 @@ def test_a_hard_term_without_labels_is_refused_everywhere(student, teacher):
         ]
 
     for option, number in (("alpha", 0.1), ("alpha", 1), ("hard_weight", 0.5)):
-        for way in ways(**{option: number}):
+        for call in make_calls(**{option: number}):
             message = rf"^{option} weighs the hard term, which needs labels; got {option}={number}"
             with pytest.raises(ValueError, match=message):
-                way()
+                call()
     expected = fastkd.loss(first, second)
     for options in ({}, {"alpha": 0.0}, {"alpha": 0}, {"hard_weight": 0.0}):
-        for way in ways(**options):
-            value = way()
+        for call in make_calls(**options):
+            value = call()
             torch.testing.assert_close(getattr(value, "loss", value), expected)
 
 
 @each_pair
-@pytest.mark.parametrize("way", [fastkd.loss, fastkd.terms])
-def test_batchmean_is_refused_and_mean_named(way, student, teacher):
+@pytest.mark.parametrize("function", [fastkd.loss, fastkd.terms])
+def test_batchmean_is_refused_and_mean_named(function, student, teacher):
     first, second = student_of(*head()[:2])[student], teacher_of(teacher)
     message = (
         "reduction must be one of 'none', 'sum', 'mean'; got 'batchmean'. \"mean\" divides by the "
         "rows, as torch's batchmean does"
     )
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
-        way(first, second, reduction="batchmean")
+        function(first, second, reduction="batchmean")
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         fastkd.KDLoss(reduction="batchmean")
 
 
-# ---- the terms of every pair
+# ---- terms of every pair
 
 
 @pytest.mark.parametrize("fused", [True, False])
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("tail", TAILS)
 @pytest.mark.parametrize("with_labels", [True, False])
-def test_terms_of_a_sparse_teacher(monkeypatch, tail, reduction, with_labels, fused):
+def test_terms_of_a_sparse_teacher_equal_the_definition(
+    monkeypatch, tail, reduction, with_labels, fused
+):
     """Terms equal the float64 definition with padding, ignored rows, and without a kernel."""
     labels, student = (make_labels() if with_labels else None), 2 * draw(ROWS, CLASSES, dtype=FP64)
     top = topk(tail, FP64)
@@ -416,9 +421,9 @@ def test_terms_of_a_sparse_teacher(monkeypatch, tail, reduction, with_labels, fu
         (top._replace(log_probs=top.log_probs.float()), student.float(), 2e-5),
     ):
         got = fastkd.terms(logits, teacher, labels, **options)
-        for name, mine, theirs in zip(got._fields, got, expected, strict=True):
-            assert mine.shape == theirs.shape
-            torch.testing.assert_close(mine.double(), theirs, rtol=bound, atol=bound, msg=name)
+        for name, ours, theirs in zip(got._fields, got, expected, strict=True):
+            assert ours.shape == theirs.shape
+            torch.testing.assert_close(ours.double(), theirs, rtol=bound, atol=bound, msg=name)
     got = fastkd.terms(leaf, top, labels, **options)
     assert [term.requires_grad for term in got] == [True, *[False] * 7]
     (gradient,) = torch.autograd.grad(got.loss.sum(), leaf)
@@ -429,7 +434,7 @@ def test_terms_of_a_sparse_teacher(monkeypatch, tail, reduction, with_labels, fu
         torch.testing.assert_close(gradient, alone)
 
 
-def test_terms_of_a_sparse_teacher_with_a_normalizer():
+def test_terms_of_a_sparse_teacher_use_the_normalizer():
     student, top, labels = draw(2, 3, CLASSES, dtype=FP64), topk(dtype=FP64), make_labels()
     shaped = TopK(top.log_probs.view(2, 3, K), top.indices.view(2, 3, K))
     for normalizer in (4.0, torch.tensor(4.0)):
@@ -464,9 +469,9 @@ def test_terms_of_a_head_are_those_of_its_logits(chunk_by, options, with_labels,
         assert chunk_by == "classes" and "chunks must be a plan of rows" in str(error)
         return
     expected = fastkd.terms(student.logits(), teacher, labels, **common)
-    for name, mine, theirs in zip(got._fields, got, expected, strict=True):
-        assert mine.shape == theirs.shape
-        torch.testing.assert_close(mine, theirs, rtol=1e-10, atol=1e-12, msg=name)
+    for name, ours, theirs in zip(got._fields, got, expected, strict=True):
+        assert ours.shape == theirs.shape
+        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12, msg=name)
     assert torch.equal(got.loss, fastkd.loss(student, teacher, labels, chunks=chunks, **common))
 
 
@@ -482,7 +487,7 @@ def test_the_gradient_of_terms_is_that_of_the_loss(student, teacher, dtype):
         torch.testing.assert_close(ours, theirs)
 
 
-def test_the_logits_of_a_head():
+def test_the_logits_of_a_head_equal_the_formula():
     """The logits equal the formula, and have a gradient."""
     student = head(dtype=FP64, softcap=2.0, scale=0.25)
     logits = 0.25 * (student.hidden @ student.weight.t() + student.bias)
@@ -544,8 +549,8 @@ def mistakes(logits: Tensor, top: TopK) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("checker", ["mypy", "pyright"])
-def test_types_of_every_pair(checker, tmp_path):
-    """A type checker accepts the calls that work, and finds the mistakes."""
+def test_types_of_every_pair_are_checked(checker, tmp_path):
+    """A type checker accepts the calls that work, and rejects the mistakes."""
     pytest.importorskip(checker)
     path = tmp_path / "typed_use.py"
     path.write_text(TYPED_USE)

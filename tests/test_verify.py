@@ -33,7 +33,7 @@ def test_a_right_loss_agrees(device, dtype):
     ],
     ids=str,
 )
-def test_agrees_whatever_the_options(options):
+def test_verify_agrees_for_every_option(options):
     student, teacher, labels = make((ROWS, CLASSES))
     labels = labels.clamp(min=-1) if "ignore_index" in options else labels
     verification = fastkd.verify(student, teacher, labels, repeats=1, show=False, **options)
@@ -41,19 +41,19 @@ def test_agrees_whatever_the_options(options):
     assert student.grad is None
 
 
-def test_agrees_with_classes_in_dimension_1():
+def test_verify_agrees_with_classes_in_dimension_1():
     student, teacher, _ = make((2, 5, 3), labels=False)
     labels = make((2, 3, 5)).labels
     assert fastkd.verify(student, teacher, labels, dim=1, repeats=1, show=False).agrees
 
 
-def test_agrees_on_slices_of_padded_classes():
+def test_verify_agrees_on_slices_of_padded_classes():
     student, teacher, labels = make((ROWS, CLASSES))
     student, teacher, labels = student[:, :30], teacher[:, :30], labels.clamp(max=29)
     assert fastkd.verify(student, teacher, labels, repeats=1, show=False).agrees
 
 
-def test_says_so_where_something_is_wrong(monkeypatch):
+def test_verify_reports_wrong_results(monkeypatch):
     right = losses.loss
     monkeypatch.setattr(losses, "loss", lambda *a, **k: 1.001 * right(*a, **k))
     verification = fastkd.verify(*make((ROWS, CLASSES)), repeats=1, show=False)
@@ -69,7 +69,7 @@ def test_the_verdict_is_printed(capsys):
     assert f"{ROWS} x {CLASSES}, float32, cpu" in printed and str(verification) in printed
 
 
-def test_refuses_what_the_loss_refuses():
+def test_verify_refuses_what_the_loss_refuses():
     with pytest.raises(ValueError, match="temperature must be positive"):
         fastkd.verify(*make((ROWS, CLASSES)), temperature=-1.0)
     student, teacher, labels = make((ROWS, CLASSES))

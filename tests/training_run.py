@@ -1,7 +1,7 @@
-"""A training run in its own process, to be killed, or run by two: training_run.py OUT.
+"""Train in this process, which may be killed, or in two processes: training_run.py OUT.
 
-It has all state that resumption must restore: dropout, hints with a projection, a shuffled loader,
-noise drawn by the dataset, accumulation, a schedule, and averaged weights.
+The run has all state that resumption must restore: dropout, hints with a projection, a shuffled
+loader, noise drawn by the dataset, accumulation, a schedule, and averaged weights.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from fastkd.training import checkpoints
 
 
 class Digits(Dataset):
-    """Sequences of 8 rows of 8 pixels, with a label each, or -100 for a blank row."""
+    """Sequences of 8 rows of 8 pixels, with one label per row, or -100 for a blank row."""
 
     def __init__(self, count: int, noise: float) -> None:
         images, labels = load_digits(return_X_y=True)
@@ -88,7 +88,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     if options.checkpoints is not None:
         trainer.resume()
-    torch.manual_seed(1 + trainer.step)  # a resumed run must not depend on it
+    torch.manual_seed(1 + trainer.step)  # a resumed run must not depend on this seed
     if options.die_in_save:
         die_in_save(options.die_in_save)
 
@@ -102,12 +102,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
                     print(step.number, float(step.loss).hex(), float(step.hint).hex(), file=file)
     if options.fsdp:
         assert all(isinstance(parameter, DTensor) for parameter in student.parameters())
-        whole = StateDictOptions(full_state_dict=True, cpu_offload=True)
-        parameters = get_model_state_dict(student, options=whole)
+        full = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        parameters = get_model_state_dict(student, options=full)
         if main_process:
             torch.save([parameters], options.out)
         return
-    # Shares of 3 and 2 batches with a smaller last one, and a process without data.
+    # Shares of 3 and 2 batches with a smaller last batch, and a process without data.
     held_out = [range(37), range(5)]
     evaluations = [trainer.evaluate(DataLoader(Subset(data, part), 8)) for part in held_out]
     if main_process:
@@ -131,7 +131,7 @@ def sharding_accelerator() -> Accelerator:
 
 
 def die_in_save(number: int) -> None:
-    """Kill this process in a save, between two files; odd numbers just before the renaming."""
+    """Kill this process in a save, between two files; odd numbers kill it before the renaming."""
     written = 0
     synchronize = checkpoints.synchronize
 
@@ -149,6 +149,5 @@ if __name__ == "__main__":
     main()
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
-        # Threads of a process group used by DTensors outlive it, and may abort the process when the
-        # interpreter is gone.
+        # The process group of DTensors has threads that may abort the process at interpreter exit.
         os._exit(0)

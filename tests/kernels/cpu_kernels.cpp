@@ -1,7 +1,8 @@
-// Test the CPU kernels of every instruction set that this machine runs, against a reference that is
-// written from the definitions in long double and shares no code with them (cpu_truth.h).
+// Test the CPU kernels of every instruction set that this machine runs, against a reference in long
+// double (cpu_truth.h). The reference is written from the definitions, and shares no code with the
+// kernels.
 //
-//   cpu_kernels [ISA | memory]     the tests of one instruction set, or those that valgrind needs
+//  cpu_kernels [ISA | memory]     the tests of one instruction set, or those that valgrind needs
 #include "cpu_problem.h"
 
 namespace {
@@ -20,7 +21,7 @@ void test_types(const cpu::Kernels& k) {
   }
 }
 
-// Test widths at every edge of a vector, of a block and of a segment, and one less and one more.
+// Test widths at every edge of a vector, of a block and of a segment, and one class less and more.
 void test_widths(const cpu::Kernels& k) {
   constexpr int64_t kNarrow = cpu::kNarrow, kSegment = cpu::kSegment;
   constexpr int64_t kWidths[] = {
@@ -39,16 +40,16 @@ void test_widths(const cpu::Kernels& k) {
   }
 }
 
-// Test gradients that are written by non-temporal stores, in rows that begin at any address: rows
-// of one segment, and of three segments whose exponentials are cached in the memory of the last
-// rows' gradients.
+// Test gradients that are written by non-temporal stores, in rows that begin at any address. Rows
+// have one segment, or three segments whose exponentials are cached in the gradients of the last
+// rows.
 void test_large_gradients(const cpu::Kernels& k) {
   Problem p;
   p.rows = 1537, p.classes = 2049, p.misalignment = 1, p.padding = 3;
   run(k, p);
   p.rows = 49, p.classes = 2 * cpu::kSegment + 5, p.padding = 0;
   run(k, p);
-  if (memory_alone) return;  // like the shorter rows, and slow under valgrind
+  if (memory_only) return;  // such rows are slow under valgrind
   p.rows = 3080, p.classes = 2049, p.student = p.teacher = DType::kBFloat16;
   run(k, p);
 }
@@ -105,7 +106,7 @@ void test_infinities(const cpu::Kernels& k) {
       p.hard_weight = hard, p.soft_weight = 1 - hard;
       run(k, p, true, [](Data& data) {
         for (int64_t r = 0; r < 10; ++r) data.labels[static_cast<size_t>(r)] = 17;
-        data.teacher.set(0, 5, -kInf);  // masked in the teacher, in the student, in both
+        data.teacher.set(0, 5, -kInf);  // masked by the teacher, by the student, by both
         data.student.set(1, 5, -kInf);
         for (int64_t i = 1024; i < 3001; ++i) {
           data.student.set(2, i, -kInf);
@@ -174,7 +175,7 @@ void test_temperatures(const cpu::Kernels& k) {
   }
 }
 
-// Test a class that the student masks and whose teacher probability underflows: the loss is
+// Test a class that the student masks and whose teacher probability underflows. The loss is
 // infinite.
 void test_underflow(const cpu::Kernels& k) {
   Problem p;
@@ -200,12 +201,12 @@ void test_cancellation(const cpu::Kernels& k) {
     for (int64_t r = 0; r < p.rows; ++r) {
       const Truth truth = data.truth(r);
       const double got = data.acc(data.loss, r), want = static_cast<double>(truth.loss);
-      // The cosine rounds two vectors, and is computed from their difference.
+      // The cosine has the rounding errors of two unit vectors.
       const double limit = p.divergence == Divergence::kCosine ? 1e-6 : 4e-7;
       check(std::fabs(got / want - 1) < limit, "loss", got, want);
       if (r == 0) std::printf("  KL %.2e: relative error %.1e\n", want / 16, got / want - 1);
       if (p.divergence == Divergence::kCosine)
-        continue;  // its gradient is not a difference of probabilities
+        continue;  // the cosine's gradient is no difference of probabilities
       for (int64_t i = 0; i < p.classes; ++i) {
         const double exact = static_cast<double>(truth.grad[static_cast<size_t>(i)]);
         const double p = static_cast<double>(truth.teacher[static_cast<size_t>(i)]);
@@ -216,8 +217,8 @@ void test_cancellation(const cpu::Kernels& k) {
   }
 }
 
-// Test that a 16-bit gradient is the exact one rounded once: its error is hardly above that of
-// rounding.
+// Test that the error of a 16-bit gradient is hardly above that of rounding the exact gradient
+// once.
 void test_rounding(const cpu::Kernels& k) {
   for (DType type : {DType::kFloat16, DType::kBFloat16}) {
     Problem p;
@@ -288,14 +289,14 @@ void test_selection() {
 }  // namespace
 
 int main(int argc, char** argv) {
-  memory_alone = argc > 1 && std::strcmp(argv[1], "memory") == 0;
-  const char* const only = argc > 1 && !memory_alone ? argv[1] : nullptr;
+  memory_only = argc > 1 && std::strcmp(argv[1], "memory") == 0;
+  const char* const only = argc > 1 && !memory_only ? argv[1] : nullptr;
   test_selection();
   for (const cpu::Kernels* const* k = cpu::available(); *k != nullptr; ++k) {
     if (only != nullptr && std::strcmp((*k)->name, only) != 0) continue;
     std::printf("%s\n", (*k)->name);
     for (const bool by_registers : {false, true}) {
-      if (!memory_alone) test_exponential(**k, by_registers);
+      if (!memory_only) test_exponential(**k, by_registers);
     }
     tested = Divergence::kForwardKL;
     test_large_gradients(**k);
@@ -310,7 +311,7 @@ int main(int argc, char** argv) {
       test_pixels(**k);
       test_temperatures(**k);
       if (divergence != Divergence::kCosine) test_underflow(**k);
-      if (memory_alone) continue;
+      if (memory_only) continue;
       test_cancellation(**k);
       test_rounding(**k);
     }

@@ -95,7 +95,7 @@ struct Data {
     return decode(v.data() + i * size_of(acc_type()), acc_type());
   }
 
-  // Pointers into this object: call again after a copy.
+  // The pointers point into this object, so they are invalid after a copy.
   void refresh() {
     const Problem& p = problem;
     args.rows = p.rows, args.classes = p.classes, args.group_rows = student.group_rows;
@@ -136,15 +136,15 @@ bool agrees(double got, Real want, double relative, double absolute) {
   return std::fabs(got - expected) <= relative * std::fabs(expected) + absolute;
 }
 
-// `cpu_kernels memory` tests only memory accesses, and that all paths give the same bits. It is for
-// valgrind, under which long double is slow and has the precision of double.
-bool memory_alone = false;
+// Mode `cpu_kernels memory`: test only memory accesses, and that all paths give the same bits.
+// Under valgrind, long double is slow and has the precision of double.
+bool memory_only = false;
 
-// Return true if the reference is more precise than the result, and has a wider range. Where long
-// double is only double, it is too imprecise for fp64, and too narrow for exponents beyond double's
-// range.
+// Return true if the reference is more precise than the result, and has a wider range. A long
+// double that is only double is too imprecise for fp64. Its range is too narrow for exponents
+// beyond double's range.
 bool has_truth(const Problem& p, DType acc) {
-  if (memory_alone) return false;
+  if (memory_only) return false;
   volatile Real one = 1, less = static_cast<Real>(std::numeric_limits<double>::epsilon()) / 4;
   return one + less != one || (acc != DType::kFloat64 && p.temperature >= 0.01);
 }
@@ -196,7 +196,7 @@ void check_stats(Data& data, const std::vector<Truth>& truths) {
     const Truth& truth = truths[static_cast<size_t>(r)];
     if (truth.nan || truth.ignored || data.problem.in_place) continue;
     if (data.problem.divergence == Divergence::kCosine)
-      continue;  // its `stats` have another meaning
+      continue;  // the statistics of the cosine have another meaning
     Real max = -kInf, sum = 0;
     const auto counts = [&](int64_t i) {
       return data.problem.divergence != Divergence::kDecoupled ||
@@ -221,8 +221,7 @@ void check_stats(Data& data, const std::vector<Truth>& truths) {
   }
 }
 
-// Check that backward with grad_output 1 gives forward's gradient bit for bit, and with 0.5 half of
-// it.
+// Check backward with grad_output 1, which gives forward's bits, and with 0.5, which gives half.
 void check_backward(const cpu::Kernels& k, Data& data) {
   if (data.problem.in_place) return;
   BackwardArgs args;
@@ -298,15 +297,15 @@ void run(const cpu::Kernels& k, const Problem& p, bool terms, Edit&& edit, unsig
   data.refresh();
   if (terms) data.args.terms = data.terms.data();
   std::vector<Truth> truths;
-  for (int64_t r = 0; r < p.rows && !memory_alone; ++r) truths.push_back(data.truth(r));
+  for (int64_t r = 0; r < p.rows && !memory_only; ++r) truths.push_back(data.truth(r));
   const std::vector<unsigned char> student = data.student.bytes;
   k.forward(data.args, 0, p.rows / 2);
   k.forward(data.args, p.rows / 2, p.rows);
   if (!p.in_place) check(data.student.bytes == student, "student untouched");
   for (int64_t r = 0; r < p.rows; ++r) check_row(data, truths, r, terms);
-  if (!memory_alone) check_stats(data, truths);
+  if (!memory_only) check_stats(data, truths);
   check_backward(k, data);
-  // Callers divide neither rows of the transposed engine nor rows whose classes are not adjacent.
+  // Callers divide neither rows of the transposed layout nor rows whose classes are not adjacent.
   const bool is_unsplit = cpu::is_transposed(data.args) || cpu::has_apart_classes(data.args);
   if (!is_unsplit) check_split(k, p, data, seed, terms);
 

@@ -1,10 +1,11 @@
-// The loss and its gradient by their definitions, in long double, for the tests of the CPU kernels.
+// Compute the loss and its gradient by definition, in long double, for the tests of the CPU
+// kernels.
 #pragma once
 #include "matrix.h"
 
 namespace {
 
-#if !defined(FASTKD_TRUTH)  // another type, for where long double is slow
+#if !defined(FASTKD_TRUTH)  // a caller may choose a faster type
 #define FASTKD_TRUTH long double
 #endif
 using Real = FASTKD_TRUTH;
@@ -12,7 +13,7 @@ using Real = FASTKD_TRUTH;
 struct Truth {
   Real loss, hard, soft, student_entropy, teacher_entropy;
   bool agreement, nan, ignored;
-  std::vector<Real> grad, teacher;  // teacher: its probabilities
+  std::vector<Real> grad, teacher;  // teacher: probabilities
   Real soft_size;                   // factor of the divergence's gradient in the soft term
 };
 
@@ -27,7 +28,7 @@ std::vector<Real> log_softmax(const std::vector<Real>& x, Real t) {
 
 struct Soft {
   Real value = 0;
-  std::vector<Real> grad;  // by z / t
+  std::vector<Real> grad;  // derivative by z / t
   Real size = 1;           // magnitude of the slopes
 };
 
@@ -46,7 +47,7 @@ std::vector<Real> over(std::vector<Real> logits, Real t) {
   return logits;
 }
 
-// Compute decoupled distillation: a forward KL of (label, the rest), and one of the other classes.
+// Compute decoupled distillation: a forward KL of (label, rest), and one of the other classes.
 Soft decoupled(const std::vector<Real>& log_p, const std::vector<Real>& log_q, size_t label,
                Real mix) {
   const auto parts = [=](std::vector<Real> logs, Real* of_label, Real* of_rest) {
@@ -72,7 +73,7 @@ Soft decoupled(const std::vector<Real>& log_p, const std::vector<Real>& log_q, s
   return soft;
 }
 
-// Compute the cosine of logits over their temperatures; classes that both mask are left out.
+// Compute the cosine of logits over their temperatures, without classes that both mask.
 Soft cosine(std::vector<Real> w, std::vector<Real> z) {
   Real dot = 0, student = 0, teacher = 0;
   for (size_t i = 0; i < z.size(); ++i) {
@@ -99,7 +100,7 @@ Truth reference(const ForwardArgs& args, const std::vector<Real>& z, const std::
   if (truth.ignored) return truth;
   bool any_z = false, any_w = false;
   for (size_t i = 0; i < n; ++i) {
-    // Compared as doubles, which they are: under valgrind the greatest long double is an infinity.
+    // Compare as doubles: under valgrind the greatest long double is an infinity.
     const double student = static_cast<double>(z[i]), teacher = static_cast<double>(w[i]);
     truth.nan |= std::isnan(student) || std::isnan(teacher) || student == kInf || teacher == kInf;
     truth.nan |=

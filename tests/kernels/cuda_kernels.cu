@@ -1,13 +1,18 @@
-// Check every family of CUDA kernels against a double-precision reference on the host. No torch.
-// The program prints one line per failed case and a summary; the exit status is the number of
-// failed cases. `cuda_kernels --short` runs a reduced set, for compute-sanitizer; `--at-most ROWS
-// CLASSES` runs all but the large cases, for the emulation of a GPU; `--random CASES SEED` runs
-// random cases alone.
+// Check every family of CUDA kernels against a double-precision reference on the host, without
+// torch. The program prints one line per failed case and a summary; the exit status is the number
+// of failed cases.
+//
+//  cuda_kernels --short                     a reduced set, for compute-sanitizer
+//
+//  cuda_kernels --at-most ROWS CLASSES      all but the large cases, for the emulation of a GPU
+//
+//  cuda_kernels --random CASES SEED         random cases alone
 #include <type_traits>
 
 #include "dense_case.h"
 
-static_assert(!std::is_copy_constructible_v<cuda::Launch>, "its configuration points into it");
+static_assert(!std::is_copy_constructible_v<cuda::Launch>,
+              "the configuration points into the launch");
 
 namespace {
 
@@ -129,7 +134,7 @@ void divergences(bool brief) {
       d.student = d.teacher = DType::kFloat32, d.terms = true, d.smoothing = 0.1;
       d.student_offset = 1, test(d, (name + ", terms").c_str());
       d = c, d.teacher_temperature = 3, d.terms = true;
-      test(d, (name + ", own temperature").c_str());
+      test(d, (name + ", teacher temperature").c_str());
       d = c, d.row_settings = true, d.terms = true, test(d, (name + ", settings of rows").c_str());
       if (brief && classes > 2000) continue;
       d = c, d.in_place = true, test(d, (name + ", in place").c_str());
@@ -150,7 +155,7 @@ void divergences(bool brief) {
         c.outlier = 0, c.student_base = 1000, c.noise = 1e-2;
         test(c, (std::string(kDivergenceNames[static_cast<int>(id)]) + ", offset").c_str());
       }
-  // If one side masks a class, some divergences are infinite: test those that are not.
+  // If one side masks a class, some divergences are infinite, and only finite ones are tested.
   for (const Divergence id : kFiniteIfMasked)
     for (const int64_t classes : {100, 1003}) {
       Case c;
@@ -178,7 +183,7 @@ void decoupled(bool brief) {
         change(c);
         test(c, name);
       };
-      // Every pair has one set of options; the types take turns.
+      // Every pair has one set of options; the types alternate.
       for (const auto& above : pairs)
         with("dkd, far label", [&](Case& c) {
           c.above = above[0], c.teacher_above = above[1];
@@ -188,7 +193,7 @@ void decoupled(bool brief) {
       turn++;
       with("dkd of fp32", [](Case& c) { c.student = c.teacher = DType::kFloat32; });
       with("dkd, label alone", [](Case& c) { c.alone = true; });
-      with("dkd, label alone, own temperature, apart",
+      with("dkd, label alone, teacher temperature, apart",
            [](Case& c) { c.alone = true, c.teacher_temperature = 3, c.student_base = 200; });
       with("dkd without labels", [](Case& c) { c.labels = false; });
       with("dkd, bad label", [](Case& c) { c.bad_label = c.ignored = true; });
@@ -257,7 +262,7 @@ void random_cases(int64_t count, uint64_t seed) {
     test(c, ("random " + std::to_string(i) + " of seed " + std::to_string(seed)).c_str());
   }
 }
-// Test offsets above 2^32. The first of two groups is ignored, so that only the second needs
+// Test offsets above 2^32. The first of two groups is ignored, so that only the second group needs
 // memory.
 void far_pixels() {
   constexpr int64_t kClasses = 19, kStep = 3, kFar = (int64_t(1) << 32) + 5;
@@ -305,7 +310,7 @@ void pixels(bool brief) {
   far_pixels();
   if (brief) return;
   const DType all[] = {DType::kBFloat16, DType::kFloat16, DType::kFloat32, DType::kFloat64};
-  int turn = 0;  // the types take turns, so that each option is tested with each type
+  int turn = 0;  // alternates the types, so that each option is tested with each type
   for (const int64_t classes : {1, 2, 4, 19, 33, 150, 1003}) {
     const auto with = [&](const std::string& name, auto&& change) {
       Case c;
@@ -334,13 +339,13 @@ void pixels(bool brief) {
     with(", infinities", [](Case& c) { c.infinities = true; });
     for (int id = 1; id < kDivergences; id++) {
       const std::string name = std::string(", ") + kDivergenceNames[id];
-      // In more rows some p and q are closer than fp32 can resolve, where total variation is not
-      // smooth.
+      // In more rows some p and q would be closer than fp32 can resolve, where total variation is
+      // not smooth.
       const auto few = [&](Case& c) {
         c.divergence = static_cast<Divergence>(id), c.rows = 40, c.group_rows = 13;
       };
       with(name, few);
-      with(name + ", own temperature, in place", [&](Case& c) {
+      with(name + ", teacher temperature, in place", [&](Case& c) {
         few(c);
         c.in_place = true, c.teacher_temperature = 3, c.terms = true;
       });
@@ -366,7 +371,7 @@ void many_rows() {
     total_failures++, std::printf("FAIL no rows\n");
 }
 
-// Test the kernels before and after the rows, of one CTA and of several.
+// Test the kernels that run before and after the rows, with one CTA and with several.
 void totals() {
   for (const DType acc : {DType::kFloat32, DType::kFloat64})
     for (const int64_t rows : {1, 2048, 16384, 16385, 70001}) {

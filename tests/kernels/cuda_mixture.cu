@@ -1,6 +1,6 @@
-// Check the CUDA kernel that mixes teachers against its definition in double on the host. No torch.
-// The program prints one line per failed case and a summary; the exit status is the number of
-// failed cases. `cuda_mixture --short` runs a reduced set, for compute-sanitizer and for the
+// Check the CUDA kernel that mixes teachers against its definition in double on the host, without
+// torch. The program prints one line per failed case and a summary; the exit status is the number
+// of failed cases. `cuda_mixture --short` runs a reduced set, for compute-sanitizer and for the
 // emulation.
 #include <algorithm>
 #include <cstring>
@@ -18,7 +18,7 @@ struct Case {
   Ensemble ensemble = Ensemble::kProbs;
   bool probabilities = false, in_double = false, row_temperatures = false;
   double temperature = 2, teacher_temperature = 2;
-  int64_t pad = 0, offset = 0, group_rows = 0;  // elements; of the second teacher and on
+  int64_t pad = 0, offset = 0, group_rows = 0;  // in elements; for the second and later teachers
   double spread = 3, base = 0;                  // of logits; base is added to all
   bool masked = false, nan = false, infinite = false, nothing = false;
   std::string name;
@@ -37,8 +37,8 @@ double log_sum(const std::vector<double>& x) {
   return max + std::log(sum);
 }
 
-// Return the mixture's log-probabilities of one row, given each teacher's logits; NaN if there is
-// none.
+// Return the mixture's log-probabilities of one row from each teacher's logits; NaN for an invalid
+// row.
 std::vector<double> reference_row(const Case& c, const std::vector<std::vector<double>>& logits,
                                   double teacher_temperature) {
   const size_t n = static_cast<size_t>(c.classes);
@@ -134,7 +134,7 @@ int failures_of(const Case& c) {
     return 1;
   }
   // The mixture is compared as log softmax at the student's temperature. The tolerance is the fp32
-  // rounding error of the logits, whose difference the log softmax is.
+  // rounding error of the logits, since the log softmax is a difference of logits.
   for (int64_t row = 0; row < c.rows; row++) {
     const double t = temperature(row, c.temperature);
     const std::vector<double> want = reference_row(c, logits_of_rows[static_cast<size_t>(row)],
@@ -148,7 +148,7 @@ int failures_of(const Case& c) {
     const auto any = [&](auto&& is) { return std::any_of(got.begin(), got.end(), is); };
     const bool poisoned = any([](double x) { return x != x; });
     if (std::isnan(want[0]) && (args.count == 1 || c.ensemble == Ensemble::kLogits)) {
-      // The kernel does not look for invalid rows in a mean of logits; the loss finds them.
+      // The kernel does not check a mean of logits for invalid rows; the loss does.
       if (poisoned || any([](double x) { return x == kInfinity; }) || log_sum(got) == -kInfinity)
         continue;
       std::printf("FAIL %s: row %lld hides what is no answer\n", c.name.c_str(),

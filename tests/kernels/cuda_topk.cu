@@ -1,6 +1,6 @@
-// Check the CUDA kernels of the sparse loss against its definition in double on the host. No torch.
-// The program prints one line per failed case and a summary; the exit status is the number of
-// failed cases. `cuda_topk --short` runs a reduced set, for compute-sanitizer and for the
+// Check the CUDA kernels of the sparse loss against its definition in double on the host, without
+// torch. The program prints one line per failed case and a summary; the exit status is the number
+// of failed cases. `cuda_topk --short` runs a reduced set, for compute-sanitizer and for the
 // emulation.
 #include <algorithm>
 #include <cstring>
@@ -24,15 +24,16 @@ struct Case {
   bool row_settings = false;  // temperatures and weights for each row
   double temperature = 2, hard_weight = 0.3, soft_weight = 0.7, smoothing = 0;
   int student_offset = 0, grad_offset = 0;  // elements off a 256-byte boundary
-  int64_t student_pad = 0, grad_pad = 0;    // of a row, in elements
+  int64_t student_pad = 0, grad_pad = 0;    // padding of a row, in elements
   int64_t group_rows = 0;
   bool labels = true, ignored = true, bad_label = false;
   bool gradient = true;
   Reduction reduction = Reduction::kMean;
-  double noise = 1, base = 0;  // of the student relative to the teacher; added to all its logits
-  double gap = 0;              // added to the student's listed classes
-  double mass = 0;             // sum of the listed probabilities; 0: unchanged
-  double padding = 0.2;        // share of the list, up to all of it
+  double noise = 1;      // of the student relative to the teacher
+  double base = 0;       // added to all logits of the student
+  double gap = 0;        // added to the student's listed classes
+  double mass = 0;       // sum of the listed probabilities; 0: unchanged
+  double padding = 0.2;  // share of the list, up to all of it
   bool masked_rest = false, masked_list = false, impossible = false, nan = false;
   Mistake mistake = Mistake::kNone;  // in every second row
   std::string name;
@@ -119,7 +120,7 @@ Reference reference_row(const Case& c, Row row) {
     if (row.log_p[i] == -kInfinity) row.ids[i] = -1;  // padding
   bool poisoned = !is_list(c, row) || (c.labels && (row.label < 0 || row.label >= c.classes));
   for (const double z : row.z) poisoned |= std::isnan(z) || z == kInfinity;
-  // The loss depends on differences only. Differences to the maximum are exact, for logits of any
+  // The loss depends only on differences. Differences from the maximum are exact for logits of any
   // size.
   const double top = *std::max_element(row.z.begin(), row.z.end());
   for (double& z : row.z) z -= top > -kInfinity ? top : 0;
@@ -168,7 +169,7 @@ Reference reference_row(const Case& c, Row row) {
   for (int64_t j = 0; j < c.classes && soft; j++) {
     const bool is_listed = rest[j] == -kInfinity && tempered[j] > -kInfinity;
     const double q = std::exp(tempered[j] - (is_listed ? student_of : all));
-    // A class that is not listed has a share of the ghost's slope.
+    // An unlisted class has a share of the ghost's slope.
     const double share = has_ghost ? std::exp(tempered[j] - all - log_q_rest) : 0;
     const bool in_rest = !is_listed && slopes[j] == 0;
     const double slope = in_rest ? share * of_rest.slope : slopes[j];
@@ -222,7 +223,8 @@ struct Runner {
           static_cast<int>(c.estimator), what, static_cast<long long>(row),
           static_cast<long long>(i), got, want);
   }
-  // Make a teacher, its greatest classes in random order, and a student near the teacher.
+  // Make a teacher, whose greatest classes are listed in random order, and a student near the
+  // teacher.
   Row make_row(Random& random, int64_t index) const {
     Row row;
     const size_t n = static_cast<size_t>(c.classes);
@@ -372,9 +374,9 @@ void Runner::run() {
   for (int64_t r = 0; r < c.rows; r++) {
     sum += want[r].loss;
     const double got = load(loss.host.data(), acc, r);
-    // Rounding the student's probabilities changes the divergence D by about sqrt(D), its gradient:
-    // the loss of a near student is small and must still be accurate. This does not hold if D is
-    // not a KL, because the kernel then adds up p - q.
+    // Rounding the student's probabilities changes the divergence D by about sqrt(D), the size of
+    // its gradient. The loss of a near student is small and must still be accurate. A D that is not
+    // a KL is less accurate, because the kernel adds up p - q.
     const bool near = c.noise < 0.1 && c.tail != Tail::kIgnore;
     const double absolute = wide ? 1e-13 : near ? 1e-7 * std::sqrt(want[r].loss) : 1e-6;
     if (!close(got, want[r].loss, absolute, wide ? 1e-12 : near ? 1e-6 : 3e-6))
@@ -398,9 +400,9 @@ void Runner::run() {
   if (std::memcmp(first.data(), grad.host.data(), first.size()) != 0)
     fail("backward filled, 1", 0, 0, 0, 0);
   check(cudaMemset(grad.at(), 0xff, grad.host.size()), "poison");
-  backward(false, "backward anew");
+  backward(false, "backward recomputed");
   if (std::memcmp(first.data(), grad.host.data(), first.size()) != 0)
-    fail("backward anew, bitwise", 0, 0, 0, 0);
+    fail("backward recomputed, bitwise", 0, 0, 0, 0);
   store(grad_output.host.data(), acc, 0, 3.0);
   grad_output.up();
   backward(true, "backward filled, 3");
@@ -427,7 +429,7 @@ constexpr DType kHot[] = {DType::kBFloat16, DType::kFloat16, DType::kFloat32};
 constexpr DType kAll[] = {DType::kBFloat16, DType::kFloat16, DType::kFloat32, DType::kFloat64};
 constexpr Tail kTails[] = {Tail::kGhost, Tail::kRenormalize, Tail::kIgnore};
 
-// Test rows of one class; of fewer classes than a vector; of one and many vectors a thread; rows
+// Test rows of one class; of fewer classes than a vector; of one and many vectors per thread; rows
 // that fit and do not fit in shared memory; and rows whose map has several pieces.
 void sizes(bool brief) {
   const std::vector<int64_t> all = {1,     2,     7,      33,     63,    64,   65,

@@ -1,6 +1,6 @@
 // One case for the tests of the CUDA kernels: a call, and the comparison of its results with a
-// double-precision reference on the host: value, gradient, terms, statistics, and the backward pass
-// in all its forms.
+// double-precision reference on the host. Results are value, gradient, terms, statistics, and the
+// backward pass in all its forms.
 #pragma once
 #include <algorithm>
 #include <cmath>
@@ -22,7 +22,7 @@ struct Case {
   DType student = DType::kBFloat16, teacher = DType::kBFloat16;
   double temperature = 2, hard_weight = 0.3, soft_weight = 0.7, smoothing = 0;
   int student_offset = 0, teacher_offset = 0, grad_offset = 0;  // elements off a 256-byte boundary
-  int64_t student_pad = 0, teacher_pad = 0, grad_pad = 0;       // of a row, in elements
+  int64_t student_pad = 0, teacher_pad = 0, grad_pad = 0;       // padding of a row, in elements
   int64_t group_rows = 0;
   bool student_pixels = false, teacher_pixels = false;  // rows adjacent instead of classes
   bool labels = true, ignored = true, bad_label = false, row_settings = false;
@@ -35,12 +35,12 @@ struct Case {
   double above = 0, teacher_above = 0;  // added to the label's logits
   double factor = 1;                    // multiplies all logits
   double outlier = 0;                   // added to the student's logit of a class in the middle
-  bool zeros = false;                   // rows of zeros: the student's, the teacher's, both
+  bool zeros = false;                   // rows of zeros: of the student, of the teacher, of both
   bool both_mask = false;               // every fifth class
   bool alone = false;  // all classes but the label are masked: by the student, the teacher, both
   Divergence divergence = Divergence::kForwardKL;
   double mix = 0.3;
-  double teacher_temperature = 0;  // 0: that of the student
+  double teacher_temperature = 0;  // 0: the student's temperature
   const cuda::Plan* plan = nullptr;
   std::string name;
 };
@@ -48,7 +48,7 @@ struct Case {
 struct Reference {
   double loss = 0, terms[kTerms] = {};
   std::vector<double> grad;
-  double size = 1;  // of the numbers whose difference the gradient is, if they are large
+  double size = 1;  // of large numbers whose difference is the gradient
 };
 
 // Compute the soft term, unless it is the forward KL with one temperature.
@@ -125,7 +125,7 @@ Reference reference_row(const Case& c, const std::vector<double>& z, const std::
   return r;
 }
 
-// Test one case: forward, a second forward (bitwise the same), then backward in its three forms.
+// Test one case: forward, a second forward with the same bits, then backward in its three forms.
 struct Runner {
   const Case& c;
   int64_t group;
@@ -370,9 +370,9 @@ void Runner::run() {
         const int64_t index = at(r, i, out_stride), byte = index * es;
         const double w = load(first.data(), c.student, index);
         if (std::memcmp(&first[byte], &out.host[byte], es) != 0 && !std::isnan(w) && differs++ == 0)
-          fail("backward anew, bitwise", r, i, load(out.host.data(), c.student, index), w);
+          fail("backward recomputed, bitwise", r, i, load(out.host.data(), c.student, index), w);
       }
-    check_grad(out.host, 1, "backward anew");
+    check_grad(out.host, 1, "backward recomputed");
   }
   store(grad_output.host.data(), acc_dtype, 0, 3.0);
   grad_output.up();

@@ -1,6 +1,6 @@
-// Test the arithmetic of the CUDA kernels (csrc/cuda/writer.cuh), compiled for the CPU: the element
-// of a divergence against long double, and rows, divided among a few threads. Not tested here: the
-// rounding of ex2.approx and rcp.approx, and the threads' cooperation.
+// Test the arithmetic of the CUDA kernels (csrc/cuda/writer.cuh), compiled for the CPU. Single
+// classes are compared with long double, and so are rows that a few threads share. Not tested here
+// are the rounding of ex2.approx and rcp.approx, and the cooperation of threads on a device.
 #include "device_problem.h"
 
 namespace {
@@ -19,7 +19,7 @@ void elements() {
         const A q = static_cast<A>(exact_p * std::exp(-exact_d));
         const Element<A> e = device_element(p, q, d);
         const Real diff = exact_p * std::expm1(-exact_d);
-        // f(d) by its series, where the direct form cancels even in long double.
+        // The series of f(d), since the direct formula cancels even in long double.
         Real f = exact_d + std::expm1(-exact_d);
         if (size < 0.5) {
           Real term = exact_d * exact_d / 2;
@@ -123,7 +123,7 @@ void compare(const Problem& in, double loss_error, double grad_error) {
                            (sizeof(A) == 8 ? ", double" : "") + ", threads " +
                            std::to_string(threads);
     const double floor = std::numeric_limits<A>::epsilon();
-    // p d and q - p are rounded at the size of p, and d at that of maxima that differ a little.
+    // p d and q - p are rounded at the size of p, and d at that of the difference of the maxima.
     const double noise = 0.5 + 0.1 * std::fmin(in.distance, 32);
     check(close(got.hard, want.hard, 2 * floor, loss_error), at + ", hard", got.hard, want.hard);
     check(close(got.soft, want.soft, noise * floor, loss_error), at + ", soft", got.soft,
@@ -238,7 +238,7 @@ void limits() {
   }
 }
 
-// ---- the divergences whose slopes are summed first, and a teacher with a temperature of its own
+// ---- divergences whose slopes are summed first, and a teacher with another temperature
 
 struct Objective {
   Divergence divergence;
@@ -267,7 +267,7 @@ template <class A>
 Answer general_of(const Problem& in, const Objective& o) {
   const int64_t classes = static_cast<int64_t>(in.z.size());
   A stats_of_row[kStats + 1], loss[1], terms[kTerms];
-  // Given as row settings, while the numbers for all rows are different.
+  // The row settings have the numbers of the test, and the settings of the call other numbers.
   const A settings[kRowSettings] = {static_cast<A>(o.t), static_cast<A>(o.teacher_t),
                                     static_cast<A>(kHardWeight), static_cast<A>(kSoftWeight)};
   ForwardCall call;
@@ -367,12 +367,12 @@ void divergences() {
         }
       }
     }
-    // Near the teacher, where the direct forms would cancel.
+    // Near the teacher, where the direct formulas would cancel.
     for (double distance : {1e-2, 1e-3}) {
       const Objective o = {which, 0.3, 2, 2};
       const Problem in = problem("near by " + std::to_string(distance), 3000, 0, 0, 3, distance, 2);
       const double want = exact_general(in, o).soft, got = general_of<float>(in, o).soft;
-      // Rounding of d itself: half a unit in the last place of logits of up to 16.
+      // The rounding of d: half a unit in the last place of logits of up to 16.
       const double error = which == Divergence::kSoftCrossEntropy ? 1e-6 : 1e-6 / distance * 0.05;
       check(close(got, want, 1e-12, error), in.name + ", " + kDivergenceNames[id], got, want);
     }

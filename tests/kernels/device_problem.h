@@ -1,5 +1,5 @@
 // One row for the tests of the CUDA kernels' arithmetic (device_arithmetic.cpp), with its exact
-// loss and gradient, and the checks of these tests.
+// loss and gradient, and the checks of results.
 #pragma once
 #include <cmath>
 #include <cstdio>
@@ -34,8 +34,7 @@ bool close(double got, double want, double absolute, double relative) {
   return std::fabs(got - want) <= absolute + relative * std::fabs(want);
 }
 
-// Return false under valgrind, where long double has the precision of double and cannot check
-// double.
+// Return false under valgrind, where long double is only as precise as the double to check.
 bool has_truth_for_double() {
   volatile Real one = 1, less = static_cast<Real>(std::numeric_limits<double>::epsilon()) / 4;
   return one + less != one;

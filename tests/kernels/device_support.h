@@ -53,7 +53,7 @@ void store(void* p, DType dtype, int64_t i, double x) {
   }
 }
 
-// A stream of numbers that depends only on the seed.
+// Draw numbers that depend only on the seed.
 struct Random {
   uint64_t state;
   double uniform() {

@@ -1,10 +1,10 @@
-// Fuzz the C interface of the CPU kernels: the input's bytes become sizes, strides, options, labels
-// and the bits of the logits. For any input, nothing outside the given memory is touched (buffers
-// have no spare byte, so AddressSanitizer reports one byte too many), padding stays unchanged, and
-// what kernels.h promises of every call holds, on every instruction set.
+// Fuzz the C interface of the CPU kernels. The input's bytes become sizes, strides, options, labels
+// and the bits of the logits. For any input and instruction set, nothing outside the buffers is
+// touched, padding stays unchanged, and what kernels.h promises holds. Buffers have no spare byte,
+// so AddressSanitizer reports any access beyond their end.
 //
-// LLVMFuzzerTestOneInput is libFuzzer's entry; main(), left out with -DFASTKD_LIBFUZZER, feeds it
-// random and mutated inputs from a seed: fuzz [CASES [SEED]].
+// LLVMFuzzerTestOneInput is libFuzzer's entry. Without -DFASTKD_LIBFUZZER, main() passes random and
+// mutated inputs from a seed: fuzz [CASES [SEED]].
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
@@ -23,11 +23,11 @@ namespace {
 
 using namespace fastkd;
 
-const Inputs* in_hand = nullptr;  // the call that a failure reports
+const Inputs* current_inputs = nullptr;  // the call that a failure reports
 
 void require(bool ok, const char* what, const char* isa) {
   if (ok) return;
-  const Inputs& in = *in_hand;
+  const Inputs& in = *current_inputs;
   std::fprintf(
       stderr, "%s: %s; %lld x %lld, types %d and %d, t %g%s, weights %g and %g, smoothing %g, %s\n",
       isa, what, static_cast<long long>(in.rows), static_cast<long long>(in.classes),
@@ -217,7 +217,7 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
     return 0;
   }
   Call call(in);
-  in_hand = &call.inputs;
+  current_inputs = &call.inputs;
   const Matrix blank(in, call.rows, call.classes, call.group_rows, call.student_dtype);
   for (const cpu::Kernels* const* k = cpu::available(); *k != nullptr; ++k) {
     check_isa(**k, call, blank);
@@ -232,7 +232,7 @@ int main(int count, char** arguments) {
   std::mt19937_64 random(static_cast<uint64_t>(seed));
   std::vector<uint8_t> input;
   for (long i = 0; i < cases; ++i) {
-    if (i % 4 == 0) {  // a new one; the three that follow change a few of its bytes
+    if (i % 4 == 0) {  // a new input; the next three change a few of its bytes
       input.resize(200 + random() % 200);
       for (uint8_t& byte : input) byte = static_cast<uint8_t>(random());
     } else {

@@ -78,7 +78,7 @@ struct Matrix {
         } else if (dtype == DType::kFloat32) {
           const float x = static_cast<float>(word) / 1e9f - 2;
           std::memcpy(to, &x, 4);
-        } else {  // sign, an exponent near zero, some mantissa: fp16 and bf16 differ in scale only
+        } else {  // sign, an exponent near zero, some mantissa: fp16 and bf16 differ only in scale
           const uint16_t one = dtype == DType::kFloat16 ? 0x3c00 : 0x3f80;
           const uint16_t x = static_cast<uint16_t>((word & 0x80ff) | one);
           std::memcpy(to, &x, 2);
@@ -89,13 +89,13 @@ struct Matrix {
   std::vector<uint8_t> copy() const { return {memory.get(), memory.get() + bytes}; }
 };
 
-// Return true if all numbers have the same bits, or are both zero or both NaN, whose signs depend
-// on the order of operands.
+// Return true if all numbers have the same bits, are zero, or are NaN. The sign of a zero or a NaN
+// depends on the order of operands.
 inline bool same_numbers(const uint8_t* a, const uint8_t* b, int64_t count, DType dtype) {
   const int64_t size = size_of(dtype);
   const auto magnitude = [size](const uint8_t* at) {
     uint64_t bits = 0;
-    std::memcpy(&bits, at, static_cast<size_t>(size));  // little-endian, as all that is built for
+    std::memcpy(&bits, at, static_cast<size_t>(size));  // on little-endian machines
     return bits & ~(uint64_t{1} << (8 * size - 1));
   };
   const uint64_t infinity = dtype == DType::kFloat64   ? 0x7ff0000000000000

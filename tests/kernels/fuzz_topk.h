@@ -56,7 +56,7 @@ struct TopkCall {
     lists->fill(in, acc, in.coin());
     if (in.coin()) spread();
   }
-  // Log-probabilities that add up to at most 1, so that the sums go on from there.
+  // Log-probabilities that add up to at most 1, so that calls are not refused.
   void spread() {
     for (int64_t i = 0; i < args.rows * args.k; ++i) {
       const double value = -std::log(static_cast<double>(args.k)) - static_cast<double>(i % 3);
@@ -95,7 +95,7 @@ inline void check_topk(Bytes& in) {
     TopkArgs args = call.args;
     args.loss = loss.get(), args.grad = grad.base(), args.grad_stride = grad.stride;
     const int64_t wrong = k.topk(args, 0, rows, listed.get());
-    require(wrong >= -1 && wrong < rows, "the row that is told is none");
+    require(wrong >= -1 && wrong < rows, "the reported row does not exist");
     require(std::all_of(listed.get(), listed.get() + words, [](uint64_t w) { return w == 0; }),
             "the bitmap is not zeros");
     require(padding_is_whole(grad), "padding of the gradient was written");

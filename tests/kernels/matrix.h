@@ -1,4 +1,4 @@
-// Numbers of each type, converted by arithmetic and not by bits, and rows of them in memory, for
+// Numbers of each type, converted by arithmetic and not by bits, and rows of numbers in memory, for
 // the tests of the CPU kernels.
 #pragma once
 #include <algorithm>
@@ -99,8 +99,8 @@ void encode(double x, DType dtype, unsigned char* to) {
   std::memcpy(to, &stored, 2);
 }
 
-// Rows in memory: [rows, classes], with a stride, at any alignment, between guard bytes. Or,
-// of `pixels`, [groups, classes, rows of a group]: (N, C, L).
+// Rows in memory: [rows, classes], with a stride, at any alignment, between guard bytes. With
+// `pixels`: [groups, classes, rows of a group], like (N, C, L).
 
 struct Matrix {
   int64_t rows, classes, group_rows, stride, class_stride, group;

@@ -1,7 +1,7 @@
 """Print a table of the kernels from the output of ``nvcc -Xptxas -v``; fail on spills.
 
-Kernels that also sum the terms (their first boolean template argument is true) may spill a little,
-since they are rarely called.
+Kernels that also sum the terms may spill a little, since such kernels are rarely called. Their
+first boolean template argument is true.
 
 Usage: python tests/kernels/ptxas_table.py BUILD_LOG
 """

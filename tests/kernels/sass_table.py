@@ -1,9 +1,9 @@
 """Count the instructions per class of the kernels' sweeps, on the shortest path.
 
-A sweep is a loop, or in the registers kernels the whole row. Its path is the shortest one that
-loads student and teacher, computes two exponentials a class and, in the second sweep, stores the
-gradient: aligned rows at T = 1 whose maxima do not change. The table has the issued slots, the
-shares of three pipes, and the bound by each.
+A sweep is a loop, or in the registers kernels the complete row. The shortest path loads student and
+teacher, computes two exponentials per class and, in the second sweep, stores the gradient. On this
+path, rows are aligned, T is 1, and maxima do not change. The table has the issued slots, the shares
+of three pipes, and the bound by each pipe.
 
 Usage: cuobjdump -sass -arch sm_90 build/cuda/libfastkd_cuda.a | python tests/kernels/sass_table.py
 """
@@ -20,8 +20,8 @@ from typing import NamedTuple
 
 from ptxas_table import has_terms
 
-# Limits of an SM of compute capability 9.0 a cycle: thread instructions issued, and results of each
-# pipe (CUDA C++ Programming Guide, "Arithmetic Instructions").
+# Limits of an SM of compute capability 9.0 per cycle: thread instructions issued, and results of
+# each pipe (CUDA C++ Programming Guide, "Arithmetic Instructions").
 ISSUED, RATES = 128, {"mufu": 16, "alu": 64, "fma": 128}
 PROCESSORS, GIGAHERTZ, BYTES_PER_NS = 132, 1.755, 3000  # an H100 SXM, and its copy bandwidth
 PIPES = {
@@ -108,10 +108,10 @@ def blocks_of(code: list[Instruction]) -> list[Block]:
 
 
 def shortest(code: list[Instruction], need: Need) -> Counter[str] | None:
-    """Return the opcodes of the shortest path from first to last block with all needs."""
+    """Return the opcodes of the shortest path from first to last block that meets all needs."""
     blocks = blocks_of(code)
     available = zip(*(block.counts for block in blocks), strict=True)
-    if any(sum(count) < wanted for count, wanted in zip(available, need, strict=True)):
+    if any(sum(count) < minimum for count, minimum in zip(available, need, strict=True)):
         return None
     start = (0, Need(0, 0, 0))
     lengths = {start: 0}
@@ -124,7 +124,7 @@ def shortest(code: list[Instruction], need: Need) -> Counter[str] | None:
         at, so_far = state
         block = blocks[at]
         totals = zip(so_far, block.counts, need, strict=True)
-        now = Need(*(min(sum(n), most) for *n, most in totals))
+        now = Need(*(min(sum(n), limit) for *n, limit in totals))
         if at == len(blocks) - 1:
             if now != need:
                 continue
@@ -153,7 +153,7 @@ def loops(code: list[Instruction]) -> list[list[Instruction]]:
 
 
 def sweep(code: list[Instruction], element: int, stores: bool) -> Counter | None:
-    """Return opcodes per class of the loop with fewest; one or two vectors an iteration."""
+    """Return opcodes per class of the loop with the fewest opcodes; it has one or two vectors."""
     best = None
     for body in loops(code):
         if len(body) > 2500:
@@ -163,7 +163,7 @@ def sweep(code: list[Instruction], element: int, stores: bool) -> Counter | None
             need = Need(EXPONENTIALS * classes, 2 * vectors, vectors * stores)
             path = shortest(body, need)
             if path is None or (not stores and any(o.startswith("STG") for o in path)):
-                continue  # belongs to another sweep
+                continue  # the loop belongs to another sweep
             per_class = Counter({opcode: n / classes for opcode, n in path.items()})
             if best is None or per_class.total() < best.total():
                 best = per_class
@@ -171,7 +171,7 @@ def sweep(code: list[Instruction], element: int, stores: bool) -> Counter | None
 
 
 def row(code: list[Instruction], element: int) -> Counter | None:
-    """Return opcodes per class of a registers kernel, with 64 bytes of each input a thread."""
+    """Return opcodes per class of a registers kernel, with 64 bytes of each input per thread."""
     classes = 64 // element
     need = Need(2 * EXPONENTIALS * classes, 8, 4)
     paths = [shortest(body, need) for body in loops(code) if len(body) > 2500]
@@ -179,8 +179,8 @@ def row(code: list[Instruction], element: int) -> Counter | None:
     return fewest and Counter({opcode: n / classes for opcode, n in fewest.items()})
 
 
-def line(name: str, what: str, per_class: Counter, bytes_moved: float) -> str:
-    """Return a table line: counts, and each pipe's speed limit over the memory's."""
+def line(name: str, sweep_name: str, per_class: Counter, bytes_moved: float) -> str:
+    """Return a table line: counts, and each pipe's speed limit over that of the memory."""
     pipes = {
         pipe: sum(n for opcode, n in per_class.items() if re.match(opcodes, opcode))
         for pipe, opcodes in PIPES.items()
@@ -190,7 +190,7 @@ def line(name: str, what: str, per_class: Counter, bytes_moved: float) -> str:
     shares = {"issue": slots / ISSUED, **{pipe: n / RATES[pipe] for pipe, n in pipes.items()}}
     cells = [f"{slots:.1f}", *(f"{n:.1f}" for n in pipes.values())]
     cells += [f"{100 * cycles / memory:.0f} %" for cycles in shares.values()]
-    return f"| {name} | {what} | {' | '.join(cells)} |"
+    return f"| {name} | {sweep_name} | {' | '.join(cells)} |"
 
 
 def main() -> None:
@@ -210,10 +210,10 @@ def main() -> None:
             first, second = (sweep(code, element, stores) for stores in (False, True))
             both = first + second if first and second else None
             sweeps = {"first": first, "second": second, "both": both}
-        for what, counts in sweeps.items():
+        for sweep_name, counts in sweeps.items():
             if counts is None:
-                sys.exit(f"{name}: not found: {what}")
-            print(line(f"{family} {dtype.removeprefix('__nv_')}", what, counts, 3 * element))
+                sys.exit(f"{name}: not found: {sweep_name}")
+            print(line(f"{family} {dtype.removeprefix('__nv_')}", sweep_name, counts, 3 * element))
 
 
 if __name__ == "__main__":

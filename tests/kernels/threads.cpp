@@ -1,8 +1,8 @@
-// Test the CPU kernels from many threads at once, as csrc/torch/cpu.cpp calls them: rows divided
-// among threads, rows shared segment by segment, several concurrent calls on the same inputs, a
+// Test the CPU kernels from many threads at once, as csrc/torch/cpu.cpp calls them. Cases: rows
+// divided among threads, rows shared segment by segment, concurrent calls on the same inputs, a
 // concurrent choice of the instruction set, and a call without memory for its cache. Every result
-// equals that of one thread, bit for bit. ThreadSanitizer (make sanitize-threads) checks that
-// threads do not race.
+// has the bits of one thread. ThreadSanitizer (make sanitize-threads) checks that threads do not
+// race.
 #include <pthread.h>
 
 #include <atomic>
@@ -34,7 +34,7 @@ using namespace fastkd;
 
 constexpr int kThreads = 4;
 
-// Run items on a fixed number of threads, which take them off a counter like the threads of
+// Run items on a fixed number of threads, which take items off a counter like those of
 // parallel_for.
 void in_parallel(int64_t items, const std::function<void(int64_t)>& work) {
   std::atomic<int64_t> next{0};
@@ -178,9 +178,9 @@ void test(const cpu::Kernels& k, const Problem& p) {
   }
   std::atomic<int> different{0};
   in_parallel(8, [&](int64_t) {
-    Call mine(p);
-    k.forward(mine.args, 0, p.rows);
-    if (!(mine == alone)) ++different;
+    Call again(p);
+    k.forward(again.args, 0, p.rows);
+    if (!(again == alone)) ++different;
   });
   check(different == 0, "calls side by side", k, p);
 }

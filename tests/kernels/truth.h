@@ -1,5 +1,5 @@
-// The divergences by definition, for the tests of the CUDA kernels: direct formulas in long double.
-// Near the teacher these formulas cancel, so they are not used there.
+// Compute the divergences by definition, in long double, for the tests of the CUDA kernels. The
+// direct formulas cancel near the teacher, so no test uses them near the teacher.
 #pragma once
 #include <cmath>
 #include <cstdint>
@@ -22,7 +22,7 @@ inline Real x_log(Real x, Real y, Real z) {
   return x == 0 ? Real(0) : x * (std::log(y) - std::log(z));
 }
 
-// The logarithms of the label's odds against all other classes, and of the probabilities among the
+// Logarithms of the label's odds against all other classes, and of the probabilities among the
 // other classes.
 struct Decoupled {
   Real odds;
@@ -145,7 +145,7 @@ inline Divergence divergence(fastkd::Divergence id, Real a, const std::vector<do
         break;
       case Divergence::kDecoupled:
       case Divergence::kCosine:
-        break;  // handled above
+        break;  // computed before the loop
     }
   }
   mean = id == Divergence::kCenteredSquaredError ? mean / counted : 0;

@@ -26,7 +26,8 @@ inline __half __float2half_rn(float x) {
   } else if (size == size) {
     int exponent = size < ldexpf(1, -14) ? -14 : ilogbf(size);
     const auto units = static_cast<unsigned>(nearbyintf(ldexpf(size, 10 - exponent)));
-    bits = static_cast<unsigned>(exponent + 14) * 1024 + units;  // 1024 units carry by themselves
+    bits =
+        static_cast<unsigned>(exponent + 14) * 1024 + units;  // 1024 units carry into the exponent
   }
   return {static_cast<uint16_t>(sign | bits)};
 }

@@ -1,5 +1,5 @@
 // CUDA C++ for g++: the keywords, the device functions, and the part of the runtime that fastkd
-// calls. First on the include path, so that the kernels' sources compile unchanged.
+// calls. This folder is first on the include path, so that the kernels' sources compile unchanged.
 #pragma once
 #include <math.h>
 
@@ -9,9 +9,8 @@
 
 #include "simt.h"
 
-// ---- the keywords. Shared memory is thread_local, the one storage class that makes a function's
-// variable static and may also follow `extern`; the emulator swaps its contents when it switches
-// CTAs.
+// ---- keywords. Shared memory is thread_local: no other storage class makes a function's variable
+// static and may follow `extern`. The emulator swaps the contents when it switches CTAs.
 #define __global__
 #define __device__
 #define __host__
@@ -121,7 +120,7 @@ inline double __dmul_rn(double a, double b) { return a * b; }
 inline float __fadd_rn(float a, float b) { return a + b; }
 inline double __dadd_rn(double a, double b) { return a + b; }
 
-// ---- the runtime: one device, like a MIG slice of an H100, which executes everything at once
+// ---- the runtime of one device, like a MIG slice of an H100, which executes everything at once
 
 enum cudaError_t {
   cudaSuccess = 0,
@@ -192,7 +191,7 @@ cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, Kernel*, 
 }
 
 namespace emulation {
-// Return the error of a launch that the runtime would refuse; else describe it in `launch`.
+// Return the error of a launch that the runtime would refuse, or describe the launch in `launch`.
 cudaError_t launch_of(const cudaLaunchConfig_t& config, const void* kernel, Launch& launch);
 }  // namespace emulation
 template <class... Parameters, class... Arguments>

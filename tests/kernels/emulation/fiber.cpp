@@ -4,9 +4,9 @@
 namespace emulation {
 #if defined(__x86_64__)
 
-// Push the registers that a function must preserve, switch stacks, and pop them from the other
-// stack. swapcontext() does the same with two additional system calls.
-extern "C" void emulation_switch(void** left_at, void* taken_up);
+// Push the registers that a function must preserve, switch stacks, and pop the registers of the
+// other stack. swapcontext() would need two additional system calls.
+extern "C" void emulation_switch(void** stack_top, void* other_top);
 asm(R"(
 .text
 emulation_switch:
@@ -28,15 +28,15 @@ emulation_switch:
 )");
 
 void Fiber::start(void* stack, size_t bytes, void (*entry)()) {
-  // The stack as emulation_switch() leaves it: six registers, and a return address. `entry` finds
-  // the stack aligned as after a call.
+  // emulation_switch() leaves a stack of six registers and a return address. `entry` expects the
+  // stack to be aligned as after a call.
   void** top = reinterpret_cast<void**>(static_cast<char*>(stack) + bytes);
   *--top = nullptr;
   *--top = reinterpret_cast<void*>(entry);
   for (int i = 0; i < 6; i++) *--top = nullptr;
-  left_at = top;
+  stack_top = top;
 }
-void Fiber::switch_to(Fiber& to) { emulation_switch(&left_at, to.left_at); }
+void Fiber::switch_to(Fiber& to) { emulation_switch(&stack_top, to.stack_top); }
 
 #else
 

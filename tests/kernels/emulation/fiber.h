@@ -13,11 +13,11 @@ class Fiber {
   // Start at `entry`, which must never return. A fiber that is not started represents the running
   // code.
   void start(void* stack, size_t bytes, void (*entry)());
-  void switch_to(Fiber& to);  // from this fiber, which runs
+  void switch_to(Fiber& to);  // from this fiber, which must be running
 
  private:
 #if defined(__x86_64__)
-  void* left_at = nullptr;  // top of its stack
+  void* stack_top = nullptr;  // top of the stack while the fiber waits
 #else
   ucontext_t context;
 #endif

@@ -1,4 +1,4 @@
-// The state of the one grid that runs, for the emulator's own files.
+// State of the running grid, for the emulator's own files.
 #pragma once
 #include <deque>
 #include <map>
@@ -11,7 +11,7 @@ namespace emulation {
 
 constexpr unsigned char kUndefined = 0xff;  // bytes of NaNs, and of -1
 
-// A reason to wait: until a counter changes from a value, or its last bit does.
+// A reason to wait until a counter, or the last bit of a counter, changes from a value.
 struct Wait {
   const char* what = nullptr;
   Place place;
@@ -37,8 +37,8 @@ struct Meeting {
   int arrived = 0;
   uint64_t turn = 0;
 };
-// Lanes at a warp operation, and their values. A lane may be a turn ahead of lanes that have yet to
-// read, so there are two of each.
+// Lanes at a warp operation, and their values. A lane may be one turn ahead of lanes that still
+// have to read, so there are two arrays of values.
 struct WarpMeeting {
   const char* what = nullptr;
   unsigned mask = 0, arrived = 0;
@@ -63,16 +63,16 @@ struct Cta {
   Meeting all;
   std::map<int, Meeting> some;
   std::map<uint32_t, Barrier> barriers;  // by address
-  std::vector<unsigned char> shared;     // while another CTA's memory is in place
+  std::vector<unsigned char> shared;     // contents while another CTA's memory is in place
 };
 
 extern const Launch* launched;
-extern std::deque<Cta> cluster;  // the cluster that runs
+extern std::deque<Cta> cluster;  // the running cluster
 extern Cta* in_place;            // the CTA whose shared memory the kernels see
 extern Thread* running;
-extern uint64_t events;  // incremented by everything that threads may wait for
+extern uint64_t events;  // incremented by every event that threads may wait for
 
-size_t draw(size_t below);  // a random number
+size_t draw(size_t below);  // return a random number
 void wait_for(Wait wait);   // yield until the wait is over
 
 // shared.cpp

@@ -1,4 +1,4 @@
-// The runtime's calls: which launches a device like a MIG slice of an H100 would accept and refuse.
+// Calls of the CUDA runtime, with the launches that a MIG slice of an H100 would accept and refuse.
 #include <cstdlib>
 #include <map>
 
@@ -7,12 +7,12 @@
 namespace {
 
 constexpr int kProcessors = 4;
-constexpr int kDynamicUnasked = 48 * 1024;  // bytes of shared memory that need no attribute
+constexpr int kDefaultDynamicBytes = 48 * 1024;  // bytes of shared memory that need no attribute
 constexpr int kPortableCluster = 8, kLargestCluster = 16;
-constexpr unsigned kMostInY = 65535;  // CTAs of a grid
+constexpr unsigned kMaxGridY = 65535;  // CTAs of a grid
 
 struct Granted {
-  int dynamic_bytes = kDynamicUnasked;
+  int dynamic_bytes = kDefaultDynamicBytes;
   int cluster = kPortableCluster;
 };
 std::map<const void*, Granted> granted;
@@ -31,7 +31,7 @@ int cluster_of(const cudaLaunchConfig_t& config) {
   return 0;
 }
 
-// Allocations in device memory, by their first byte.
+// Allocations in device memory, by the address of their first byte.
 constexpr size_t kGuard = 4096, kAlign = 256;
 constexpr unsigned char kGuardByte = 0xff;
 std::map<const unsigned char*, size_t> allocations;
@@ -61,7 +61,7 @@ cudaError_t cudaGetDevice(int* device) {
   return cudaSuccess;
 }
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
-  *value = attribute == cudaDevAttrMaxSharedMemoryPerBlockOptin ? emulation::kMostDynamicBytes
+  *value = attribute == cudaDevAttrMaxSharedMemoryPerBlockOptin ? emulation::kMaxDynamicBytes
            : attribute == cudaDevAttrComputeCapabilityMajor     ? major_capability()
                                                                 : kProcessors;
   return cudaSuccess;
@@ -84,7 +84,7 @@ cudaError_t cudaFree(void* p) {
 
 cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute attribute, int value) {
   if (attribute == cudaFuncAttributeMaxDynamicSharedMemorySize) {
-    if (value > emulation::kMostDynamicBytes) return cudaErrorInvalidValue;
+    if (value > emulation::kMaxDynamicBytes) return cudaErrorInvalidValue;
     granted[kernel].dynamic_bytes = value;
   } else {
     granted[kernel].cluster = value != 0 ? kLargestCluster : kPortableCluster;
@@ -94,7 +94,7 @@ cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute attribute
 cudaError_t cudaOccupancyMaxActiveClusters(int* clusters, const void* kernel,
                                            const cudaLaunchConfig_t* config) {
   const int cluster = cluster_of(*config);
-  // One that is not given is an error as well (cuda_runtime_api.h).
+  // A launch without a cluster size is an error, too (cuda_runtime_api.h).
   if (cluster == 0 || cluster > granted[kernel].cluster) return cudaErrorInvalidClusterSize;
   *clusters = std::max(1, kProcessors / cluster);
   return cudaSuccess;
@@ -109,8 +109,8 @@ cudaError_t launch_of(const cudaLaunchConfig_t& config, const void* kernel, Laun
   if (major_capability() < 9 && config.numAttrs > 0) return cudaErrorInvalidValue;
   if (launch.cluster > granted[kernel].cluster) return cudaErrorInvalidClusterSize;
   if (launch.grid.x % cluster != 0 || launch.grid.x == 0 || launch.grid.y == 0 ||
-      launch.grid.y > kMostInY || launch.grid.z != 1 || launch.block.x == 0 ||
-      launch.block.x > kMostThreads || launch.block.y != 1 || launch.block.z != 1)
+      launch.grid.y > kMaxGridY || launch.grid.z != 1 || launch.block.x == 0 ||
+      launch.block.x > kMaxThreads || launch.block.y != 1 || launch.block.z != 1)
     return cudaErrorInvalidConfiguration;
   if (static_cast<int>(launch.dynamic_bytes) > granted[kernel].dynamic_bytes)
     return cudaErrorInvalidValue;

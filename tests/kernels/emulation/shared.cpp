@@ -1,4 +1,4 @@
-// Shared memory, its barriers, and the copies into it. See README.md.
+// Shared memory with its barriers, and copies to shared memory. See README.md.
 #include <link.h>
 
 #include <algorithm>
@@ -8,7 +8,7 @@
 
 namespace fastkd::cuda {
 // The kernels' `extern __shared__`.
-alignas(128) thread_local unsigned char dynamic[emulation::kMostDynamicBytes];
+alignas(128) thread_local unsigned char dynamic[emulation::kMaxDynamicBytes];
 }  // namespace fastkd::cuda
 
 namespace emulation {
@@ -47,12 +47,12 @@ const Block& shared() {
   static const Block block = find_shared();
   return block;
 }
-// Call fn for the parts in use: everything but the unused end of the dynamic memory.
+// Call fn for the parts in use, without the unused end of the dynamic memory.
 template <class Fn>
 void each_part(Fn&& fn) {
   const size_t dynamic = static_cast<size_t>(fastkd::cuda::dynamic - shared().begin);
   fn(size_t(0), dynamic + launched->dynamic_bytes);
-  fn(dynamic + kMostDynamicBytes, shared().bytes);
+  fn(dynamic + kMaxDynamicBytes, shared().bytes);
 }
 // An address is the offset in the block, plus (1 + the rank of the CTA) << kRankShift.
 constexpr int kRankShift = 24;

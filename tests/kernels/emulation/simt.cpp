@@ -1,4 +1,4 @@
-// The threads of a grid: how they wait for each other, and which of them runs next. See README.md.
+// Threads of a grid: their waits, and the choice of the next thread to run. See README.md.
 #include "simt.h"
 
 #include <sys/mman.h>
@@ -27,8 +27,8 @@ uint64_t events = 0;
 
 namespace {
 
-constexpr size_t kStackBytes = 256 * 1024;  // few of its pages are ever touched
-constexpr int kIdleTurns = 200000;  // of threads that only sleep: after that, nothing will happen
+constexpr size_t kStackBytes = 256 * 1024;  // a thread touches few pages
+constexpr int kIdleTurns = 200000;  // of threads that only sleep, until a deadlock is reported
 
 const std::function<void()>* kernel_of_threads = nullptr;
 Meeting cluster_meeting;
@@ -63,13 +63,13 @@ void end_turn(Warp& warp) {
   events++;
 }
 
-// Run a thread, from beginning to end.
-void live() {
+// Run a thread from beginning to end.
+void run_thread() {
   (*kernel_of_threads)();
   Thread& self = *running;
   self.ended = true;
   self.warp->alive &= ~(1u << self.lane);
-  // Nobody waits for a thread that has ended.
+  // No other thread waits for a thread that has ended.
   end_turn(*self.warp);
   end_turn(self.cta->all, --self.cta->alive);
   end_turn(cluster_meeting, --cluster_alive);
@@ -85,7 +85,7 @@ bool is_ready(const Warp& warp) {
     if (lane != nullptr && is_ready(*lane)) return true;
   return false;
 }
-// Return a warp of this CTA that can run, starting the search at a random one; null if there is
+// Return a warp of this CTA that can run, starting the search at a random warp; null if there is
 // none.
 Warp* ready_warp(Cta& cta) {
   const size_t count = cta.warps.size(), first = draw(count);
@@ -106,8 +106,8 @@ Warp* ready_warp() {
   }
   return nullptr;
 }
-// Run every lane that can run, from a random one on, upwards or downwards; sometimes only a few
-// lanes, so that the lanes of a warp diverge.
+// Run every lane that can run, starting at a random lane, upwards or downwards. Sometimes run only
+// a few lanes, so that the lanes of a warp diverge.
 void run(Warp& warp) {
   const unsigned first = static_cast<unsigned>(draw(64));
   const unsigned lanes = static_cast<unsigned>(draw(8) == 0 ? 1 + draw(31) : 32);
@@ -191,7 +191,7 @@ void make_cluster(Index first) {
       thread.index.x = static_cast<unsigned>(i), thread.lane = thread.index.x % 32;
       thread.warp->lanes[thread.lane] = &thread;
       thread.warp->alive |= 1u << thread.lane;
-      thread.fiber.start(stack_of(stack++), kStackBytes, live);
+      thread.fiber.start(stack_of(stack++), kStackBytes, run_thread);
     }
   }
   put_in_place(cluster[draw(cluster.size())]);
@@ -210,8 +210,7 @@ void wait_for(Wait wait) {
 void run(const Launch& launch, const std::function<void()>& kernel) {
   launched = &launch, kernel_of_threads = &kernel;
   blockDim = launch.block, gridDim = launch.grid;
-  // The clusters of a grid are independent of each other: run them one after the other, in random
-  // order.
+  // The clusters of a grid are independent, so they run one after the other, in random order.
   std::vector<Index> firsts;
   for (unsigned y = 0; y < launch.grid.y; y++)
     for (unsigned x = 0; x < launch.grid.x; x += static_cast<unsigned>(launch.cluster))
@@ -245,7 +244,7 @@ int ranks_in_cluster() { return launched->cluster; }
 
 void yield(const char* what, Place place) { wait_for({what, place}); }
 
-const uint64_t* meet_warp(const char* what, unsigned mask, uint64_t mine, Place place) {
+const uint64_t* meet_warp(const char* what, unsigned mask, uint64_t value, Place place) {
   Warp& warp = *running->warp;
   WarpMeeting& meeting = warp.meeting;
   if (!(mask >> running->lane & 1))
@@ -256,7 +255,7 @@ const uint64_t* meet_warp(const char* what, unsigned mask, uint64_t mine, Place 
   meeting.what = what, meeting.mask = mask;
   meeting.arrived |= 1u << running->lane;
   uint64_t* brought = meeting.brought[turn % 2];
-  brought[running->lane] = mine;
+  brought[running->lane] = value;
   end_turn(warp);
   if (meeting.turn == turn) wait_for({what, place, &meeting.turn, turn});
   return brought;

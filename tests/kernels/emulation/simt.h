@@ -1,5 +1,5 @@
-// The threads of a grid on the CPU, for the headers beside this file. Threads wait for each other,
-// and the next thread to run is drawn at random from those that can run. See README.md.
+// Threads of a grid on the CPU, for the headers in this folder. Threads wait for each other, and
+// the next thread to run is drawn at random from those that can run. See README.md.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -11,7 +11,7 @@ struct Index {
   unsigned x = 1, y = 1, z = 1;
 };
 
-// A place in the kernels' sources, for reports. As a default argument it is the caller's place.
+// A position in the kernels' sources, for reports. As a default argument, Place is the caller's.
 struct Place {
   const char* file = "";
   int line = 0;
@@ -25,12 +25,12 @@ struct Launch {
   int cluster = 1;
   size_t dynamic_bytes = 0;
 };
-constexpr int kMostThreads = 1024;         // of a CTA
-constexpr int kMostDynamicBytes = 232448;  // of shared memory, on an H100
+constexpr int kMaxThreads = 1024;         // of a CTA
+constexpr int kMaxDynamicBytes = 232448;  // of shared memory, on an H100
 // Run `kernel` once for each thread, and return when all threads have ended.
 void run(const Launch& launch, const std::function<void()>& kernel);
 
-// ---- operations of a thread. An invalid operation ends the program with a report.
+// ---- operations of a thread; an invalid operation ends the program with a report
 
 [[noreturn]] void fail(const char* format, ...);
 int rank_in_cluster();
@@ -38,9 +38,9 @@ int ranks_in_cluster();
 // Let other threads run.
 void yield(const char* what, Place place);
 
-// Wait for the warp's lanes of `mask`. All of them can read each lane's `mine`, which has at most 8
-// bytes. The result is the array of 32, valid until the next call.
-const uint64_t* meet_warp(const char* what, unsigned mask, uint64_t mine, Place place);
+// Wait for the warp's lanes of `mask`, and return an array of the 32 lanes' `value`. The array is
+// valid until the next call; `value` has at most 8 bytes.
+const uint64_t* meet_warp(const char* what, unsigned mask, uint64_t value, Place place);
 void meet_block(Place place);
 void meet_some(int barrier, int threads, Place place);
 void meet_cluster(Place place);
@@ -50,12 +50,12 @@ uint32_t shared_address_of(const void* p);
 uint32_t address_in(uint32_t address, int rank);
 void store_to_peer(uint32_t address, const void* from, size_t bytes, Place place);
 
-// mbarriers. A wait ends when the phase of this parity is over.
+// mbarriers. A wait ends when the phase of the given parity is over.
 void barrier_init(uint32_t barrier, int count, Place place);
 void barrier_arrive(uint32_t barrier, Place place);
 void barrier_expect(uint32_t barrier, uint32_t bytes, Place place);
 void barrier_wait(uint32_t barrier, uint32_t parity, Place place);
-// Copy some time later, at the latest when all threads wait. Until then `to` is undefined.
+// Copy later, at the latest when all threads wait. Until then `to` is undefined.
 void copy_later(uint32_t to, const void* from, uint32_t bytes, uint32_t barrier, Place place);
 
 // ---- device memory, between guards of undefined bytes
