@@ -14,8 +14,8 @@ from fastkd import Head, reference
 
 FP64, FP32, BF16, FP16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
 DTYPES = (FP64, FP32, BF16, FP16)
-# Widest rows of each kernel of the CUDA planner (csrc/cuda/plan.cpp): both tiny kernels, warps and
-# CTAs with a row in registers (fp32, 16-bit); then rows for the streaming kernel.
+# Widest rows of each CUDA kernel (csrc/cuda/launch.cu): 8 lanes; a warp of fp32 and of 16 bits;
+# then wider and wider rows of a CTA.
 CUDA_SIZE_CLASSES = (32, 128, 512, 1024, 4096, 8192, 20480, 40960, 163840, 425984)
 
 

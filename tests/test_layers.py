@@ -95,8 +95,6 @@ def test_the_sources_are_where_this_test_looks():
 @pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(CSRC)))
 def test_csrc_includes_downwards_only(path):
     for name in includes(path):
-        if (path.name, name) == ("module.cpp", "../cuda/plan.h"):
-            continue  # the planner is plain C++, called from test_plan.py
         target = own_part(path, name)
         if target is not None:
             assert target in LAYERS[part(path)], f"{path.name} must not include {name}"

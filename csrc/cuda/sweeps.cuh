@@ -24,11 +24,7 @@ __device__ __forceinline__ Statistics<typename Row::A> scan(const Row& row,
     if (student_top > statistics.student_max + t.margin ||
         teacher_top > statistics.teacher_max + t.margin)
       statistics.raise(student_top, teacher_top, t);
-    if (statistics.beyond(t)) {  // rare: huge logits, or only masked ones so far
-      chunk.each(out, [&](A z, A w, int) { statistics.template add_any<kAtRunTime>(z, w, t); });
-    } else {
-      chunk.each(out, [&](A z, A w, int) { statistics.template add<kPower>(z, w, t); });
-    }
+    chunk.each(out, [&](A z, A w, int) { statistics.template add<kPower>(z, w, t); });
   });
   statistics.raise(student_top, teacher_top, t);
   return statistics;
