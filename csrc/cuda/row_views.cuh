@@ -48,7 +48,7 @@ struct ChunkClasses {
   }
 };
 // Chunks have each(without, fn), which calls fn(z, w, i) for each class except the one at
-// `without`, and include_in(), which raises maxima to the greatest logits.
+// `without`.
 template <class A, int kMost, class Count, class Step>
 struct ElementChunk : ChunkClasses<kMost, Count, Step> {
   A z[kMost], w[kMost];
@@ -58,12 +58,6 @@ struct ElementChunk : ChunkClasses<kMost, Count, Step> {
 #pragma unroll
     for (int i = 0; i < kMost; i++)
       if (i < this->count && i != without) fn(z[i], w[i], i);
-  }
-  __device__ __forceinline__ void include_in(A& student_top, A& teacher_top, int without) const {
-    each(without, [&](A x, A y, int) {
-      student_top = max_of(student_top, x);
-      teacher_top = max_of(teacher_top, y);
-    });
   }
 };
 template <class T>
@@ -81,20 +75,6 @@ struct VectorChunk : ChunkClasses<Vector<T>::kElements, All<Vector<T>::kElements
     for (int i = 0; i < kElements; i++)
       if (i != without) fn(z[i], w[i], i);
   }
-  // Use maxima of packed pairs: 16 instead of 20 issue slots a class in bf16 (SASS of sm_90,
-  // 2026-12-01), since no class is unpacked before the maxima are known.
-  __device__ __forceinline__ void include_in(float& student_top, float& teacher_top,
-                                             int without) const {
-    if (without >= 0) {
-      each(without, [&](float z, float w, int) {
-        student_top = max_of(student_top, z);
-        teacher_top = max_of(teacher_top, w);
-      });
-    } else {
-      student_top = max_of(student_top, Vector<T>::max(student));
-      teacher_top = max_of(teacher_top, Vector<T>::max(teacher));
-    }
-  }
 };
 
 // The vectors of student, teacher and gradient begin at the same class (has_equal_alignment()).
@@ -102,7 +82,7 @@ template <class T>
 struct VectorRow {
   using A = float;
   static constexpr bool kHot = true;
-  static constexpr int kElements = Vector<T>::kElements;
+  static constexpr int kChunk = Vector<T>::kElements;
 
   const T *student, *teacher;
   T* grad;  // or null
@@ -135,7 +115,7 @@ struct VectorRow {
     const auto* const teachers = reinterpret_cast<const uint4*>(teacher + layout.begin);
 #pragma unroll kUnroll
     for (int64_t i = place.part; i < layout.vectors; i += place.parts)
-      fn(VectorChunk<T>{{layout.begin + i * kElements, {}, {}},
+      fn(VectorChunk<T>{{layout.begin + i * kChunk, {}, {}},
                         i,
                         kLast ? __ldcs(students + i) : students[i],
                         kLast ? __ldcs(teachers + i) : teachers[i]});
@@ -169,7 +149,7 @@ struct VectorRow {
   // Return this thread's class before or after all vectors, or -1.
   __device__ __forceinline__ int64_t peeled() const {
     if (place.part < layout.begin) return place.part;
-    const int place_in_tail = place.part - kElements;
+    const int place_in_tail = place.part - kChunk;
     return place_in_tail >= 0 && place_in_tail < layout.tail ? classes - layout.tail + place_in_tail
                                                              : -1;
   }

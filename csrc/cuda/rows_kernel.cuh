@@ -178,7 +178,9 @@ cudaError_t launch_team(const ForwardCall& call, int lanes, int threads, cudaStr
     // fp64 needs twice the registers, and so does the sweep that sums slopes.
     constexpr bool kWide = sizeof(typename Row::A) == 8;
     constexpr int kMost = kWide || W::kGeneral ? 256 : kThreads;
-    constexpr int kResident = kWide || kThreads > 256 ? 1 : 2;
+    // CTAs for which a processor has registers.
+    constexpr bool kFew = !decltype(extra)::value && Row::kChunk <= 4;
+    constexpr int kResident = kWide || kThreads > 256 ? 1 : kFew ? 3 : 2;
     const auto kernel = rows_kernel<Row, Team, W, decltype(extra)::value, kMost, kResident>;
     const int block = threads < kMost ? threads : kMost;
     const int rows_at_once = lanes > 0 ? block / lanes : 1;

@@ -49,22 +49,6 @@ __device__ __forceinline__ uint32_t pack(const float* x, __half) {
   const __half2 pair = __floats2half2_rn(x[0], x[1]);
   return *reinterpret_cast<const uint32_t*>(&pair);
 }
-// Return the greater elements of two words. NaN is dropped; the sums of exponentials keep it.
-template <class Pair>
-__device__ __forceinline__ uint32_t max_of_pairs(uint32_t a, uint32_t b) {
-  const Pair v = __hmax2(*reinterpret_cast<const Pair*>(&a), *reinterpret_cast<const Pair*>(&b));
-  return *reinterpret_cast<const uint32_t*>(&v);
-}
-__device__ __forceinline__ uint32_t max_of_words(uint32_t a, uint32_t b, float) {
-  return __float_as_uint(fmaxf(__uint_as_float(a), __uint_as_float(b)));
-}
-__device__ __forceinline__ uint32_t max_of_words(uint32_t a, uint32_t b, __nv_bfloat16) {
-  return max_of_pairs<__nv_bfloat162>(a, b);
-}
-__device__ __forceinline__ uint32_t max_of_words(uint32_t a, uint32_t b, __half) {
-  return max_of_pairs<__half2>(a, b);
-}
-
 // 16 bytes of T.
 constexpr int kVectorBytes = 16;
 template <class T>
@@ -81,11 +65,6 @@ struct Vector {
   static __device__ __forceinline__ uint4 store(const float (&x)[kElements]) {
     return {pack(x, T()), pack(x + kOfWord, T()), pack(x + 2 * kOfWord, T()),
             pack(x + 3 * kOfWord, T())};
-  }
-  static __device__ __forceinline__ float max(uint4 v) {
-    float x[kOfWord];
-    unpack(max_of_words(max_of_words(v.x, v.y, T()), max_of_words(v.z, v.w, T()), T()), x, T());
-    return kOfWord == 1 ? x[0] : fmaxf(x[0], x[kOfWord - 1]);
   }
 };
 
