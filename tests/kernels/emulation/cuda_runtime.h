@@ -132,7 +132,6 @@ enum cudaError_t {
 enum cudaMemcpyKind { cudaMemcpyHostToDevice, cudaMemcpyDeviceToHost };
 enum cudaDeviceAttr {
   cudaDevAttrMaxSharedMemoryPerBlockOptin,
-  cudaDevAttrComputeCapabilityMajor,
   cudaDevAttrMultiProcessorCount,
 };
 enum cudaFuncAttribute {
@@ -144,9 +143,6 @@ enum cudaLaunchAttributeID {
   cudaLaunchAttributeProgrammaticStreamSerialization,
 };
 using cudaStream_t = void*;
-struct cudaFuncAttributes {
-  int ptxVersion;
-};
 struct cudaLaunchAttribute {
   cudaLaunchAttributeID id;
   struct {
@@ -180,11 +176,6 @@ cudaError_t cudaMalloc(T** p, size_t bytes) {
 cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute attribute, int value);
 cudaError_t cudaOccupancyMaxActiveClusters(int* clusters, const void* kernel,
                                            const cudaLaunchConfig_t* config);
-template <class Kernel>
-cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, Kernel*) {
-  attributes->ptxVersion = __CUDA_ARCH__ / 10;
-  return cudaSuccess;
-}
 template <class Kernel>
 cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, Kernel*, int, size_t) {
   *blocks = 1;
