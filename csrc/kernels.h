@@ -228,7 +228,8 @@ namespace cuda {
 // device pointers.
 
 // Compute forward, and reduce the losses and terms of the rows. `args.stats` is required, and its
-// last number receives the scale that was folded into the gradient and the total.
+// last number receives the scale that was folded into the gradient and the total. With `total`,
+// `args.loss` and `args.terms` are scratch memory.
 //   total        acc [1], or [1 + kTerms] with `args.terms`; null for Reduction::kNone
 //   denominator  acc, one number: replaces the count of rows that are not ignored in
 //   Reduction::kMean; or null

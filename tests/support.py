@@ -14,8 +14,8 @@ from fastkd import Head, TopK, reference
 
 FP64, FP32, BF16, FP16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
 DTYPES = (FP64, FP32, BF16, FP16)
-# Row widths at the upper limit of each kernel that csrc/cuda/plan.cpp chooses. In order: two tiny
-# kernels, warps and CTAs with a row in registers (fp32, 16-bit), the streaming kernel.
+# Row widths at the upper limit of each CUDA kernel (csrc/cuda/launch.cu). In order: 8 lanes of a
+# warp; a warp, for fp32 and for 16 bits; then a CTA for each row, with more and more classes.
 CUDA_SIZE_CLASSES = (32, 128, 512, 1024, 4096, 8192, 20480, 40960, 163840, 425984)
 
 

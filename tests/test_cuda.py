@@ -23,7 +23,7 @@ from fastkd import TopK
 
 pytestmark = pytest.mark.cuda
 
-# One width for each kernel of the planner, between the limits in support.CUDA_SIZE_CLASSES.
+# One width for each kernel, between the limits in support.CUDA_SIZE_CLASSES.
 WIDTHS = (10, 100, 500, 1000, 3000, 8193, 32000, 50257, 128256, 262145)
 CALLS = {
     "mean": lambda s, t, y: fastkd.loss(s, t, y, temperature=3.0, alpha=0.3),

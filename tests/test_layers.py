@@ -95,8 +95,6 @@ def test_the_sources_are_found():
 @pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(CSRC)))
 def test_csrc_includes_downwards_only(path):
     for name in includes(path):
-        if (path.name, name) == ("module.cpp", "../cuda/plan.h"):
-            continue  # the planner is plain C++, and test_plan.py calls it
         target = included_folder(path, name)
         if target is not None:
             assert target in LAYERS[folder_of(path)], f"{path.name} must not include {name}"

@@ -310,7 +310,7 @@ def test_vocabularies_equal_the_truth(device, shape, dtype):
 @pytest.mark.cuda
 @pytest.mark.parametrize("dtype", [FP32, BF16, FP16, FP64], ids=name_of)
 @pytest.mark.parametrize("limit", CUDA_SIZE_CLASSES)
-def test_each_size_class_of_the_cuda_planner(limit, dtype):
+def test_each_size_class_of_the_cuda_kernels(limit, dtype):
     for classes in (limit - 1, limit, limit + 1):
         problem = make((3, classes), dtype, device="cuda", ignored=0.0)
         check(*problem, against_eager=False)
@@ -320,7 +320,7 @@ def test_each_size_class_of_the_cuda_planner(limit, dtype):
 @pytest.mark.parametrize("dtype", [FP32, BF16], ids=name_of)
 @pytest.mark.parametrize("rows", [1, 7, 64, 65, 128, 129, 300, 1500])
 def test_every_number_of_rows_equals_the_truth(device, rows, dtype):
-    # Sizes around the limits of a warp, a CTA, a cluster and a grid of the CUDA kernels.
+    # Sizes around the limits of a warp and a CTA of the CUDA kernels.
     for classes in (10, 200):
         check(*make((rows, classes), dtype, device=device))
 

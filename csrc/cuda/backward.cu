@@ -10,7 +10,6 @@ namespace fastkd::cuda {
 namespace {
 
 constexpr int kThreads = 256;
-static_assert(kThreads == kStridedThreads);
 constexpr int64_t kClassesOfPiece =
     4096;  // least number of classes of a row's piece, if several CTAs share a row
 constexpr int64_t kMostPieces = 32768;
@@ -18,7 +17,7 @@ constexpr int64_t kMostPieces = 32768;
 struct BackwardCall {
   BackwardArgs args;
   bool filled;  // grad holds the gradient for grad_output = 1
-  int lanes;    // threads of a CTA that share a row; the row's other pieces are in blockIdx.y
+  int lanes;    // threads of a CTA that share a row: 1 or all; blockIdx.y is the piece of the row
   Constants constants;  // of the divergence
 };
 
@@ -81,60 +80,51 @@ __global__ void __launch_bounds__(kThreads)
   });
 }
 
-cudaError_t launch_rows(void (*kernel)(BackwardCall), BackwardCall call, cudaStream_t stream) {
-  Device device;
-  if (const cudaError_t error = current_device(device)) return error;
+cudaError_t launch_pieces(void (*kernel)(BackwardCall), BackwardCall call, cudaStream_t stream) {
+  int processors = 0;
+  if (const cudaError_t error = count_processors(processors)) return error;
   const BackwardArgs& args = call.args;
-  const int64_t ctas = static_cast<int64_t>(device.processors) * 8;
+  const int64_t ctas = static_cast<int64_t>(processors) * 8;
   int64_t pieces = 1;
-  if (is_strided(args)) {
-    call.lanes = make_plan(args.rows, args.classes, args.student_dtype, args.teacher_dtype,
-                           device.limits(), !is_hot(args), true)
-                     .lanes;
-  } else {
-    call.lanes = kThreads;
-    while (args.rows * pieces < ctas && args.classes / (2 * pieces) >= kClassesOfPiece &&
-           pieces < kMostPieces)
-      pieces *= 2;
-  }
+  call.lanes = is_strided(args) ? 1 : kThreads;
+  while (args.rows * pieces < ctas && args.classes / (2 * pieces) >= kClassesOfPiece &&
+         pieces < kMostPieces)
+    pieces *= 2;
   const int64_t rows = kThreads / call.lanes, blocks = (args.rows + rows - 1) / rows;
   const int64_t most = ctas / pieces + 1;
-  Launch launch(blocks < most ? blocks : most, kThreads, 0, stream);
-  launch.config.gridDim.y = static_cast<unsigned>(pieces);
-  return launch(kernel, call);
+  const dim3 grid(static_cast<unsigned>(blocks < most ? blocks : most),
+                  static_cast<unsigned>(pieces));
+  return launch(kernel, grid, kThreads, 0, stream, call);
 }
 
-template <class Row>
-cudaError_t launch_as(const BackwardCall& call, cudaStream_t stream) {
-  using A = typename Row::A;
-  return launch_rows(
-      is_hot(call.args) ? backward_kernel<Row, Writer<A>> : backward_kernel<Row, GeneralWriter<A>>,
-      call, stream);
+// Scale the gradient in place.
+cudaError_t launch_rescale(const BackwardArgs& args, cudaStream_t stream) {
+  const BackwardCall call = {args, true, 1, {}};
+  return launch_pieces(computes_in_double(args.student_dtype, args.teacher_dtype)
+                           ? rescale_kernel<double>
+                           : rescale_kernel<float>,
+                       call, stream);
+}
+
+template <bool kStrided>
+cudaError_t launch_writers(const BackwardCall& call, cudaStream_t stream) {
+  return with_row<kStrided>(call.args, [&](auto view) {
+    using Row = typename decltype(view)::Type;
+    using A = typename Row::A;
+    return launch_pieces(is_hot(call.args) ? backward_kernel<Row, Writer<A>>
+                                           : backward_kernel<Row, GeneralWriter<A>>,
+                         call, stream);
+  });
 }
 
 }  // namespace
-
-cudaError_t launch_rescale(const BackwardArgs& args, cudaStream_t stream) {
-  const BackwardCall call = {args, true, 1, {}};
-  return launch_rows(computes_in_double(args.student_dtype, args.teacher_dtype)
-                         ? rescale_kernel<double>
-                         : rescale_kernel<float>,
-                     call, stream);
-}
 
 cudaError_t launch_backward(const BackwardArgs& args, bool filled, cudaStream_t stream) {
   if (filled && (size_of(args.student_dtype) > 2 || args.grad == args.student))
     return launch_rescale(args, stream);
   const BackwardCall call = {args, filled, 1, make_constants(args.divergence, args.mix)};
-  return with_elements(args, [&](auto elements) {
-    using E = typename decltype(elements)::Type;
-    if (is_strided(args)) return launch_as<ElementRow<E>>(call, stream);
-    if constexpr (E::kHot) {
-      return launch_as<VectorRow<typename E::T>>(call, stream);
-    } else {
-      return launch_as<ElementRow<E>>(call, stream);
-    }
-  });
+  return is_strided(args) ? launch_writers<true>(call, stream)
+                          : launch_writers<false>(call, stream);
 }
 
 }  // namespace fastkd::cuda

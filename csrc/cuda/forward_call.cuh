@@ -15,8 +15,7 @@ struct ForwardCall {
   const void* denominator = nullptr;  // acc, one number
   void* total = nullptr;              // acc [1] or [1 + kTerms], or null
   ScaleSource scale_source = ScaleSource::kArgument;
-  Constants constants;         // of the divergence
-  bool finish_inside = false;  // the grid is one cluster, which also writes the total
+  Constants constants;  // of the divergence
 };
 
 // Return true if more than loss and gradient is to be summed.
@@ -53,7 +52,7 @@ __device__ __forceinline__ void close_row(const ForwardArgs& args, int64_t row, 
   const Temperature<A>& t = writer.t;
   A hard = 0;
   if (args.labels != nullptr) {
-    A log_sum = log_sum_of(stats, t);
+    A log_sum = log_sum_of(stats);
     hard = log_sum + (stats.student_max - label_logit);
     if constexpr (W::kGeneral) writer.include_label(args, row, label_logit, log_sum, hard, sums);
     if (args.label_smoothing != 0) {
@@ -118,42 +117,33 @@ __device__ __forceinline__ A block_scale(const ForwardCall& call, WarpExchange& 
   return scale;
 }
 
-// Return this thread's share of the sum of one quantity over rows, in fp64: first, first + step,
-// ...
-template <int kAtOnce, class A>
-__device__ __forceinline__ double sum_rows(const ForwardArgs& args, int quantity, int64_t first,
-                                           int64_t step) {
-  const A* values = quantity == 0 ? static_cast<const A*>(args.loss)
-                                  : static_cast<const A*>(args.terms) + (quantity - 1) * args.rows;
-  double sum = 0;
-#pragma unroll kAtOnce
-  for (int64_t i = first; i < args.rows; i += step) sum += __ldcg(values + i);
-  return sum;
-}
-// Write total[i] = scale * (the sum of one quantity over all rows). Called by one thread. If no row
-// counts, the mean's denominator may be 0 and the scale infinite; the total is then 0.
+// Return the values of one quantity of the rows: the losses, or one of the terms.
 template <class A>
-__device__ __forceinline__ void put_total(const ForwardCall& call, int quantity, A scale,
-                                          double sum) {
-  static_cast<A*>(call.total)[quantity] =
-      sum == 0 ? A(0) : static_cast<A>(sum * static_cast<double>(scale));
+__device__ __forceinline__ A* values_of(const ForwardArgs& args, int quantity) {
+  return quantity == 0 ? static_cast<A*>(args.loss)
+                       : static_cast<A*>(args.terms) + (quantity - 1) * args.rows;
 }
-// Add up the total in the first CTA, at the end of a kernel whose grid may be one cluster.
+// Replace the value of this CTA's first row by the sum over the CTA's rows, for each quantity, if a
+// total is wanted: many CTAs add up many rows faster than the one of launch_finish(). The CTA
+// computed `rows_at_once` rows at a time. Called by all threads.
 template <class A>
-__device__ __forceinline__ void finish_inside(const ForwardCall& call, A scale,
-                                              WarpExchange& exchange) {
-  if (!call.finish_inside) return;
-  __threadfence();
-  if (gridDim.x > 1) {
-    cluster_barrier();
-  } else {
-    __syncthreads();
-  }
-  if (blockIdx.x != 0 || call.total == nullptr) return;
+__device__ __forceinline__ void add_up_rows(const ForwardCall& call, int rows_at_once,
+                                            WarpExchange& exchange) {
+  if (call.total == nullptr) return;
+  __syncthreads();  // the rows' results are written
+  const int64_t first = static_cast<int64_t>(blockIdx.x) * rows_at_once;
+  const int64_t step = static_cast<int64_t>(gridDim.x) * rows_at_once;
   const int quantities = call.args.terms == nullptr ? 1 : 1 + kTerms;
-  for (int i = 0; i < quantities; i++) {
-    const double sum = exchange.sum(sum_rows<4, A>(call.args, i, threadIdx.x, blockDim.x));
-    if (threadIdx.x == 0) put_total(call, i, scale, sum);
+  for (int quantity = 0; quantity < quantities; quantity++) {
+    A* const values = values_of<A>(call.args, quantity);
+    double sum = 0;
+    for (unsigned k = threadIdx.x;; k += blockDim.x) {
+      const int64_t row = first + k / rows_at_once * step + k % rows_at_once;
+      if (row >= call.args.rows) break;
+      sum += static_cast<double>(values[row]);
+    }
+    sum = exchange.sum(sum);
+    if (threadIdx.x == 0) values[first] = static_cast<A>(sum);
   }
 }
 

@@ -50,7 +50,7 @@ struct GeneralStats : RowStats<A> {
   GeneralStats() = default;
   __device__ __forceinline__ GeneralStats(const Inputs& in, int64_t row,
                                           const Statistics<A>& statistics, const Moments& moments)
-      : RowStats<A>(statistics) {
+      : RowStats<A>(in, row, statistics, moments) {
     if (in.divergence == Divergence::kDecoupled) leave_out_label(in, row, statistics);
     student_moment = this->student_scale, teacher_moment = this->teacher_scale;
     if (is_unit(in)) set_inverses(in, row, moments);
@@ -117,7 +117,6 @@ struct alignas(16) GeneralWriter : Writer<A> {
 
   Divergence divergence;
   ConstantsOf<A> constants;
-  A student_base, teacher_base;             // subtracted from the logits first
   A student_share = 0, constant_share = 0;  // factors of q and of 1, which center the slopes
   A rest_gain = 0;                          // factor of q if the label is left out (kDecoupled)
   A student_moment, teacher_moment;         // as in GeneralStats
@@ -129,8 +128,6 @@ struct alignas(16) GeneralWriter : Writer<A> {
       : Base(call, index, temperature, row, scale),
         divergence(call.args.divergence),
         constants(constants_in<A>(call.constants)),
-        student_base(this->apart ? row.student_max : A(0)),
-        teacher_base(this->apart ? row.teacher_max : A(0)),
         student_moment(row.student_moment),
         teacher_moment(row.teacher_moment) {
     // Comparisons drop NaN, so that some classes of an invalid row could get numbers.
@@ -142,7 +139,7 @@ struct alignas(16) GeneralWriter : Writer<A> {
   template <class D>
   __device__ __forceinline__ Element<A> element(A z, A w, A& hard_exponent) const {
     const auto& t = this->t;
-    Element<A> e = Base::element(z - student_base, w - teacher_base, hard_exponent);
+    Element<A> e = Base::element(z, w, this->apart, hard_exponent);
     if constexpr (is_mean(D::kCentering)) {
       constexpr bool kCentered = D::kCentering == SlopeCentering::kCentered;
       const A from_z = kCentered ? z - student_moment : z;
@@ -281,14 +278,15 @@ struct alignas(16) GeneralWriter : Writer<A> {
     return this->stats.teacher_scale == A(0) ? A(INFINITY) : log;
   }
   __device__ __forceinline__ A hard_log_odds(A z) const {
-    const A log = (z - this->stats.student_max) - log_sum_of(this->stats, this->t);
+    const A log = (z - this->stats.student_max) - log_sum_of(this->stats);
     return this->stats.hard_scale == A(0) ? A(INFINITY) : log;
   }
   // Return teacher_log_odds(w) - log_odds(z), up to the rounding of the sums.
   __device__ __forceinline__ A odds_difference(A z, A w) const {
     if (this->stats.student_scale == A(0) || this->stats.teacher_scale == A(0))
       return teacher_log_odds(w) - log_odds(z);
-    return this->difference(z - student_base, w - teacher_base);
+    return this->difference(z, w, z - this->stats.student_max, w - this->stats.teacher_max,
+                            this->apart);
   }
 };
 

@@ -5,26 +5,21 @@
 #include <cuda_runtime.h>
 
 #include "forward_call.cuh"
-#include "plan.h"
 
 namespace fastkd::cuda {
 
-cudaError_t launch_tiny(const ForwardCall& call, const Plan& plan, cudaStream_t stream);
-cudaError_t launch_registers(const ForwardCall& call, const Plan& plan, cudaStream_t stream);
-cudaError_t launch_streaming(const ForwardCall& call, const Plan& plan, cudaStream_t stream);
-cudaError_t launch_strided(const ForwardCall& call, const Plan& plan, cudaStream_t stream);
-// Choose where the kernels find the scale. `counts_inside`: true if labels are so few that every
-// CTA may count them.
-cudaError_t launch_scale(ForwardCall& call, const void* denominator, bool counts_inside,
-                         cudaStream_t stream);
-// Count the labels in one kernel, and store the scale in `stats`: for calls with too many labels
-// for every CTA to count.
-cudaError_t launch_count(const ForwardCall& call, cudaStream_t stream);
-// Add up `total` from the row losses and the scale in `stats`.
-cudaError_t launch_finish(const ForwardCall& call, cudaStream_t stream);
+// Compute the rows of a call, and its total. The three functions differ in the threads that share a
+// row: some lanes of a warp, a CTA, or one thread for each row, whose classes may have any strides.
+cudaError_t launch_short_rows(const ForwardCall& call, cudaStream_t stream);
+cudaError_t launch_long_rows(const ForwardCall& call, cudaStream_t stream);
+cudaError_t launch_strided(const ForwardCall& call, cudaStream_t stream);
+// Choose where the kernels find the scale; count the labels if they are too many for every CTA.
+cudaError_t launch_scale(ForwardCall& call, const void* denominator, cudaStream_t stream);
+// Write `total` from the scale in `stats` and the sums of `ctas` CTAs (add_up_rows()), each of
+// which computed `rows_at_once` rows at a time.
+cudaError_t launch_finish(const ForwardCall& call, int64_t ctas, int rows_at_once,
+                          cudaStream_t stream);
 cudaError_t launch_backward(const BackwardArgs& args, bool filled, cudaStream_t stream);
-// Compute grad *= grad_output, where the gradient may be rounded twice.
-cudaError_t launch_rescale(const BackwardArgs& args, cudaStream_t stream);
 
 // Return true if the hot kernels compute the loss: the forward KL, alone or with the teacher's
 // entropy, with one temperature for student and teacher. general.cuh has the other objectives.
@@ -39,57 +34,40 @@ bool is_strided(const Args& args) {
          (args.grad != nullptr && args.grad_stride.classes != 1);
 }
 
+constexpr int kStridedThreads = 256;
 constexpr int64_t kMostRows = (int64_t(1) << 31) - 1;  // the greatest int
 // Clear the error that the runtime remembers, so that later calls of the process do not report it.
 int reported(cudaError_t error);
 
-// Return true if the error means that the device (a MIG slice, for example) holds no such cluster.
-inline bool refuses_cluster(cudaError_t error) {
-  return error == cudaErrorInvalidConfiguration || error == cudaErrorInvalidClusterSize;
+// Set the number of processors (SMs) of the current device.
+cudaError_t count_processors(int& processors);
+
+// Launch a kernel; the arguments must have exactly the types of the kernel's parameters.
+template <class... Parameters>
+cudaError_t launch(void (*kernel)(Parameters...), dim3 blocks, int threads, int shared_bytes,
+                   cudaStream_t stream, const Parameters&... arguments) {
+  cudaLaunchConfig_t config = {};
+  config.gridDim = blocks;
+  config.blockDim = dim3(static_cast<unsigned>(threads));
+  config.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
+  config.stream = stream;
+  return cudaLaunchKernelEx(&config, kernel, arguments...);
 }
 
-// Set the major compute capability that the loaded code was compiled for.
-cudaError_t compiled_major(int& major);
-
-// The current device, queried once per device.
-struct Device {
-  int processors = 0;
-  int major = 0;  // of the code if that is older: code for 8.0 has no clusters
-  DeviceLimits limits() const { return {processors, major >= 9 ? 8 : 1}; }
-};
-cudaError_t current_device(Device& device);
-
-// A launch with its attributes; the arguments must be exactly the kernel's.
-struct Launch {
-  cudaLaunchConfig_t config = {};
-  cudaLaunchAttribute attributes[2] = {};
-
-  Launch(int64_t blocks, int threads, int shared_bytes, cudaStream_t stream) {
-    config.gridDim = dim3(static_cast<unsigned>(blocks));
-    config.blockDim = dim3(static_cast<unsigned>(threads));
-    config.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
-    config.stream = stream;
-    config.attrs = attributes;
-  }
-  Launch(const Launch&) = delete;  // `config` points into it
-  void cluster(int size) {
-    if (size <= 1) return;  // before sm_90 the attribute would be an error
-    cudaLaunchAttribute& a = attributes[config.numAttrs++];
-    a.id = cudaLaunchAttributeClusterDimension;
-    a.val.clusterDim.x = static_cast<unsigned>(size);
-    a.val.clusterDim.y = a.val.clusterDim.z = 1;
-  }
-  // Let the kernel start while its predecessor ends. It must call wait_for_previous_kernel().
-  void overlap(const Device& device) {
-    if (device.major < 9) return;
-    cudaLaunchAttribute& a = attributes[config.numAttrs++];
-    a.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    a.val.programmaticStreamSerializationAllowed = 1;
-  }
-  template <class... Parameters>
-  cudaError_t operator()(void (*kernel)(Parameters...), const Parameters&... arguments) {
-    return cudaLaunchKernelEx(&config, kernel, arguments...);
-  }
-};
+// Replace a number of rows by the number of CTAs that compute them, `rows_at_once` rows at a time:
+// at most those that the device runs at a time.
+template <class Kernel>
+cudaError_t count_ctas(Kernel* kernel, int rows_at_once, int threads, int shared_bytes,
+                       int64_t& ctas) {
+  int processors = 0, per_processor = 0;
+  if (const cudaError_t error = count_processors(processors)) return error;
+  if (const cudaError_t error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(
+          &per_processor, kernel, threads, static_cast<size_t>(shared_bytes)))
+    return error;
+  const int64_t most = static_cast<int64_t>(per_processor) * processors;
+  ctas = (ctas + rows_at_once - 1) / rows_at_once;
+  if (ctas > most) ctas = most;
+  return cudaSuccess;
+}
 
 }  // namespace fastkd::cuda

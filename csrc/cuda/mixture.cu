@@ -183,9 +183,8 @@ cudaError_t launch_mixture(const MixtureArgs& args, cudaStream_t stream) {
   call.args.teachers = nullptr;
   int threads = 32;  // full warps, with about one chunk for each thread
   while (threads < kMixtureThreads && threads * kChunk<float> < args.classes) threads += 32;
-  Launch launch(args.rows, threads, 0, stream);
-  return args.in_double ? launch(mixture_kernel<double>, call)
-                        : launch(mixture_kernel<float>, call);
+  return launch(args.in_double ? mixture_kernel<double> : mixture_kernel<float>,
+                dim3(static_cast<unsigned>(args.rows)), threads, 0, stream, call);
 }
 
 }  // namespace

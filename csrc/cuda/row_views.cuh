@@ -1,9 +1,10 @@
 // Views of one row of student, teacher and gradient, for the threads that share it: a chunk of
-// classes at a time. Views, because the sweeps (sweeps.cuh) are the same for every layout and
-// dtype: the sweeps compute what docs/maths.md derives in sections 2 and 3, and the view decides
-// which thread loads and stores which classes. Two views of a row:
-//   VectorRow   adjacent classes of one 16-bit or 32-bit dtype, in vectors of 16 bytes
-//   ElementRow  any dtypes and strides, one class at a time
+// classes at a time, read from memory again by every sweep. Views, because the sweeps (sweeps.cuh)
+// are the same for every layout and dtype: the sweeps compute what docs/maths.md derives in
+// sections 2 and 3, and the view decides which thread loads and stores which classes. Two views of
+// a row:
+//   VectorRow   vectors of 16 bytes: adjacent classes of one 16- or 32-bit dtype, aligned alike
+//   ElementRow  one class at a time: any dtypes, strides and alignments
 // Each class is read and written by the same thread, so that the gradient may overwrite the
 // student.
 #pragma once
@@ -47,7 +48,7 @@ struct ChunkClasses {
   }
 };
 // Chunks have each(without, fn), which calls fn(z, w, i) for each class except the one at
-// `without`, and include_in(), which raises maxima to the greatest logits.
+// `without`.
 template <class A, int kMost, class Count, class Step>
 struct ElementChunk : ChunkClasses<kMost, Count, Step> {
   A z[kMost], w[kMost];
@@ -57,12 +58,6 @@ struct ElementChunk : ChunkClasses<kMost, Count, Step> {
 #pragma unroll
     for (int i = 0; i < kMost; i++)
       if (i < this->count && i != without) fn(z[i], w[i], i);
-  }
-  __device__ __forceinline__ void include_in(A& student_top, A& teacher_top, int without) const {
-    each(without, [&](A x, A y, int) {
-      student_top = max_of(student_top, x);
-      teacher_top = max_of(teacher_top, y);
-    });
   }
 };
 template <class T>
@@ -80,37 +75,20 @@ struct VectorChunk : ChunkClasses<Vector<T>::kElements, All<Vector<T>::kElements
     for (int i = 0; i < kElements; i++)
       if (i != without) fn(z[i], w[i], i);
   }
-  // Use maxima of packed pairs: 16 instead of 20 issue slots a class in bf16 (SASS of sm_90,
-  // 2026-12-01), since no class is unpacked before the maxima are known.
-  __device__ __forceinline__ void include_in(float& student_top, float& teacher_top,
-                                             int without) const {
-    if (without >= 0) {
-      each(without, [&](float z, float w, int) {
-        student_top = max_of(student_top, z);
-        teacher_top = max_of(teacher_top, w);
-      });
-    } else {
-      student_top = max_of(student_top, Vector<T>::max(student));
-      teacher_top = max_of(teacher_top, Vector<T>::max(teacher));
-    }
-  }
 };
 
-// kHeld: number of vectors of each input that a thread keeps in registers from the first sweep on;
-// 0 if every sweep reads memory again.
-template <class T, int kHeld = 0>
+// The vectors of student, teacher and gradient begin at the same class (has_equal_alignment()).
+template <class T>
 struct VectorRow {
   using A = float;
   static constexpr bool kHot = true;
-  static constexpr int kElements = Vector<T>::kElements;
+  static constexpr int kChunk = Vector<T>::kElements;
 
   const T *student, *teacher;
   T* grad;  // or null
   int64_t classes;
   RowLayout layout;
-  const uint4 *student_vectors, *teacher_vectors;
   Place place;
-  uint4 held_student[kHeld + 1], held_teacher[kHeld + 1];
 
   // `begin`, `count`: the classes of the row that the view covers.
   template <class Args>
@@ -124,42 +102,23 @@ struct VectorRow {
                                   : static_cast<T*>(args.grad) +
                                         offset_of(row, args.group_rows, args.grad_stride) + begin),
         classes(count),
-        layout(row_layout(student, teacher, grad == nullptr ? student : grad, classes)),
-        student_vectors(vectors_of(student, layout.begin, layout.student_shift)),
-        teacher_vectors(vectors_of(teacher, layout.begin, layout.teacher_shift)),
+        layout(row_layout(student, classes)),
         place(at) {}
 
-  // Load the vectors that are kept in registers.
-  __device__ __forceinline__ void hold() {
-#pragma unroll
-    for (int k = 0; k < kHeld; k++) {
-      const int i = place.part + k * place.parts;
-      if (i >= layout.vectors) continue;
-      held_student[k] = fetch<true>(student_vectors, i, layout.student_shift);
-      held_teacher[k] = fetch<true>(teacher_vectors, i, layout.teacher_shift);
-    }
-  }
   __device__ __forceinline__ float student_at(int64_t i) const { return to_acc(student[i]); }
   __device__ __forceinline__ void store_at(int64_t i, float g) const { grad[i] = from_acc<T>(g); }
 
-  // Call fn with each chunk of this thread.
+  // Call fn with each chunk of this thread. kLast: no thread reads the classes again.
   template <bool kLast, int kUnroll, class Fn>
   __device__ __forceinline__ void for_chunks(Fn&& fn) const {
-    const auto visit = [&](int64_t i, uint4 z, uint4 w) {
-      fn(VectorChunk<T>{{layout.begin + i * kElements, {}, {}}, i, z, w});
-    };
-    if constexpr (kHeld > 0) {
-#pragma unroll
-      for (int k = 0; k < kHeld; k++) {
-        const int i = place.part + k * place.parts;
-        if (i < layout.vectors) visit(i, held_student[k], held_teacher[k]);
-      }
-    } else {
+    const auto* const students = reinterpret_cast<const uint4*>(student + layout.begin);
+    const auto* const teachers = reinterpret_cast<const uint4*>(teacher + layout.begin);
 #pragma unroll kUnroll
-      for (int64_t i = place.part; i < layout.vectors; i += place.parts)
-        visit(i, fetch<kLast>(student_vectors, i, layout.student_shift),
-              fetch<kLast>(teacher_vectors, i, layout.teacher_shift));
-    }
+    for (int64_t i = place.part; i < layout.vectors; i += place.parts)
+      fn(VectorChunk<T>{{layout.begin + i * kChunk, {}, {}},
+                        i,
+                        kLast ? __ldcs(students + i) : students[i],
+                        kLast ? __ldcs(teachers + i) : teachers[i]});
     const int64_t i = peeled();
     if (i < 0) return;
     fn(ElementChunk<float, 1, All<1>, All<1>>{
@@ -176,13 +135,7 @@ struct VectorRow {
   }
   __device__ __forceinline__ void fill(float value) const {
     if (grad == nullptr) return;
-    float values[kElements];
-#pragma unroll
-    for (int i = 0; i < kElements; i++) values[i] = value;
-    const uint4 vector = Vector<T>::store(values);
-    for (int64_t i = place.part; i < layout.vectors; i += place.parts)
-      __stcs(grad_vectors() + i, vector);
-    if (peeled() >= 0) store_at(peeled(), value);
+    for (int64_t i = place.part; i < classes; i += place.parts) store_at(i, value);
   }
   // Set the number of classes to 0, so that the sweeps do nothing.
   __device__ __forceinline__ void clear() {
@@ -195,7 +148,10 @@ struct VectorRow {
   }
   // Return this thread's class before or after all vectors, or -1.
   __device__ __forceinline__ int64_t peeled() const {
-    return place.part < 2 * kPeelLanes ? layout.peeled(place.part, classes) : -1;
+    if (place.part < layout.begin) return place.part;
+    const int place_in_tail = place.part - kChunk;
+    return place_in_tail >= 0 && place_in_tail < layout.tail ? classes - layout.tail + place_in_tail
+                                                             : -1;
   }
 };
 
@@ -245,23 +201,6 @@ template <class T>
 struct TypeOf {
   using Type = T;
 };
-// Call fn with the dtypes of a call's tensors, as a type.
-template <class Fn>
-cudaError_t with_elements(const Inputs& in, Fn&& fn) {
-  if (computes_in_double(in.student_dtype, in.teacher_dtype))
-    return fn(TypeOf<AnyDtypes<double>>());
-  if (!hot_dtypes(in.student_dtype, in.teacher_dtype)) return fn(TypeOf<AnyDtypes<float>>());
-  switch (in.student_dtype) {
-    case DType::kBFloat16:
-      return fn(TypeOf<SameDtype<__nv_bfloat16>>());
-    case DType::kFloat16:
-      return fn(TypeOf<SameDtype<__half>>());
-    default:
-      return fn(TypeOf<SameDtype<float>>());
-  }
-}
-
-// A row in memory, read again by every sweep.
 template <class E>
 struct ElementRow {
   using A = typename E::A;
@@ -284,7 +223,6 @@ struct ElementRow {
         classes(count),
         place(at) {}
 
-  __device__ __forceinline__ void hold() {}
   __device__ __forceinline__ A student_at(int64_t i) const {
     return load_any<A>(student.at(i), student_dtype, 0);
   }
@@ -353,5 +291,36 @@ struct ElementRow {
     });
   }
 };
+
+// Return true if corresponding classes of student, teacher and gradient, all of one dtype, have
+// equal positions in vectors.
+template <class Args>
+bool has_equal_alignment(const Args& args) {
+  const auto differs = [&](const void* data, RowStrides stride) {
+    const int64_t element = size_of(args.student_dtype);
+    const auto distance =
+        reinterpret_cast<intptr_t>(data) - reinterpret_cast<intptr_t>(args.student);
+    const int64_t row = (stride.row - args.student_stride.row) * element;
+    const int64_t group = (stride.group - args.student_stride.group) * element;
+    return (distance | row | (args.group_rows < args.rows ? group : 0)) % kVectorBytes != 0;
+  };
+  return !differs(args.teacher, args.teacher_stride) &&
+         (args.grad == nullptr || !differs(args.grad, args.grad_stride));
+}
+
+// Call fn with the view of a call's rows, as a type.
+template <bool kStrided, class Args, class Fn>
+cudaError_t with_row(const Args& args, Fn&& fn) {
+  if (computes_in_double(args.student_dtype, args.teacher_dtype))
+    return fn(TypeOf<ElementRow<AnyDtypes<double>>>());
+  if (args.student_dtype != args.teacher_dtype || !(kStrided || has_equal_alignment(args)))
+    return fn(TypeOf<ElementRow<AnyDtypes<float>>>());
+  const auto with = [&](auto zero) {
+    using T = decltype(zero);
+    return fn(TypeOf<std::conditional_t<kStrided, ElementRow<SameDtype<T>>, VectorRow<T>>>());
+  };
+  if (args.student_dtype == DType::kBFloat16) return with(__nv_bfloat16());
+  return args.student_dtype == DType::kFloat16 ? with(__half()) : with(float());
+}
 
 }  // namespace fastkd::cuda

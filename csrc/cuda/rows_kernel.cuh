@@ -1,8 +1,8 @@
-// The forward kernel of every family: value and gradient of a row in two sweeps over it (three for
-// divergences whose slopes must be summed first), and the row's losses, terms and statistics. One
-// kernel, because a row is then read from memory once and its gradient written once: the second
-// sweep finds the row in registers, L1 or L2. A family is a view of the row (row_views.cuh) and a
-// team of threads that share it. Derivations: docs/maths.md, sections 2, 3 and 10.
+// The forward kernel: value and gradient of a row in two sweeps over it (three for divergences
+// whose slopes must be summed first), and the row's losses, terms and statistics. One kernel,
+// because a row is then read from memory once and its gradient written once: the second sweep finds
+// the row in L1 or L2. The kernel is a template over a view of the row (row_views.cuh) and a team
+// of threads that share the row. Derivations: docs/maths.md, sections 2, 3 and 10.
 #pragma once
 #include <type_traits>
 
@@ -12,7 +12,7 @@
 namespace fastkd::cuda {
 
 // Teams. merge(x, rule) gives every thread of a row the sum of its threads' values, in an order
-// that depends on the launch only. `rule`: the second argument of x.add().
+// that depends on the launch only.
 
 // kLanes adjacent lanes of a warp share a row.
 template <int kLanes>
@@ -54,33 +54,26 @@ struct BlockTeam {
 template <class A>
 struct TileTeam {
   static constexpr bool kWholeWarps = false;
-  static constexpr int kSlotsBytes = kStridedThreads * 8 * static_cast<int>(sizeof(A));
-  static constexpr int kSharedBytes = 2 * kSlotsBytes;
+  static constexpr int kSharedBytes = kStridedThreads * 8 * static_cast<int>(sizeof(A));
   Place place;
-  int turn = 0;
 
   __device__ __forceinline__ explicit TileTeam(int parts)
       : place{static_cast<int>(blockDim.x) / parts, 0, 0, parts} {
     place.row = static_cast<int>(threadIdx.x) % place.rows;
     place.part = static_cast<int>(threadIdx.x) / place.rows;
   }
-  // Two sets of slots alternate: one barrier is enough.
   template <class S, class Rule>
   __device__ __forceinline__ void merge(S& x, const Rule& rule) {
     if (place.parts == 1) return;
-    static_assert(kStridedThreads * sizeof(S) <= kSlotsBytes);
+    static_assert(kStridedThreads * sizeof(S) <= kSharedBytes);
     extern __shared__ __align__(128) unsigned char dynamic[];
-    S* const slots = reinterpret_cast<S*>(dynamic + turn * kSlotsBytes);
+    S* const slots = reinterpret_cast<S*>(dynamic);
+    __syncthreads();
     slots[threadIdx.x] = x;
     __syncthreads();
-    turn ^= 1;
     x = S();
-    const S* const first = slots + place.row;
-    const S* const end = first + place.parts * place.rows;
-    if constexpr (std::is_same_v<S, Statistics<A>>)  // maxima first: each sum is then scaled once
-      for (const S* part = first; part < end; part += place.rows)
-        x.raise(part->student_max, part->teacher_max, rule);
-    for (const S* part = first; part < end; part += place.rows) x.add(*part, rule);
+    for (int part = 0; part < place.parts; part++)
+      x.add(slots[part * place.rows + place.row], rule);
   }
   __device__ __forceinline__ void order() const {}
 };
@@ -119,20 +112,18 @@ __device__ __forceinline__ void run_row(const ForwardCall& call, Team& team, Row
   }
   const typename W::Stats stats(args, index, statistics, moments);
   W writer(call, index, t, stats, scale);
-  constexpr SumKind kKind = W::kGeneral ? SumKind::kSlopes
-                            : kExtra    ? SumKind::kTerms
-                                        : SumKind::kValue;
+  constexpr std::bool_constant<W::kGeneral || kExtra> kAllSums{};
   Sums<A> sums, unused;
   if constexpr (W::kGeneral) {
     sums = sum(row, writer, left_out, wants_extra(args));
-    team.merge(sums, SumKindOf<kKind>());
+    team.merge(sums, kAllSums);
     writer.balance(stats, sums);
   }
   team.order();
   with_power_of(t.power, [&](auto power) {
     write<decltype(power)::value, kExtra, kExtra>(row, writer, label, W::kGeneral ? unused : sums);
   });
-  if constexpr (!W::kGeneral) team.merge(sums, SumKindOf<kKind>());
+  if constexpr (!W::kGeneral) team.merge(sums, kAllSums);
   if (real && team.place.part == 0) close_row(args, index, writer, stats, sums, label_logit);
 }
 
@@ -141,8 +132,6 @@ __global__ void __launch_bounds__(kThreads, kResident)
     rows_kernel(const __grid_constant__ ForwardCall call, const int lanes) {
   using A = typename Row::A;
   const ForwardArgs& args = call.args;
-  wait_for_previous_kernel();
-  allow_next_kernel();
   WarpExchange exchange;
   const A scale = block_scale<A>(call, exchange);
   Team team(lanes);
@@ -157,9 +146,7 @@ __global__ void __launch_bounds__(kThreads, kResident)
     const RowKind kind = kind_of(args, label);
     const bool real = inside && kind == RowKind::kReal;
     Row row(args, index, team.place, 0, args.classes);
-    if (real) {
-      row.hold();
-    } else {
+    if (!real) {
       const A value = static_cast<A>(fill_value(kind));
       if (inside) row.fill(value);
       if (inside && team.place.part == 0) close_row_as(args, index, value);
@@ -168,27 +155,7 @@ __global__ void __launch_bounds__(kThreads, kResident)
     }
     run_row<Row, Team, W, kExtra>(call, team, row, index, label, real, scale);
   }
-  finish_inside(call, scale, exchange);
-}
-
-// Launch a rows_kernel with as many CTAs as the rows need, or as the device holds at a time.
-template <class Row, class Team, class W, bool kExtra, int kThreads, int kResident>
-cudaError_t launch_rows(const ForwardCall& call, const Plan& plan, cudaStream_t stream) {
-  Device device;
-  if (const cudaError_t error = current_device(device)) return error;
-  const auto kernel = rows_kernel<Row, Team, W, kExtra, kThreads, kResident>;
-  const int threads = plan.threads < kThreads ? plan.threads : kThreads;
-  const int shared = plan.lanes > 1 ? Team::kSharedBytes : 0;
-  int per_processor = 1;
-  if (const cudaError_t error =
-          cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_processor, kernel, threads, shared))
-    return error;
-  const int64_t blocks = (call.args.rows + plan.rows_per_block - 1) / plan.rows_per_block;
-  const int64_t most = static_cast<int64_t>(per_processor) * device.processors;
-  Launch launch(blocks < most || call.finish_inside ? blocks : most, threads, shared, stream);
-  launch.cluster(call.finish_inside ? plan.cluster : 1);
-  if (call.scale_source == ScaleSource::kStats) launch.overlap(device);
-  return launch(kernel, call, plan.lanes);
+  add_up_rows<A>(call, team.place.rows, exchange);
 }
 
 // Call fn with the writer of a call, and with true if more than loss and gradient is summed.
@@ -200,6 +167,32 @@ cudaError_t with_writer(const ForwardArgs& args, Fn&& fn) {
   if constexpr (Row::kHot)
     if (!wants_extra(args)) return fn(TypeOf<Writer<A>>(), std::false_type());
   return fn(TypeOf<Writer<A>>(), std::true_type());
+}
+
+// Launch the rows_kernel of a call with at most kThreads threads, and then the kernel that adds up
+// the total. `lanes`: the number of threads that share a row, or 0 for all threads of a CTA.
+template <class Row, class Team, int kThreads>
+cudaError_t launch_team(const ForwardCall& call, int lanes, int threads, cudaStream_t stream) {
+  return with_writer<Row>(call.args, [&](auto writer, auto extra) {
+    using W = typename decltype(writer)::Type;
+    // fp64 needs twice the registers, and so does the sweep that sums slopes.
+    constexpr bool kWide = sizeof(typename Row::A) == 8;
+    constexpr int kMost = kWide || W::kGeneral ? 256 : kThreads;
+    // CTAs for which a processor has registers.
+    constexpr bool kFew = !decltype(extra)::value && Row::kChunk <= 4;
+    constexpr int kResident = kWide || kThreads > 256 ? 1 : kFew ? 3 : 2;
+    const auto kernel = rows_kernel<Row, Team, W, decltype(extra)::value, kMost, kResident>;
+    const int block = threads < kMost ? threads : kMost;
+    const int rows_at_once = lanes > 0 ? block / lanes : 1;
+    const int shared = lanes > 1 ? Team::kSharedBytes : 0;
+    int64_t ctas = call.args.rows;
+    if (const cudaError_t error = count_ctas(kernel, rows_at_once, block, shared, ctas))
+      return error;
+    const dim3 grid(static_cast<unsigned>(ctas));
+    const cudaError_t error = launch(kernel, grid, block, shared, stream, call, lanes);
+    if (error != cudaSuccess || call.total == nullptr) return error;
+    return launch_finish(call, ctas, rows_at_once, stream);
+  });
 }
 
 }  // namespace fastkd::cuda

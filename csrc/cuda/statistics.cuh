@@ -10,32 +10,6 @@
 
 namespace fastkd::cuda {
 
-// Sums of exponentials are relative to 2^r, where r depends on the maximum m. For maxima up to
-// t.limit, r is m * slope, rounded once. 2^(z * slope - r) is then one fused multiply-add
-// and the exponential. As r itself is exact, logits of any offset are as accurate as small ones, if
-// sums whose maximum changes are rescaled by the difference of the r, not of the m. Above t.limit,
-// m * slope may overflow, or be off by more than the exponential can take: r is then m * slope
-// itself, and exponents are (z - m) * slope.
-constexpr double kLargestReference = 4194304;  // 2^22
-
-// Return m * factor - r.
-template <class A>
-__device__ __forceinline__ A reference_error(A m, A factor, A limit) {
-  return m <= limit && m >= -limit ? fma_of(m, factor, -mul_of(m, factor)) : A(0);
-}
-// Return r of `from` minus r of `to`, at least -4096: for numbers, neither the result nor its
-// powers become NaN.
-template <class A>
-__device__ __forceinline__ A reference_change(A from, A to, A factor, A limit) {
-  const A errors = reference_error(to, factor, limit) - reference_error(from, factor, limit);
-  return max_of(fma_of(from - to, factor, errors), A(-4096));
-}
-// Return z * factor - r, for any m.
-template <class A>
-__device__ __forceinline__ A exponent_of(A z, A m, A factor, A limit) {
-  return m <= limit && m >= -limit ? fma_of(z, factor, -mul_of(m, factor)) : mul_of(z - m, factor);
-}
-
 __device__ __forceinline__ int64_t label_of(const Inputs& in, int64_t row) {
   return in.labels == nullptr ? -1 : in.labels[row];
 }
@@ -69,7 +43,6 @@ struct Temperature {
   A teacher_inverse, teacher_slope;
   bool same;  // student and teacher have the same temperature
   A margin;  // most by which a logit may exceed a running maximum: its exponentials stay below 2^16
-  A limit;   // greatest maximum for which r is the rounded product
   int power;
 
   // `two`: read the teacher's temperature, too. A constant in the hot kernels, which have one
@@ -81,17 +54,16 @@ struct Temperature {
         teacher_inverse(inverse),
         teacher_slope(slope),
         same(true) {
-    A least = t, steepest = slope;
+    A least = t;
     if (two) {
       const A teacher =
           number_of(setting_of<A>(in, kTeacherTemperature, row, in.teacher_temperature));
       teacher_inverse = quotient_of(A(1), teacher);
       teacher_slope = quotient_of(static_cast<A>(kLog2E), teacher);
       same = teacher_slope == slope;
-      least = teacher < t ? teacher : t, steepest = max_of(slope, teacher_slope);
+      least = teacher < t ? teacher : t;
     }
     margin = A(11) * (least < A(1) ? least : A(1));
-    limit = quotient_of(A(kLargestReference), max_of(steepest, static_cast<A>(kLog2E)));
     const A hard = setting_of<A>(in, kHardWeight, row, in.hard_weight);
     const A soft = setting_of<A>(in, kSoftWeight, row, in.soft_weight);
     const bool is_power = t == A(1) || t == A(2) || t == A(4);
@@ -108,8 +80,8 @@ struct Temperature {
 };
 
 // kPower as a template argument: Temperature::power, in copies of the hot loops. With kAtRunTime
-// the third exponential is computed whatever the temperature (57.9 instead of 47.1 issue slots a
-// class, SASS of sm_90, 2026-11-27).
+// the third exponential is computed whatever the temperature (50.5 instead of 42.7 issue slots a
+// class in bf16, SASS of sm_90, 2026-12-01).
 constexpr int kAtRunTime = -1;
 
 // Raise e = 2^(slope * x) to the power that makes it 2^(log2(e) x).
@@ -148,45 +120,24 @@ struct Statistics {
   // butterfly reduction they would leave the lanes with different last bits (seen 2026-11).
   __device__ __forceinline__ void raise(A s, A w, const Temperature<A>& t) {
     if (s > student_max) {
-      const A change = reference_change(student_max, s, t.slope, t.limit);
-      const A hard_change = t.power > 0
-                                ? change * static_cast<A>(t.power)
-                                : reference_change(student_max, s, static_cast<A>(kLog2E), t.limit);
-      student_sum = mul_of(student_sum, exp2_of(change));
-      hard_sum = mul_of(hard_sum, exp2_of(hard_change));
+      const A change = student_max - s, exponent = mul_of(change, t.slope);
+      student_sum = mul_of(student_sum, exp2_of(exponent));
+      hard_sum = mul_of(hard_sum, exp2_of(t.power > 0 ? exponent * static_cast<A>(t.power)
+                                                      : mul_of(change, static_cast<A>(kLog2E))));
       student_max = s;
     }
     if (w > teacher_max) {
-      teacher_sum =
-          mul_of(teacher_sum, exp2_of(reference_change(teacher_max, w, t.teacher_slope, t.limit)));
+      teacher_sum = mul_of(teacher_sum, exp2_of(mul_of(teacher_max - w, t.teacher_slope)));
       teacher_max = w;
     }
-  }
-  // Return true if the maxima are too large for add(), so that add_any() is needed.
-  __device__ __forceinline__ bool beyond(const Temperature<A>& t) const {
-    return max_of(magnitude_of(student_max), magnitude_of(teacher_max)) > t.limit;
   }
   // Add one class, at most t.margin above the maxima.
   template <int kPower>
   __device__ __forceinline__ void add(A z, A w, const Temperature<A>& t) {
-    add_exponents<kPower>(fma_of(z, t.slope, -mul_of(student_max, t.slope)),
-                          kPower > 0 ? A(0) : fma_of(z, A(kLog2E), -mul_of(student_max, A(kLog2E))),
-                          fma_of(w, t.teacher_slope, -mul_of(teacher_max, t.teacher_slope)), t);
-  }
-  template <int kPower>
-  __device__ __forceinline__ void add_any(A z, A w, const Temperature<A>& t) {
-    add_exponents<kPower>(
-        exponent_of(z, student_max, t.slope, t.limit),
-        kPower > 0 ? A(0) : exponent_of(z, student_max, static_cast<A>(kLog2E), t.limit),
-        exponent_of(w, teacher_max, t.teacher_slope, t.limit), t);
-  }
-  template <int kPower>
-  __device__ __forceinline__ void add_exponents(A student, A hard, A teacher,
-                                                const Temperature<A>& t) {
-    const A e = exp2_of(student);
+    const A above = z - student_max, e = exp2_of(mul_of(above, t.slope));
     student_sum += e;
-    hard_sum += power_of<kPower>(e, hard, t.power);
-    teacher_sum += exp2_of(teacher);
+    hard_sum += power_of<kPower>(e, mul_of(above, static_cast<A>(kLog2E)), t.power);
+    teacher_sum += exp2_of(mul_of(w - teacher_max, t.teacher_slope));
   }
   __device__ __forceinline__ void add(Statistics other, const Temperature<A>& t) {
     raise(other.student_max, other.teacher_max, t);
@@ -244,17 +195,14 @@ struct RowStats {
   A student_max, student_scale, hard_scale, teacher_max, teacher_scale;
 
   RowStats() = default;
-  __device__ __forceinline__ explicit RowStats(const Statistics<A>& s)
+  // GeneralStats (general.cuh), which has the same arguments, uses the inputs and the moments.
+  __device__ __forceinline__ RowStats(const Inputs&, int64_t, const Statistics<A>& s,
+                                      const Moments&)
       : student_max(s.student_max),
         student_scale(reciprocal_of(s.student_sum)),
         hard_scale(reciprocal_of(s.hard_sum)),
         teacher_max(s.teacher_max),
         teacher_scale(reciprocal_of(s.teacher_sum)) {}
-  // Ignore the inputs and moments, so that kernels construct RowStats and GeneralStats
-  // (general.cuh) alike.
-  __device__ __forceinline__ RowStats(const Inputs&, int64_t, const Statistics<A>& s,
-                                      const Moments&)
-      : RowStats(s) {}
 
   // Return false if a logit is NaN or +inf, or all logits are -inf.
   __device__ __forceinline__ bool valid() const {
@@ -283,17 +231,10 @@ struct RowStats {
   }
 };
 
-// Return reference_error() of the exponentials at temperature 1, which may be powers of those at t.
-template <class A>
-__device__ __forceinline__ A hard_reference_error(A m, const Temperature<A>& t) {
-  return t.power > 0 ? reference_error(m, t.slope, t.limit) * static_cast<A>(t.power)
-                     : reference_error(m, static_cast<A>(kLog2E), t.limit);
-}
 // Return log sum exp(z) - max z.
 template <class A>
-__device__ __forceinline__ A log_sum_of(const RowStats<A>& stats, const Temperature<A>& t) {
-  return -static_cast<A>(kLn2) *
-         (log2_of(stats.hard_scale) + hard_reference_error(stats.student_max, t));
+__device__ __forceinline__ A log_sum_of(const RowStats<A>& stats) {
+  return -static_cast<A>(kLn2) * log2_of(stats.hard_scale);
 }
 
 }  // namespace fastkd::cuda

@@ -20,15 +20,14 @@ __device__ __forceinline__ Statistics<typename Row::A> scan(const Row& row,
   A student_top = kLowest<A>, teacher_top = kLowest<A>;
   row.template for_chunks<false, 2>([&](const auto& chunk) {
     const int out = left_out(chunk);
-    chunk.include_in(student_top, teacher_top, out);
+    chunk.each(out, [&](A z, A w, int) {
+      student_top = max_of(student_top, z);
+      teacher_top = max_of(teacher_top, w);
+    });
     if (student_top > statistics.student_max + t.margin ||
         teacher_top > statistics.teacher_max + t.margin)
       statistics.raise(student_top, teacher_top, t);
-    if (statistics.beyond(t)) {  // rare: huge logits, or only masked ones so far
-      chunk.each(out, [&](A z, A w, int) { statistics.template add_any<kAtRunTime>(z, w, t); });
-    } else {
-      chunk.each(out, [&](A z, A w, int) { statistics.template add<kPower>(z, w, t); });
-    }
+    chunk.each(out, [&](A z, A w, int) { statistics.template add<kPower>(z, w, t); });
   });
   statistics.raise(student_top, teacher_top, t);
   return statistics;

@@ -170,10 +170,9 @@ __device__ __forceinline__ ListSums sum_list(const Row& row, const List<typename
 // through shared memory, because registers would spill.
 template <class A>
 __device__ __forceinline__ void soften(Solution<A>& s, const TopkCall& call, int64_t index,
-                                       const Rest<A>& rest, const ListSums& list, double greatest,
-                                       const Temperature<A>& t) {
+                                       const Rest<A>& rest, const ListSums& list, double greatest) {
   s.row = options_of<A>(call.forward.args, index);
-  s.summary.rest = rest.mass(t);
+  s.summary.rest = rest.mass();
   s.summary.list = {greatest, list.tempered, list.hard};
   s.summary.teacher = list.teacher, s.summary.count = list.count;
   s.summary.complete(s.row, rest.logits);
@@ -216,8 +215,7 @@ __device__ __forceinline__ topk::SoftSums sum_listed(const Row& row,
 // Complete the row's sums, and set the constants of its gradient. Called by one thread.
 template <class A>
 __device__ __forceinline__ void solve(Solution<A>& s, const TopkCall& call, const Rest<A>& rest,
-                                      const topk::SoftSums& sums, const Temperature<A>& t,
-                                      double gain) {
+                                      const topk::SoftSums& sums, double gain) {
   s.sums = sums;
   const auto& constants = constants_in<double>(call.forward.constants);
   visit(call.comparison.divergence, [&](auto divergence) {
@@ -225,7 +223,7 @@ __device__ __forceinline__ void solve(Solution<A>& s, const TopkCall& call, cons
                                              &s.soft);
   });
   s.gains = topk::gains_of(s.row, s.summary, s.soft, gain);
-  s.rest = RestWriter<A>(s.gains, rest, t);
+  s.rest = RestWriter<A>(s.gains, rest);
 }
 
 // Write the listed classes' gradients.
@@ -304,19 +302,26 @@ __device__ __forceinline__ void run_row(const Row& row, const ForwardArgs& logit
   if (threadIdx.x < 32) {
     rest.merge_lanes(t);
     sums.merge_lanes();
-    if (threadIdx.x == 0) soften(solution, call, index, rest, sums, greatest, t);
+    if (threadIdx.x == 0) soften(solution, call, index, rest, sums, greatest);
   }
   __syncthreads();
   if (solution.valid) {
     const topk::SoftSums mine = sum_listed(row, list, solution, call);
     const topk::SoftSums listed = {exchange.sum(mine.value), exchange.sum(mine.slope),
                                    exchange.sum(mine.entropy)};
-    if (threadIdx.x == 0) solve(solution, call, rest, listed, t, gain_of(call, index, scale));
+    if (threadIdx.x == 0) solve(solution, call, rest, listed, gain_of(call, index, scale));
     __syncthreads();
     return write_row(row, list, call, label, t, solution);
   }
   row.fill(static_cast<A>(fill_value(RowKind::kBad)));
   put_loss(args, index, static_cast<A>(fill_value(RowKind::kBad)));
+}
+
+// Put the student in the place of the teacher, which is not read.
+FASTKD_HOST_DEVICE ForwardArgs with_student_twice(ForwardArgs args) {
+  args.teacher = args.student, args.teacher_dtype = args.student_dtype;
+  args.teacher_stride = args.student_stride;
+  return args;
 }
 
 }  // namespace
@@ -328,8 +333,6 @@ __global__ void __launch_bounds__(kTopkThreads, 2)
   extern __shared__ __align__(128) unsigned char dynamic[];  // the map
   __shared__ __align__(16) unsigned char solved[sizeof(Solution<A>)];
   WarpExchange exchange;
-  wait_for_previous_kernel();
-  allow_next_kernel();
   const ForwardArgs& args = call.forward.args;
   if (call.filled && !call.grad_output_per_row &&
       static_cast<const A*>(call.grad_output)[0] == A(1))
@@ -339,9 +342,7 @@ __global__ void __launch_bounds__(kTopkThreads, 2)
   for (int64_t i = threadIdx.x; i < map_words(args.classes); i += blockDim.x) map[i] = 0;
   __syncthreads();
   const Place place = {1, 0, static_cast<int>(threadIdx.x), static_cast<int>(blockDim.x)};
-  ForwardArgs logits = args;  // the student takes the teacher's place, which is not read
-  logits.teacher = args.student, logits.teacher_dtype = args.student_dtype;
-  logits.teacher_stride = args.student_stride;
+  const ForwardArgs logits = with_student_twice(args);
   for (int64_t index = blockIdx.x; index < args.rows; index += gridDim.x) {
     const Row row(logits, index, place, 0, args.classes);
     const int64_t label = label_of(args, index);
@@ -354,40 +355,36 @@ __global__ void __launch_bounds__(kTopkThreads, 2)
     row.fill(static_cast<A>(fill_value(kind)));
     put_loss(args, index, static_cast<A>(fill_value(kind)));
   }
+  add_up_rows<A>(call.forward, 1, exchange);
 }
 
 namespace {
 
+// Compute the rows, and their total, if the call has one.
 template <class Row>
-cudaError_t launch_as(const TopkCall& call, cudaStream_t stream) {
-  Device device;
-  if (const cudaError_t error = current_device(device)) return error;
+cudaError_t launch_view(const TopkCall& call, cudaStream_t stream) {
   const ForwardArgs& args = call.forward.args;
   // About 64 classes a thread, in full warps.
   int threads = 32;
   while (threads < kTopkThreads && args.classes > 64 * threads) threads *= 2;
-  const int shared = static_cast<int>(map_words(args.classes) * 4);
+  const int map_bytes = static_cast<int>(map_words(args.classes) * 4);
   const auto kernel = topk_kernel<Row>;
-  int per_processor = 1;
-  if (const cudaError_t error =
-          cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_processor, kernel, threads, shared))
-    return error;
-  const int64_t most = static_cast<int64_t>(per_processor) * device.processors;
-  Launch launch(args.rows < most ? args.rows : most, threads, shared, stream);
-  if (call.forward.scale_source == ScaleSource::kStats) launch.overlap(device);
-  return launch(kernel, call);
+  int64_t ctas = args.rows;
+  if (const cudaError_t error = count_ctas(kernel, 1, threads, map_bytes, ctas)) return error;
+  const dim3 grid(static_cast<unsigned>(ctas));
+  const cudaError_t error = launch(kernel, grid, threads, map_bytes, stream, call);
+  if (error != cudaSuccess || call.forward.total == nullptr) return error;
+  return launch_finish(call.forward, ctas, 1, stream);
 }
 
-cudaError_t launch_topk(const TopkCall& call, cudaStream_t stream) {
-  const ForwardArgs& args = call.forward.args;
-  if (computes_in_double(args.student_dtype, args.teacher_dtype))
-    return launch_as<ElementRow<AnyDtypes<double>>>(call, stream);
-  Inputs same = args;
-  same.teacher_dtype = args.student_dtype;
-  return with_elements(same, [&](auto elements) -> cudaError_t {
-    using E = typename decltype(elements)::Type;
-    if constexpr (E::kHot) return launch_as<VectorRow<typename E::T>>(call, stream);
-    return cudaErrorInvalidValue;  // fp64 is handled above
+cudaError_t launch_topk(TopkCall& call, const void* denominator, cudaStream_t stream) {
+  if (const cudaError_t error = launch_scale(call.forward, denominator, stream)) return error;
+  if (call.forward.args.rows == 0)
+    return call.forward.total == nullptr ? cudaSuccess : launch_finish(call.forward, 0, 1, stream);
+  if (computes_in_double(call.forward.args.student_dtype, call.forward.args.teacher_dtype))
+    return launch_view<ElementRow<AnyDtypes<double>>>(call, stream);
+  return with_row<false>(with_student_twice(call.forward.args), [&](auto view) {
+    return launch_view<typename decltype(view)::Type>(call, stream);
   });
 }
 
@@ -408,48 +405,21 @@ TopkCall call_of(const TopkArgs& args) {
   return call;
 }
 
-cudaError_t scale_of(TopkCall& call, const void* denominator, cudaStream_t stream) {
-  return launch_scale(call.forward, denominator, call.forward.args.rows <= kCountInside, stream);
-}
-
-cudaError_t topk_on(const TopkArgs& args, void* total, const void* denominator,
-                    cudaStream_t stream) {
-  TopkCall call = call_of(args);
-  if (const cudaError_t error = scale_of(call, denominator, stream)) return error;
-  if (args.rows > 0)
-    if (const cudaError_t error = launch_topk(call, stream)) return error;
-  if (args.reduction == Reduction::kNone) return cudaSuccess;
-  call.forward.total = total;
-  return launch_finish(call.forward, stream);
-}
-
-cudaError_t topk_backward_on(const TopkArgs& args, bool filled, const void* denominator,
-                             cudaStream_t stream) {
-  TopkCall call = call_of(args);
-  call.filled = filled;
-  if (filled && size_of(args.student_dtype) > 2) {
-    BackwardArgs rescaled;
-    static_cast<Inputs&>(rescaled) = call.forward.args;
-    rescaled.grad_output = args.grad_output,
-    rescaled.grad_output_per_row = args.grad_output_per_row;
-    rescaled.grad = args.grad, rescaled.grad_stride = args.grad_stride;
-    return launch_rescale(rescaled, stream);
-  }
-  if (const cudaError_t error = scale_of(call, denominator, stream)) return error;
-  return launch_topk(call, stream);
-}
-
 }  // namespace
 
 int topk(const TopkArgs& args, void* total, const void* denominator, void* stream) {
   if (args.rows > kMostRows) return cudaErrorInvalidValue;
-  return reported(topk_on(args, total, denominator, static_cast<cudaStream_t>(stream)));
+  TopkCall call = call_of(args);
+  if (args.reduction != Reduction::kNone) call.forward.total = total;
+  return reported(launch_topk(call, denominator, static_cast<cudaStream_t>(stream)));
 }
 
 int topk_backward(const TopkArgs& args, bool filled, const void* denominator, void* stream) {
   if (args.rows > kMostRows) return cudaErrorInvalidValue;
   if (args.rows == 0) return cudaSuccess;
-  return reported(topk_backward_on(args, filled, denominator, static_cast<cudaStream_t>(stream)));
+  TopkCall call = call_of(args);
+  call.filled = filled;
+  return reported(launch_topk(call, denominator, static_cast<cudaStream_t>(stream)));
 }
 
 }  // namespace fastkd::cuda

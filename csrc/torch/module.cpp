@@ -4,7 +4,6 @@
 
 #include <string>
 
-#include "../cuda/plan.h"
 #include "../kernels.h"
 
 namespace py = pybind11;
@@ -35,29 +34,6 @@ void exp2_(const py::buffer& numbers, bool by_registers) {
   fastkd::cpu::kernels().exp2(data, data, info.size, by_registers);
 }
 
-// Return the kernel that the CUDA backend would use on a device with these limits.
-py::dict plan_cuda(int64_t rows, int64_t classes, int student_dtype, int teacher_dtype,
-                   int processors, int largest_cluster, bool strided) {
-  const auto dtype = [](int index) {
-    if (index < 0 || index > static_cast<int>(fastkd::DType::kBFloat16))
-      throw py::value_error("no dtype has the index " + std::to_string(index));
-    return static_cast<fastkd::DType>(index);
-  };
-  fastkd::cuda::DeviceLimits device;
-  device.processors = processors;
-  device.largest_cluster = largest_cluster;
-  const fastkd::cuda::Plan plan = fastkd::cuda::make_plan(
-      rows, classes, dtype(student_dtype), dtype(teacher_dtype), device, false, strided);
-  py::dict result;
-  result["family"] = fastkd::cuda::name_of(plan.family);
-  result["lanes"] = plan.lanes;
-  result["threads"] = plan.threads;
-  result["rows_per_block"] = plan.rows_per_block;
-  result["cluster"] = plan.cluster;
-  result["finish_inside"] = plan.finish_inside;
-  return result;
-}
-
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -73,7 +49,4 @@ PYBIND11_MODULE(_C, m) {
   m.def("available_isas", &available_isas);
   m.def("use_isa", &use_isa, py::arg("name"));
   m.def("exp2_", &exp2_, py::arg("numbers"), py::arg("by_registers"));
-  m.def("plan_cuda", &plan_cuda, py::arg("rows"), py::arg("classes"), py::arg("student_dtype"),
-        py::arg("teacher_dtype"), py::arg("processors"), py::arg("largest_cluster"),
-        py::arg("strided") = false);
 }

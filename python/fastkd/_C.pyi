@@ -1,5 +1,3 @@
-from typing import Any
-
 from typing_extensions import Buffer
 
 version: str
@@ -12,12 +10,3 @@ def isa() -> str: ...
 def available_isas() -> tuple[str, ...]: ...
 def use_isa(name: str) -> None: ...
 def exp2_(numbers: Buffer, by_registers: bool) -> None: ...
-def plan_cuda(
-    rows: int,
-    classes: int,
-    student_dtype: int,
-    teacher_dtype: int,
-    processors: int,
-    largest_cluster: int,
-    strided: bool = False,
-) -> dict[str, Any]: ...

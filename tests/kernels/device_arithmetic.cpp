@@ -77,12 +77,10 @@ Answer answer_of(const Problem& in, int threads) {
       }
       if (top_z > part.student_max + t.margin || top_w > part.teacher_max + t.margin)
         part.raise(top_z, top_w, t);
-      const bool beyond = part.beyond(t);
       for (int64_t i = begin; i < end; ++i) {
         const A z = static_cast<A>(in.z[static_cast<size_t>(i)]);
         const A w = static_cast<A>(in.w[static_cast<size_t>(i)]);
-        beyond ? part.template add_any<kAtRunTime>(z, w, t)
-               : part.template add<kAtRunTime>(z, w, t);
+        part.template add<kAtRunTime>(z, w, t);
       }
     }
     part.raise(top_z, top_w, t);
@@ -94,7 +92,7 @@ Answer answer_of(const Problem& in, int threads) {
     all.student_sum += part.student_sum, all.hard_sum += part.hard_sum;
     all.teacher_sum += part.teacher_sum;
   }
-  const RowStats<A> stats(all);
+  const RowStats<A> stats(args, 0, all, Moments());
   const Writer<A> writer(call, 0, t, stats, A(1));
   Sums<A> sums;
   Answer answer;
@@ -290,7 +288,7 @@ Answer general_of(const Problem& in, const Objective& o) {
     logits(i, z, w);
     if (static_cast<int64_t>(i) == left_out) continue;
     statistics.raise(z, w, t);
-    statistics.template add_any<kAtRunTime>(z, w, t);
+    statistics.template add<kAtRunTime>(z, w, t);
   }
   Moments moments;
   for (size_t i = 0; i < in.z.size(); ++i) moments.add(student[i], teacher[i], is_unit(args));

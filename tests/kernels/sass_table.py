@@ -1,6 +1,6 @@
 """Count the instructions per class of the kernels' sweeps, on the shortest path.
 
-A sweep is a loop, or in the registers kernels the complete row. The shortest path loads student and
+A sweep is a loop. The shortest path loads student and
 teacher, computes two exponentials per class and, in the second sweep, stores the gradient. On this
 path, rows are aligned, T is 1, and maxima do not change. The table has the issued slots, the shares
 of three pipes, and the bound by each pipe.
@@ -170,15 +170,6 @@ def sweep(code: list[Instruction], element: int, stores: bool) -> Counter | None
     return best
 
 
-def row(code: list[Instruction], element: int) -> Counter | None:
-    """Return opcodes per class of a registers kernel, with 64 bytes of each input per thread."""
-    classes = 64 // element
-    need = Need(2 * EXPONENTIALS * classes, 8, 4)
-    paths = [shortest(body, need) for body in loops(code) if len(body) > 2500]
-    fewest = min((path for path in paths if path), key=Counter.total, default=None)
-    return fewest and Counter({opcode: n / classes for opcode, n in fewest.items()})
-
-
 def line(name: str, sweep_name: str, per_class: Counter, bytes_moved: float) -> str:
     """Return a table line: counts, and each pipe's speed limit over that of the memory."""
     pipes = {
@@ -197,23 +188,18 @@ def main() -> None:
     header = ["kernel", "sweep", "slots", *PIPES, *(f"{x} of DRAM" for x in ("issue", *PIPES))]
     print(f"| {' | '.join(header)} |\n|{' --- |' * len(header)}")
     for name, code in sorted(kernels(sys.stdin.read()).items()):
-        hot = re.match(r"rows_kernel<VectorRow<(float|__nv_bfloat16), (\d)>, (\w+)", name)
+        hot = re.match(r"rows_kernel<VectorRow<(float|__nv_bfloat16)>, (\w+)", name)
         if hot is None or "GeneralWriter" in name or has_terms(name):
             continue
-        dtype, held, team = hot.groups()
+        dtype, team = hot.groups()
         element = ELEMENT[dtype]
-        family = "streaming" if held == "0" else "registers"
-        if family == "registers":
-            lanes = "a warp" if team == "LaneTeam" else "a CTA"
-            sweeps = {f"both, {lanes} a row": row(code, element)}
-        else:
-            first, second = (sweep(code, element, stores) for stores in (False, True))
-            both = first + second if first and second else None
-            sweeps = {"first": first, "second": second, "both": both}
-        for sweep_name, counts in sweeps.items():
+        lanes = "a warp" if team == "LaneTeam" else "a CTA"
+        first, second = (sweep(code, element, stores) for stores in (False, True))
+        both = first + second if first and second else None
+        for sweep_name, counts in {"first": first, "second": second, "both": both}.items():
             if counts is None:
                 sys.exit(f"{name}: not found: {sweep_name}")
-            print(line(f"{family} {dtype.removeprefix('__nv_')}", sweep_name, counts, 3 * element))
+            print(line(f"{lanes} {dtype.removeprefix('__nv_')}", sweep_name, counts, 3 * element))
 
 
 if __name__ == "__main__":

@@ -22,44 +22,6 @@ DIVERGENCES = ("forward_kl", "reverse_kl", "soft_cross_entropy")
 
 _LOG2E = math.log2(math.e)
 _LN2 = math.log(2)
-_LARGEST_REFERENCE = 2.0**22  # kLargestReference of csrc/cuda
-
-
-class References:
-    """Compute a kernel's references: log2 of the divisors of its sums of exponentials.
-
-    A reference is the row's maximum times log2(e) / t. On CUDA, a reference of at most
-    kLargestReference is rounded to the dtype of the statistics.
-    """
-
-    def __init__(self, temperature: float | Tensor, objective: Objective, like: Tensor) -> None:
-        """Precompute the factors; ``like`` has the dtype and device of the kernel's statistics."""
-        self.is_rounding = like.is_cuda
-        numbers = temperature, objective.hard_weight, objective.soft_weight
-        self.t, hard, soft = (
-            x.to(like) if isinstance(x, Tensor) else torch.full_like(like, x) for x in numbers
-        )
-        # CUDA kernels compute exp(z) as a power of exp(z / t) if t is 1, 2, 3 or 4 and the power is
-        # precise enough.
-        is_precise = (hard <= soft * self.t) | (self.t == 1)
-        self.is_power = (self.t == self.t.round()) & (self.t <= 4) & is_precise
-        self.log2e = torch.full_like(self.t, _LOG2E)
-        self.slope = self.log2e / self.t  # dividing a Python number by a tensor would round twice
-        self.limit = _LARGEST_REFERENCE / self.slope.clamp(min=_LOG2E)
-
-    def compute_tempered(self, top: Tensor) -> Tensor:
-        """Return the references of sums of exp(z / t), from the rows' maxima."""
-        return self._round(top, self.slope)
-
-    def compute_untempered(self, top: Tensor) -> Tensor:
-        """Return the references of sums of exp(z), from the rows' maxima."""
-        separate = self._round(top, self.log2e)
-        power = self.is_power & self.is_rounding
-        return torch.where(power, self.t * self.compute_tempered(top), separate)
-
-    def _round(self, top: Tensor, factor: Tensor) -> Tensor:
-        is_rounded = (top.abs() <= self.limit) & self.is_rounding
-        return torch.where(is_rounded, (top * factor).double(), top.double() * factor)
 
 
 class RowStatistics:
@@ -69,8 +31,12 @@ class RowStatistics:
         """Start with no class; ``like`` has the dtype and device of the kernel's statistics."""
         o = self.objective = objective
         self.like = like
-        self.student = References(o.temperature, o, like)
-        self.teacher = References(o.teacher_temperature, o, like)
+        # The factors of the exponents, rounded as in the kernels (a number / tensor rounds twice).
+        self.hard_slope = torch.full_like(like, _LOG2E)
+        self.student_slope, self.teacher_slope = (
+            self.hard_slope / (t.to(like) if isinstance(t, Tensor) else torch.full_like(like, t))
+            for t in (o.temperature, o.teacher_temperature)
+        )
         lowest = like.new_full((rows,), -math.inf)
         self.student_top, self.teacher_top = lowest, lowest
         # log2 of the sums of exp(z / t), exp(z) and exp(w / t).
@@ -85,10 +51,10 @@ class RowStatistics:
         """
         stats = stats[:-1].view(-1, len(self.student_top))
         student_top, student_scale, hard_scale, teacher_top, teacher_scale, *_ = stats
-        student = self.student.compute_tempered(student_top) - student_scale.double().log2()
-        teacher = self.teacher.compute_tempered(teacher_top) - teacher_scale.double().log2()
+        student = student_top.double() * self.student_slope - student_scale.double().log2()
+        teacher = teacher_top.double() * self.teacher_slope - teacher_scale.double().log2()
         if label_logits is not None:
-            hard = self.student.compute_untempered(student_top) - hard_scale.double().log2()
+            hard = student_top.double() * self.hard_slope - hard_scale.double().log2()
             self.hard_mass = torch.logaddexp2(self.hard_mass, hard)
             self.label_logit = torch.maximum(self.label_logit, label_logits.double())
         students = torch.stack([self.student_mass, student])
@@ -130,9 +96,9 @@ class RowStatistics:
         ``scale`` multiplies the gradient.
         """
         zeros = torch.zeros_like(self.student_mass)
-        student = (self.student.compute_tempered(self.student_top) - self.student_mass).exp2()
-        hard = (self.student.compute_untempered(self.student_top) - self.hard_mass).exp2()
-        teacher = (self.teacher.compute_tempered(self.teacher_top) - self.teacher_mass).exp2()
+        student = (self.student_top.double() * self.student_slope - self.student_mass).exp2()
+        hard = (self.student_top.double() * self.hard_slope - self.hard_mass).exp2()
+        teacher = (self.teacher_top.double() * self.teacher_slope - self.teacher_mass).exp2()
         # The sum of slopes is the divergence for the reverse KL, and 0 for other divergences.
         slopes = self.divergence if self.objective.divergence == "reverse_kl" else zeros
         students = [self.student_top, student, hard if has_labels else zeros]

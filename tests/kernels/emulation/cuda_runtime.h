@@ -131,7 +131,6 @@ enum cudaError_t {
 enum cudaMemcpyKind { cudaMemcpyHostToDevice, cudaMemcpyDeviceToHost };
 enum cudaDeviceAttr {
   cudaDevAttrMaxSharedMemoryPerBlockOptin,
-  cudaDevAttrComputeCapabilityMajor,
   cudaDevAttrMultiProcessorCount,
 };
 enum cudaFuncAttribute {
@@ -143,9 +142,6 @@ enum cudaLaunchAttributeID {
   cudaLaunchAttributeProgrammaticStreamSerialization,
 };
 using cudaStream_t = void*;
-struct cudaFuncAttributes {
-  int ptxVersion;
-};
 struct cudaLaunchAttribute {
   cudaLaunchAttributeID id;
   struct {
@@ -179,11 +175,6 @@ cudaError_t cudaMalloc(T** p, size_t bytes) {
 cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute attribute, int value);
 cudaError_t cudaOccupancyMaxActiveClusters(int* clusters, const void* kernel,
                                            const cudaLaunchConfig_t* config);
-template <class Kernel>
-cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, Kernel*) {
-  attributes->ptxVersion = __CUDA_ARCH__ / 10;
-  return cudaSuccess;
-}
 template <class Kernel>
 cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, Kernel*, int, size_t) {
   *blocks = 1;

@@ -17,12 +17,6 @@ struct Granted {
 };
 std::map<const void*, Granted> granted;
 
-// Return the device's compute capability. EMULATION_MAJOR=8 emulates a device without clusters.
-int major_capability() {
-  const char* major = std::getenv("EMULATION_MAJOR");
-  return major == nullptr ? __CUDA_ARCH__ / 100 : std::atoi(major);
-}
-
 // Return the cluster size of a launch; 0 if the launch has no such attribute.
 int cluster_of(const cudaLaunchConfig_t& config) {
   for (unsigned i = 0; i < config.numAttrs; i++)
@@ -62,7 +56,6 @@ cudaError_t cudaGetDevice(int* device) {
 }
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
   *value = attribute == cudaDevAttrMaxSharedMemoryPerBlockOptin ? emulation::kMaxDynamicBytes
-           : attribute == cudaDevAttrComputeCapabilityMajor     ? major_capability()
                                                                 : kProcessors;
   return cudaSuccess;
 }
@@ -106,7 +99,6 @@ cudaError_t launch_of(const cudaLaunchConfig_t& config, const void* kernel, Laun
   launch.grid = config.gridDim, launch.block = config.blockDim;
   launch.cluster = std::max(1, cluster_of(config)), launch.dynamic_bytes = config.dynamicSmemBytes;
   const unsigned cluster = static_cast<unsigned>(launch.cluster);
-  if (major_capability() < 9 && config.numAttrs > 0) return cudaErrorInvalidValue;
   if (launch.cluster > granted[kernel].cluster) return cudaErrorInvalidClusterSize;
   if (launch.grid.x % cluster != 0 || launch.grid.x == 0 || launch.grid.y == 0 ||
       launch.grid.y > kMaxGridY || launch.grid.z != 1 || launch.block.x == 0 ||

@@ -1,0 +1,17 @@
+// Kernels for long rows: a CTA for each row reads the row twice, or three times if slopes are
+// summed. L2 serves all reads but the first while the rows in flight fit there. Derivations:
+// docs/maths.md, sections 2, 3 and 10.
+#include "rows_kernel.cuh"
+
+namespace fastkd::cuda {
+
+cudaError_t launch_long_rows(const ForwardCall& call, cudaStream_t stream) {
+  const int64_t classes = call.args.classes;
+  const int threads = classes >= 8192 ? 512 : classes >= 1024 ? 256 : 64;
+  return with_row<false>(call.args, [&](auto view) {
+    using Row = typename decltype(view)::Type;
+    return launch_team<Row, BlockTeam, 512>(call, 0, threads, stream);
+  });
+}
+
+}  // namespace fastkd::cuda
