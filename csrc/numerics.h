@@ -100,8 +100,8 @@ FASTKD_HOST_DEVICE auto mul_add(A a, B b, C c) {
   }
 }
 
-// Return c[0] + c[1] x + c[2] x^2 + ..., by Horner's rule. A recursion, because GCC does not unroll
-// loops that call std::fma.
+// Return c[0] + c[1] x + c[2] x^2 + ..., by Horner's rule. A recursion, because GCC 12 does not
+// unroll loops that call std::fma.
 template <int kFrom = 0, class T, int kCount>
 FASTKD_HOST_DEVICE T polynomial(T x, const Scalar<T> (&c)[kCount]) {
   if constexpr (kFrom == kCount - 1) {
@@ -173,8 +173,8 @@ FASTKD_HOST_DEVICE T bounded_above(T d, Scalar<T> bound = Scalar<T>(1e30)) {
   return d < bound ? d : broadcast<T>(bound);
 }
 
-// Return an Element such that neither `excess` nor `diff` cancels where p is near q. `direct`: q -
-// p.
+// Return an Element such that neither `excess` nor `diff` cancels where p is near q. `direct` is
+// q - p.
 //   |d| <  1/4: f(d) by its series, and q - p = p f(d) - p d
 //   |d| >= 1/4: f(d) p = p d + (q - p) directly
 // Masked classes (logits of -inf): if the teacher masks the class, p d = 0 and the value is q. If
