@@ -80,10 +80,10 @@ struct SymmetricKL {
     const Scalar<T> a = k.mix, b = k.rest;
     const T slope = -times_log(e.q, bounded_above(e.d));
     // p f(d) + q f(-d) = (p - q) d, so that one series serves both.
-    const T reverse = is_small(e.d) ? -e.diff * e.d - e.excess : (e.p - e.q) + slope;
+    const T reverse = is_small(e.d) ? mul_add(-e.diff, e.d, -e.excess) : (e.p - e.q) + slope;
     // A KL of weight 0 is left out of value and slope, either of which may be infinite.
-    return {weighted_part(a, e.excess) + weighted_part(b, reverse),
-            a * e.diff + weighted_part(b, slope)};
+    return {weighted_part(a, e.excess, weighted_part(b, reverse)),
+            mul_add(a, e.diff, weighted_part(b, slope))};
   }
 };
 
@@ -102,15 +102,9 @@ FASTKD_HOST_DEVICE Mixture<T> mixture(const Element<T>& e, Scalar<T> a) {
   return {above ? log + e.d : log, above ? log : log - e.d};
 }
 
-template <class T, int kCount>
-FASTKD_HOST_DEVICE T polynomial(const Scalar<T> (&coefficients)[kCount], T d) {
-  T sum = broadcast<T>(coefficients[kCount - 1]);
-  for (int i = kCount - 2; i >= 0; --i) sum = sum * d + coefficients[i];
-  return sum;
-}
 template <class T>
 FASTKD_HOST_DEVICE T near_teacher(const Element<T>& e, const ConstantsFor<T>& k) {
-  return e.q * (e.d * e.d) * polynomial(k.value, e.d);
+  return e.q * (e.d * e.d) * polynomial(e.d, k.value);
 }
 
 // mix KL(p || m) + (1 - mix) KL(q || m), m = mix p + (1 - mix) q (Agarwal et al. 2024, GKD).
@@ -125,12 +119,12 @@ struct JensenShannon {
     const T log = log_of(m / (e.p > e.q ? e.p : e.q));
     const auto above = e.d > 0;
     const T product = (above ? q : p) * bounded_above(bounded_below(e.d));
-    const T slope = -(q * log) - (above ? product : T{});
-    const T direct = -(m * log) - magnitude_of(product);
+    const T slope = mul_add(-q, log, -(above ? product : T{}));
+    const T direct = mul_add(-m, log, -magnitude_of(product));
     const T near = e.q * e.d;
     const auto small = is_small(e.d);
-    return {small ? near * e.d * polynomial(k.value, e.d) : direct,
-            small ? -near * polynomial(k.log, e.d) : slope};
+    return {small ? near * e.d * polynomial(e.d, k.value) : direct,
+            small ? -near * polynomial(e.d, k.log) : slope};
   }
 };
 
@@ -145,7 +139,7 @@ FASTKD_HOST_DEVICE constexpr T least() {
 // negligible.
 template <class T>
 FASTKD_HOST_DEVICE T share_of_mixture(const Element<T>& e, Scalar<T> a, Scalar<T> b) {
-  return e.q * (e.diff / (a * e.q + b * e.p + least<Scalar<T>>()));
+  return e.q * (e.diff / mul_add(a, e.q, mul_add(b, e.p, least<Scalar<T>>())));
 }
 
 // KL(p || m), m = mix p + (1 - mix) q (Ko et al. 2024, DistiLLM).
@@ -156,7 +150,7 @@ struct SkewedForwardKL {
   static FASTKD_HOST_DEVICE Evaluated<T> at(const Element<T>& e, const ConstantsFor<T>& k) {
     const Scalar<T> a = k.mix, b = k.rest;
     const Mixture<T> mixed = mixture(e, a);
-    const T direct = b * e.diff - times_log(e.p, mixed.log_over_p);
+    const T direct = mul_add(b, e.diff, -times_log(e.p, mixed.log_over_p));
     return {is_small(e.d) ? near_teacher(e, k) : direct, b * b * share_of_mixture(e, b, a)};
   }
 };
@@ -170,8 +164,8 @@ struct SkewedReverseKL {
     const Scalar<T> b = k.mix, a = k.rest;
     const Mixture<T> mixed = mixture(e, a);
     const T entropy = times_log(e.q, mixed.log_over_q);
-    return {is_small(e.d) ? near_teacher(e, k) : -entropy - a * e.diff,
-            -entropy - a * b * share_of_mixture(e, b, a)};
+    return {is_small(e.d) ? near_teacher(e, k) : mul_add(-a, e.diff, -entropy),
+            mul_add(-a * b, share_of_mixture(e, b, a), -entropy)};
   }
 };
 
@@ -264,7 +258,7 @@ struct Odds {
 // Return exp(x) - 1 where is_small(x).
 template <class T>
 FASTKD_HOST_DEVICE T expm1_of_small(T x) {
-  return x + x * x * series_of(-x);
+  return mul_add(x * x, series_of(-x), x);
 }
 
 template <class T>

@@ -65,13 +65,49 @@ FASTKD_HOST_DEVICE To bits_as(From from) {
   return to;
 }
 
-// Return the number itself, or a vector of copies.
-template <class T>
-FASTKD_HOST_DEVICE constexpr T broadcast(Scalar<T> x) {
-  if constexpr (kIsScalar<T>) {
-    return x;
+// Return a number as T; as a vector of copies if T is a vector. A vector stays as it is.
+template <class T, class X>
+FASTKD_HOST_DEVICE constexpr T broadcast(X x) {
+  if constexpr (kIsScalar<T> || std::is_same<T, X>::value) {
+    return static_cast<T>(x);
   } else {
-    return T{} + x;
+    return static_cast<Scalar<T>>(x) - T{};
+  }
+}
+
+#if defined(__CUDACC__) || defined(__FMA__) || defined(__aarch64__)
+constexpr bool kHasFma = true;
+#else
+constexpr bool kHasFma = false;  // the x86 baseline, and the emulation of CUDA
+#endif
+
+// Return a * b + c for the vectors of the CPU kernels; defined in cpu/registers.h.
+template <class V>
+FASTKD_HOST_DEVICE V mul_add_vectors(V a, V b, V c);
+
+// Return a * b + c, by one instruction and with one rounding if the instruction set has FMA. On
+// CPUs no other product is fused with a sum (-ffp-contract=off): the bits of a result do not depend
+// on what a compiler inlines. Numbers are broadcast to vectors.
+template <class A, class B, class C>
+FASTKD_HOST_DEVICE auto mul_add(A a, B b, C c) {
+  using T = decltype(a * b + c);
+  if constexpr (!kIsScalar<T>) {
+    return mul_add_vectors(broadcast<T>(a), broadcast<T>(b), broadcast<T>(c));
+  } else if constexpr (kHasFma) {
+    return std::fma(broadcast<T>(a), broadcast<T>(b), broadcast<T>(c));
+  } else {
+    return a * b + c;
+  }
+}
+
+// Return c[0] + c[1] x + c[2] x^2 + ..., by Horner's rule. A recursion, because GCC 12 does not
+// unroll loops that call std::fma.
+template <int kFrom = 0, class T, int kCount>
+FASTKD_HOST_DEVICE T polynomial(T x, const Scalar<T> (&c)[kCount]) {
+  if constexpr (kFrom == kCount - 1) {
+    return broadcast<T>(c[kFrom]);
+  } else {
+    return mul_add(polynomial<kFrom + 1>(x, c), x, c[kFrom]);
   }
 }
 
@@ -117,26 +153,13 @@ template <class T>
 FASTKD_HOST_DEVICE T series_of(T d) {
   static_assert(sizeof(Scalar<T>) == sizeof(float), "");
   // Minimax for the relative error: 2.8e-8.
-  T s = d * 1.3895343e-3f - 8.3488394e-3f;
-  s = s * d + 4.1666716e-2f;
-  s = s * d - 1.6666642e-1f;
-  return s * d + 0.5f;
+  return polynomial(d, {0.5f, -1.6666642e-1f, 4.1666716e-2f, -8.3488394e-3f, 1.3895343e-3f});
 }
 FASTKD_HOST_DEVICE double series_of(double d) {
   // Truncated after d^14 / 14!: the error is below 1e-19 of the sum at |d| = 1/4.
-  double s = 1.0 / 87178291200.0;
-  s = s * d - 1.0 / 6227020800.0;
-  s = s * d + 1.0 / 479001600.0;
-  s = s * d - 1.0 / 39916800.0;
-  s = s * d + 1.0 / 3628800.0;
-  s = s * d - 1.0 / 362880.0;
-  s = s * d + 1.0 / 40320.0;
-  s = s * d - 1.0 / 5040.0;
-  s = s * d + 1.0 / 720.0;
-  s = s * d - 1.0 / 120.0;
-  s = s * d + 1.0 / 24.0;
-  s = s * d - 1.0 / 6.0;
-  return s * d + 0.5;
+  return polynomial(d, {0.5, -1.0 / 6.0, 1.0 / 24.0, -1.0 / 120.0, 1.0 / 720.0, -1.0 / 5040.0,
+                        1.0 / 40320.0, -1.0 / 362880.0, 1.0 / 3628800.0, -1.0 / 39916800.0,
+                        1.0 / 479001600.0, -1.0 / 6227020800.0, 1.0 / 87178291200.0});
 }
 
 // Return x, but at least -1e30, or at most 1e30; NaN becomes the bound. The bounds keep x d = 0 for
@@ -150,34 +173,31 @@ FASTKD_HOST_DEVICE T bounded_above(T d, Scalar<T> bound = Scalar<T>(1e30)) {
   return d < bound ? d : broadcast<T>(bound);
 }
 
-// Return an Element such that neither `excess` nor `diff` cancels where p is near q.
+// Return an Element such that neither `excess` nor `diff` cancels where p is near q. `direct` is
+// q - p.
 //   |d| <  1/4: f(d) by its series, and q - p = p f(d) - p d
 //   |d| >= 1/4: f(d) p = p d + (q - p) directly
 // Masked classes (logits of -inf): if the teacher masks the class, p d = 0 and the value is q. If
 // the student alone masks it, d = +inf, the value is +inf and diff = -p stays finite. If p has
 // underflowed to 0 there, the value is NaN, which means +inf in a row with finite sums.
 template <class T>
-FASTKD_HOST_DEVICE Element<T> element(T p, T q, T d) {
+FASTKD_HOST_DEVICE Element<T> element(T p, T q, T d, T direct) {
   const T product = p * bounded_below(d);
   const T near = product * (d * series_of(d));
-  const T direct = q - p;
   const auto small = is_small(d);
   return {p, q, d, small ? near - product : direct, small ? near : product + direct};
+}
+template <class T>
+FASTKD_HOST_DEVICE Element<T> element(T p, T q, T d) {
+  return element(p, q, d, q - p);
 }
 
 // Return log(1 + r) for 1 + r in [1/sqrt 2, sqrt 2): minimax for the relative error.
 template <class T>
 FASTKD_HOST_DEVICE T log1p_of_mantissa(T r) {
   static_assert(sizeof(Scalar<T>) == sizeof(float), "");
-  T s = r * 8.72235374e-2f - 1.43668474e-1f;
-  s = s * r + 1.49522693e-1f;
-  s = s * r - 1.65623927e-1f;
-  s = s * r + 1.99568333e-1f;
-  s = s * r - 2.50020741e-1f;
-  s = s * r + 3.33341856e-1f;
-  s = s * r - 4.9999988e-1f;
-  s = s * r + 1.0f;
-  return s * r;
+  return r * polynomial(r, {1.0f, -4.9999988e-1f, 3.33341856e-1f, -2.50020741e-1f, 1.99568333e-1f,
+                            -1.65623927e-1f, 1.49522693e-1f, -1.43668474e-1f, 8.72235374e-2f});
 }
 
 // Split x = 2^exponent (1 + fraction) with 1 + fraction in [1/sqrt 2, sqrt 2), for a normal x > 0.
@@ -200,7 +220,7 @@ template <class T>
 FASTKD_HOST_DEVICE T log1p_of(T y) {
   const PowerOfTwo<T> x = power_of_two(1.0f + y);
   const T r = x.exponent == 0 ? y : x.fraction;
-  return float_of<T>(x.exponent) * static_cast<float>(kLn2) + log1p_of_mantissa(r);
+  return mul_add(float_of<T>(x.exponent), static_cast<float>(kLn2), log1p_of_mantissa(r));
 }
 FASTKD_HOST_DEVICE double log1p_of(double y) { return std::log1p(y); }
 
@@ -209,7 +229,8 @@ FASTKD_HOST_DEVICE double log1p_of(double y) { return std::log1p(y); }
 template <class T>
 FASTKD_HOST_DEVICE T log_of(T x) {
   const PowerOfTwo<T> parts = power_of_two(x);
-  return float_of<T>(parts.exponent) * static_cast<float>(kLn2) + log1p_of_mantissa(parts.fraction);
+  return mul_add(float_of<T>(parts.exponent), static_cast<float>(kLn2),
+                 log1p_of_mantissa(parts.fraction));
 }
 FASTKD_HOST_DEVICE double log_of(double x) { return x > 0 ? std::log(x) : 0.0; }
 
@@ -220,12 +241,12 @@ FASTKD_HOST_DEVICE T weighted(T weight, T value) {
   return (weight == T{}) & infinite ? T{} : weight * value;
 }
 
-// Return weight * value for one term of a valid row, or for the term's slope. A weight of 0 gives 0
-// even for NaN: in a valid row NaN comes from infinities only.
+// Return weight * value + sum for one term of a valid row, or for the term's slope. A weight of 0
+// adds 0 even for NaN: in a valid row NaN comes from infinities only.
 template <class T, class W>
-FASTKD_HOST_DEVICE T weighted_part(W weight, T value) {
-  const T part = weight * value;
-  return weight == W{} ? T{} : part;
+FASTKD_HOST_DEVICE T weighted_part(W weight, T value, T sum = T{}) {
+  const T result = mul_add(weight, value, sum);
+  return weight == W{} ? sum : result;
 }
 
 // Return x log y, given log y; 0 if x is 0, for any y.

@@ -90,7 +90,8 @@ FASTKD_HOST_DEVICE Element<V> element_of(const LogRatio<R>& ratio, const Scales&
   } else if constexpr (is_mean(D::kCentering)) {
     return {V{}, V{}, V{}, V{}, V{}, ratio.at(z, w)};
   } else {
-    return element<V>(teacher * s.teacher_scale, student * s.student_scale, ratio.at(z, w));
+    const V p = teacher * s.teacher_scale, q = student * s.student_scale;
+    return element(p, q, ratio.at(z, w), mul_add(student, s.student_scale, -p));
   }
 }
 template <class D, class T, class Classes>
@@ -211,7 +212,8 @@ __attribute__((noinline)) void write_difference(const Coefficients<T>& coefficie
                                                 const RowBlock<T, S>& b, const Label<T>& label) {
   const Coefficients<T> c = coefficients;
   write_gradient<kSource>(c, b, label, [&](const auto& x) FASTKD_INLINE {
-    return c.uniform + c.student_soft_gain * x.student() - c.teacher_soft_gain * x.teacher();
+    const Register<T> gradient = mul_add(c.student_soft_gain, x.student(), c.uniform);
+    return mul_add(-c.teacher_soft_gain, x.teacher(), gradient);
   });
 }
 
@@ -227,10 +229,10 @@ __attribute__((noinline)) SlopeSums write_forward_kl(const Coefficients<T>& coef
   write_gradient<kSource>(c, b, label, [&](const auto& x) FASTKD_INLINE {
     const Evaluated<V> kl = ForwardKL::at(element_of<ForwardKL>(c, x));
     values.add(x.index, kl.value);
-    const V gradient = c.uniform + c.soft_gain * kl.slope;
+    const V gradient = mul_add(c.soft_gain, kl.slope, c.uniform);
     if constexpr (!kDecoupled) return gradient;
     diffs.add(x.index, kl.slope);
-    return gradient + c.block_rest_gain * x.student();
+    return mul_add(c.block_rest_gain, x.student(), gradient);
   });
   return {values.total(), kDecoupled ? diffs.total() : 0.0, 0.0};
 }
@@ -242,12 +244,13 @@ __attribute__((noinline)) SlopeSums write_reverse_kl(const Coefficients<T>& coef
                                                      const Label<T>& label) {
   using V = Register<T>;
   const Coefficients<T> c = coefficients;
+  const V uniform = splat(c.uniform);
   LaneSums<T> values;
   write_gradient<kSource>(c, b, label, [&](const auto& x) FASTKD_INLINE {
     const Element<V> e = element_of<ReverseKL>(c, x);
     const Evaluated<V> here = ReverseKL::at(e);
     if constexpr (kValue) values.add(x.index, here.value);
-    return c.uniform + weighted_part(c.soft_gain, here.slope - e.q * c.student_share);
+    return weighted_part(c.soft_gain, mul_add(e.q, -c.student_share, here.slope), uniform);
   });
   return {kValue ? values.total() : 0.0, 0.0, 0.0};
 }
@@ -262,11 +265,14 @@ __attribute__((noinline)) void center_slopes(const Coefficients<T>& coefficients
   const Coefficients<T> c = coefficients;
   const T gain = c.is_comparable() ? c.student_soft_gain : c.soft_gain;
   const T share = c.is_comparable() ? c.student_share : c.student_scale * c.student_share;
+  const V uniform = splat(c.uniform);
   write_gradient<kSource>(c, b, label, [&](const auto& x) FASTKD_INLINE {
     const V slope = x.teacher();
-    if constexpr (!kMasked) return c.uniform + weighted_part(gain, slope - x.student() * share);
+    if constexpr (!kMasked) {
+      return weighted_part(gain, mul_add(x.student(), -share, slope), uniform);
+    }
     const V center = unit ? x.z() * (c.student_inverse * c.student_share) : V{} + c.constant_share;
-    return c.uniform + (slope == slope ? weighted_part(gain, slope - center) : V{});
+    return slope == slope ? weighted_part(gain, slope - center, uniform) : uniform;
   });
 }
 
@@ -288,11 +294,11 @@ __attribute__((noinline)) Entropies sum_entropies(const Coefficients<T>& coeffic
   LaneSums<T> student, teacher, agreements;
   for_registers(b, [&](const auto& x) FASTKD_INLINE {
     const V w = x.w() - teacher_max;
-    const V log_p = w * c.teacher_inverse_temperature + teacher_log_scale;
+    const V log_p = mul_add(w, c.teacher_inverse_temperature, teacher_log_scale);
     teacher.add(x.index, times_log<V>(x.teacher() * c.teacher_scale, log_p));
     if constexpr (!kBoth) return;
     const V z = x.z() - student_max;
-    const V log_q = z * c.inverse_temperature + student_log_scale;
+    const V log_q = mul_add(z, c.inverse_temperature, student_log_scale);
     student.add(x.index, times_log<V>(x.student() * c.student_scale, log_q));
     const auto greatest = (z == 0) & (w == 0);
     agreements.add(x.index, greatest ? V{} + 1 : V{});
@@ -322,7 +328,8 @@ struct Moments {
 #pragma omp simd
     for (int64_t i = 0; i < kMany; ++i) {
       const double a = of_student[i], b = of_teacher[i];
-      student[i] += squares ? a * a : a, teacher[i] += squares ? b * b : b;
+      student[i] = squares ? mul_add(a, a, student[i]) : student[i] + a;
+      teacher[i] = squares ? mul_add(b, b, teacher[i]) : teacher[i] + b;
     }
   }
 };

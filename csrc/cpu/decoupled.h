@@ -66,7 +66,7 @@ FASTKD_HOST_DEVICE LabelGains<V> label_gains(const Inputs& in, const Settings<V>
 }
 
 // Set the label's part of a row's gradient, and the change of the other classes' gradient. Not
-// inlined, because forward and backward must compute the same bits.
+// inlined, because other divergences need neither.
 template <class T>
 __attribute__((noinline)) void decouple(const Inputs& in, const Row<T>& row, const Scales<T>& s,
                                         double gain, Coefficients<T>* c) {

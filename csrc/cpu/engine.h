@@ -152,7 +152,6 @@ struct Engine : FirstSweep<T> {
       return {};
     }
     if (is_reverse(in.divergence)) {
-      // Also in backward, which needs no value: another loop might produce other bits.
       return is_sum_of_slopes(c, c.student_share) ? write_reverse_kl<kSource, false>(c, b, label)
                                                   : write_reverse_kl<kSource, true>(c, b, label);
     }

@@ -105,10 +105,9 @@ struct Exponential {
   // Return the exponential of logit - max. V is T, or a register with a factor for each lane.
   template <class V = T, class Bits = typename F::Bits>
   FASTKD_HOST_DEVICE V power_of(V offset, V factor, V least) const {
-    const V shifted = offset * factor + F::kRound;
-    const V fraction = offset * factor - (shifted - F::kRound);
-    V power = fraction * coefficient[P::kCoefficients - 1] + coefficient[P::kCoefficients - 2];
-    for (int i = P::kCoefficients - 3; i >= 0; --i) power = power * fraction + coefficient[i];
+    const V shifted = mul_add(offset, factor, F::kRound);
+    const V fraction = mul_add(offset, factor, F::kRound - shifted);
+    const V power = polynomial(fraction, coefficient);
     const Bits exponent = bits_as<Bits>(shifted) << F::kMantissa;
     const V scaled = bits_as<V>(static_cast<Bits>(bits_as<Bits>(power) + exponent));
     return offset < least ? V{} : scaled;

@@ -136,8 +136,8 @@ struct LogRatio {
 
   template <class W = V>
   FASTKD_HOST_DEVICE W at(W z, W w) const {
-    const W from_z = z - student_base, from_w = w - teacher_base;
-    return (from_w * temperature_ratio - from_z) * inverse_temperature - log_ratio;
+    const W difference = mul_add(w - teacher_base, temperature_ratio, student_base - z);
+    return mul_add(difference, inverse_temperature, -log_ratio);
   }
 };
 

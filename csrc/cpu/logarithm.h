@@ -6,10 +6,6 @@
 namespace fastkd::cpu::FASTKD_ISA {
 namespace {
 
-// log2 of a positive normal number, within 2 ulp or 1e-7, whichever is more.
-FASTKD_HOST_DEVICE float log2_of(float x) { return fastkd::log_of(x) * static_cast<float>(kLog2E); }
-FASTKD_HOST_DEVICE double log2_of(double x) { return std::log2(x); }
-
 // Return the natural logarithm of any number: -inf for 0, NaN for negative numbers.
 FASTKD_HOST_DEVICE float log_of(float x) {
   const float infinity = __builtin_huge_valf();

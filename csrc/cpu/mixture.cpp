@@ -35,7 +35,7 @@ class Mixer {
       const int64_t remaining = args_.classes - at, count = remaining < kBlock ? remaining : kBlock;
       T* const sums = block(args_.count);
       linear ? average(row, at, count, static_cast<T>(t / teacher_t), sums)
-             : mix_block(row, at, count, factor, static_cast<T>(kLn2 * t), sums);
+             : mix_block(row, at, count, factor, static_cast<T>(t), sums);
       std::memcpy(static_cast<T*>(args_.mixed) + (row - args_.first_row) * args_.classes + at, sums,
                   static_cast<size_t>(count) * sizeof(T));
     }
@@ -93,14 +93,14 @@ class Mixer {
 #pragma omp simd
       for (int64_t i = 0; i < padded; ++i) {
         const T before = k == 0 ? T(0) : sums[i];
-        sums[i] = before + share * logits[i];
+        sums[i] = mul_add(share, logits[i], before);
       }
     }
   }
 
   // Write the logarithm of the sum of the teachers' probabilities, relative to the greatest of
   // them.
-  void mix_block(int64_t row, int64_t at, int64_t count, T factor, T unit, T* sums) {
+  void mix_block(int64_t row, int64_t at, int64_t count, T factor, T temperature, T* sums) {
     T* const greatest = block(args_.count + 1);
     const int64_t padded = (count + kLanes - 1) / kLanes * kLanes;
     for (int64_t i = 0; i < padded; ++i) greatest[i] = -kInfinity<T>, sums[i] = 0;
@@ -110,12 +110,13 @@ class Mixer {
       const Normal normal = normal_[static_cast<size_t>(k)];
 #pragma omp simd
       for (int64_t i = 0; i < padded; ++i) {
-        const T log = (logs[i] - normal.max) * factor + normal.log_scale;
+        const T log = mul_add(logs[i] - normal.max, factor, normal.log_scale);
         logs[i] = log;
         greatest[i] = log > greatest[i] ? log : greatest[i];
       }
     }
     const Exponential<T> power(T(1), T(0), 1.0);
+    const T ln_2 = static_cast<T>(kLn2);
     for (int64_t k = 0; k < args_.count; ++k) {
       const T* const logs = block(k);
 #pragma omp simd
@@ -127,8 +128,8 @@ class Mixer {
     }
 #pragma omp simd
     for (int64_t i = 0; i < padded; ++i) {
-      const T nan_or_0 = sums[i] - sums[i];  // keeps NaN, which log2_of() would drop
-      sums[i] = (greatest[i] + log2_of(sums[i]) + nan_or_0) * unit;
+      const T nan_or_0 = sums[i] - sums[i];  // keeps NaN, which log_of() would drop
+      sums[i] = mul_add(greatest[i], ln_2, fastkd::log_of(sums[i])) * temperature + nan_or_0;
     }
   }
 

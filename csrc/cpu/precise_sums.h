@@ -7,12 +7,6 @@
 namespace fastkd::cpu::FASTKD_ISA {
 namespace {
 
-#if defined(__FMA__) || defined(__aarch64__)
-constexpr bool kHasFusedProducts = true;
-#else
-constexpr bool kHasFusedProducts = false;  // only on the x86 baseline
-#endif
-
 // exp(z / t) as 2^(n + f) for an integer n. z * factor - n is exact with a fused product: rounding
 // z - max and factor would be the greatest errors of all. Sums are relative to 2^reference, where
 // `reference` is the integer nearest to log2(exp(max / t)).
@@ -34,7 +28,7 @@ struct PreciseExponential {
     round = Format<float>::kRound + 127 - static_cast<float>(reference);
     least = static_cast<float>((reference - 125) / exact_factor);
     to_max = reference - exponent;
-    return kHasFusedProducts && std::fabs(exponent) < 0x1p20;
+    return kHasFma && std::fabs(exponent) < 0x1p20;
   }
 };
 
@@ -64,9 +58,9 @@ __attribute__((noinline)) ExponentialSums sum_precisely(const Vectors<const floa
                                                         int squarings, Into next) {
   // 2^f - 1 for |f| <= 1/2, each coefficient fitted to the rounded ones before it: within 3.0e-9 of
   // 2^f, and -6e-12 on average.
-  constexpr float kCoefficients[] = {1.5326471475418657e-4f, 1.3390807434916496e-3f,
-                                     9.618505835533142e-3f,  5.550359934568405e-2f,
-                                     2.4022647738456726e-1f, 6.931471824645996e-1f};
+  constexpr float kCoefficients[] = {6.931471824645996e-1f,  2.4022647738456726e-1f,
+                                     5.550359934568405e-2f,  9.618505835533142e-3f,
+                                     1.3390807434916496e-3f, 1.5326471475418657e-4f};
   const Exponentials<float> separate(separate_one);
   const PreciseExponential tempered = tempered_one;
   const Vectors<const float> vectors = logits;
@@ -87,17 +81,14 @@ __attribute__((noinline)) ExponentialSums sum_precisely(const Vectors<const floa
     FASTKD_UNROLL
     for (int64_t i = 0; i < kMany; ++i) {
       const Register<float> x = least > z[i] ? least : z[i];  // NaN stays
-      const Register<float> shifted = x * tempered.factor + tempered.round;
-      Register<float> fraction = x * tempered.factor - (shifted - tempered.round);
-      fraction = x * tempered.factor_low + fraction;
-      Register<float> part = fraction * kCoefficients[0] + kCoefficients[1];
-      FASTKD_UNROLL
-      for (int c = 2; c < 6; ++c) part = part * fraction + kCoefficients[c];
-      part *= fraction;
+      const Register<float> shifted = mul_add(x, tempered.factor, tempered.round);
+      Register<float> fraction = mul_add(x, tempered.factor, tempered.round - shifted);
+      fraction = mul_add(x, tempered.factor_low, fraction);
+      const Register<float> part = fraction * polynomial(fraction, kCoefficients);
       const auto power = bits_as<Register<float>>(bits_as<RegisterBits<float>>(shifted) << 23);
       powers += power;
-      parts += power * part;
-      e[i] = power * part + power;
+      parts = mul_add(power, part, parts);
+      e[i] = mul_add(power, part, power);
     }
     if constexpr (kSource == ExpSource::kSeparate) {
       FASTKD_UNROLL
@@ -108,7 +99,9 @@ __attribute__((noinline)) ExponentialSums sum_precisely(const Vectors<const floa
         for (int64_t i = 0; i < kMany; ++i) e[i] *= e[i];
       }
       FASTKD_UNROLL
-      for (int64_t i = 0; i < kMany; ++i) hard_sums += squarings > 0 ? e[i] * e[i] : e[i];
+      for (int64_t i = 0; i < kMany; ++i) {
+        hard_sums = squarings > 0 ? mul_add(e[i], e[i], hard_sums) : hard_sums + e[i];
+      }
     }
     if ((at + kWidth) % kRun == 0) end_run();
   });

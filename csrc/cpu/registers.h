@@ -7,10 +7,31 @@
 #include <limits>
 #if defined(__AVX2__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 #include "exponential.h"
 #include "storage.h"
+
+namespace fastkd {
+namespace {
+
+template <class V>
+FASTKD_HOST_DEVICE V mul_add_vectors(V a, V b, V c) {
+#if defined(__AVX512F__)
+  return (V)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(__FMA__)
+  return (V)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#elif defined(__aarch64__)
+  return (V)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
+#else
+  return a * b + c;
+#endif
+}
+
+}  // namespace
+}  // namespace fastkd
 
 namespace fastkd::cpu::FASTKD_ISA {
 namespace {
@@ -66,7 +87,7 @@ constexpr size_t kBytesOfEach = sizeof(T) * (kWidth < kPerRegister<T> ? kWidth :
 
 template <class T>
 FASTKD_HOST_DEVICE Register<T> splat(T x) {
-  return Register<T>{} + x;
+  return broadcast<Register<T>>(x);
 }
 
 // Return register `index` of a step of kWidth numbers; lanes beyond them are `otherwise`. 16-bit
@@ -243,12 +264,12 @@ struct Exponentials<float> {
   }
 
   FASTKD_HOST_DEVICE Register<float> operator()(Register<float> offset) const {
-    const Register<float> shifted = offset * factor + Format<float>::kRound;
-    const Register<float> fraction = offset * factor - (shifted - Format<float>::kRound);
+    const Register<float> shifted = mul_add(offset, factor, Format<float>::kRound);
+    const Register<float> fraction = mul_add(offset, factor, Format<float>::kRound - shifted);
     const auto n = bits_as<RegisterBits<float>>(shifted);
     const auto root = bits_as<Register<float>>(look_up(n) + (n << kRootShift));
-    const Register<float> rest = ((fraction * kThird + kSecond) * fraction + kFirst) * fraction;
-    return offset < least ? Register<float>{} : root * rest + root;
+    const Register<float> rest = fraction * polynomial(fraction, {kFirst, kSecond, kThird});
+    return offset < least ? Register<float>{} : mul_add(root, rest, root);
   }
 };
 #endif

@@ -127,23 +127,19 @@ T origin_of(double max) {
 
 constexpr Statistics kNoStatistics = {kLowest, 0, 0, kLowest, 0};
 
-// Return the sum of log ratios of some classes relative to other maxima. Not inlined, for the
-// reason at merge().
+// Return the sum of log ratios of some classes relative to other maxima.
 template <class T>
-__attribute__((noinline)) double moved_log_ratios(const Row<T>& row, const Statistics& sums,
-                                                  double student_max, double teacher_max) {
+double moved_log_ratios(const Row<T>& row, const Statistics& sums, double student_max,
+                        double teacher_max) {
   if (!row.log_ratios || sums.teacher_sum == 0) return 0;
   const double student = student_max - sums.student_max, teacher = teacher_max - sums.teacher_max;
   return (sums.log_ratio_sum + (student - teacher) * sums.teacher_sum) *
          row.teacher_rescale(sums.teacher_max, teacher_max);
 }
 
-// Add the statistics of `other` to `result`. Not inlined: if one caller fused a product with the
-// sum and another did not, a row that threads share would get other bits than an unshared row.
-// Rounding to fp32 hides the difference; fp64 rows would show it.
+// Add the statistics of `other` to `result`.
 template <class T>
-__attribute__((noinline)) void merge(const Row<T>& row, const Statistics& other,
-                                     Statistics* result) {
+void merge(const Row<T>& row, const Statistics& other, Statistics* result) {
   const double student_top = std::fmax(result->student_max, other.student_max);
   const double teacher_top = std::fmax(result->teacher_max, other.teacher_max);
   result->log_ratio_sum = moved_log_ratios(row, *result, student_top, teacher_top) +
@@ -198,7 +194,7 @@ __attribute__((noinline)) void set_means(const Statistics& sums, Scales<T>* s) {
 
 // Return the forward KL of a well-separated row; else 0, also if the maxima are far apart.
 template <class T>
-__attribute__((noinline)) T mean_of(const Row<T>& row, const Statistics& sums) {
+T mean_of(const Row<T>& row, const Statistics& sums) {
   if (are_apart(sums.student_max, sums.teacher_max, row.temperature)) return 0;
   const double inverse = 1 / sums.teacher_sum;
   // The factor, after rounding, that the exponentials have used.
@@ -210,8 +206,8 @@ __attribute__((noinline)) T mean_of(const Row<T>& row, const Statistics& sums) {
   return is_separated ? static_cast<T>(mean) : T(0);
 }
 
-// Return the scales of a row. Not inlined: GCC 12 vectorized the two divisions in forward_row and
-// computed later numbers from the unrounded quotients, so that backward had other bits.
+// Return the scales of a row. Not inlined: GCC 12 vectorizes conversions to fp32 and back to fp64,
+// as in the callers, and then drops the rounding between them; backward reads rounded numbers.
 template <class T>
 __attribute__((noinline)) Scales<T> make_scales(const Row<T>& row, const Statistics& sums) {
   Scales<T> s = scales_of<T>(sums, row.hard != ExpSource::kNone, row.left_out >= 0);
@@ -236,10 +232,10 @@ template <class T>
 bool is_sum_of_slopes(const LogRatio<T>& ratio, T slope) {
   return !ratio.shifted && slope >= static_cast<T>(kWellSeparated);
 }
-// Return the reverse KL from the sum of its slopes. Not inlined, for the reason at merge().
+// Return the reverse KL from the sum of its slopes.
 template <class T>
-__attribute__((noinline)) double reverse_of(const Row<T>& row, const Statistics& sums,
-                                            const LogRatio<T>& ratio, double slope) {
+double reverse_of(const Row<T>& row, const Statistics& sums, const LogRatio<T>& ratio,
+                  double slope) {
   // The factor, after rounding, that the exponentials have used.
   const double inverse = static_cast<double>(row.factor) * kLn2;
   const double log_ratio = (sums.teacher_max - sums.student_max) * inverse +

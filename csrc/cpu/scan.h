@@ -27,7 +27,7 @@ FASTKD_HOST_DEVICE void add_hard(const Exponentials<T>& separate, int squarings,
     }
   }
   FASTKD_UNROLL
-  for (int64_t i = 0; i < kMany; ++i) sums[i] += gain * power[i];
+  for (int64_t i = 0; i < kMany; ++i) sums[i] = mul_add(gain, power[i], sums[i]);
 }
 
 // Return the maximum of a block. NaN is dropped; it makes the sums of exponentials NaN.
@@ -125,7 +125,7 @@ sum_exponentials(const Vectors<const S>& vectors, int64_t count, const Exponenti
         if constexpr (kLogRatios == LogRatioSum::kBounded)
           log_ratio = min(log_ratio, most_log_ratio);
         // The lower bound prevents 0 * -inf; it holds anyway if the exponential is not 0.
-        log_ratio_run += e[i] * max(log_ratio, tempered.least);
+        log_ratio_run = mul_add(e[i], max(log_ratio, tempered.least), log_ratio_run);
       }
     }
     if (cache != nullptr) store<kWidth>(e, cache + at);
@@ -139,7 +139,9 @@ sum_exponentials(const Vectors<const S>& vectors, int64_t count, const Exponenti
         for (int64_t i = 0; i < kMany; ++i) e[i] *= e[i];
       }
       FASTKD_UNROLL
-      for (int64_t i = 0; i < kMany; ++i) hard_run += squarings > 0 ? e[i] * e[i] : e[i];
+      for (int64_t i = 0; i < kMany; ++i) {
+        hard_run = squarings > 0 ? mul_add(e[i], e[i], hard_run) : hard_run + e[i];
+      }
     }
     if ((at + kWidth) % kRun == 0) end_run();
   });

@@ -281,7 +281,7 @@ struct TopkRow {
         for (int64_t i = 0; i < kMany; ++i) {
           if constexpr (!kKeeps || kSource == ExpSource::kSeparate) z[i] -= tempered.max;
           if constexpr (!kKeeps) e[i] = tempered(z[i]);
-          gradient[i] = uniform + soft_gain * e[i];
+          gradient[i] = mul_add(soft_gain, e[i], uniform);
         }
         if constexpr (kSource != ExpSource::kNone) {
           add_hard<kSource, kMany>(separate, row.squarings(), z, e, hard_gain, gradient);

@@ -351,7 +351,7 @@ struct TransposedEngine {
   FASTKD_HOST_DEVICE auto make_gradient() const {
     return [soft = gains.soft, hard = gains.hard, uniform = gains.uniform, rest = label_gains.rest,
             otherwise = otherwise, computed = computed](V slope, V q, V hard_exp) FASTKD_INLINE {
-      const V g = weighted_part(soft, slope) + (hard_exp * hard - uniform) + rest * q;
+      const V g = mul_add(rest, q, weighted_part(soft, slope, mul_add(hard_exp, hard, -uniform)));
       return computed ? g : otherwise;
     };
   }
@@ -395,9 +395,9 @@ struct TransposedEngine {
       V weight = share;
       if (kCentering == SlopeCentering::kStudent) weight = q;
       if (kCentering == SlopeCentering::kUnit)
-        weight = uncentered + load(teacher_at(c)) * teacher_inverse;
+        weight = mul_add(load(teacher_at(c)), teacher_inverse, uncentered);
       // No product of 0 and a sum of slopes, which may be infinite.
-      V here = kCentering == SlopeCentering::kMean ? uncentered : uncentered - sum * weight;
+      V here = kCentering == SlopeCentering::kMean ? uncentered : mul_add(-sum, weight, uncentered);
       here *= share;
       if (leaves_out_masked(kCentering)) here = uncentered == uncentered ? here : V{};
       store(gradient(here, q, load(tile.hard_exp + c * kGroupRows)), student_at(c));
@@ -415,8 +415,8 @@ struct TransposedEngine {
       const V w = load(teacher_at(c)) - scales.teacher_max;
       const V q = load(tile.student_exp + c * kGroupRows) * scales.student_scale;
       const V p = load(tile.teacher_exp + c * kGroupRows) * scales.teacher_scale;
-      of_student -= times_log<V>(q, z * inverse + log_scale);
-      of_teacher -= times_log<V>(p, w * teacher_inverse + teacher_log_scale);
+      of_student -= times_log<V>(q, mul_add(z, inverse, log_scale));
+      of_teacher -= times_log<V>(p, mul_add(w, teacher_inverse, teacher_log_scale));
       const auto greatest = (z == 0) & (w == 0);
       agreement = greatest ? broadcast<V>(1) : agreement;
     }

@@ -11,11 +11,7 @@ namespace {
 template <class V>
 FASTKD_HOST_DEVICE V even_log(V ratio) {
   const V y = ratio * ratio;
-  V log = y * 0.1342574901f + 0.141183099f;
-  log = log * y + 0.2000378032f;
-  log = log * y + 0.3333332017f;
-  log = log * y + 1.0f;
-  return log * ratio;
+  return ratio * polynomial(y, {1.0f, 0.3333332017f, 0.2000378032f, 0.141183099f, 0.1342574901f});
 }
 
 // Compute value and slopes relative to q's scale, for blocks that are is_comparable(). With h = d /
@@ -30,12 +26,12 @@ __attribute__((noinline)) SlopeSums find_even_slopes(const Coefficients<float>& 
   for_registers(b, [&](const auto& x) FASTKD_INLINE {
     const V q = x.student(), p = x.teacher() * p_scale;
     const V lesser = min(p, q), greater = max(p, q);
-    const V log = even_log<V>((greater - lesser) / (3.0f * greater + (lesser + least<float>())));
+    const V log = even_log((greater - lesser) / mul_add(3.0f, greater, lesser + least<float>()));
     // The result is infinite or NaN if p or q is 0.
     const V half =
-        bounded_above(bounded_below<V>((x.w() - x.z()) * inverse_temperature - log_ratio));
+        bounded_above(bounded_below(mul_add(x.w() - x.z(), inverse_temperature, -log_ratio)));
     const V slope = q * min(log - half, log);
-    values.add(x.index, (p + q) * log - lesser * magnitude_of(half));
+    values.add(x.index, mul_add(p + q, log, -(lesser * magnitude_of(half))));
     sums.add(x.index, slope);
     x.replace_teacher(slope);
   });
