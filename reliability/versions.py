@@ -105,7 +105,7 @@ def run_tests(python: Path, names: list[str], source: Path, log: Path) -> str:
 
 
 def test_pair(pair: Pair, source: Path, foreign: Path | None) -> tuple[dict[str, str], Path | None]:
-    """Test a pair; return the results, and the wheel that was built."""
+    """Test a pair of Python and torch; return the results, and the wheel that was built."""
     row = {"python": pair.python, "torch": pair.torch}
     row["date"] = datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d")
     executable = find_interpreter(pair.python)
@@ -140,7 +140,7 @@ def test_pair(pair: Pair, source: Path, foreign: Path | None) -> tuple[dict[str,
 
 
 def main() -> int:
-    """Test the pairs."""
+    """Test every pair of Python and torch that the command line names."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("pairs", nargs="*", default=PAIRS, metavar="PYTHON:TORCH")
     FOLDER.mkdir(parents=True, exist_ok=True)

@@ -33,7 +33,7 @@ class References:
     """
 
     def __init__(self, temperature: float | Tensor, objective: Objective, like: Tensor) -> None:
-        """Precompute the factors; ``like`` has the dtype and device of the kernel's statistics."""
+        """Prepare log2(e) / t; ``like`` has the dtype and device of the kernel's statistics."""
         self.is_rounding = like.is_cuda
         numbers = temperature, objective.hard_weight, objective.soft_weight
         self.t, hard, soft = (

@@ -66,7 +66,7 @@ def jsd(log_p: Tensor, log_q: Tensor, mix: float) -> Tensor:
 
 
 def skewed_forward_kl(log_p: Tensor, log_q: Tensor, mix: float) -> Tensor:
-    """Compute the KL of the teacher and a mixture in which the teacher's share is ``mix``."""
+    """Compute KL(p || mix p + (1 - mix) q), p the teacher, q the student."""
     return _kl(log_p, _log_mixture(log_p, log_q, mix))
 
 

@@ -1,7 +1,8 @@
 """Compare a teacher and its students: size, speed, accuracy and calibration.
 
 :func:`report` measures the models and returns a :class:`Report`: a table in the terminal, Markdown,
-JSON, and one self-contained page of HTML. ``pip install fastkd[report]`` installs the packages.
+JSON, and one self-contained page of HTML. ``pip install fastkd[report]`` installs the
+required packages.
 """
 
 from __future__ import annotations

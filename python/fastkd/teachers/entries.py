@@ -60,7 +60,7 @@ class Entries:
                     ids, log_probs = read(entry)
                     all_ids += ids
                     all_log_probs += log_probs
-                except Exception as error:  # an object of another form may raise any exception
+                except Exception as error:  # an unexpected object may raise any exception
                     raise ValueError(
                         f"{field}[{position}] must be {form}; got {show(entry)}"
                     ) from error
