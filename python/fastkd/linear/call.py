@@ -1,4 +1,4 @@
-"""Define a checked call of the loss of heads, its results, and helpers of both loops."""
+"""Define a checked call of the loss of heads, its results, and helpers of the two chunk loops."""
 
 from __future__ import annotations
 

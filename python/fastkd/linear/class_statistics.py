@@ -48,11 +48,11 @@ class References:
         self.limit = _LARGEST_REFERENCE / self.slope.clamp(min=_LOG2E)
 
     def compute_tempered(self, top: Tensor) -> Tensor:
-        """Return the references of sums of exp(z / t), from the rows' maxima."""
+        """Return log2 of the divisors of sums of exp(z / t), from the rows' maxima."""
         return self._round(top, self.slope)
 
     def compute_untempered(self, top: Tensor) -> Tensor:
-        """Return the references of sums of exp(z), from the rows' maxima."""
+        """Return log2 of the divisors of sums of exp(z), from the rows' maxima."""
         separate = self._round(top, self.log2e)
         power = self.is_power & self.is_rounding
         return torch.where(power, self.t * self.compute_tempered(top), separate)
