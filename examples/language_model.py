@@ -189,7 +189,7 @@ def summarize(values: list[float]) -> str:
 
 
 def describe(rows: dict[str, Row], error: float) -> str:
-    """Write the table, and compare pairs of models; give a reason for an expected result."""
+    """Return the table and comparisons of models as Markdown; expected results have a reason."""
     lines = ["| | " + " | ".join(rows["teacher"]) + " |", "|-|" + "-:|" * len(rows["teacher"])]
     for name, row in rows.items():
         lines.append(f"| {name} | {' | '.join(map(summarize, row.values()))} |")

@@ -53,7 +53,7 @@ def weighted(weight: float | Tensor, value: Tensor) -> Tensor:
 
 
 def symmetric_kl(log_p: Tensor, log_q: Tensor, mix: float) -> Tensor:
-    """Compute the sum of both KLs; ``mix`` weighs the forward KL."""
+    """Compute mix KL(p || q) + (1 - mix) KL(q || p)."""
     if mix in (0, 1):  # the KL with weight 0 may be infinite, and its gradient NaN
         return _kl(log_p, log_q) if mix == 1 else _kl(log_q, log_p)
     return mix * _kl(log_p, log_q) + (1 - mix) * _kl(log_q, log_p)

@@ -117,7 +117,7 @@ class Entries:
         k: int | None,
         tail: Tail,
     ) -> TopK:
-        """Check all entries, and return them as a teacher, the most probable entry first.
+        """Check all entries, and return a TopK with the most probable entry of each row first.
 
         ``lists_tokens``: True if each position must list the sequence's own token.
         """
