@@ -22,8 +22,8 @@ from typing import NamedTuple
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "build" / "versions"
 # The oldest and newest Python run with the oldest and newest torch that supports them (2.14 for
-# Python 3.10). The versions in between run once each, since a pair takes gigabytes. The command line
-# may name other pairs.
+# Python 3.10). The versions in between run once each, since a pair takes gigabytes. The command
+# line may name other pairs.
 PAIRS = ("3.10:2.10.0", "3.10:2.14.1", "3.11:2.13.0", "3.12:2.11.0", "3.13:2.10.0", "3.13:2.15.0")
 CORE = [
     *("loss", "autograd", "transforms", "numerics", "terms", "determinism"),
