@@ -48,7 +48,7 @@ class Baseline:
     non_leaf: bool = False
     """True if the student's logits must be an operation's output, as a model's are."""
     compiles: str = "no"
-    """Use of torch.compile: "no", "default", or "best" with autotuning; a case must allow it."""
+    """Use of torch.compile: "no", "default", or "best" with autotuning."""
     half_only: bool = False
     """True if the baseline equals another one in float32."""
     language_models_only: bool = False

@@ -1,4 +1,7 @@
-"""Run the sweep of sweep.py, and write docs/choosing.md: ``python -m benchmarks.choosing``."""
+"""Compare choices of loss, and write docs/choosing.md: ``python -m benchmarks.choosing``.
+
+sweep.py trains a student for each combination of options.
+"""
 
 from __future__ import annotations
 
@@ -54,7 +57,7 @@ class Results:
         steps: int = STEPS,
         measure: str = "test",
     ) -> Tensor:
-        """Return a measure of each seed in percent of the rows, for a setting or the teacher."""
+        """Return for each seed the percentage of rows that a setting or the teacher gets right."""
         result = self.cells[Cell(data, share, teacher, steps // self.scale)]
         if isinstance(setting, str):
             hits = result[setting]

@@ -1,6 +1,6 @@
-// `make kernel-bench`: times the CPU kernels alone, on one thread, without torch: nanoseconds for
-// each class, the least of many calls on the same rows. Rows of a few thousand classes come from
-// the caches, the last shape's from memory.
+// Time the CPU kernels alone, on one thread, without torch: `make kernel-bench`. A figure is the
+// nanoseconds for each class in the fastest of many calls on the same rows. The rows are in the
+// caches, except those of the last shape, which come from memory.
 //
 //   cpu_speed [ISA]     avx512, avx2, ...; default: the best that this processor runs
 //
@@ -42,7 +42,7 @@ constexpr Way kWays[] = {
 };
 constexpr double kT = 4.0, kAlpha = 0.1, kSeconds = 0.15;
 
-// In bf16 the upper half of each number.
+// Truncate numbers to bf16: return the upper half of each.
 std::vector<uint16_t> halves(const std::vector<float>& values) {
   std::vector<uint16_t> result(values.size());
   for (size_t i = 0; i < values.size(); ++i) {

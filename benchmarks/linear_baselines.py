@@ -213,7 +213,10 @@ LANES: dict[str, Callable[[LinearCase], LossFunction]] = {
 
 
 def make_products(case: LinearCase, inputs: Inputs) -> Callable[[], None]:
-    """Return a function of the four matrix products of valid rows, into allocated memory."""
+    """Return a function that computes the four matrix products of the valid rows.
+
+    The function writes the products to memory that is allocated here.
+    """
     hidden, weight = inputs.hidden.detach(), inputs.weight.detach()
     valid = inputs.labels != -100
     hidden, teacher_hidden = hidden[valid], inputs.teacher_hidden[valid]

@@ -25,7 +25,7 @@ from benchmarks.cases import Case
 
 
 def read_status(field: str) -> int:
-    """Return a size in bytes from this process's status."""
+    """Return a field of /proc/self/status, such as VmRSS, in bytes."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(field + ":"):
             return int(line.split()[1]) * 1024

@@ -75,7 +75,7 @@ def _describe_devices(kind: str) -> str:
 
 
 def write_headline() -> str:
-    """Write what fastkd does, with two measurements, and the devices it was measured on."""
+    """Return the README's first sentences: what fastkd does, two figures, the measured devices."""
     case = _find_headline_case()
     speedup = format_ratio(compute_ratio(case, "eager"))
     ours, eager = (case["lanes"][name]["peak_tensors"] for name in ("fastkd", "eager"))
@@ -93,7 +93,7 @@ def write_headline() -> str:
 
 
 def write_comparison() -> str:
-    """Write the caption of the README's two code examples."""
+    """Return the caption of the README's two code examples."""
     speedup = format_ratio(compute_ratio(_find_headline_case(), "eager"))
     return (
         "Both give the same loss up to rounding. The call is "
@@ -131,7 +131,7 @@ def make_rows(results: Results) -> Rows:
 
 
 def write_benchmarks() -> str:
-    """Write the newest results: a picture, and a table of four cases."""
+    """Return the newest results as Markdown: a picture, and a table of four cases."""
     parts = []
     for folder, results in find_newest():
         where = folder.relative_to(README.parent).as_posix()

@@ -204,7 +204,7 @@ def _time_working(
     kind: str,
     seconds: float,
 ) -> dict[str, Any]:
-    """Time the calls; if one fails, time only the calls that succeed alone."""
+    """Time the calls in turns; if a call fails, time only the calls that succeed one by one."""
     try:
         return dict(time_in_turns(calls, device, kind, seconds))
     except Exception:

@@ -1,4 +1,6 @@
-"""Run the sweep of docs/choosing.md, a page that ``python -m benchmarks.choosing`` writes.
+"""Train students with many options of the loss, for the tables of docs/choosing.md.
+
+``python -m benchmarks.choosing`` runs this sweep and writes the page.
 
 Small students learn from teachers of several sizes on three data sets: every combination of
 divergence, temperature, alpha, share of the training rows and teacher. All students of a

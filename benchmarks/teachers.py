@@ -53,7 +53,7 @@ CASES = (
 
 
 class ConstantTeacher(nn.Module):
-    """Return random logits, equal for every batch, as a teacher without cost."""
+    """Return random logits, equal for every batch: a teacher that takes no time."""
 
     def __init__(self, case: Case) -> None:
         """Draw the logits."""

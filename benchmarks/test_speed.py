@@ -22,7 +22,8 @@ from benchmarks.truth import Truth
 
 DEVICES = ["cpu"] + ["cuda"] * torch.cuda.is_available()
 
-# The overhead alone, two batches of images, wide rows, few wide rows.
+# The first shape measures the overhead of a call; two are batches of images; two are logits of
+# language models.
 SHAPES = [(8, 10), (128, 100), (1024, 1000), (32, 32000), (4, 128257)]
 
 

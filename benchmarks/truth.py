@@ -34,7 +34,7 @@ class Errors:
     """Largest error of an element of the gradient, over the truth's largest element."""
 
     def is_acceptable(self, case: Case) -> bool:
-        """Return True if the errors are small enough; an error of NaN is not."""
+        """Return True if the errors are small enough; a NaN is too large."""
         gradient = 0.0 if self.gradient is None else self.gradient
         return (
             self.loss <= LOSS_TOLERANCE[case.dtype] and gradient <= GRADIENT_TOLERANCE[case.dtype]

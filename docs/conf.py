@@ -40,6 +40,7 @@ extensions = [
 ]
 html_theme = "furo"
 html_theme_options = {"navigation_with_keys": True}
+html_static_path, html_css_files = ["site.css"], ["site.css"]
 copybutton_prompt_text = r">>> |\.\.\. |\$ "
 copybutton_prompt_is_regexp = True
 pygments_style, pygments_dark_style = "tango", "monokai"

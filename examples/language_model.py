@@ -73,7 +73,7 @@ def mask_prompt(tokens: Tensor) -> Tensor:
 
 
 def score(model: GPT, tokens: Tensor) -> Tensor:
-    """Return the log-probability of each token ``(B, L)``; 0 for the first, which has none."""
+    """Return the log-probability of each token ``(B, L)``; 0 for the first token of a row."""
     log_probs = model(tokens).log_softmax(-1)[:, :-1]
     return F.pad(log_probs.gather(-1, tokens[:, 1:, None]).squeeze(-1), (1, 0))
 
@@ -189,7 +189,7 @@ def summarize(values: list[float]) -> str:
 
 
 def describe(rows: dict[str, Row], error: float) -> str:
-    """Write the table, and compare pairs of models; give a reason for an expected result."""
+    """Return the table and comparisons of models as Markdown; expected results have a reason."""
     lines = ["| | " + " | ".join(rows["teacher"]) + " |", "|-|" + "-:|" * len(rows["teacher"])]
     for name, row in rows.items():
         lines.append(f"| {name} | {' | '.join(map(summarize, row.values()))} |")
@@ -221,7 +221,7 @@ def describe(rows: dict[str, Row], error: float) -> str:
 
 
 def draw(rows: dict[str, Row], path: pathlib.Path) -> None:
-    """Plot the first three measures: a dot is a seed, the line the teacher."""
+    """Plot the first three measures: a dot for each seed, a line for the teacher."""
     figure = Figure((10, 2.6), layout="constrained")
     for axes, key in zip(figure.subplots(1, 3, sharey=True), rows["teacher"], strict=False):
         axes.axvline(rows["teacher"][key][0], color=INK, linestyle="--")

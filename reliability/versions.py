@@ -21,9 +21,9 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "build" / "versions"
-# The oldest and the newest torch with the oldest and the newest Python, and each version between
-# once, since each pair takes gigabytes. The command line may name other pairs. Python 3.10 has no
-# torch 2.15.
+# The oldest and newest Python run with the oldest and newest torch that supports them (2.14 for
+# Python 3.10). The versions in between run once each, since a pair takes gigabytes. The command
+# line may name other pairs.
 PAIRS = ("3.10:2.10.0", "3.10:2.14.1", "3.11:2.13.0", "3.12:2.11.0", "3.13:2.10.0", "3.13:2.15.0")
 CORE = [
     *("loss", "autograd", "transforms", "numerics", "terms", "determinism"),
@@ -105,7 +105,7 @@ def run_tests(python: Path, names: list[str], source: Path, log: Path) -> str:
 
 
 def test_pair(pair: Pair, source: Path, foreign: Path | None) -> tuple[dict[str, str], Path | None]:
-    """Test a pair; return the results, and the wheel that was built."""
+    """Test a pair of Python and torch; return the results, and the wheel that was built."""
     row = {"python": pair.python, "torch": pair.torch}
     row["date"] = datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d")
     executable = find_interpreter(pair.python)
@@ -140,7 +140,7 @@ def test_pair(pair: Pair, source: Path, foreign: Path | None) -> tuple[dict[str,
 
 
 def main() -> int:
-    """Test the pairs."""
+    """Test every pair of Python and torch that the command line names."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("pairs", nargs="*", default=PAIRS, metavar="PYTHON:TORCH")
     FOLDER.mkdir(parents=True, exist_ok=True)

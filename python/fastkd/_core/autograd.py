@@ -84,7 +84,7 @@ class Ops(NamedTuple):
     """Index of ``reduction`` among the arguments after the student."""
 
     def compute(self, student: Tensor, *arguments: Any) -> Tensor:
-        """Compute the loss: the autograd kernel of ``loss`` unless eager.cpp registers another."""
+        """Compute the loss; this is the autograd kernel of ``loss`` in builds without eager.cpp."""
         if torch.is_grad_enabled() and student.requires_grad:
             return _FusedLoss.apply(student, self, arguments)  # type: ignore[no-any-return,no-untyped-call]
         with torch._C._AutoDispatchBelowAutograd():

@@ -88,11 +88,11 @@ def make_arguments(call: Call, with_terms: bool) -> Arguments:
 def make_row_numbers(
     call: Call, numbers: tuple[float | Tensor, ...]
 ) -> tuple[tuple[float, ...], Tensor | None]:
-    """Return numbers for all rows and, if any of ``numbers`` is a tensor, numbers for each row.
+    """Split temperatures and weights into scalars, and a tensor of one value for each row or None.
 
-    Numbers for each row replace those for all rows. ``numbers`` begins with the two temperatures.
-    If the temperatures returned for all rows are equal, the kernels assume that both temperatures
-    of each row are equal, too (csrc/kernels.h).
+    The kernels read the tensor if any of ``numbers`` is a tensor, and else the scalars. ``numbers``
+    begins with the temperatures of student and teacher. If the scalars for both temperatures are
+    equal, the kernels assume that both temperatures of each row are equal, too (csrc/kernels.h).
     """
     if not any(isinstance(number, Tensor) for number in numbers):
         return numbers, None  # type: ignore[return-value]

@@ -129,7 +129,7 @@ def is_eligible(student: object, teacher: object, labels: object) -> bool:
 
 
 def _is_sparse_eligible(student: Any, log_probs: Any, indices: Any, labels: object) -> bool:
-    """Return True if the kernels may take these logits, lists and class indices as they are."""
+    """Return True if the kernels may take this student, sparse teacher and labels unchanged."""
     return (
         is_eligible(student, log_probs, labels)
         and type(indices) is Tensor

@@ -39,7 +39,7 @@ def is_fused(student: Tensor, objective: Objective) -> bool:
 
 
 def _encode_numbers(objective: Objective, tail: str, estimator: str | None) -> tuple[Any, ...]:
-    """Return the denominator, None unless it is a tensor, and the op's numbers (_NUMBERS)."""
+    """Return the op's denominator (None if the normalizer is a number) and numbers."""
     o = objective
     is_tensor = isinstance(o.normalizer, Tensor)
     rows = (o.temperature, o.hard_weight, o.soft_weight)

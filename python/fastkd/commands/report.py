@@ -25,9 +25,9 @@ def report(
 ) -> None:
     """Compare students with their teacher: size, latency, accuracy, calibration.
 
-    With the options of a distill command, the report compares its teacher with the student in its
-    output folder, on its held-out data. Without --config, modules must be in the working directory,
-    or named by --module.
+    The options are those of a distill command. The report compares the command's teacher with the
+    student in the output folder, on held-out data. Without --config, modules must be in the working
+    directory, or named by --module.
 
     Args:
         training: the options of the training.

@@ -133,7 +133,7 @@ def _draw_samples(data: Any, run: Run) -> Any:
 def _make_loss(
     training: Training, divergence: str, temperature: float, alpha: float
 ) -> losses.KDLoss:
-    """Make the loss of a run: the configuration's, with these options replaced."""
+    """Make the configuration's loss with other values of ``alpha``, divergence and temperature."""
     options: Any = {**training.loss, "alpha": alpha}
     if divergence:
         options |= {"divergence": divergence, "temperature": temperature}

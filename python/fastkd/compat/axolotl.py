@@ -1,4 +1,4 @@
-"""axolotl's distillation loss of its KD plugin: top-k lists, from hidden states and a head."""
+"""Compute the loss of axolotl's KD plugin: top-k lists, from hidden states and a head."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ from fastkd.compat.convention import check_positive, choose_divergence
 
 
 class LigerFusedLinearKLTopKLogprobLoss(nn.Module):
-    """weight_soft_loss * T^2 * divergence + weight_hard_loss * CE, **summed** over tokens.
+    """Compute the **sum** over tokens of a divergence and a cross entropy.
 
-    axolotl's trainer divides the sum by the number of tokens.
+    The loss is weight_soft_loss * T^2 * divergence + weight_hard_loss * CE. axolotl's
+    trainer divides the sum by the number of tokens.
 
     Args:
         weight_hard_loss: weight of the cross entropy, in [0, 1]; axolotl's ``kd_ce_alpha``.
@@ -93,7 +94,7 @@ class LigerFusedLinearKLTopKLogprobLoss(nn.Module):
         ids = target_token_ids.masked_fill(~listed, -1)
         labels = F.pad(true_labels[:, 1:], (0, 1), value=self.ignore_index)
         has_label = labels != self.ignore_index
-        # A row that only the soft term counts gets label 0, since its label must be in range.
+        # A row with a list and without a label gets label 0, which is in range, and hard weight 0.
         labels = labels.masked_fill(~has_label & listed.any(-1), 0)
         return losses.loss(
             losses.Head(student_hidden_states, lm_head_weight, student_bias),

@@ -61,7 +61,7 @@ def step_loss(
     soft = lm_labels >= 0 if restrict_ce_to_mask else attention_mask != 0
     labels = F.pad(lm_labels[:, 1:], (0, 1), value=-100) if alpha_clm else lm_labels
     hard = labels != -100
-    # A row that only the soft term counts gets label 0, since its label must be in range.
+    # A row of the soft terms without a label gets label 0, which is in range, and hard weight 0.
     labels = labels.masked_fill(~hard, 0).masked_fill(~(hard | soft), -100)
     total = losses.loss(
         s_logits, t_logits, labels, temperature=check_positive("temperature", temperature),

@@ -53,7 +53,8 @@ def gkd_loss(
     outputs = [lists, indices] if is_sparse else [teacher_output.full_logits]
     if teacher_output.labels is not None:
         teacher_valid = teacher_output.labels != -100
-        if not torch.equal(teacher_valid, valid):  # equal tokens, at other positions
+        if not torch.equal(teacher_valid, valid):
+            # The teacher's labeled tokens are those of the student, at different positions.
             student, outputs = student[valid], [each[teacher_valid] for each in outputs]
             valid = valid[valid]
     teacher: Tensor | losses.TopK = outputs[0]

@@ -1,4 +1,4 @@
-"""verl's forward KL on a teacher's top-k lists, of its on-policy distillation."""
+"""Compute the forward KL of verl's on-policy distillation, on a teacher's top-k lists."""
 
 from __future__ import annotations
 

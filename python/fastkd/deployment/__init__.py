@@ -3,7 +3,7 @@
 :func:`fastkd.export` writes a file and compares it with the student.
 :func:`fastkd.deployment.load` makes a module of such a file, or of a program in memory, so that
 :func:`fastkd.report` can measure it beside the teacher.
-``pip install fastkd[deploy]`` installs the packages.
+``pip install fastkd[deploy]`` installs the required packages.
 """
 
 from fastkd.deployment.exporting import Exported, export

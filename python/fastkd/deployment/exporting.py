@@ -201,10 +201,10 @@ def _check_inputs(name: str, inputs: Any, student: nn.Module) -> Any:
 def _compare(
     student: nn.Module, exported: nn.Module, rows: Any, dim: int, is_quantized: bool
 ) -> tuple[int, float, float]:
-    """Return the number of rows, the largest difference of a logit and the share of same classes.
+    """Compare logits: return rows, largest difference, and share of equal most probable classes.
 
     Raises:
-        ValueError: if the logits are not finite, or, without quantization, not the student's.
+        ValueError: if logits are not finite, or, without quantization, differ from the student's.
     """
     count = agreeing = 0
     difference = largest = 0.0

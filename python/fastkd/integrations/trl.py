@@ -277,7 +277,7 @@ def _make_head_arguments(model: Any, owner: str) -> dict[str, Any]:
 
 
 def _get_logit_scale(config: Any) -> float:
-    """Return the factor of a model's logits, under the names that TRL's trainers read."""
+    """Return the factor of a model's logits, from the configuration fields that TRL reads."""
     for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):
         scale = getattr(config, name, None)
         if scale is not None:

@@ -1,4 +1,4 @@
-"""Check the arguments of a call whose student is a head, and convert them for the loops."""
+"""Check the arguments of a call whose student is a head, and convert them to a ``LinearCall``."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def prepare_heads(
         if not isinstance(soft, Tensor):
             soft = torch.full((), soft, device=device, dtype=acc)
         tensors["denominator"] = soft.to(acc)
-        # The loops divide both terms by the soft term's divisor.
+        # row_loop.py and class_loop.py divide both terms by the soft term's divisor.
         if objective.class_weight is not None and objective.normalizer is None:
             weight = objective.class_weight * (soft / hard)
             objective = objective._replace(class_weight=weight)

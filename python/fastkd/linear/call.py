@@ -1,4 +1,4 @@
-"""Define a checked call of the loss of heads, its results, and helpers of both loops."""
+"""Define a checked call of the loss of heads, its results, and helpers of the two chunk loops."""
 
 from __future__ import annotations
 
@@ -183,7 +183,7 @@ def select_rows(inputs: Inputs, index: slice | Tensor) -> Inputs:
 def make_call(
     student: Tensor, teacher: Tensor | None, part: Inputs, objective: Objective, call: LinearCall
 ) -> Call:
-    """Make the core's call for a chunk; if ``teacher`` is None, the teacher is sparse."""
+    """Make a chunk's call of the loss for logits; the teacher is sparse if ``teacher`` is None."""
     dtype = promote_loss_dtype(call.dtype, call.teacher_dtype)
     if teacher is not None:
         return Call(student, (teacher,), part.labels, objective, dtype)

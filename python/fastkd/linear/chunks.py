@@ -198,7 +198,7 @@ def _count_rows(hidden: Tensor) -> int:
     rows = hidden.shape[0]
     if not autograd.is_traced():
         return rows
-    # The number is unknown if a boolean mask selects the rows.
+    # A trace does not know the number of rows that a boolean mask selects.
     from torch.fx.experimental.symbolic_shapes import statically_known_true
 
     return rows if statically_known_true(rows > 0) else _TYPICAL_ROWS

@@ -64,7 +64,7 @@ def list_missing_features(inputs: Inputs, call: LinearCall) -> list[str]:
 
 
 class _Loop:
-    """Hold the rows that count and the buffers of their logits, and run both passes."""
+    """Compute loss and gradients of rows that are not ignored, in two passes over the classes."""
 
     def __init__(
         self, inputs: Inputs, call: LinearCall, weight_grad: Tensor, counted: Tensor | None
@@ -94,8 +94,8 @@ class _Loop:
     def chunks(self, *, writes: bool) -> Iterator[tuple[slice, Call, Tensor | None]]:
         """Yield the logits of all classes, chunk by chunk; the next chunk overwrites the memory.
 
-        The items are the chunk's classes, the core's call, and the derivative of the student's soft
-        cap. The call has ``PADDING`` masked classes at the end.
+        Each item has the chunk's classes, the call of the loss for their logits, and the derivative
+        of the student's soft cap. The logits of the call end with ``PADDING`` masked classes.
         """
         call, inputs, rows = self.call, self.inputs, len(self.inputs.hidden)
         for start, size, is_inside in divide_classes(
@@ -178,10 +178,11 @@ def _select_classes(head: Head, part: slice) -> Head:
 
 
 def run(inputs: Inputs, call: LinearCall, counted: Tensor | None, power: Tensor | None) -> Outputs:
-    """Compute the loss and its gradients for a grad_output of 1; at least one row must count.
+    """Compute the loss and its gradients for a grad_output of 1.
 
-    If ``is_mean_division_deferred()``, the caller must divide the gradients by the denominator. The
-    caller must multiply the gradients of weight and bias by ``power``, unless it is None.
+    At least one row must not be ignored. If ``is_mean_division_deferred()``, the caller must divide
+    the gradients by the denominator. The caller must multiply the gradients of weight and bias by
+    ``power``, unless it is None.
     """
     out = allocate_outputs(inputs, call._replace(hidden_grad=False))
     loop = _Loop(inputs, call, out.weight, counted)

@@ -89,7 +89,7 @@ class Sizes(NamedTuple):
     cast_per_class: int = 0
     """Bytes of autocast's copies of the weights, for each class."""
     copied_per_row: int = 0
-    """Bytes of the copied hidden states, for each row of chunks of classes."""
+    """Bytes of copied hidden states for each row. Only chunks of classes copy hidden states."""
 
     @property
     def row_bytes(self) -> int:

@@ -34,10 +34,11 @@ from fastkd.linear.call import (
 
 
 def run(inputs: Inputs, call: LinearCall, counted: Tensor | None, power: Tensor | None) -> Outputs:
-    """Compute the loss and its gradients for a grad_output of 1; at least one row must count.
+    """Compute the loss and its gradients for a grad_output of 1.
 
-    If ``is_mean_division_deferred()``, the caller must divide the gradients by the denominator. The
-    caller must multiply the gradients of weight and bias by ``power``, unless it is None.
+    At least one row must not be ignored. If ``is_mean_division_deferred()``, the caller must divide
+    the gradients by the denominator. The caller must multiply the gradients of weight and bias by
+    ``power``, unless it is None.
     """
     out = allocate_outputs(inputs, call)
     rows = inputs.hidden.shape[0] if counted is None else counted.numel()

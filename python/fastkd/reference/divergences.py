@@ -53,7 +53,7 @@ def weighted(weight: float | Tensor, value: Tensor) -> Tensor:
 
 
 def symmetric_kl(log_p: Tensor, log_q: Tensor, mix: float) -> Tensor:
-    """Compute the sum of both KLs; ``mix`` weighs the forward KL."""
+    """Compute mix KL(p || q) + (1 - mix) KL(q || p)."""
     if mix in (0, 1):  # the KL with weight 0 may be infinite, and its gradient NaN
         return _kl(log_p, log_q) if mix == 1 else _kl(log_q, log_p)
     return mix * _kl(log_p, log_q) + (1 - mix) * _kl(log_q, log_p)
@@ -66,7 +66,7 @@ def jsd(log_p: Tensor, log_q: Tensor, mix: float) -> Tensor:
 
 
 def skewed_forward_kl(log_p: Tensor, log_q: Tensor, mix: float) -> Tensor:
-    """Compute the KL of the teacher and a mixture in which the teacher's share is ``mix``."""
+    """Compute KL(p || mix p + (1 - mix) q), p the teacher, q the student."""
     return _kl(log_p, _log_mixture(log_p, log_q, mix))
 
 

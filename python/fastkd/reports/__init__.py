@@ -1,7 +1,8 @@
 """Compare a teacher and its students: size, speed, accuracy and calibration.
 
 :func:`report` measures the models and returns a :class:`Report`: a table in the terminal, Markdown,
-JSON, and one self-contained page of HTML. ``pip install fastkd[report]`` installs the packages.
+JSON, and one self-contained page of HTML. ``pip install fastkd[report]`` installs the
+required packages.
 """
 
 from __future__ import annotations
@@ -148,7 +149,7 @@ def report(
 
     The models run without gradients in evaluation mode. Their modes are restored, and the models
     are not changed otherwise. On another device than the model's, a copy of the model is measured.
-    In the first sentence, a student whose name has the word "alone" is one trained without a
+    The report takes a student whose name has the word "alone" for one that was trained without a
     teacher.
 
     Args:

@@ -53,7 +53,7 @@ def _call_copy(model: nn.Module, inputs: Any) -> None:
 
 
 def _read_status(key: str) -> int:
-    """Return a size in bytes from the process's status."""
+    """Return a field of /proc/self/status, such as VmRSS, in bytes."""
     match = re.search(rf"^{key}:\s*(\d+) kB", (_PROCESS / "status").read_text(), re.MULTILINE)
     if match is None:
         raise OSError(f"/proc/self/status has no {key}")

@@ -179,9 +179,10 @@ def render_png(figure: Any) -> bytes:
 
 
 def render_svg(figure: Any, salt: str, kind: str) -> str:
-    """Render a figure as an ``<svg>`` of a class ``kind`` with the page's color of text and lines.
+    """Render a figure as an ``<svg>`` whose text and lines have the color of the page.
 
-    ``salt`` makes the element's ids different from those of the page's other figures.
+    ``kind``: the CSS class of the ``<svg>``. ``salt`` makes the element's ids
+    different from those of the page's other figures.
     """
     buffer = io.StringIO()
     with extras.load("matplotlib", "report").rc_context(

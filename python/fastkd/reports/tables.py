@@ -72,7 +72,7 @@ def _format_memory(value: int | None) -> str:
 
 
 def make_rows(report: Report) -> list[Row]:
-    """Make the rows of the table."""
+    """Make the rows of a report's table, one for each measurement."""
     models = report.models
     answers: list[Any] = [model.answers for model in models]
     rows = []

@@ -60,7 +60,7 @@ class Entries:
                     ids, log_probs = read(entry)
                     all_ids += ids
                     all_log_probs += log_probs
-                except Exception as error:  # an object of another form may raise any exception
+                except Exception as error:  # an unexpected object may raise any exception
                     raise ValueError(
                         f"{field}[{position}] must be {form}; got {show(entry)}"
                     ) from error
@@ -117,7 +117,7 @@ class Entries:
         k: int | None,
         tail: Tail,
     ) -> TopK:
-        """Check all entries, and return them as a teacher, the most probable entry first.
+        """Check all entries, and return a TopK with the most probable entry of each row first.
 
         ``lists_tokens``: True if each position must list the sequence's own token.
         """

@@ -258,7 +258,5 @@ class _Writer:
         rows = max(1, len(tensors["log_probs"]))
         kl, tail = (float(tensors.pop(name).double().sum()) / rows for name in ("kl", "tail"))
         shard.write(self._folder, shard.Shard(self._header, kl, tail, **tensors))
-        self._parts, self._bytes = (
-            [],
-            0,
-        )  # kept until the write ends, so that an interrupted write is repeated
+        # Drop the samples only after the write, so that an interrupted write is repeated.
+        self._parts, self._bytes = [], 0

@@ -81,8 +81,10 @@ class Trainer:
         clip: maximum norm of the gradient of the optimizer's parameters.
         ema: decay in [0, 1] of an exponential moving average of the student, ``trainer.ema``
             (:class:`torch.optim.swa_utils.AveragedModel`), evaluated in place of the student.
-        forward: ``forward(model, batch)`` returns logits, for batches or models of another form.
-        labels: ``labels(batch)`` returns the labels, or None, for batches of another form.
+        forward: ``forward(model, batch)`` returns logits. Needed for batches and models
+            that :mod:`fastkd.batches` does not support.
+        labels: ``labels(batch)`` returns the labels, or None. Needed for batches that
+            :mod:`fastkd.batches` does not support.
         teacher_device: device of the teacher. Default: the student's device.
         accelerator: an ``accelerate.Accelerator``, for mixed precision, trackers, sharding, or the
             splitting of batches. Default: an ``Accelerator`` without options.
@@ -303,7 +305,8 @@ class Trainer:
         Each of several processes takes a share of a ``DataLoader``, and no row counts twice.
 
         Raises:
-            ValueError: if no row counts; and under FSDP, where no process has the full student.
+            ValueError: if every row is ignored; and under FSDP, where no process has the full
+                student.
         """
         self._check_not_sharded()
         module = self.student if self.ema is None else self.ema.module
