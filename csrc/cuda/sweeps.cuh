@@ -1,16 +1,16 @@
-// The sweeps over a row, a chunk of classes at a time (row_views.cuh), as every kernel runs them:
-// statistics; for some divergences the moments and the sums of slopes; value and gradient. Forward
-// and backward share them, because both must write a gradient to the same bits. Derivations:
-// docs/maths.md, sections 2, 3 and 10.
+// The sweeps over a row, a chunk of classes at a time (row_views.cuh). scan() sums statistics, and
+// write() computes value and gradient. For some divergences, moments_of() and sum() run between
+// these two sweeps. Forward and backward kernels share the sweeps, because both must compute equal
+// bits. Derivations: docs/maths.md, sections 2, 3 and 10.
 #pragma once
 #include "row_views.cuh"
 
 namespace fastkd::cuda {
 
-// Return the statistics of this thread's classes. The maxima that the sums refer to are raised only
-// when a logit exceeds them by t.margin: some lane of a warp meets a new maximum in almost every
-// vector, and rescaling the sums costs as much as two classes. `left_out`: a function that returns
-// the position in a chunk of the class that the sums leave out, or -1.
+// Return the statistics of this thread's classes. The maxima are raised only if a logit exceeds a
+// maximum by t.margin. Some lane of a warp has a new maximum in almost every vector, and rescaling
+// the sums costs as much as two classes. `left_out`: a function that returns the position in a
+// chunk of the class that the sums leave out, or -1.
 template <int kPower, class Row, class LeftOut>
 __device__ __forceinline__ Statistics<typename Row::A> scan(const Row& row,
                                                             const Temperature<typename Row::A>& t,

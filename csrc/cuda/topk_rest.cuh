@@ -1,6 +1,7 @@
-// The classes of a sparse loss's row that the teacher does not list (the rest): their sums of
-// exponentials in the first sweep, and their gradient in the second. They have their own sums, so
-// that the probability of the rest is a sum of positive terms (docs/maths.md, section 13).
+// The rest: the classes of a row that the sparse teacher does not list. This file sums the
+// exponentials of the rest in the first sweep, and writes the gradient of the rest in the second.
+// The rest has separate sums, so that its probability is a sum of positive terms (docs/maths.md,
+// section 13).
 #pragma once
 #include "../topk_row.h"
 #include "sweeps.cuh"
@@ -10,7 +11,7 @@ namespace fastkd::cuda {
 // Sums over the classes that are not listed: statistics of the student alone.
 template <class A>
 struct Rest : Statistics<A> {
-  double logits = 0;  // the sum of all logits, listed ones too; for label smoothing alone
+  double logits = 0;  // sum of all logits, also of listed classes; for label smoothing alone
 
   // Add a chunk without the listed classes, which have a 1 in `bits`. The maximum is raised as in
   // scan().
@@ -33,7 +34,7 @@ struct Rest : Statistics<A> {
     Statistics<A>::template merge_lanes<32>(t);
     logits = lanes_sum(logits);
   }
-  // Return true if the sums are empty. NaN is not empty.
+  // Return true if the sums are empty. A sum of NaN is not empty.
   __device__ __forceinline__ bool nothing() const { return this->student_sum == A(0); }
   __device__ __forceinline__ topk::RelativeSums mass() const {
     if (nothing()) return {};
