@@ -1,5 +1,5 @@
-// Dispatch: lists the compiled kernels that this processor can run, and selects one. The result may
-// differ in the last bits between instruction sets (docs/maths.md, section 9).
+// The list of compiled kernels that this processor can run, and the choice among these kernels.
+// Results may differ in the last bits between instruction sets (docs/maths.md, section 9).
 #include <atomic>
 #include <cstdlib>
 #include <cstring>
@@ -54,7 +54,8 @@ struct Registry {
     return nullptr;
   }
 
-  // Each make_kernels() is called only if its instructions exist, since its own code may use them.
+  // Each make_kernels() is called only if its instructions exist, because the function itself may
+  // use these instructions.
   Registry() {
 #if defined(FASTKD_HAS_AVX)
     __builtin_cpu_init();

@@ -46,7 +46,7 @@ template <class A>
 struct GeneralStats : RowStats<A> {
   // 1 / |z| and 1 / |w| (kCosine), the means of z and w (kCenteredSquaredError), or the scales.
   A student_moment, teacher_moment;
-  A nothing = 0;  // what a student or teacher of zeros adds to the cosine
+  A zero_row_value = 0;  // what a student or teacher of zeros adds to the cosine
 
   GeneralStats() = default;
   __device__ __forceinline__ GeneralStats(const Inputs& in, int64_t row,
@@ -76,7 +76,7 @@ struct GeneralStats : RowStats<A> {
     const A t = setting_of<A>(in, kTemperature, row, in.temperature);
     const Inverses<A> inverses = inverses_of<A>(moments.student, moments.teacher, t);
     student_moment = inverses.student, teacher_moment = inverses.teacher;
-    nothing = static_cast<A>(inverses.nothing);
+    zero_row_value = static_cast<A>(inverses.zero_row_value);
     const auto exists = [](A x) { return x > A(0) && x < A(INFINITY); };
     invalidate_unless(this->valid() && exists(student_moment) && exists(teacher_moment));
   }
@@ -179,7 +179,7 @@ struct alignas(16) GeneralWriter : Writer<A> {
   // Set the factors that center the slopes, given the sums over all slopes. write_as() needs these
   // factors.
   __device__ __forceinline__ void set_shares(const Stats& row, Sums<A>& sums) {
-    sums.value += row.nothing, sums.slope += row.nothing;
+    sums.value += row.zero_row_value, sums.slope += row.zero_row_value;
     set_shares(sums.slope, sums.classes);
   }
   __device__ __forceinline__ void set_shares(A slope, A classes) {

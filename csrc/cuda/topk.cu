@@ -177,7 +177,7 @@ __device__ __forceinline__ void soften(Solution<A>& s, const TopkCall& call, int
   s.summary.list = {greatest, list.tempered, list.hard};
   s.summary.teacher = list.teacher, s.summary.count = list.count;
   s.summary.complete(s.row, rest.logits);
-  s.valid = s.summary.listed_well() && s.summary.valid();
+  s.valid = s.summary.has_valid_list() && s.summary.valid();
   s.label_is_listed = list.labels > 0;
   s.soft = topk::soften(call.comparison, s.row, s.summary);
 }
@@ -289,11 +289,12 @@ __device__ __forceinline__ void run_row(const Row& row, const ForwardArgs& logit
   const ForwardArgs& args = call.forward.args;
   const Temperature<A> t(args, index);
   const List<A> list{call, index};
-  double greatest = topk::kNothing;
+  double greatest = topk::kMinusInfinity;
   list.each([&](int64_t id, double) {
     if (id < args.classes) greatest = max_of(greatest, static_cast<double>(row.student_at(id)));
   });
-  greatest = lanes_max(exchange.share(lanes_max(greatest), static_cast<double>(topk::kNothing)));
+  greatest =
+      lanes_max(exchange.share(lanes_max(greatest), static_cast<double>(topk::kMinusInfinity)));
   Rest<A> rest;
   const bool good = scan_rest<Row>(logits, index, row.place, list, map, rest, t);
   ListSums sums = sum_list(row, list, greatest, label, 1 / options_of<A>(args, index).temperature);

@@ -35,9 +35,9 @@ struct Rest : Statistics<A> {
     logits = lanes_sum(logits);
   }
   // Return true if the sums are empty. A sum of NaN is not empty.
-  __device__ __forceinline__ bool nothing() const { return this->student_sum == A(0); }
+  __device__ __forceinline__ bool is_empty() const { return this->student_sum == A(0); }
   __device__ __forceinline__ topk::RelativeSums mass() const {
-    if (nothing()) return {};
+    if (is_empty()) return {};
     return {static_cast<double>(this->student_max), static_cast<double>(this->student_sum),
             static_cast<double>(this->hard_sum)};
   }
@@ -50,11 +50,11 @@ struct RestWriter {
 
   RestWriter() = default;
   __device__ __forceinline__ RestWriter(const topk::Gains& gains, const Rest<A>& rest)
-      : max(rest.nothing() ? A(0) : rest.student_max),
+      : max(rest.is_empty() ? A(0) : rest.student_max),
         soft(static_cast<A>(gains.rest)),
         hard(static_cast<A>(gains.rest_hard)),
         uniform(static_cast<A>(gains.uniform)) {
-    if (rest.nothing()) soft = hard = A(0);
+    if (rest.is_empty()) soft = hard = A(0);
   }
   __device__ __forceinline__ A at(A z, const Temperature<A>& t) const {
     const A above = z - max, e = exp2_of(mul_of(above, t.slope));

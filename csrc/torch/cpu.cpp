@@ -1,6 +1,6 @@
-// The ops on CPU tensors: this file counts rows, divides the work among torch's threads, and sums
-// the losses of rows in order, so that the result does not depend on the number of threads
-// (docs/maths.md, sections 6, 8 and 9).
+// The ops on CPU tensors. This file counts rows, divides the work among torch's threads, and sums
+// the losses of rows. The sum is in the order of rows, so that the result does not depend on the
+// number of threads (docs/maths.md, sections 6, 8 and 9).
 #include <algorithm>
 #include <array>
 #include <atomic>
@@ -46,7 +46,7 @@ void check_temperatures(const void* of_rows, int64_t rows, bool in_double) {
   }
 }
 
-// Check what depends on data, before anything is written. Return the number of rows that are not
+// Check labels and temperatures before anything is written. Return the number of rows that are not
 // ignored.
 int64_t count_rows(const Inputs& in) {
   static_assert(kTemperature == 0 && kTeacherTemperature == 1);
@@ -63,8 +63,8 @@ int64_t count_rows(const Inputs& in) {
   return count;
 }
 
-// Return the factor of the sum over rows. `count`: the number of rows that are not ignored. If it
-// is 0, the factor is 1, so that the mean is 0 for any divisor, 0 included.
+// Return the factor of the sum over rows. `count`: the number of rows that are not ignored. If
+// `count` is 0, the factor is 1, so that the mean is 0 for any divisor.
 double scale_of(const Reducing& reducing, int64_t count) {
   if (reducing.reduction != Reduction::kMean) return 1.0;
   double divisor = static_cast<double>(count);
@@ -74,8 +74,8 @@ double scale_of(const Reducing& reducing, int64_t count) {
 }
 
 // Multiply `grad`, the gradient for grad_output = 1, by grad_output, and return true. Return false,
-// with `grad` unchanged, if computing the gradient again is more accurate and still possible: it is
-// not if `grad` has overwritten the student's logits.
+// with `grad` unchanged, if recomputing the gradient is more accurate and possible. Recomputing is
+// impossible if `grad` has overwritten the student's logits.
 bool scale_filled(const Inputs& inputs, const Tensor& grad_output, const Tensor& grad) {
   const double factor = value_of(grad_output);
   if (factor == 1.0) return true;
@@ -112,7 +112,7 @@ constexpr int64_t kMixedClasses = 65536;
 constexpr int64_t kTile = 64;  // rows: a multiple of the transposed engine's tiles
 
 // Call run(args, begin, end) for rows whose teacher is a mixture, on all threads. Each thread mixes
-// a few rows at a time, and passes them as the teacher's.
+// a few rows at a time, and passes the mixed logits as the teacher's.
 template <class Args, class Run>
 void run_mixed(const Args& args, const MixtureArgs& mixture, const Run& run) {
   check_temperatures(mixture.row_temperatures, mixture.rows, mixture.in_double);
@@ -152,7 +152,7 @@ void run_rows(const Args& args, int64_t rows, const Run& run) {
                               [&](int64_t begin, int64_t end) { run(args, begin, end); });
 }
 
-// Compute a few long rows: all threads share each of the last rows, segment by segment.
+// Compute rows [begin, end). All threads share each row, segment by segment.
 void forward_split(const cpu::Kernels& kernels, const ForwardArgs& args, int64_t begin,
                    int64_t end) {
   const int64_t segments = (args.classes + cpu::kSegment - 1) / cpu::kSegment;
@@ -187,8 +187,8 @@ void run_forward(const ForwardArgs& args, const MixtureArgs* mixture) {
   const cpu::Kernels& kernels = cpu::kernels();
   if (mixture) return run_mixed(args, *mixture, kernels.forward);
   const int64_t threads = torch::stable::get_num_threads();
-  // Every thread gets the same number of whole rows. The remaining rows are shared segment by
-  // segment if that ends sooner than giving one more row to some of the threads.
+  // Every thread gets an equal number of rows. The remaining rows are shared segment by segment, if
+  // sharing ends sooner than giving some threads one more row.
   const int64_t segments = (args.classes + cpu::kSegment - 1) / cpu::kSegment;
   const int64_t rest = cpu::has_apart_classes(args) ? 0 : args.rows % threads;
   const int64_t split = rest < std::min(threads, segments) ? rest : 0;

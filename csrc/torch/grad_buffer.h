@@ -1,4 +1,5 @@
 // Memory for the gradients of CPU calls: the block of a freed gradient is recycled for the next.
+// docs/maths.md, section 8, explains when a gradient is written.
 //
 // Allocators return large blocks to the system, and the page faults of a new block cost more than
 // the gradient that fills it (docs/performance-log.md). At most one block is cached. Gradients of
@@ -37,7 +38,7 @@ inline void keep(Block* block) {
   delete before;
 }
 
-// Keep the block of a tensor that was freed. Report the block to torch's memory profiler as freed,
+// Cache the block of a tensor that was freed. Report the block to torch's memory profiler as freed,
 // as torch's own allocator does.
 inline void release(void* block) {
   c10::profiledCPUMemoryReporter().Delete(static_cast<Block*>(block)->data);
