@@ -46,7 +46,7 @@ struct ForwardKL {
 
   template <class T>
   static FASTKD_HOST_DEVICE Evaluated<T> at(const Element<T>& e) {
-    // sum p d = sum (p d + q - p), and every term of the second sum is >= 0
+    // sum p d = sum (p d + q - p), and no term of the second sum is negative.
     return {e.excess, e.diff};
   }
   template <class T>

@@ -89,7 +89,7 @@ struct Inputs {
   // If the two temperatures below are equal, the two temperatures of each row must be equal as
   // well.
   const void* row_settings = nullptr;
-  double temperature = 1.0;  // of the student; its square multiplies the divergence
+  double temperature = 1.0;  // temperature of the student, whose square multiplies the divergence
   double teacher_temperature = 1.0;
   double hard_weight = 0.5;
   double soft_weight = 0.5;
@@ -143,8 +143,8 @@ constexpr int64_t kSegment = 32768;
 
 // Most classes of an fp32 row that uses the transposed layout, one row per SIMD lane. All fp32 rows
 // whose classes are not adjacent use that layout as well. The layout saves each row's padded last
-// step and separate logarithms, but several rows of many classes do not fit in L1. The layout saves
-// 11 % of the time at 128 classes, and costs 6 % at 160 (Zen 4, 2026-11-28).
+// step and separate logarithms, but several rows of many classes do not fit in L1. That layout
+// saves 11 % of the time at 128 classes, and costs 6 % at 160 (Zen 4, 2026-11-28).
 constexpr int64_t kNarrow = 144;
 
 FASTKD_HOST_DEVICE bool has_apart_classes(const Inputs& in) {
@@ -158,21 +158,21 @@ FASTKD_HOST_DEVICE bool is_transposed(const Inputs& in) {
 // Results of the first sweep over one segment of one row.
 struct Statistics {
   double student_max, student_sum, hard_sum, teacher_max, teacher_sum;
-  // The label's logits if the sums leave the label out (kDecoupled) and it is in this segment, else
-  // 0.
+  // The label's logits if this segment has the label and the sums leave the label out (kDecoupled);
+  // else 0.
   double student_label = 0, teacher_label = 0;
   // kCosine: the sums of z^2 and w^2. kCenteredSquaredError: the sums of z and w over the classes
   // that are not masked, and the numbers of these classes. Other divergences: 0.
   double student_moment = 0, teacher_moment = 0;
   double student_count = 0, teacher_count = 0;
-  // The sum over classes of exp((w - max w) / t) times (w - max w) - (z - max z). NaN if abandoned
-  // because the row is close to its teacher; 0 if unused (cpu/row.h).
+  // The sum over classes of exp((w - max w) / t) times (w - max w) - (z - max z). The sum is NaN if
+  // abandoned because student and teacher are close, and 0 if unused (cpu/row.h).
   double log_ratio_sum = 0;
 };
 // Sums of the second sweep over one segment of one row.
 struct Sums {
-  double value;           // of the divergence
-  double slope;           // of the divergence's slopes; of q - p (kDecoupled); or
+  double value;           // sum of the values of the divergence
+  double slope;           // sum of slopes; of q - p (kDecoupled); or
                           // `value` (kCosine)
   double classes;         // number of classes in a mean: n of SlopeCentering (divergences.h), or 0
   double student_logits;  // sum of z - max z, weighted by the target (docs/maths.md, section 7)

@@ -28,8 +28,8 @@ namespace {
 constexpr double kLog2E = 1.4426950408889634074;
 constexpr double kLn2 = 0.69314718055994530942;
 
-// Limit of |d|: a smaller |d| uses the series, and other d the direct form (docs/maths.md, section
-// 3).
+// Limit of |d|: d below the limit uses the series, and other d the direct form (docs/maths.md,
+// section 3).
 constexpr double kSeriesLimit = 0.25;
 
 // T is float, double, or, in the CPU's transposed engine, a vector of floats, one for each of

@@ -116,7 +116,7 @@ struct Soft {
 struct SoftSums {
   double value = 0;
   double slope = 0;    // S of divergences.h
-  double entropy = 0;  // of the teacher, for the soft cross entropy alone
+  double entropy = 0;  // entropy of the teacher, for the soft cross entropy alone
 
   FASTKD_HOST_DEVICE void add(const Evaluated<double>& term) {
     value += term.value;
@@ -228,7 +228,8 @@ FASTKD_HOST_DEVICE double row_loss(const Comparison& comparison, const RowOption
   // In a valid row, NaN comes only from 0 * inf, for a class that the student masks and whose
   // teacher probability underflows. The divergence is then infinite.
   if (value != value) value = -kMinusInfinity;
-  // The sum with Tail::kIgnore is not a divergence, nor is k1: both may be negative.
+  // The sum with Tail::kIgnore is not a divergence, nor is the estimate k1. Both values may be
+  // negative.
   if (!comparison.estimates() && !comparison.is_cut_off()) value = at_least_0(value);
   if (!soft.is_present) value = 0;
   const double t = row.temperature;

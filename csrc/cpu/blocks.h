@@ -156,7 +156,7 @@ __attribute__((noinline)) double sum_reverse(const Coefficients<T>& coefficients
 // value.
 template <class T>
 struct Label {
-  int64_t index = -1;  // of the label in the row, or -1
+  int64_t index = -1;  // position of the label in the row, or -1
   bool replaces = false;
   T value = 0;
 

@@ -23,7 +23,7 @@ FASTKD_HOST_DEVICE Odds<V> odds_of(V label, V max, V scale, V temperature) {
 template <class V>
 struct LabelOdds {
   Odds<V> student, teacher;
-  V difference;  // of the logarithms, up to the rounding of the sums
+  V difference;  // difference of the logarithms, up to the sums' rounding
 };
 template <class V>
 FASTKD_HOST_DEVICE LabelOdds<V> label_odds(const Settings<V>& row, const Scales<V>& s,
@@ -46,8 +46,7 @@ FASTKD_HOST_DEVICE V mix_of(const Inputs& in, const Scales<V>& s) {
 template <class V>
 struct LabelGains {
   V soft, rest;  // factors of slopes and of q in the other classes' gradient
-  V hard_share;  // hard gain without the label's share: its exponentials sum to 1 over the other
-                 // classes
+  V hard_share;  // factor of the hard gain: the other classes' probability at temperature 1
   V label;       // the label's gradient
 };
 template <class V>
@@ -97,7 +96,7 @@ FASTKD_HOST_DEVICE void include_label(const Inputs& in, const Settings<V>& row, 
   // The exact sum of q - p is 0. The computed sum shows the rounding error of the sums of
   // exponentials, and so of the odds.
   const V difference = odds.difference + log1p_of(sums->slope);
-  // NaN is 0 * inf, and means an infinite divergence, as in results_of() (formulas.h).
+  // NaN comes from 0 * inf, and means an infinite divergence, as in results_of() (formulas.h).
   const V within = sums->value == sums->value ? sums->value : broadcast<V>(kInfinity<Scalar<V>>);
   sums->value =
       binary_kl(odds.teacher, odds.student, difference).value + weighted(mix_of(in, s), within);

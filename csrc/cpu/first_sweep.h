@@ -65,7 +65,7 @@ struct FirstSweep {
   template <class S>
   FASTKD_HOST_DEVICE void touch_pages(const Logits& student, const Logits& teacher, int64_t index,
                                       int64_t at, int64_t count) const {
-    constexpr int64_t kPage = 4096, kAtOnce = 4 * kPage;  // bytes
+    constexpr int64_t kPage = 4096, kAtOnce = 4 * kPage;  // in bytes
     constexpr int64_t kClasses = kAtOnce / static_cast<int64_t>(sizeof(S));
     if (in.classes > kSegment || (index * in.classes + at) % kClasses >= count) return;
     for (int64_t ahead = kAtOnce; ahead < 2 * kAtOnce; ahead += kPage) {

@@ -41,7 +41,7 @@ struct Scales {
   V student_label{}, teacher_label{};  // as in Statistics (kernels.h)
   V student_inverse = broadcast<V>(1),
     teacher_inverse = broadcast<V>(1);  // 1 / |z|, 1 / |w| (kCosine)
-  V student_mean{}, teacher_mean{};     // of the logits (kCenteredSquaredError)
+  V student_mean{}, teacher_mean{};     // means of the logits (kCenteredSquaredError)
   V zero_row_value{};  // what a student or teacher of zeros adds to the divergence (kCosine)
   V mean{};            // the forward KL of a well-separated row; else 0
 
@@ -129,7 +129,7 @@ FASTKD_HOST_DEVICE auto are_apart(V student_max, V teacher_max, V temperature) {
 // For divergences that compare logits, d is the logits' difference, and log_ratio is 0.
 template <class V>
 struct LogRatio {
-  V inverse_temperature;                  // of the student
+  V inverse_temperature;                  // reciprocal of the temperature of the student
   V temperature_ratio = broadcast<V>(1);  // the student's temperature over the teacher's
   V student_base{}, teacher_base{};
   V log_ratio{};

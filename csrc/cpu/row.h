@@ -108,8 +108,8 @@ Row<T> make_row(const Inputs& in, int64_t index, bool terms) {
   if (decoupled && row.state == State::kNormal) row.left_out = row.label;
   if (row.hard_weight == 0 && !terms) return row;
   row.hard = ExpSource::kSeparate;
-  // A power has t times the error of exp(z / t). That error is too great for fp64, and if the hard
-  // term is the greater part of the gradient.
+  // A power has t times the error of exp(z / t). Such an error is too great in fp64, and also if
+  // the hard term is the greater part of the gradient.
   const double t = row.temperature;
   const bool precise = row.hard_weight <= row.soft_weight * t || t == 1;
   if (sizeof(T) == sizeof(float) && precise && (t == 1 || t == 2 || t == 4)) {

@@ -67,7 +67,7 @@ Scales<T> get_stats(const BackwardArgs& args, const Row<T>& row, int64_t index, 
   return s;
 }
 
-// The last step of a row: its loss, terms and stats.
+// Write loss, terms and stats of a row, as the last step.
 template <class T>
 void finish(const ForwardArgs& args, const Row<T>& row, int64_t index, const Statistics& statistics,
             const Scales<T>& scales, Sums* sums) {
@@ -230,7 +230,7 @@ void close_row(const ForwardArgs& args, int64_t index, const Statistics* of_row,
   finish(args, row, index, statistics, make_scales(row, statistics), &sums);
 }
 
-// The row engine's part of an instruction set's kernels.
+// Return the row engine's functions as the kernels of an instruction set.
 template <class T>
 Kernels row_kernels(const char* name) {
   Kernels kernels = {};

@@ -124,7 +124,7 @@ sum_exponentials(const Vectors<const S>& vectors, int64_t count, const Exponenti
         Register<T> log_ratio = x[i] - (y[i] - other_top);
         if constexpr (kLogRatios == LogRatioSum::kBounded)
           log_ratio = min(log_ratio, most_log_ratio);
-        // The lower bound prevents 0 * -inf; it holds anyway if the exponential is not 0.
+        // The lower bound prevents 0 * -inf; the bound never applies if the exponential is not 0.
         log_ratio_run = mul_add(e[i], max(log_ratio, tempered.least), log_ratio_run);
       }
     }

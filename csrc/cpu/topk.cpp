@@ -28,7 +28,7 @@ using topk::Summary;
 // exponentials of fp32 logits would double the memory; recomputing them from cached logits takes
 // less time.
 template <class T, class S>
-constexpr bool kKeepsRest = sizeof(S) < sizeof(T);
+constexpr bool kCachesRest = sizeof(S) < sizeof(T);
 
 // The listed classes of a row, without padding, with the student's probability and the slope of
 // each. All rows of a thread share the memory.
@@ -57,7 +57,7 @@ struct Scratch {
 
   explicit Scratch(const TopkArgs& args)
       : list(args.k), comparison(args), constants(make_constants(args.divergence, args.mix)) {
-    if (!kKeepsRest<T, S>) return;
+    if (!kCachesRest<T, S>) return;
     exponentials.reset(new T[static_cast<size_t>(args.classes + kLanes)]);
     maxima.reset(new double[static_cast<size_t>(args.classes / kBlock + 1)]);
   }
@@ -88,7 +88,7 @@ SoftSums sum_listed(const Comparison& comparison, const RowOptions& row, const S
 
 template <class T, class S>
 struct TopkRow {
-  static constexpr bool kKeeps = kKeepsRest<T, S>;
+  static constexpr bool kCaches = kCachesRest<T, S>;
   const TopkArgs& args;
   int64_t index;
   uint64_t* listed;  // one bit for each class
@@ -191,7 +191,7 @@ struct TopkRow {
         is_precise = precise.set_max(top);
       }
       T* exponentials = nullptr;
-      if constexpr (kKeeps) exponentials = &scratch.exponentials[at], *block_max++ = sums.max;
+      if constexpr (kCaches) exponentials = &scratch.exponentials[at], *block_max++ = sums.max;
       const CacheLevel next = next_of<S>(at, args.classes);
       const ExponentialSums block_sums = with_source(row.hard, [&](auto source) {
         constexpr ExpSource kSource = decltype(source)::value;
@@ -212,7 +212,7 @@ struct TopkRow {
                   static_cast<double>(count) * near;
       }
     });
-    if (sums.max == kMinusInfinity) sums.tempered *= 0, sums.hard *= 0;  // no class, or NaN
+    if (sums.max == kMinusInfinity) sums.tempered *= 0, sums.hard *= 0;  // 0, or NaN for NaN
     return sums;
   }
 
@@ -262,27 +262,27 @@ struct TopkRow {
     // these stores.
     const bool non_temporal = stores_non_temporal(args, args.grad, 16384);
     for_blocks(0, args.classes, -1, [&](int64_t at, int64_t count) {
-      const double relative_to = kKeeps ? *block_max++ : max;
+      const double relative_to = kCaches ? *block_max++ : max;
       const double shift = topk::rescaling_of(relative_to, max, row.temperature);
       const double hard_shift =
           kSource == ExpSource::kSeparate ? 1 : topk::rescaling_of(relative_to, max, 1);
       const Register<T> soft_gain = splat(static_cast<T>(gains.rest * shift));
       const Register<T> hard_gain = splat(static_cast<T>(gains.rest_hard * hard_shift));
-      const T* const exponentials = kKeeps ? &scratch.exponentials[at] : nullptr;
+      const T* const exponentials = kCaches ? &scratch.exponentials[at] : nullptr;
       Vectors<const S> block;
-      if (!kKeeps || kSource == ExpSource::kSeparate) block = fetch(student, at, count, buffer);
+      if (!kCaches || kSource == ExpSource::kSeparate) block = fetch(student, at, count, buffer);
       const Vectors<S> grad = target(grad_at(at), args.student_dtype, count, result, non_temporal);
       for_vectors<S>(count, [&](int64_t step, auto width) FASTKD_INLINE {
         constexpr int64_t kWidth = decltype(width)::value, kMany = kRegisters<kWidth, T>;
         Register<T> z[kMany] = {}, e[kMany], gradient[kMany];
         prefetch_next<CacheLevel::kL2, kWidth>(grad.at(step));
-        if (!kKeeps || kSource == ExpSource::kSeparate)
+        if (!kCaches || kSource == ExpSource::kSeparate)
           load<kWidth>(block.at(step), -kInfinity<T>, z);
-        if constexpr (kKeeps) load<kWidth>(exponentials + step, T(0), e);
+        if constexpr (kCaches) load<kWidth>(exponentials + step, T(0), e);
         FASTKD_UNROLL
         for (int64_t i = 0; i < kMany; ++i) {
-          if constexpr (!kKeeps || kSource == ExpSource::kSeparate) z[i] -= tempered.max;
-          if constexpr (!kKeeps) e[i] = tempered(z[i]);
+          if constexpr (!kCaches || kSource == ExpSource::kSeparate) z[i] -= tempered.max;
+          if constexpr (!kCaches) e[i] = tempered(z[i]);
           gradient[i] = mul_add(soft_gain, e[i], uniform);
         }
         if constexpr (kSource != ExpSource::kNone) {

@@ -98,7 +98,7 @@ FASTKD_HOST_DEVICE void transpose_square(const S* from, int64_t from_stride, S* 
   for (int64_t i = 0; i < kSide<S>; ++i) std::memcpy(to + i * to_stride, &rows[i], sizeof(V));
 }
 
-// Transpose: to[column][row] = from[row][column].
+// Transpose a block of numbers: to[column][row] = from[row][column].
 template <class S>
 __attribute__((noinline)) void transpose(const S* from, int64_t from_stride, int64_t rows,
                                          int64_t columns, S* to, int64_t to_stride) {
@@ -111,7 +111,7 @@ __attribute__((noinline)) void transpose(const S* from, int64_t from_stride, int
     }
     return;
   }
-  // The last square in either direction may overlap the one before it.
+  // The last square in either direction may overlap the previous square.
   for (int64_t i = 0; i < rows; i += kStep) {
     const int64_t row = i < rows - kStep ? i : rows - kStep;
     for (int64_t j = 0; j < columns; j += kStep) {

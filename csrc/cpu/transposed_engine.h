@@ -49,7 +49,7 @@ struct Block {
 // Rows to prefetch while other rows are computed, a few for each class. Prefetching all rows at
 // once would exceed the processor's line fill buffers.
 struct Ahead {
-  uintptr_t from = 0, size = 0;  // bytes of a number; 0: only one line is prefetched
+  uintptr_t from = 0, size = 0;  // `size`: bytes of a number; 0 to prefetch only one line
 
   FASTKD_HOST_DEVICE void fetch(int64_t number) const {
     const uintptr_t address = from + static_cast<uintptr_t>(number) * size;
@@ -89,7 +89,8 @@ struct TransposedEngine {
   ExpSums exponentials;
   Moments<float> moments;
   V offsets;
-  // Sums of the second sweep, as in Sums (kernels.h); each block is summed first.
+  // Sums of the second sweep, as in Sums (kernels.h). Each block is summed separately first, so
+  // that sums round less.
   V value, slope, classes, student_entropy, teacher_entropy, agreement;
 
   template <class Args>
@@ -139,9 +140,9 @@ struct TransposedEngine {
       }
       rows_of(in.student_dtype, in.student_stride).load(in.student, in.classes, tile.student);
       rows_of(in.teacher_dtype, in.teacher_stride).load(in.teacher, in.classes, tile.teacher);
-      ahead[0] = fetched(in.student, in.student_dtype, in.student_stride, at + kTileRows);
-      ahead[1] = fetched(in.teacher, in.teacher_dtype, in.teacher_stride, at + kTileRows);
-      ahead[2] = fetched(grad, in.student_dtype, grad_stride, at);
+      ahead[0] = rows_ahead(in.student, in.student_dtype, in.student_stride, at + kTileRows);
+      ahead[1] = rows_ahead(in.teacher, in.teacher_dtype, in.teacher_stride, at + kTileRows);
+      ahead[2] = rows_ahead(grad, in.student_dtype, grad_stride, at);
       for (lane = 0; lane < rows; lane += kGroupRows) {
         first = at + lane, count = rows - lane < kGroupRows ? rows - lane : kGroupRows;
         start_group();
@@ -152,7 +153,7 @@ struct TransposedEngine {
     }
   }
 
-  Ahead fetched(const void* base, DType dtype, const RowStrides& stride, int64_t row) const {
+  Ahead rows_ahead(const void* base, DType dtype, const RowStrides& stride, int64_t row) const {
     if (base == nullptr || stride.classes != 1 || stride.row != in.classes) {
       return {reinterpret_cast<uintptr_t>(tile.student), 0};
     }

@@ -18,7 +18,7 @@ struct BackwardCall {
   BackwardArgs args;
   bool filled;  // grad holds the gradient for grad_output = 1
   int lanes;    // threads of a CTA that share a row: 1 or all; blockIdx.y is the piece of the row
-  Constants constants;  // of the divergence
+  Constants constants;  // constants of the divergence
 };
 
 template <class A>

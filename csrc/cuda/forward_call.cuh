@@ -16,7 +16,7 @@ struct ForwardCall {
   const void* denominator = nullptr;  // acc, one number
   void* total = nullptr;              // acc [1] or [1 + kTerms], or null
   ScaleSource scale_source = ScaleSource::kArgument;
-  Constants constants;  // of the divergence
+  Constants constants;  // constants of the divergence
 };
 
 // Return true if the sweeps sum more than loss and gradient need.

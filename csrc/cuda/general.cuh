@@ -227,7 +227,8 @@ struct alignas(16) GeneralWriter : Writer<A> {
     // The exact sum of q - p is 0. The computed sum shows the rounding error of the sums of
     // exponentials, and so of the odds.
     const A apart = odds_difference(z, w) + log1p_of(sums.slope);
-    // NaN is 0 * inf, and means an infinite divergence, as in close_row() (forward_call.cuh).
+    // NaN comes from 0 * inf, and means an infinite divergence, as in close_row()
+    // (forward_call.cuh).
     const A within = sums.value == sums.value ? sums.value : A(INFINITY);
     sums.value = binary_kl_of(teacher_log, log, apart).value + weighted(mix_of(in), within);
     const Odds<A> student = odds_of(log), teacher = odds_of(teacher_log);

@@ -47,14 +47,14 @@ struct ChunkClasses {
     return place;
   }
 };
-// A chunk of classes that are loaded one by one. each() calls fn(z, w, i) for each class except the
-// class at position `without`.
+// A chunk of classes that are loaded one by one. for_each() calls fn(z, w, i) for each class except
+// the class at position `without`.
 template <class A, int kMost, class Count, class Step>
 struct ElementChunk : ChunkClasses<kMost, Count, Step> {
   A z[kMost], w[kMost];
 
   template <class Fn>
-  __device__ __forceinline__ void each(int without, Fn&& fn) const {
+  __device__ __forceinline__ void for_each(int without, Fn&& fn) const {
 #pragma unroll
     for (int i = 0; i < kMost; i++)
       if (i < this->count && i != without) fn(z[i], w[i], i);
@@ -68,7 +68,7 @@ struct VectorChunk
   uint4 student, teacher;
 
   template <class Fn>
-  __device__ __forceinline__ void each(int without, Fn&& fn) const {
+  __device__ __forceinline__ void for_each(int without, Fn&& fn) const {
     float z[kElements], w[kElements];
     Vector<T>::load(student, z);
     Vector<T>::load(teacher, w);
@@ -92,7 +92,7 @@ struct VectorRow {
   RowLayout layout;
   Place place;
 
-  // `begin`, `count`: the classes of the row that the view covers.
+  // Set the view. `begin`, `count`: the classes of the row that the view covers.
   template <class Args>
   __device__ __forceinline__ VectorRow(const Args& args, int64_t row, const Place& at,
                                        int64_t begin, int64_t count)

@@ -37,7 +37,7 @@ struct List {
 
   // Call fn(id, log_prob) for this thread's share of the listed classes.
   template <class Fn>
-  __device__ __forceinline__ void each(Fn&& fn) const {
+  __device__ __forceinline__ void for_each(Fn&& fn) const {
 #pragma unroll 1
     for (int64_t i = threadIdx.x; i < call.k; i += blockDim.x) {
       const int64_t id = call.indices[index * call.k + i];
@@ -109,7 +109,7 @@ __device__ __forceinline__ uint32_t bits_of(const uint32_t* map, const C& chunk)
   if constexpr (std::is_same_v<decltype(chunk.step), Constant<1>>)
     return __funnelshift_r(map[first / 32], map[first / 32 + 1], first % 32);
   uint32_t bits = 0;
-  chunk.each(-1, [&](auto, auto, int i) {
+  chunk.for_each(-1, [&](auto, auto, int i) {
     const int bit = first + i * chunk.step;
     bits |= (map[bit / 32] >> (bit % 32) & 1) << i;
   });
@@ -127,22 +127,22 @@ __device__ __forceinline__ bool scan_rest(const ForwardArgs& logits, int64_t ind
   bool good = true;
   for (int64_t begin = 0; begin < logits.classes; begin += kMapBits) {
     const int64_t count = min(kMapBits, logits.classes - begin);
-    const auto each = [&](auto&& fn) {  // fn(word, mask)
-      list.each([&](int64_t id, double) {
+    const auto for_each = [&](auto&& fn) {  // fn(word, mask)
+      list.for_each([&](int64_t id, double) {
         const int64_t bit = id - begin;
         if (bit >= 0 && bit < count) fn(map + bit / 32, 1u << (bit % 32));
         if (id >= logits.classes) good = false;
       });
     };
     if (begin > 0) __syncthreads();
-    each([&](uint32_t* word, uint32_t mask) { good &= (atomicOr(word, mask) & mask) == 0; });
+    for_each([&](uint32_t* word, uint32_t mask) { good &= (atomicOr(word, mask) & mask) == 0; });
     __syncthreads();
     const Row piece(logits, index, place, begin, count);
     piece.template for_chunks<false, 4>([&](const auto& chunk) {
       rest.include(chunk, bits_of(map, chunk), t, logits.label_smoothing != 0);
     });
     __syncthreads();
-    each([&](uint32_t* word, uint32_t mask) { atomicAnd(word, ~mask); });
+    for_each([&](uint32_t* word, uint32_t mask) { atomicAnd(word, ~mask); });
   }
   return good;
 }
@@ -155,7 +155,7 @@ __device__ __forceinline__ ListSums sum_list(const Row& row, const List<typename
                                              double inverse_temperature) {
   ListSums sums;
   const double near = topk::origin({greatest});
-  list.each([&](int64_t id, double log_p) {
+  list.for_each([&](int64_t id, double log_p) {
     if (id >= row.classes) return;
     const double offset = static_cast<double>(row.student_at(id)) - near;
     sums.tempered += exp(offset * inverse_temperature);
@@ -204,7 +204,7 @@ __device__ __forceinline__ topk::SoftSums sum_listed(const Row& row,
                                                      const Solution<typename Row::A>& s,
                                                      const TopkCall& call) {
   topk::SoftSums sums;
-  list.each([&](int64_t id, double log_p) {
+  list.for_each([&](int64_t id, double log_p) {
     sums.add(evaluate(call, s, static_cast<double>(row.student_at(id)), log_p));
     if (call.comparison.divergence == Divergence::kSoftCrossEntropy)
       sums.entropy -=
@@ -234,7 +234,7 @@ __device__ __forceinline__ void write_list(const Row& row, const List<typename R
                                            const Solution<typename Row::A>& s, const TopkCall& call,
                                            int64_t label) {
   const double near = topk::origin(s.summary.list), hard = s.gains.hard / s.summary.all.hard;
-  list.each([&](int64_t id, double log_p) {
+  list.for_each([&](int64_t id, double log_p) {
     const double z = static_cast<double>(row.student_at(id));
     double g = s.gains.uniform;
     if (s.gains.soft != 0) {
@@ -262,7 +262,7 @@ __device__ __forceinline__ void write_row(const Row& row, const List<typename Ro
   if (call.forward.args.grad != nullptr) {
     row.template for_chunks<true, 4>([&](const auto& chunk) {
       A g[std::decay_t<decltype(chunk)>::kMost];
-      chunk.each(-1, [&](A z, A, int i) { g[i] = s.rest.at(z, t); });
+      chunk.for_each(-1, [&](A z, A, int i) { g[i] = s.rest.at(z, t); });
       row.store(chunk, g);
     });
     __syncthreads();
@@ -290,7 +290,7 @@ __device__ __forceinline__ void run_row(const Row& row, const ForwardArgs& logit
   const Temperature<A> t(args, index);
   const List<A> list{call, index};
   double greatest = topk::kMinusInfinity;
-  list.each([&](int64_t id, double) {
+  list.for_each([&](int64_t id, double) {
     if (id < args.classes) greatest = max_of(greatest, static_cast<double>(row.student_at(id)));
   });
   greatest =

@@ -20,14 +20,14 @@ struct Rest : Statistics<A> {
                                           bool smoothing) {
     const A near = this->student_max > kLowest<A> ? this->student_max : A(0);
     A sum = 0, top = A(-INFINITY);
-    const auto each = [&](auto&& fn) {
-      chunk.each(-1, [&](A z, A, int i) { fn(bits >> i & 1 ? A(-INFINITY) : z); });
+    const auto for_each = [&](auto&& fn) {
+      chunk.for_each(-1, [&](A z, A, int i) { fn(bits >> i & 1 ? A(-INFINITY) : z); });
     };
-    if (smoothing) chunk.each(-1, [&](A z, A, int) { sum += z - near; });
+    if (smoothing) chunk.for_each(-1, [&](A z, A, int) { sum += z - near; });
     logits += static_cast<double>(sum) + (smoothing ? chunk.count * static_cast<double>(near) : 0);
-    each([&](A z) { top = max_of(top, z); });
+    for_each([&](A z) { top = max_of(top, z); });
     if (top > this->student_max + t.margin) this->raise(top, A(0), t);
-    each([&](A z) { this->template add<kAtRunTime>(z, A(0), t); });
+    for_each([&](A z) { this->template add<kAtRunTime>(z, A(0), t); });
   }
   // Merge the sums of a warp; all lanes get the result.
   __device__ __forceinline__ void merge_lanes(const Temperature<A>& t) {

@@ -111,9 +111,9 @@ struct alignas(16) Writer {
                   : mul_of(weight, quotient_of(smoothing, static_cast<A>(in.classes)));
     label = mul_of(weight, A(1) - smoothing);
 
-    // d must match p and q as element() forms them: the error of the sum of p d + q - p is then of
-    // second order. The logarithm of a quotient does not cancel if the sums of student and teacher
-    // are close.
+    // d must match p and q as element() forms p and q. The error of the sum of p d + q - p is then
+    // of second order. The logarithm of a quotient does not cancel if the sums of student and
+    // teacher are close.
     const A quotient = mul_of(stats.teacher_scale, reciprocal_of(stats.student_scale));
     const A rest = fma_of(-quotient, stats.student_scale, stats.teacher_scale);
     const A log_ratio = fma_of(rest, reciprocal_of(stats.teacher_scale), log_of(quotient));

@@ -78,7 +78,7 @@ DType dtype_of(const Tensor& tensor, const char* name);
 inline bool in_double(const Inputs& in) {
   return computes_in_double(in.student_dtype, in.teacher_dtype);
 }
-// The type of loss, terms, stats, row_settings and grad_output.
+// Return the type of loss, terms, stats, row_settings and grad_output.
 inline ScalarType acc_type(bool in_double) {
   return in_double ? ScalarType::Double : ScalarType::Float;
 }

@@ -80,8 +80,8 @@ bool scale_filled(const Inputs& inputs, const Tensor& grad_output, const Tensor&
   const double factor = value_of(grad_output);
   if (factor == 1.0) return true;
   // Scaling rounds a 16-bit gradient a second time, and a loss scale cannot restore what has
-  // underflowed in fp16. In bf16 a power of two is exact: it changes the exponent alone, whose
-  // range is that of float32.
+  // underflowed in fp16. In bf16 a product with a power of two is exact: the product changes the
+  // exponent alone, whose range is that of float32.
   int exponent = 0;
   const bool exact = inputs.student_dtype == DType::kBFloat16 && std::isfinite(factor) &&
                      std::fabs(std::frexp(factor, &exponent)) == 0.5;
@@ -106,10 +106,10 @@ void add_up(const Inputs& inputs, const Outputs& outputs, double scale) {
   in_double(inputs) ? of_type(0.0) : of_type(0.0f);
 }
 
-// Most logits in a thread's buffer for a mixture of teachers; one row, if a row is longer. The
-// buffer is written and read a few rows at a time, and should stay in L2.
+// Most logits in a thread's buffer for a mixture of teachers. A longer row has a buffer of one row.
+// The buffer is written and read a few rows at a time, and should stay in L2.
 constexpr int64_t kMixedClasses = 65536;
-constexpr int64_t kTile = 64;  // rows: a multiple of the transposed engine's tiles
+constexpr int64_t kTile = 64;  // number of rows: a multiple of the transposed engine's tiles
 
 // Call run(args, begin, end) for rows whose teacher is a mixture, on all threads. Each thread mixes
 // a few rows at a time, and passes the mixed logits as the teacher's.
@@ -135,7 +135,7 @@ void run_mixed(const Args& args, const MixtureArgs& mixture, const Run& run) {
         const int64_t last = std::min(row + step, end);
         mixed.first_row = row;
         cpu::kernels().mixture(mixed, row, last);
-        // The address that row 0 would have.
+        // Pass the address that row 0 would have, because kernels add the offset of the row.
         const uintptr_t first =
             reinterpret_cast<uintptr_t>(mixed.mixed) - static_cast<size_t>(row * row_bytes);
         with_teacher.teacher = reinterpret_cast<const void*>(first);

@@ -2,7 +2,7 @@
 //
 // The module is optional and only adds speed: python/fastkd/_core/autograd.py implements the same
 // autograd in Python (docs/maths.md, section 8). torch's C++ autograd has no stable ABI, so the
-// module fits only the torch that it was built with. The module records that version, and
+// module fits only the torch of its build. The module records that version, and
 // python/fastkd/_core/native.py calls register_kernels() only if the version matches.
 //
 // Each loss `op` of library.cpp and topk.cpp has three more ops. `op_into` writes the gradient in
@@ -164,8 +164,8 @@ template <class T>
 struct FusedLoss : torch::autograd::Function<T> {
   static constexpr bool is_traceable = true;  // compiled autograd may trace backward()
 
-  // `stack`: the arguments of the loss on top, `student` among them. The op that is called takes
-  // these arguments from the stack.
+  // Compute the loss. `stack`: the arguments of the loss on top, `student` among them. The op that
+  // is called takes these arguments from the stack.
   static Tensor forward(AutogradContext* ctx, const Tensor& student, Stack* stack) {
     const Ops& ops = T::ops();
     const at::AutoDispatchBelowADInplaceOrView below_autograd;
@@ -262,8 +262,8 @@ void loss_with_autograd(const c10::OperatorHandle& op, Stack* stack) {
 // each of the op's arguments in every call, which takes longer than a small loss itself.
 class PreparedCall {
  public:
-  // `arguments`: the op's arguments, in the order of the schema, with None for the unbound tensors.
-  // `places`: the indices of the unbound tensors among `arguments`.
+  // Bind the arguments. `arguments`: the op's arguments, in the order of the schema, with None for
+  // the unbound tensors. `places`: the indices of the unbound tensors among `arguments`.
   PreparedCall(const std::string& name, const py::tuple& arguments, std::vector<size_t> places)
       : op_(find_op(name)), places_(std::move(places)) {
     const auto& schema = op_.schema().arguments();
@@ -276,7 +276,8 @@ class PreparedCall {
     }
   }
 
-  // `tensors`: one for each place. If the op takes a list, the tensor becomes its only element.
+  // Call the op. `tensors`: one tensor for each place. If the op takes a list, the tensor becomes
+  // the only element of the list.
   Tensor operator()(const py::args& tensors) const {
     TORCH_CHECK_VALUE(tensors.size() == places_.size(), "expected ", places_.size(), " tensors");
     Stack stack;

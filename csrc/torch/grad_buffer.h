@@ -31,7 +31,7 @@ struct Block {
 inline std::atomic<Block*> spare{nullptr};
 
 // Cache `block`, and free the block that was cached before.
-inline void keep(Block* block) {
+inline void cache_block(Block* block) {
   Block* const before = spare.exchange(block);
   if (before == nullptr) return;
   std::free(before->data);
@@ -42,7 +42,7 @@ inline void keep(Block* block) {
 // as torch's own allocator does.
 inline void release(void* block) {
   c10::profiledCPUMemoryReporter().Delete(static_cast<Block*>(block)->data);
-  keep(static_cast<Block*>(block));
+  cache_block(static_cast<Block*>(block));
 }
 
 // Return the size of a block for `bytes`: full huge pages, if at most a tenth would be unused. Many
@@ -58,7 +58,7 @@ inline Block* take(size_t bytes) {
   Block* const block = spare.exchange(nullptr);
   if (block != nullptr) {
     if (bytes <= block->bytes && block->bytes - bytes <= bytes / 10) return block;
-    keep(block);
+    cache_block(block);
   }
   void* data = nullptr;
   const size_t size = block_bytes(bytes);

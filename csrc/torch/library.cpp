@@ -36,7 +36,7 @@ struct LossArguments {
     const bool is_mixed = !teachers.shares.empty();
     STD_TORCH_CHECK(is_mixed || teachers.tensors.size() == 1, "several teachers must have shares");
     STD_TORCH_CHECK(!is_mixed || student.is_cpu(), "only the CPU kernels read several teachers");
-    // The student is also passed as the teacher, because the mixture has no layout of its own yet.
+    // The student is also passed as the teacher, because the mixture has no layout yet.
     Call call =
         prepare(student, is_mixed ? student : teachers.tensors[0], labels, settings, true, grad);
     if (is_mixed) use_mixture(&call);
@@ -135,7 +135,7 @@ void empty_gradient(StableIValue* stack, uint64_t, uint64_t) {
 // the CPU kernels mix the teachers, a few rows at a time. row_temperatures: acc [2, rows], replaces
 // mixture_temperature and teachers_temperature. row_settings: acc [4, rows], replaces temperature,
 // teacher_temperature, hard_weight and soft_weight. denominator: acc, one number; a mean divides by
-// it instead of by the number of rows.
+// this number instead of the number of rows.
 #define FASTKD_LOSS                                                                              \
   "Tensor student, Tensor[] teachers, Tensor? row_temperatures, float[] shares, bool "           \
   "probabilities, int ensemble, float mixture_temperature, float teachers_temperature, Tensor? " \

@@ -12,7 +12,7 @@
 namespace fastkd::glue {
 namespace {
 
-using Strides = std::array<int64_t, 3>;  // of student, teacher and gradient in one dimension
+using Strides = std::array<int64_t, 3>;  // of student, teacher and gradient, in one dimension
 
 // Neighboring dimensions, merged into one.
 struct MergedDimension {
