@@ -27,7 +27,7 @@ enum Term : int { kHard, kSoft, kStudentEntropy, kTeacherEntropy, kAgreement, kT
 // The rows of `row_settings`.
 enum RowSetting : int { kTemperature, kTeacherTemperature, kHardWeight, kSoftWeight, kRowSettings };
 
-// The rows of `stats`: the numbers of a row from which backward writes the gradient again, bit for
+// The rows of `stats`: the numbers of a row from which backward recomputes the gradient, bit for
 // bit.
 enum Stat : int {
   kStudentMax,    // max z

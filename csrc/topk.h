@@ -33,8 +33,8 @@ struct TopkArgs : Inputs {
   Reduction reduction = Reduction::kMean;  // `reduction` and `scale` are as in ForwardArgs
   double scale = 1.0;
   const void* grad_output =
-      nullptr;  // acc, one number, or [rows] when `grad_output_per_row`; or null
-  bool grad_output_per_row = false;  // without grad_output, its value is 1
+      nullptr;  // acc, one number, or [rows] when `grad_output_per_row`; null: 1
+  bool grad_output_per_row = false;  // true if grad_output has one number for each row
 };
 
 // Greatest valid sum of a row's listed probabilities. Rounding 16-bit log-probabilities changes the

@@ -11,10 +11,11 @@ namespace {
 enum class State { kNormal, kIgnored, kInvalid };
 
 // Return true if the divergence's value is the teacher's mean of log(p / q), plus the teacher's
-// entropy for the soft cross entropy. The first sweep sums what the mean needs. In a well-separated
-// row the forward KL is clearly above 0, so that the mean loses no digits. The value then needs no
-// further sweep, and the gradient is q - p. Near 0 the mean and q - p would cancel, and the second
-// sweep computes value and gradient class by class (docs/maths.md, section 3).
+// entropy for the soft cross entropy. The first sweep sums the exponentials and log ratios of that
+// mean. In a well-separated row the forward KL is clearly above 0, so that the mean loses no
+// digits. The value then needs no further sweep, and the gradient is q - p. Near 0 the mean and q -
+// p would cancel, and the second sweep computes value and gradient class by class (docs/maths.md,
+// section 3).
 constexpr bool is_mean_log_ratio(Divergence id) {
   return id == Divergence::kForwardKL || id == Divergence::kSoftCrossEntropy;
 }

@@ -63,8 +63,8 @@ struct ExponentialSums {
 // The cache level of a prefetch. The loop over exponentials is bound by arithmetic, and prefetches
 // for the maximum of the next block, which is bound by memory. Each store of a gradient prefetches
 // as well. A row's last block prefetches logits that are read only after the row's second sweep.
-// That sweep's data fill L1, so these logits go to L2, unless logits have 16 bits. A prefetch
-// beyond the row is harmless.
+// The data of the second sweep fill L1, so these logits go to L2, unless logits have 16 bits. A
+// prefetch beyond the row is harmless.
 enum class CacheLevel { kL1, kL2 };
 template <class S>
 FASTKD_HOST_DEVICE CacheLevel next_of(int64_t at, int64_t classes) {

@@ -1,8 +1,8 @@
 // The forward kernel, which computes gradient, loss, terms and statistics of each row. The kernel
 // sweeps over a row twice, or three times if slopes must be summed first. The later sweeps find the
-// row in L1 or L2, so that one kernel reads and writes memory only once. The kernel is a template
-// over a view of the row (row_views.cuh) and a team of threads that share the row. Derivations:
-// docs/maths.md, sections 2, 3 and 10.
+// row in L1 or L2, so that the row is read from memory once. The kernel is a template over a view
+// of the row (row_views.cuh) and a team of threads that share the row. Derivations: docs/maths.md,
+// sections 2, 3 and 10.
 #pragma once
 #include <type_traits>
 

@@ -127,7 +127,7 @@ __device__ __forceinline__ bool scan_rest(const ForwardArgs& logits, int64_t ind
   bool good = true;
   for (int64_t begin = 0; begin < logits.classes; begin += kMapBits) {
     const int64_t count = min(kMapBits, logits.classes - begin);
-    const auto for_each = [&](auto&& fn) {  // fn(word, mask)
+    const auto for_each = [&](auto&& fn) {  // calls fn(word, mask)
       list.for_each([&](int64_t id, double) {
         const int64_t bit = id - begin;
         if (bit >= 0 && bit < count) fn(map + bit / 32, 1u << (bit % 32));

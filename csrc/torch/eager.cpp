@@ -2,7 +2,7 @@
 //
 // The module is optional and only adds speed: python/fastkd/_core/autograd.py implements the same
 // autograd in Python (docs/maths.md, section 8). torch's C++ autograd has no stable ABI, so the
-// module fits only the torch of its build. The module records that version, and
+// module fits only the torch of its build. The module records the version of torch, and
 // python/fastkd/_core/native.py calls register_kernels() only if the version matches.
 //
 // Each loss `op` of library.cpp and topk.cpp has three more ops. `op_into` writes the gradient in
@@ -246,7 +246,7 @@ struct FastKDTopkLoss : FusedLoss<FastKDTopkLoss> {
   }
 };
 
-// The autograd kernel of a loss.
+// Run the loss with autograd, if the student requires a gradient.
 template <class T>
 void loss_with_autograd(const c10::OperatorHandle& op, Stack* stack) {
   const size_t count = op.schema().arguments().size();
