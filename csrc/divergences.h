@@ -3,8 +3,8 @@
 //
 // For D = sum_i value(p_i, q_i), let slope_i = q_i * d value / d q_i and S = sum_i slope_i. Then
 //   dD/dz_i = (slope_i - q_i * S) / t
-// by docs/maths.md, section 2. Section 10 has the formula of each divergence.
-// A multiple of q_i may be added to every slope: S grows by the same multiple, and the gradient
+// docs/maths.md derives this gradient in section 2, and the formula of each divergence in section
+// 10. A multiple of q_i may be added to every slope: S grows by the same multiple, and the gradient
 // stays. Each divergence chooses the multiple such that nothing cancels where p is near q. For the
 // forward KL the chosen S is 0, so that value and gradient come from one sweep.
 //

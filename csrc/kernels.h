@@ -10,7 +10,7 @@
 // "acc" is the compute type: float, or double if either input is fp64 (dtypes.h). Pointers marked
 // acc point to numbers of this type. Two layouts are read in place. In (..., C), the classes of a
 // row are adjacent, and rows have any strides. In (N, C, H, W), the rows of a group are adjacent,
-// and classes have any stride. Any alignment works.
+// and classes have any stride. Tensors may have any alignment.
 #pragma once
 #include <cstdint>
 
@@ -39,8 +39,8 @@ enum Stat : int {
   kClassCount,    // n of SlopeCentering (divergences.h), or 0
   kStats,
 
-  // Aliases of the names above, for divergences that store different numbers. kCosine: 1 / |z| and
-  // 1 / |w|.
+  // Aliases of the names above, for divergences that store different numbers. kCosine: the inverse
+  // norms 1 / |z| and 1 / |w|.
   kStudentInverseNorm = kStudentScale,
   kTeacherInverseNorm = kTeacherScale,
   // kCenteredSquaredError: the means of z and of w.

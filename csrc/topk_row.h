@@ -16,8 +16,8 @@ struct Comparison {
   Divergence divergence = Divergence::kForwardKL;
   Tail tail = Tail::kGhost;
   Estimator estimator = Estimator::kNone;
-  // The least p of the ghost. Rounding of the list can leave the rest a probability of 0, and would
-  // make the reverse KL infinite.
+  // The least p of the ghost. Rounding of the list can leave the rest a probability of 0, which
+  // would make the reverse KL infinite.
   double least_rest = 0;
 
   Comparison() = default;

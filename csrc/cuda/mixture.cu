@@ -84,7 +84,7 @@ struct Normal {
   A max, log_scale;
 };
 
-// Write the Normal of every teacher to shared memory.
+// Write the normalization of every teacher to shared memory.
 template <class A>
 __device__ __forceinline__ void normalize(const MixtureCall& call, int64_t row, A factor,
                                           Normal<A>* normal) {

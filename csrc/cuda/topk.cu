@@ -369,7 +369,7 @@ namespace {
 template <class Row>
 cudaError_t launch_view(const TopkCall& call, cudaStream_t stream) {
   const ForwardArgs& args = call.forward.args;
-  // Full warps, with about 64 classes for each thread.
+  // Choose full warps, with about 64 classes for each thread.
   int threads = 32;
   while (threads < kTopkThreads && args.classes > 64 * threads) threads *= 2;
   const int map_bytes = static_cast<int>(map_words(args.classes) * 4);

@@ -45,8 +45,8 @@ inline void release(void* block) {
   cache_block(static_cast<Block*>(block));
 }
 
-// Return the size of a block for `bytes`: full huge pages, if at most a tenth would be unused. Many
-// gradients may be alive at a time.
+// Return the size of a block for `bytes`: full huge pages, if at most a tenth would be unused. More
+// unused memory would add up, because many gradients may be alive at a time.
 inline size_t block_bytes(size_t bytes) {
   const size_t rounded = (bytes + kHugePage - 1) / kHugePage * kHugePage;
   return rounded - bytes <= bytes / 10 ? rounded : bytes;
