@@ -1,5 +1,6 @@
-// The names of the divergences, and the constants of each: the numbers of its formula
-// (divergences.h) that are the same for all rows of a call (docs/maths.md, sections 3 and 10).
+// The names of the divergences, and the constants of the formulas in divergences.h. The constants
+// are computed once a call, because all rows share the constants (docs/maths.md, sections 3 and
+// 10).
 #pragma once
 #include <cmath>
 #include <cstdint>
@@ -36,15 +37,15 @@ constexpr const char* kDivergenceNames[kDivergences] = {"forward_kl",
                                                         "dkd",
                                                         "cosine"};
 
-// Constants of a divergence, the same for all classes, in the compute type.
+// Constants of a divergence, in the compute type T. All classes share the constants.
 template <class T>
 struct ConstantsOf {
   static constexpr bool kIsDouble = sizeof(T) == sizeof(double);
-  // mix and 1 - mix. Their sum is 1 in T as well: where the mixture is close to the greater of p
-  // and q, its logarithm is close to 0, and an error of the sum would show.
+  // mix and 1 - mix, whose sum is exactly 1 in T. An error of this sum would show where the
+  // logarithm of the mixture is close to 0.
   T mix = 0, rest = 1;
-  // Series in d for |d| <= kSeriesLimit, of a mixture m: value / (q d^2) and (1 - mix) log(m / q) /
-  // d. fp64 has the Taylor series, and fp32 fewer terms (economize()).
+  // Series in d of a mixture m, for |d| <= kSeriesLimit: value / (q d^2), and (1 - mix) log(m / q)
+  // / d. fp64 has the Taylor series, and fp32 a series of fewer terms (economize()).
   T value[kIsDouble ? 14 : 6] = {};
   T log[kIsDouble ? 14 : 5] = {};
 };
@@ -69,9 +70,9 @@ FASTKD_HOST_DEVICE const ConstantsOf<T>& constants_in(const Constants& k) {
   }
 }
 
-// Compute a polynomial of degree kFew - 1 that is close to the given one of degree kMany - 1 on |d|
-// <= kSeriesLimit: repeatedly subtract the multiple of a Chebyshev polynomial that cancels the
-// highest power (economization of power series).
+// Compute a polynomial `few` that is close to the polynomial `many` for |d| <= kSeriesLimit. Each
+// step subtracts the multiple of a Chebyshev polynomial that cancels the highest power
+// (economization of power series).
 template <int kMany, int kFew>
 void economize(const double (&many)[kMany], float (&few)[kFew]) {
   double remaining[kMany];
@@ -101,7 +102,8 @@ inline Constants make_constants(Divergence id, double mix) {
       id != Divergence::kSkewedReverseKL) {
     return both;
   }
-  // Powers of d: e = exp(d), m = 1 - a + a e^d = m / q, and l = log m by m l' = m'.
+  // Coefficients of the powers of d: e of exp(d), m of m / q = 1 - a + a exp(d), and l of log(m /
+  // q). The coefficients l follow from m l' = m'.
   const double a = id == Divergence::kSkewedReverseKL ? 1 - mix : mix;
   double e[kPowers], m[kPowers], l[kPowers];
   e[0] = m[0] = 1, l[0] = 0;
@@ -113,7 +115,7 @@ inline Constants make_constants(Divergence id, double mix) {
     if (n <= kTerms) k.log[n - 1] = (1 - mix) * l[n];
   }
   for (int n = 2; n < kPowers; ++n) {
-    double e_l = 0, m_l = 0;  // of the products
+    double e_l = 0, m_l = 0;  // coefficients of the products e l and m l
     for (int j = 1; j <= n; ++j) e_l += e[n - j] * l[j], m_l += m[n - j] * l[j];
     double& value = k.value[n - 2];
     if (id == Divergence::kJensenShannon) value = a * e[n - 1] - m_l;

@@ -1,16 +1,16 @@
-// The divergences: value and slope of one class, from p, q and d. The engines that run them do not
-// change when one is added.
+// The divergences: value and slope of one class, from p, q and d. A new divergence needs no change
+// of the engines.
 //
 // For D = sum_i value(p_i, q_i), let slope_i = q_i * d value / d q_i and S = sum_i slope_i. Then
 //   dD/dz_i = (slope_i - q_i * S) / t
-// by docs/maths.md, section 2. Section 10 has the formula of each divergence.
-// A multiple of q_i may be added to every slope: S grows by the same multiple, and the gradient
+// docs/maths.md derives this gradient in section 2, and the formula of each divergence in section
+// 10. A multiple of q_i may be added to every slope: S grows by the same multiple, and the gradient
 // stays. Each divergence chooses the multiple such that nothing cancels where p is near q. For the
 // forward KL the chosen S is 0, so that value and gradient come from one sweep.
 //
-// To add a divergence: a struct here, a line in Divergence, visit() and kDivergenceNames, and the
-// function of the same name in python/fastkd/reference/divergences.py. A test fails when the two
-// lists differ.
+// To add a divergence, write a struct here, a line in each of Divergence, visit() and
+// kDivergenceNames, and a function in python/fastkd/reference/divergences.py. A test fails if C++
+// and Python have different divergences.
 #pragma once
 #include <cmath>
 
@@ -27,8 +27,8 @@ enum class SlopeCentering {
   // divergences with kMean read only the difference of two logits.
   kMean,
   kCentered,
-  // (slope - u D) / |z| for Cosine, with the unit vectors u and v: D is the sum of the slopes, and
-  // classes that both mask have slopes of NaN, too.
+  // (slope - u D) / |z| for Cosine, where u is the student's unit vector and D the sum of the
+  // slopes. Classes that student and teacher both mask have slopes of NaN.
   kUnit,
 };
 
@@ -46,7 +46,7 @@ struct ForwardKL {
 
   template <class T>
   static FASTKD_HOST_DEVICE Evaluated<T> at(const Element<T>& e) {
-    // sum p d = sum (p d + q - p), and every term of the second sum is >= 0
+    // sum p d = sum (p d + q - p), and no term of the second sum is negative.
     return {e.excess, e.diff};
   }
   template <class T>
@@ -87,7 +87,7 @@ struct SymmetricKL {
   }
 };
 
-// Return log(m / q) and log(m / p) of the mixture m = (1 - a) q + a p, 0 < a < 1.
+// log(m / q) and log(m / p) of the mixture m = (1 - a) q + a p, 0 < a < 1.
 template <class T>
 struct Mixture {
   T log_over_q, log_over_p;
@@ -95,8 +95,8 @@ struct Mixture {
 
 template <class T>
 FASTKD_HOST_DEVICE Mixture<T> mixture(const Element<T>& e, Scalar<T> a) {
-  // Relative to q, or to p if p is much greater, so that nothing overflows: m / q - 1 = a (p - q) /
-  // q.
+  // The logarithm is relative to q, or to p if p is much greater, so that nothing overflows. m / q
+  // - 1 is a (p - q) / q.
   const auto above = e.d > static_cast<Scalar<T>>(kSeriesLimit);
   const T log = log1p_of((above ? (1 - a) * e.diff : -a * e.diff) / (above ? e.p : e.q));
   return {above ? log + e.d : log, above ? log : log - e.d};
@@ -114,8 +114,8 @@ struct JensenShannon {
   template <class T>
   static FASTKD_HOST_DEVICE Evaluated<T> at(const Element<T>& e, const ConstantsFor<T>& k) {
     const T p = k.mix * e.p, q = k.rest * e.q, m = p + q;
-    // Relative to the greater of p and q, so that nothing overflows: log(m / q) is log + d if p is
-    // greater, and log if q is greater.
+    // `log` is relative to the greater of p and q, so that nothing overflows. log(m / q) is log + d
+    // if p is greater, and log if q is greater.
     const T log = log_of(m / (e.p > e.q ? e.p : e.q));
     const auto above = e.d > 0;
     const T product = (above ? q : p) * bounded_above(bounded_below(e.d));
@@ -128,15 +128,14 @@ struct JensenShannon {
   }
 };
 
-// The least normal number: added to a denominator that may be 0, it prevents 0 / 0.
+// Return the least normal number. Added to a denominator that may be 0, this number prevents 0 / 0.
 template <class T>
 FASTKD_HOST_DEVICE constexpr T least() {
   static_assert(kIsScalar<T>, "");
   return sizeof(T) == sizeof(float) ? T(1.17549435e-38) : T(2.2250738585072014e-308);
 }
 
-// Return q (q - p) / (a q + b p), also if q is so small that a q underflows: the result is then
-// negligible.
+// Return q (q - p) / (a q + b p). If q is so small that a q underflows, the result is negligible.
 template <class T>
 FASTKD_HOST_DEVICE T share_of_mixture(const Element<T>& e, Scalar<T> a, Scalar<T> b) {
   return e.q * (e.diff / mul_add(a, e.q, mul_add(b, e.p, least<Scalar<T>>())));
@@ -191,7 +190,7 @@ struct SquaredError {
   }
 };
 
-// mean (z / t - w / t)^2 over classes, of logits minus the mean of their row. The engines subtract
+// mean (z / t - w / t)^2 over classes, of logits minus the mean of the row. The engines subtract
 // the means first. S = -2 n mean(gap) would be 0 but for the rounding of the means.
 struct CenteredSquaredError {
   static constexpr SlopeCentering kCentering = SlopeCentering::kCentered;
@@ -202,8 +201,8 @@ struct CenteredSquaredError {
   }
 };
 
-// 1 - z.w / (|z| |w|) = 1/2 |u - v|^2 with u = z / |z| and v = w / |w| (Sanh et al. 2019): nothing
-// cancels if u is near v. Its p and q are the elements of v and u.
+// 1 - z.w / (|z| |w|) = 1/2 |u - v|^2 with u = z / |z| and v = w / |w| (Sanh et al. 2019). Nothing
+// cancels in the second form if u is near v. p and q are the elements of v and u.
 struct Cosine {
   static constexpr SlopeCentering kCentering = SlopeCentering::kUnit;
 
@@ -216,25 +215,25 @@ struct Cosine {
 
 // Return true if a row's norm has no inverse in T.
 template <class T>
-FASTKD_HOST_DEVICE bool is_nothing(double squares) {
-  // Its square is 0 in double.
-  constexpr double kLeast = sizeof(T) == sizeof(double) ? 0 : 1 / 3.4028234663852886e38;
-  return squares <= kLeast * kLeast;
+FASTKD_HOST_DEVICE bool has_no_inverse(double squares) {
+  // Greatest norm without an inverse. For fp64, the square of such a norm is 0.
+  constexpr double kGreatest = sizeof(T) == sizeof(double) ? 0 : 1 / 3.4028234663852886e38;
+  return squares <= kGreatest * kGreatest;
 }
 
 // Inverse norms of a row for Cosine, 1 / |z| and 1 / |w|, from sums of squares. A student row of
-// zeros has the inverse t, so that its gradient is that by z / t. A row of zeros is orthogonal to
-// every row: 1/2 |u - v|^2 lacks 1/2 for each such row.
+// zeros has the inverse t, so that the row's gradient is the derivative by z / t. A row of zeros
+// counts as orthogonal to every row. 1/2 |u - v|^2 then lacks 1/2 for each row of zeros.
 template <class T>
 struct Inverses {
   T student, teacher;
-  double nothing;  // what rows of zeros add to the divergence
+  double zero_row_value;  // what rows of zeros add to the divergence
 };
 template <class T>
 FASTKD_HOST_DEVICE Inverses<T> inverses_of(double student_squares, double teacher_squares,
                                            double temperature) {
-  const bool no_student = is_nothing<T>(student_squares);
-  const bool no_teacher = is_nothing<T>(teacher_squares);
+  const bool no_student = has_no_inverse<T>(student_squares);
+  const bool no_teacher = has_no_inverse<T>(teacher_squares);
   return {static_cast<T>(1 / (no_student ? temperature : std::sqrt(student_squares))),
           static_cast<T>(no_teacher ? 1 : 1 / std::sqrt(teacher_squares)),
           0.5 * (no_student + no_teacher)};
@@ -255,7 +254,7 @@ struct Odds {
   }
 };
 
-// Return exp(x) - 1 where is_small(x).
+// Return exp(x) - 1 if is_small(x).
 template <class T>
 FASTKD_HOST_DEVICE T expm1_of_small(T x) {
   return mul_add(x * x, series_of(-x), x);
@@ -267,16 +266,17 @@ struct BinaryKL {
   T diff;  // q_y - p_y
 };
 
-// Return the KL of these two outcomes. `difference`: that of the two logarithms, which may be known
-// more accurately than each logarithm; with it nothing cancels if p_y is near q_y.
+// Return the KL divergence of the two outcomes of Odds. `difference`: the difference of the two
+// logarithms, which may be known more accurately than each logarithm. With this difference nothing
+// cancels if p_y is near q_y.
 template <class T>
 FASTKD_HOST_DEVICE BinaryKL<T> binary_kl(const Odds<T>& teacher, const Odds<T>& student,
                                          T difference) {
   const T p = teacher.label(), q = student.label(), p_rest = teacher.rest(),
           q_rest = student.rest();
   const auto small = is_small(difference), likely = teacher.log > 0;
-  // log(p / q) and log(p_rest / q_rest). If the logarithms are far apart: the log ratio of the
-  // likelier outcome first, and the other from it.
+  // Compute log(p / q) and log(p_rest / q_rest). If the logarithms of the odds are far apart, the
+  // log ratio of the likelier outcome gives the other log ratio.
   const T of_likely =
       likely ? teacher.log_label() - student.log_label() : teacher.log_rest() - student.log_rest();
   const T apart = likely ? of_likely : of_likely + difference;
@@ -287,8 +287,8 @@ FASTKD_HOST_DEVICE BinaryKL<T> binary_kl(const Odds<T>& teacher, const Odds<T>& 
   return {label.excess + rest.excess, likely ? -rest.diff : label.diff};
 }
 
-// Call fn(ForwardKL{}), or fn of the other structs, for the divergence that `id` names, and return
-// fn's result. Cosine is not among them, because its p and q are no probabilities.
+// Call fn with the struct of the divergence that `id` names, and return fn's result. Callers handle
+// Cosine, because its p and q are no probabilities.
 template <class Fn>
 FASTKD_HOST_DEVICE auto visit(Divergence id, Fn&& fn) {
   switch (id) {
@@ -311,14 +311,14 @@ FASTKD_HOST_DEVICE auto visit(Divergence id, Fn&& fn) {
     case Divergence::kForwardKL:
     case Divergence::kSoftCrossEntropy:
     case Divergence::kDecoupled:  // among the classes that are not the label
-    case Divergence::kCosine:     // callers handle it before
+    case Divergence::kCosine:     // handled by callers
       break;
   }
   return fn(ForwardKL{});
 }
 
-// Return true if value and gradient come from one sweep, as for the forward KL. The gradients of
-// other divergences follow once their slopes are summed.
+// Return true if value and gradient come from one sweep, as for the forward KL. Other divergences
+// have a gradient only after the slopes are summed.
 FASTKD_HOST_DEVICE bool is_one_sweep(Divergence id) {
   return id == Divergence::kForwardKL || id == Divergence::kSoftCrossEntropy ||
          id == Divergence::kDecoupled;

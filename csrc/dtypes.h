@@ -11,8 +11,7 @@ inline int64_t size_of(DType dtype) {
   return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2;
 }
 
-// Return true if a loss is computed in fp64: if either input is fp64. Otherwise it is computed in
-// fp32.
+// Return true if either input is fp64. The loss is then computed in fp64, and otherwise in fp32.
 inline bool computes_in_double(DType student, DType teacher) {
   return student == DType::kFloat64 || teacher == DType::kFloat64;
 }

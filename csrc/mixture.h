@@ -1,11 +1,11 @@
 // The interface of mixtures: several teachers, or probabilities, become the logits of one teacher
-// (docs/maths.md, section 12). Conventions are those of kernels.h.
+// (docs/maths.md, section 12). kernels.h explains the conventions.
 #pragma once
 #include "kernels.h"
 
 namespace fastkd {
 
-// The quantity of several teachers that is averaged: their probabilities, or their logits.
+// The quantity that is averaged over the teachers: probabilities, or logits.
 enum class Ensemble : int32_t { kProbs = 0, kLogits = 1 };
 
 struct MixedTeacher {
@@ -17,8 +17,8 @@ struct MixedTeacher {
 };
 
 // A mixture: logits w such that softmax(w / temperature) is the mixture of softmax(logits /
-// teacher_temperature). The logits of probabilities are their logarithms. A row in which a teacher
-// has NaN, +inf or no class at all becomes NaN.
+// teacher_temperature). Probabilities are converted to logits by the logarithm. A row in which a
+// teacher has NaN, +inf or no class at all becomes NaN.
 struct MixtureArgs {
   int64_t rows = 0;
   int64_t classes = 0;

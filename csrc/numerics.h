@@ -21,14 +21,15 @@
 #endif
 
 namespace fastkd {
-// Anonymous on purpose: these functions are compiled once per instruction set, and the linker must
-// never replace a baseline copy by an AVX-512 copy.
+// The namespace is anonymous, because these functions are compiled once per instruction set. The
+// linker must never replace a baseline copy by an AVX-512 copy.
 namespace {
 
 constexpr double kLog2E = 1.4426950408889634074;
 constexpr double kLn2 = 0.69314718055994530942;
 
-// Below this |d| the series is used, above it the direct form (docs/maths.md, section 3).
+// Limit of |d|: d below the limit uses the series, and other d the direct form (docs/maths.md,
+// section 3).
 constexpr double kSeriesLimit = 0.25;
 
 // T is float, double, or, in the CPU's transposed engine, a vector of floats, one for each of
@@ -65,7 +66,7 @@ FASTKD_HOST_DEVICE To bits_as(From from) {
   return to;
 }
 
-// Return a number as T; as a vector of copies if T is a vector. A vector stays as it is.
+// Return x as T: a vector of copies of x if T is a vector and x is a number.
 template <class T, class X>
 FASTKD_HOST_DEVICE constexpr T broadcast(X x) {
   if constexpr (kIsScalar<T> || std::is_same<T, X>::value) {
@@ -100,8 +101,8 @@ FASTKD_HOST_DEVICE auto mul_add(A a, B b, C c) {
   }
 }
 
-// Return c[0] + c[1] x + c[2] x^2 + ..., by Horner's rule. A recursion, because GCC 12 does not
-// unroll loops that call std::fma.
+// Return c[0] + c[1] x + c[2] x^2 + ..., by Horner's rule. The function is a recursion, because GCC
+// 12 does not unroll loops that call std::fma.
 template <int kFrom = 0, class T, int kCount>
 FASTKD_HOST_DEVICE T polynomial(T x, const Scalar<T> (&c)[kCount]) {
   if constexpr (kFrom == kCount - 1) {
@@ -120,7 +121,7 @@ FASTKD_HOST_DEVICE T magnitude_of(T x) {
   }
 }
 
-// Return n as a float. In a vector, |n| < 2^22.
+// Return n as a float. If T is a vector, |n| must be below 2^22.
 template <class T>
 FASTKD_HOST_DEVICE T float_of(Integer<T> n) {
   if constexpr (kIsScalar<T>) {
@@ -156,14 +157,14 @@ FASTKD_HOST_DEVICE T series_of(T d) {
   return polynomial(d, {0.5f, -1.6666642e-1f, 4.1666716e-2f, -8.3488394e-3f, 1.3895343e-3f});
 }
 FASTKD_HOST_DEVICE double series_of(double d) {
-  // Truncated after d^14 / 14!: the error is below 1e-19 of the sum at |d| = 1/4.
+  // The series is truncated after d^14 / 14!, with an error below 1e-19 of the sum at |d| = 1/4.
   return polynomial(d, {0.5, -1.0 / 6.0, 1.0 / 24.0, -1.0 / 120.0, 1.0 / 720.0, -1.0 / 5040.0,
                         1.0 / 40320.0, -1.0 / 362880.0, 1.0 / 3628800.0, -1.0 / 39916800.0,
                         1.0 / 479001600.0, -1.0 / 6227020800.0, 1.0 / 87178291200.0});
 }
 
-// Return x, but at least -1e30, or at most 1e30; NaN becomes the bound. The bounds keep x d = 0 for
-// a masked class, whose p or q is 0: d is infinite there, or NaN if both sides mask it.
+// Return d, bounded below or above by `bound`. NaN becomes the bound. The bounds keep p d and q d
+// at 0 for a masked class, whose d is infinite or NaN.
 template <class T>
 FASTKD_HOST_DEVICE T bounded_below(T d, Scalar<T> bound = Scalar<T>(-1e30)) {
   return d > bound ? d : broadcast<T>(bound);
@@ -177,9 +178,9 @@ FASTKD_HOST_DEVICE T bounded_above(T d, Scalar<T> bound = Scalar<T>(1e30)) {
 // q - p.
 //   |d| <  1/4: f(d) by its series, and q - p = p f(d) - p d
 //   |d| >= 1/4: f(d) p = p d + (q - p) directly
-// Masked classes (logits of -inf): if the teacher masks the class, p d = 0 and the value is q. If
-// the student alone masks it, d = +inf, the value is +inf and diff = -p stays finite. If p has
-// underflowed to 0 there, the value is NaN, which means +inf in a row with finite sums.
+// A masked class has a logit of -inf. If the teacher masks the class, p d = 0 and the value is q.
+// If only the student masks the class, d and the value are +inf, and diff = -p stays finite. If p
+// of that class has underflowed to 0, the value is NaN, which means +inf in a row with finite sums.
 template <class T>
 FASTKD_HOST_DEVICE Element<T> element(T p, T q, T d, T direct) {
   const T product = p * bounded_below(d);
@@ -200,7 +201,7 @@ FASTKD_HOST_DEVICE T log1p_of_mantissa(T r) {
                             -1.65623927e-1f, 1.49522693e-1f, -1.43668474e-1f, 8.72235374e-2f});
 }
 
-// Split x = 2^exponent (1 + fraction) with 1 + fraction in [1/sqrt 2, sqrt 2), for a normal x > 0.
+// A normal x > 0 as 2^exponent (1 + fraction), with 1 + fraction in [1/sqrt 2, sqrt 2).
 template <class T>
 struct PowerOfTwo {
   Integer<T> exponent;
@@ -208,7 +209,7 @@ struct PowerOfTwo {
 };
 template <class T>
 FASTKD_HOST_DEVICE PowerOfTwo<T> power_of_two(T x) {
-  // Unsigned, so that the bits of other numbers wrap around.
+  // Unsigned arithmetic lets the bits of zero and negative numbers wrap around.
   const Unsigned<T> shifted = bits_as<Unsigned<T>>(x) - 0x3f3504f3u;
   return {bits_as<Integer<T>>(shifted) >> 23,
           bits_as<T>((shifted & 0x7fffffu) + 0x3f3504f3u) - 1.0f};

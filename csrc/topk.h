@@ -1,5 +1,6 @@
-// The interface of the sparse loss: a teacher known by the log-probabilities of k classes of each
-// row, or of one sampled class (docs/maths.md, section 13). Conventions are those of kernels.h.
+// The interface of the sparse loss. The teacher is known by the log-probabilities of k classes of
+// each row, or of one sampled class (docs/maths.md, section 13). kernels.h explains the
+// conventions.
 #pragma once
 #include "kernels.h"
 
@@ -12,11 +13,11 @@ enum class Tail : int32_t { kGhost = 0, kRenormalize = 1, kIgnore = 2 };
 // 2020). kNone: the list is compared by the divergence of Inputs instead.
 enum class Estimator : int32_t { kNone = 0, kK1 = 1, kK2 = 2, kK3 = 3 };
 
-// Return true if the sparse loss supports the divergence: if it compares probabilities.
+// Return true if the sparse loss supports the divergence, which must compare probabilities.
 constexpr bool is_sparse_divergence(Divergence id) { return id <= Divergence::kTotalVariation; }
 
 // A call of the sparse loss. `teacher` is acc [rows, k], contiguous: log-probabilities, which are
-// used unchanged. The teacher's stride and temperature and the rows' settings are unused.
+// used unchanged. `teacher_stride` is unused, and the teacher's temperature is not read.
 struct TopkArgs : Inputs {
   int64_t k = 0;
   // [rows, k] class of each log-probability. An entry whose class is negative or whose
@@ -29,10 +30,11 @@ struct TopkArgs : Inputs {
   void* stats = nullptr;  // on CUDA acc [kStats, rows], then the scale, which alone is written
   void* grad = nullptr;   // [rows, classes] in the student's dtype, or null; not the student itself
   RowStrides grad_stride;
-  Reduction reduction = Reduction::kMean;  // as in ForwardArgs, like `scale`
+  Reduction reduction = Reduction::kMean;  // `reduction` and `scale` are as in ForwardArgs
   double scale = 1.0;
-  const void* grad_output = nullptr;  // acc, one number, or [rows] when `grad_output_per_row`;
-  bool grad_output_per_row = false;   // null: 1. Multiplies the gradient too
+  const void* grad_output =
+      nullptr;  // acc, one number, or [rows] when `grad_output_per_row`; null: 1
+  bool grad_output_per_row = false;  // true if grad_output has one number for each row
 };
 
 // Greatest valid sum of a row's listed probabilities. Rounding 16-bit log-probabilities changes the

@@ -1,9 +1,9 @@
-// The arithmetic of one row of the sparse loss. The kernels sum the student's exponentials; these
-// functions turn the sums into the value and into the constants of the gradient, in double, for the
-// CPU and for CUDA.
+// The arithmetic of one row of the sparse loss, in double, for the CPU and for CUDA. The kernels
+// sum the student's exponentials. The functions of this file turn the sums into the value and the
+// constants of the gradient.
 //
-// A row's classes are the listed ones and the rest. Each has its own sums, so that the probability
-// of the rest is a sum of positive terms, and not 1 minus a number near 1. docs/maths.md, section
+// A row's classes are the listed classes and the rest. The rest has separate sums, so that its
+// probability is a sum of positive terms, and not 1 minus a number near 1. docs/maths.md, section
 // 13, derives the formulas.
 #pragma once
 #include "divergences.h"
@@ -16,8 +16,8 @@ struct Comparison {
   Divergence divergence = Divergence::kForwardKL;
   Tail tail = Tail::kGhost;
   Estimator estimator = Estimator::kNone;
-  // The least p of the ghost. The reverse KL is infinite if the teacher leaves nothing to the rest,
-  // and a list in floating point determines 1 - sum p only up to the rounding of 1.
+  // The least p of the ghost. Rounding of the list can leave the rest a probability of 0, which
+  // would make the reverse KL infinite.
   double least_rest = 0;
 
   Comparison() = default;
@@ -34,16 +34,16 @@ struct Comparison {
 
 namespace {
 
-constexpr double kNothing = -__builtin_huge_val();  // the maximum of no logits
+constexpr double kMinusInfinity = -__builtin_huge_val();  // the maximum of no logits
 
 // The sums of exp((z - max) / t) and of exp(z - max) over some of a row's classes.
 struct RelativeSums {
-  double max = kNothing, tempered = 0, hard = 0;
+  double max = kMinusInfinity, tempered = 0, hard = 0;
 };
 
 // Return the maximum, or 0 if there is no class, since -inf must not be subtracted from a logit.
 FASTKD_HOST_DEVICE double origin(const RelativeSums& sums) {
-  return sums.max > kNothing ? sums.max : 0.0;
+  return sums.max > kMinusInfinity ? sums.max : 0.0;
 }
 
 // Return the factor that makes sums relative to the maximum `from` relative to `to`.
@@ -76,8 +76,8 @@ struct Summary {
     offsets = logits - row.classes * max;
   }
   // Return true if the listed probabilities sum to at most kMostMass; false for NaN.
-  FASTKD_HOST_DEVICE bool listed_well() const { return teacher <= kMostMass; }
-  // Return false if a logit is NaN or +inf, or all of them are -inf.
+  FASTKD_HOST_DEVICE bool has_valid_list() const { return teacher <= kMostMass; }
+  // Return false if a logit is NaN or +inf, or all logits are -inf.
   FASTKD_HOST_DEVICE bool valid() const {
     return all.max - all.max == 0 && all.tempered - all.tempered == 0;
   }
@@ -87,11 +87,13 @@ struct Summary {
   }
 };
 
-// Return an estimate of KL(q || p) from a sampled class, and its slope: the derivative by log q. k1
-// has the slope of the policy gradient, whose expected value is the gradient of KL(q || p)
-// (Schulman 2020). If the student masks the class, the estimate is infinite and the slope 0.
+// Return an estimate of KL(q || p) from a sampled class, and the slope of the estimate: the
+// derivative by log q. The slope of k1 is that of the policy gradient, whose expected value is the
+// gradient of KL(q || p) (Schulman 2020). If the student masks the class, the estimate is infinite
+// and the slope 0.
 FASTKD_HOST_DEVICE Evaluated<double> estimate(Estimator estimator, double d) {
-  if (d == -kNothing) return {estimator == Estimator::kK1 ? kNothing : -kNothing, 0};
+  if (d == -kMinusInfinity)
+    return {estimator == Estimator::kK1 ? kMinusInfinity : -kMinusInfinity, 0};
   if (estimator == Estimator::kK1) return {-d, -d};
   if (estimator == Estimator::kK2) return {0.5 * d * d, -d};
   // r - 1 - log r for the ratio r = p / q is f(-d), which has a series.
@@ -99,14 +101,14 @@ FASTKD_HOST_DEVICE Evaluated<double> estimate(Estimator estimator, double d) {
   return {is_small(d) ? d * d * series_of(-d) : ratio_minus_1 - d, -ratio_minus_1};
 }
 
-// The constants of a row's soft term. In the comments, e = exp((z - max) / t), where max is the
-// maximum of the listed classes for a listed class, and the maximum of the rest for any other.
+// The constants of a row's soft term. In these comments, e = exp((z - max) / t). max is the maximum
+// of the listed classes for a listed class, and the maximum of the rest for other classes.
 struct Soft {
   bool is_present = true;  // false if the list has no probability to compare
   bool has_rest = false;   // true if the rest is compared, as one class: the ghost
   double student_scale = 1, student_log_scale = 0;  // q = student_scale * e for a listed class
   double teacher_scale = 1, teacher_log_scale = 0;  // p = teacher_scale * exp(log_prob)
-  double rest_p = 0, rest_q = 0, rest_log_q = kNothing;
+  double rest_p = 0, rest_q = 0, rest_log_q = kMinusInfinity;
   double rest = 0;  // gradient = rest * e for a class of the rest
 };
 
@@ -114,7 +116,7 @@ struct Soft {
 struct SoftSums {
   double value = 0;
   double slope = 0;    // S of divergences.h
-  double entropy = 0;  // of the teacher, for the soft cross entropy alone
+  double entropy = 0;  // entropy of the teacher, for the soft cross entropy alone
 
   FASTKD_HOST_DEVICE void add(const Evaluated<double>& term) {
     value += term.value;
@@ -127,14 +129,14 @@ FASTKD_HOST_DEVICE Soft soften(const Comparison& comparison, const RowOptions& r
                                const Summary& summary) {
   const bool renormalizes = !comparison.estimates() && comparison.tail == Tail::kRenormalize;
   Soft soft;
-  // Relative to the listed classes' own maximum, so that nothing underflows where the rest is
-  // greater.
-  if (summary.list.max > kNothing) {
+  // The scale is relative to the maximum of the listed classes, so that nothing underflows where
+  // the rest is greater.
+  if (summary.list.max > kMinusInfinity) {
     soft.student_log_scale =
         renormalizes ? -std::log(summary.list.tempered) : summary.log_q(row, summary.list.max, 1.0);
   }
   soft.student_scale = std::exp(soft.student_log_scale);
-  const bool has_others = summary.rest.max > kNothing && !renormalizes;
+  const bool has_others = summary.rest.max > kMinusInfinity && !renormalizes;
   if (has_others) {
     soft.rest_log_q = summary.log_q(row, summary.rest.max, summary.rest.tempered);
     soft.rest_q = std::exp(soft.rest_log_q);
@@ -149,7 +151,7 @@ FASTKD_HOST_DEVICE Soft soften(const Comparison& comparison, const RowOptions& r
   if (has_others)
     soft.rest_p = remaining > comparison.least_rest ? remaining : comparison.least_rest;
   if (soft.rest_p == remaining) return soft;
-  // The probabilities of list and ghost do not add up to 1: scale the listed ones.
+  // Scale the listed probabilities, because list and ghost do not add up to 1.
   soft.is_present = summary.teacher > 0;
   if (!soft.is_present) return soft;
   soft.teacher_scale = (1 - soft.rest_p) / summary.teacher;
@@ -192,7 +194,7 @@ FASTKD_HOST_DEVICE void include_rest(const Comparison& comparison,
 // The factors of a row's gradient.
 struct Gains {
   double soft = 0, hard = 0, onehot = 0, uniform = 0;
-  double rest = 0, rest_hard = 0;  // of exponentials relative to the rest's maximum
+  double rest = 0, rest_hard = 0;  // factors of exponentials relative to the rest's maximum
 };
 
 // Return the factors of a row's gradient. `gain` multiplies the gradient.
@@ -223,10 +225,11 @@ FASTKD_HOST_DEVICE double row_loss(const Comparison& comparison, const RowOption
                                    double label_logit) {
   double value = sums.value;
   if (comparison.divergence == Divergence::kSoftCrossEntropy) value += sums.entropy;
-  // In a valid row NaN is 0 * inf: a class that the student masks, and whose teacher probability
-  // underflows. The divergence is then infinite.
-  if (value != value) value = -kNothing;
-  // The sum with Tail::kIgnore is not a divergence, nor is k1: both may be negative.
+  // In a valid row, NaN comes only from 0 * inf, for a class that the student masks and whose
+  // teacher probability underflows. The divergence is then infinite.
+  if (value != value) value = -kMinusInfinity;
+  // The sum with Tail::kIgnore is not a divergence, nor is the estimate k1. Both values may be
+  // negative.
   if (!comparison.estimates() && !comparison.is_cut_off()) value = at_least_0(value);
   if (!soft.is_present) value = 0;
   const double t = row.temperature;

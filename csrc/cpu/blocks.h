@@ -1,6 +1,7 @@
-// The loops of the sweeps after the first (scan.h): value, slopes and gradient of one block of one
-// row, a register of classes at a time. The block lies in the L1 cache, so a sweep costs no memory
-// traffic. Letters as in numerics.h. Derivations: docs/maths.md, sections 2, 3 and 10.
+// The loops of all sweeps after the first sweep (scan.h). A loop computes value, slopes or gradient
+// of one block of a row, a register of classes at a time. The block lies in the L1 cache, so a
+// sweep costs no memory traffic. numerics.h defines the letters. Derivations: docs/maths.md,
+// sections 2, 3 and 10.
 #pragma once
 #include "../divergences.h"
 #include "formulas.h"
@@ -9,8 +10,8 @@
 namespace fastkd::cpu::FASTKD_ISA {
 namespace {
 
-// The constants of one row for the sweeps after the first, and those of one of its blocks, whose
-// exponentials are relative to the greatest logit before its end (set_block(), row.h).
+// The constants of one row, and of one block of that row, for the sweeps after the first. A block's
+// exponentials are relative to the greatest logit before the block's end (set_block(), row.h).
 template <class T>
 struct Coefficients : LogRatio<T> {
   Exponential<T> separate;  // exp(z - max z) if it is not a power of exp(z / t)
@@ -20,15 +21,16 @@ struct Coefficients : LogRatio<T> {
   T uniform = 0;         // label smoothing's share of the target
   T student_share = 0;   // factor of q in the centering of slopes (divergences.h)
   T constant_share = 0;  // factor of 1 in the centering of slopes
-  // Gradient of a row whose sums leave its label out (decoupled.h): other classes get rest_gain
+  // Gradient of a row whose sums leave the label out (decoupled.h): other classes get rest_gain
   // times q, and the label gets label_gradient.
   T rest_gain = 0, label_gradient = 0;
   T student_inverse = 1, teacher_inverse = 1;  // 1 / |z|, 1 / |w|
   T teacher_inverse_temperature = 1;
   bool well_separated = false;  // the row is well separated (row.h)
   // Factors of a block's exponentials:
-  T student_scale = 0, teacher_scale = 0;          // q and p
-  T student_soft_gain = 0, teacher_soft_gain = 0;  // soft_gain times these
+  T student_scale = 0, teacher_scale = 0;  // factors that give q and p
+  T student_soft_gain = 0,
+    teacher_soft_gain = 0;  // soft_gain times student_scale and teacher_scale
   T block_hard_gain = 0, block_rest_gain = 0;
 
   // Return true if the exponentials of the block can be compared relative to q's scale. In a block
@@ -39,7 +41,7 @@ struct Coefficients : LogRatio<T> {
 // A block of a row in the sweeps after the first, whose logits have the storage type S.
 template <class T, class S>
 struct RowBlock {
-  int64_t at, classes;              // of the row
+  int64_t at, classes;              // first class in the row, and number of classes
   T *student, *teacher;             // exponentials; slopes may replace the teacher's
   Vectors<const S> z = {}, w = {};  // logits, for loops that read them
   Vectors<S> grad = {};
@@ -99,7 +101,7 @@ FASTKD_HOST_DEVICE Element<Register<T>> element_of(const Coefficients<T>& c, con
   return element_of<D, Register<T>>(c, c, x.z(), x.w(), x.student(), x.teacher());
 }
 
-// Add to the sums of values, slopes and classes; skip classes that both logits mask.
+// Add value and slope of some classes to the sums. Skip classes that student and teacher both mask.
 template <class D, class V, class Values, class Sums>
 FASTKD_HOST_DEVICE void add_classes(const Evaluated<V>& here, int64_t index, Values* values,
                                     Sums* slopes, Sums* classes) {
@@ -154,7 +156,7 @@ __attribute__((noinline)) double sum_reverse(const Coefficients<T>& coefficients
 // value.
 template <class T>
 struct Label {
-  int64_t index = -1;  // of the label in the row, or -1
+  int64_t index = -1;  // position of the label in the row, or -1
   bool replaces = false;
   T value = 0;
 
@@ -181,7 +183,7 @@ FASTKD_HOST_DEVICE void write_gradient(const Coefficients<T>& c, const RowBlock<
   const Exponentials<T> separate(c.separate);
   for_vectors<S>(b.classes, [&](int64_t at, auto width) FASTKD_INLINE {
     constexpr int64_t kWidth = decltype(width)::value, kMany = kRegisters<kWidth, T>;
-    prefetch_next<Into::kL2, kWidth>(b.grad.at(at));
+    prefetch_next<CacheLevel::kL2, kWidth>(b.grad.at(at));
     Register<T> z[kMany] = {}, e[kMany], g[kMany];
     FASTKD_UNROLL
     for (int64_t i = 0; i < kMany; ++i) {
@@ -199,7 +201,7 @@ FASTKD_HOST_DEVICE void write_gradient(const Coefficients<T>& c, const RowBlock<
     }
     store<kWidth>(g, b.grad.at(at));
   });
-  // Here the loop has no branch for the label, which could be mispredicted.
+  // Change the label's gradient after the loop, because a branch in the loop could be mispredicted.
   if constexpr (kIsExact) {
     const int64_t i = label.index - b.at;
     if (holds(0, b.classes, i)) label.change(b.grad.element(i));
@@ -217,8 +219,8 @@ __attribute__((noinline)) void write_difference(const Coefficients<T>& coefficie
   });
 }
 
-// Write the forward KL's gradient, and return its sum; with kDecoupled return the sum of q - p,
-// too.
+// Write the forward KL's gradient, and return the sum of the values. With kDecoupled, also return
+// the sum of q - p.
 template <ExpSource kSource, bool kDecoupled, class T, class S>
 __attribute__((noinline)) SlopeSums write_forward_kl(const Coefficients<T>& coefficients,
                                                      const RowBlock<T, S>& b,
@@ -276,8 +278,8 @@ __attribute__((noinline)) void center_slopes(const Coefficients<T>& coefficients
   });
 }
 
-// The entropies of a block, for `terms`, and whether some class is the greatest of both student and
-// teacher; or the teacher's entropy alone, for the soft cross entropy.
+// The sums of a block for `terms`: the entropies, and whether one class is the greatest of both
+// student and teacher. The soft cross entropy needs only the teacher's entropy.
 struct Entropies {
   double student = 0, teacher = 0;
   bool agreement = false;
@@ -306,8 +308,8 @@ __attribute__((noinline)) Entropies sum_entropies(const Coefficients<T>& coeffic
   return {-student.total(), -teacher.total(), agreements.total() > 0};
 }
 
-// The moments of Statistics (kernels.h): one row per lane, or parts of one row in all lanes. In
-// double, because logits may be of any size.
+// The moments of Statistics (kernels.h), for one row per lane, or for parts of one row in all
+// lanes. Moments are doubles, because logits may be of any size.
 template <class T>
 struct Moments {
   static constexpr int64_t kMany = kPerRegister<T>;
@@ -334,7 +336,8 @@ struct Moments {
   }
 };
 
-// Not inlined, because most divergences need no moments.
+// Add the moments of a block. The function is not inlined, because most divergences need no
+// moments.
 template <class T, class S>
 __attribute__((noinline)) void add_moments(const RowBlock<T, S>& b, bool squares, Statistics* to) {
   Moments<T> sums;

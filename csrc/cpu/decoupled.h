@@ -1,7 +1,6 @@
-// Decoupled knowledge distillation (DKD): the sweeps compute the forward KL among the classes other
-// than the label, which they leave out. This file computes the few numbers of each row that follow
-// from the label's two logits and the sweeps' sums (docs/maths.md, section 10). `V` is as in
-// formulas.h.
+// Decoupled knowledge distillation (DKD). The sweeps leave the label out, and compute the forward
+// KL among the other classes. This file computes the few numbers of each row that follow from the
+// label's two logits and the sweeps' sums (docs/maths.md, section 10). `V` is as in formulas.h.
 #pragma once
 #include "row.h"
 
@@ -24,7 +23,7 @@ FASTKD_HOST_DEVICE Odds<V> odds_of(V label, V max, V scale, V temperature) {
 template <class V>
 struct LabelOdds {
   Odds<V> student, teacher;
-  V difference;  // of the logarithms, up to the rounding of the sums
+  V difference;  // difference of the logarithms, up to the sums' rounding
 };
 template <class V>
 FASTKD_HOST_DEVICE LabelOdds<V> label_odds(const Settings<V>& row, const Scales<V>& s,
@@ -36,19 +35,18 @@ FASTKD_HOST_DEVICE LabelOdds<V> label_odds(const Settings<V>& row, const Scales<
   return {student, teacher, both ? ratio.at(z, w) : teacher.log - student.log};
 }
 
-// Return the weight of the KL among the other classes: 0 if the teacher gives all of them
+// Return the weight of the KL among the other classes: 0 if the teacher gives these classes
 // probability 0.
 template <class V>
 FASTKD_HOST_DEVICE V mix_of(const Inputs& in, const Scales<V>& s) {
   return s.teacher_scale > 0 ? broadcast<V>(static_cast<Scalar<V>>(in.mix)) : V{};
 }
 
-// The gains of a row whose sums leave its label out.
+// The gains of a row whose sums leave the label out.
 template <class V>
 struct LabelGains {
   V soft, rest;  // factors of slopes and of q in the other classes' gradient
-  V hard_share;  // hard gain without the label's share: its exponentials sum to 1 over the other
-                 // classes
+  V hard_share;  // factor of the hard gain: the other classes' probability at temperature 1
   V label;       // the label's gradient
 };
 template <class V>
@@ -65,8 +63,8 @@ FASTKD_HOST_DEVICE LabelGains<V> label_gains(const Inputs& in, const Settings<V>
   return {soft, -diff, s.student_scale > 0 ? rest : V{}, diff + gains.hard * over_target};
 }
 
-// Set the label's part of a row's gradient, and the change of the other classes' gradient. Not
-// inlined, because other divergences need neither.
+// Set the label's part of a row's gradient, and the change of the other classes' gradient. The
+// function is not inlined, because other divergences do not call the function.
 template <class T>
 __attribute__((noinline)) void decouple(const Inputs& in, const Row<T>& row, const Scales<T>& s,
                                         double gain, Coefficients<T>* c) {
@@ -81,8 +79,8 @@ __attribute__((noinline)) void decouple(const Inputs& in, const Row<T>& row, con
   if (hard) c->hard_gain = static_cast<T>(static_cast<double>(c->hard_gain) * gains.hard_share);
 }
 
-// Return log(sum exp z) - max z over all classes. `others`: the same over the other classes; -inf
-// if there are none.
+// Return log(sum exp z) - max z over all classes. `others`: log(sum exp z) - max z over the classes
+// other than the label, or -inf if there is no other class.
 template <class V>
 FASTKD_HOST_DEVICE V log_sum(const Scales<V>& s, V others) {
   const V label = s.student_label - s.student_max;
@@ -90,15 +88,15 @@ FASTKD_HOST_DEVICE V log_sum(const Scales<V>& s, V others) {
   return (odds.log > 0 ? label : others) + log1p_of(odds.minor);
 }
 
-// Extend the sums over the other classes to all classes, with the divergence as their value.
+// Add the label to `sums`, which cover the other classes. sums->value becomes the divergence.
 template <class V, class Sums>
 FASTKD_HOST_DEVICE void include_label(const Inputs& in, const Settings<V>& row, const Scales<V>& s,
                                       const LogRatio<V>& ratio, Sums* sums) {
   const LabelOdds<V> odds = label_odds(row, s, ratio);
-  // The exact sum of q - p is 0. The computed one shows the rounding error of the difference of the
-  // two sums of exponentials, and so of the odds.
+  // The exact sum of q - p is 0. The computed sum shows the rounding error of the sums of
+  // exponentials, and so of the odds.
   const V difference = odds.difference + log1p_of(sums->slope);
-  // NaN is 0 * inf, and means an infinite divergence, as in results_of() (formulas.h).
+  // NaN comes from 0 * inf, and means an infinite divergence, as in results_of() (formulas.h).
   const V within = sums->value == sums->value ? sums->value : broadcast<V>(kInfinity<Scalar<V>>);
   sums->value =
       binary_kl(odds.teacher, odds.student, difference).value + weighted(mix_of(in, s), within);

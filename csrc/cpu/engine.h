@@ -1,6 +1,6 @@
-// All sweeps over one row, block by block and segment by segment, with the loops of scan.h and
-// blocks.h: the maxima and sums, the sums of slopes, and value and gradient (docs/maths.md,
-// sections 2, 3 and 9).
+// All sweeps over one row, block by block and segment by segment: maxima and sums, sums of slopes,
+// value and gradient. The loops are in scan.h and blocks.h. Derivations: docs/maths.md, sections 2,
+// 3 and 9.
 #pragma once
 #include "decoupled.h"
 #include "first_sweep.h"
@@ -24,7 +24,7 @@ struct Engine : FirstSweep<T> {
   // Return true if the sweep that sums slopes caches them for the sweep that centers them.
   bool caches_slopes() const { return !one_sweep() && !is_reverse(in.divergence); }
 
-  // Return true if the first sweep has computed the row's value, so that its gradient is q - p
+  // Return true if the first sweep has computed the row's value, so that the gradient is q - p
   // (row.h).
   bool is_difference(const ActiveRow<T>& r) const {
     return r.scales.mean > 0 && is_mean_log_ratio(in.divergence);
@@ -116,11 +116,11 @@ struct Engine : FirstSweep<T> {
         sums->classes += of_block.classes;
       });
     });
-    const double nothing = segment == 0 ? r->scales.nothing : 0;
-    sums->value += nothing, sums->slope += nothing;
+    const double zero_row_value = segment == 0 ? r->scales.zero_row_value : 0;
+    sums->value += zero_row_value, sums->slope += zero_row_value;
   }
 
-  // Set the shares that center the slopes. The slope sum is rounded to T, as it is in `stats`.
+  // Set the shares that center the slopes. The sum of slopes is rounded to T, as in `stats`.
   void set_shares(Coefficients<T>* c, const Sums& sums) const {
     const SlopeCentering centering = centering_of(in.divergence);
     const T slope = static_cast<T>(sums.slope);
@@ -137,12 +137,12 @@ struct Engine : FirstSweep<T> {
     const Row<T>& row = r.row;
     if (grad == nullptr) return {};
     if (row.left_out >= 0) return {row.label, true, r.c.label_gradient};
-    // `gradient_hard`, not `hard`: backward does not know `terms`.
+    // Read gradient_hard instead of hard, because backward does not know `terms`.
     if (row.gradient_hard == ExpSource::kNone) return {};
     return {row.label, false, static_cast<T>(r.gain * row.hard_weight * (1 - in.label_smoothing))};
   }
 
-  // Write a block's gradient, if there is one, and return the sums of the same loop.
+  // Write a block's gradient, if a gradient is wanted, and return the sums that the loop computes.
   template <ExpSource kSource, class S>
   SlopeSums write_block(const ActiveRow<T>& r, const RowBlock<T, S>& b) const {
     const Coefficients<T>& c = r.c;
@@ -165,8 +165,8 @@ struct Engine : FirstSweep<T> {
     return {};
   }
 
-  // Write the gradient of a segment. `sums`: for forward; null in backward. `has_slopes`:
-  // sum_segment() has left the slopes in `cache`.
+  // Write the gradient of a segment. `sums`: the sums of forward, or null in backward.
+  // `has_slopes`: true if `cache` holds the slopes of sum_segment().
   void write(ActiveRow<T>* r, int64_t segment, const SegmentCache<T>& cache, bool has_slopes,
              Sums* sums) const {
     const bool difference = is_difference(*r);

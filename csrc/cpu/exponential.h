@@ -1,16 +1,16 @@
 // The exponential of the CPU kernels: scale * 2^((logit - max) * factor), written so that compilers
 // vectorize it (docs/maths.md, section 4).
 //
-// With log2(e) / t as the factor no reduction by ln 2 is needed: x = n + f with n the nearest
-// integer, 2^f is a polynomial, and n is added to the exponent's bits. The scale is folded into the
-// polynomial's coefficients, which makes normalization free. The maximum is subtracted before
-// anything is rounded, so that logits of any size are as accurate as small ones.
+// With log2(e) / t as the factor, the exponent x needs no reduction by ln 2. x is n + f with the
+// nearest integer n. 2^f is a polynomial, and n is added to the bits of the exponent. The scale is
+// folded into the polynomial's coefficients, which makes normalization free. The maximum is
+// subtracted before anything is rounded, so that logits of any size are as accurate as small ones.
 //
-// Error of 2^x against the exact value at the same float x, scale 1: at most 1.0 ulp with FMA, 1.3
-// without, for -126 <= x < 128 (measured, tests/kernels). Results below 2^-126, scale included, and
-// x = -inf give exactly 0; x = 0 gives exactly 1; NaN gives NaN. For x >= 128, +inf included, the
-// result is meaningless: the kernels subtract the maximum first, and treat rows that hold a +inf
-// before they take exponentials.
+// With scale 1, 2^x has an error of at most 1.0 ulp with FMA, and of 1.3 ulp without, for -126 <= x
+// < 128. The error is relative to the exact value at the float x (measured, tests/kernels). Results
+// below 2^-126, scale included, and x = -inf give exactly 0. x = 0 gives exactly 1, and NaN gives
+// NaN. For x >= 128 the result is meaningless. The kernels subtract the maximum first, and treat
+// rows that hold a +inf before they take exponentials.
 #pragma once
 #include <cmath>
 #include <cstdint>
@@ -30,8 +30,8 @@ struct Format<float> {
   using Bits = uint32_t;
   static constexpr int kMantissa = 23;
   static constexpr float kMinExponent = -126.0f;
-  // Adding it leaves the nearest integer in the low bits: no rounding instruction is needed, which
-  // the x86 baseline lacks.
+  // Adding this number leaves the nearest integer in the low bits. The x86 baseline lacks a
+  // rounding instruction.
   static constexpr float kRound = 12582912.0f;  // 1.5 * 2^23
 };
 
@@ -58,7 +58,7 @@ struct Polynomial<float> {
 
 template <>
 struct Polynomial<double> {
-  // Taylor, ln(2)^n / n!: the first term left out is 4e-18 at |f| = 1/2.
+  // Taylor coefficients ln(2)^n / n!. The first omitted term is 4e-18 at |f| = 1/2.
   static constexpr int kCoefficients = 14;
   static constexpr double kValues[kCoefficients] = {1.0,
                                                     0.69314718055994530942,
@@ -87,10 +87,11 @@ struct Exponential {
   using P = Polynomial<T>;
   T factor;
   T max;
-  T least;  // of logit - max: below it the result is 0, since the exponent would wrap around
+  T least;  // least logit - max: below, the result is 0, because the exponent would wrap around
   T coefficient[P::kCoefficients];
 
-  // `scale` >= 0. A scale above 1 is allowed only for exponents of at most 0.
+  // Set the constants. `scale` must be at least 0. A scale above 1 is allowed only for exponents of
+  // at most 0.
   Exponential(T factor, T max, double scale)
       : factor(factor),
         max(max),

@@ -1,10 +1,10 @@
-// The formulas of a row: everything that is computed once per row, between its sweeps over the
-// classes. Scales from the first sweep's sums, the constants of log(p / q), the factors of the
-// gradient's terms, and finally loss and terms (docs/maths.md, sections 1 to 3, 7 and 10).
+// The formulas that are computed once per row, between the sweeps over the classes. These formulas
+// give the scales, the constants of log(p / q), the factors of the gradient's terms, and loss and
+// terms (docs/maths.md, sections 1 to 3, 7 and 10).
 //
-// The row engine (rows.h) and the transposed engine (transposed_engine.h) share them, so that each
-// is written once. V is double in the row engine, which rounds the results to its compute type T;
-// in the transposed engine it is a vector of floats, one for each row.
+// The row engine (rows.h) and the transposed engine (transposed_engine.h) share the formulas. In
+// the row engine V is double, and results are rounded to the compute type T. In the transposed
+// engine V is a vector of floats, one for each row.
 #pragma once
 #include <cmath>
 
@@ -33,17 +33,17 @@ struct Settings {
 
 constexpr double kLowest = -__builtin_huge_val();
 
-// Statistics of a row for its gradient. They are rounded to the compute type before they are used,
-// because backward reads them from `stats` and has to arrive at the same bits.
+// Statistics of a row for the gradient. The statistics are rounded to the compute type before use,
+// because backward reads the rounded numbers from `stats` and must compute equal bits.
 template <class V>
 struct Scales {
   V student_max, student_scale, hard_scale, teacher_max, teacher_scale;
   V student_label{}, teacher_label{};  // as in Statistics (kernels.h)
   V student_inverse = broadcast<V>(1),
     teacher_inverse = broadcast<V>(1);  // 1 / |z|, 1 / |w| (kCosine)
-  V student_mean{}, teacher_mean{};     // of the logits (kCenteredSquaredError)
-  V nothing{};  // what a student or teacher of zeros adds to the divergence (kCosine)
-  V mean{};     // the forward KL of a well-separated row; else 0
+  V student_mean{}, teacher_mean{};     // means of the logits (kCenteredSquaredError)
+  V zero_row_value{};  // what a student or teacher of zeros adds to the divergence (kCosine)
+  V mean{};            // the forward KL of a well-separated row; else 0
 
   // Return false if a logit is NaN or +inf, or all logits are -inf.
   FASTKD_HOST_DEVICE auto valid() const {
@@ -61,7 +61,7 @@ struct Scales {
     return {to(student_max),   to(student_scale),   to(hard_scale),
             to(teacher_max),   to(teacher_scale),   to(student_label),
             to(teacher_label), to(student_inverse), to(teacher_inverse),
-            to(student_mean),  to(teacher_mean),    to(nothing),
+            to(student_mean),  to(teacher_mean),    to(zero_row_value),
             to(mean)};
   }
 
@@ -111,8 +111,9 @@ FASTKD_HOST_DEVICE void for_stats(Divergence id, Scales<V>& s, V& slope, V& clas
   }
 }
 
-// If the two maxima differ by more than kApart, d is formed from logits relative to them: w - z
-// alone would round at the size of the difference (docs/maths.md, section 3).
+// Greatest distance of the two maxima at which d is formed from w - z directly. Beyond this
+// distance w - z would lose digits, so logits are first taken relative to the maxima
+// (docs/maths.md, section 3).
 constexpr double kApart = 32;
 // Return true if the maxima differ by more than kApart, or at a temperature below 1 by more than
 // kApart times the temperature.
@@ -128,7 +129,7 @@ FASTKD_HOST_DEVICE auto are_apart(V student_max, V teacher_max, V temperature) {
 // For divergences that compare logits, d is the logits' difference, and log_ratio is 0.
 template <class V>
 struct LogRatio {
-  V inverse_temperature;                  // of the student
+  V inverse_temperature;                  // reciprocal of the temperature of the student
   V temperature_ratio = broadcast<V>(1);  // the student's temperature over the teacher's
   V student_base{}, teacher_base{};
   V log_ratio{};
@@ -150,7 +151,7 @@ FASTKD_HOST_DEVICE LogRatio<V> make_log_ratio(const Settings<V>& row, const Scal
   r.inverse_temperature = rounded<T, V>(1 / row.temperature);
   r.temperature_ratio = rounded<T, V>(row.temperature / row.teacher_temperature);
   if (of_logits) {
-    // Subtract the means first: a logit far above the others of its row would take their digits.
+    // Subtract the means first, because differences of large logits would lose digits.
     r.student_base = s.student_mean, r.teacher_base = s.teacher_mean;
     r.shifted = r.inverse_temperature > 0;
     return r;
@@ -165,8 +166,8 @@ FASTKD_HOST_DEVICE LogRatio<V> make_log_ratio(const Settings<V>& row, const Scal
   return r;
 }
 
-// Factors of slopes and of probabilities in the gradient of the weighted loss, and the amounts that
-// the target subtracts: `onehot` from the label, `uniform` from all classes.
+// Factors of slopes (`soft`) and of probabilities (`hard`) in the gradient of the weighted loss.
+// The target subtracts `onehot` from the label, and `uniform` from all classes.
 template <class V>
 struct RowGains {
   V soft, hard, onehot, uniform;
@@ -182,7 +183,7 @@ FASTKD_HOST_DEVICE RowGains<V> gains_of(const Inputs& in, const Settings<V>& row
           hard * smoothing / static_cast<Scalar<V>>(in.classes)};
 }
 
-// Return a row's loss and terms.
+// The loss and the terms of a row.
 template <class V>
 struct Results {
   V loss, terms[kTerms];
@@ -191,8 +192,8 @@ template <class V, class Sums>
 FASTKD_HOST_DEVICE Results<V> results_of(Divergence id, const Settings<V>& row, V hard,
                                          const Sums& sums) {
   const V value = divergence_of(id, sums.value, sums.slope, sums.classes, sums.teacher_entropy);
-  // In a valid row only 0 * inf makes a NaN: a class that the student masks, and whose teacher
-  // probability underflows. The divergence is then infinite.
+  // In a valid row, NaN comes only from 0 * inf, for a class that the student masks and whose
+  // teacher probability underflows. The divergence is then infinite.
   const V soft = value == value ? value : broadcast<V>(kInfinity<Scalar<V>>);
   const V weight = row.soft_weight * row.temperature * row.temperature;
   return {weighted(weight, soft) + weighted(row.hard_weight, hard),

@@ -1,6 +1,6 @@
 // fp64 rows whose classes are not adjacent: the row engine computes them from contiguous copies,
-// row by row. The transposed engine computes such rows of other dtypes. Nothing here depends on the
-// formulas of docs/maths.md.
+// row by row. The transposed engine computes such rows of other dtypes. No code of this file
+// depends on the formulas of docs/maths.md.
 #pragma once
 #include <cstring>
 #include <vector>

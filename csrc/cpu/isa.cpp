@@ -1,5 +1,5 @@
-// Dispatch: lists the compiled kernels that this processor can run, and selects one. The result may
-// differ in the last bits between instruction sets (docs/maths.md, section 9).
+// The list of compiled kernels that this processor can run, and the choice among these kernels.
+// Results may differ in the last bits between instruction sets (docs/maths.md, section 9).
 #include <atomic>
 #include <cstdlib>
 #include <cstring>
@@ -27,8 +27,8 @@ Kernels make_kernels(const char* name);
 namespace {
 
 #if defined(FASTKD_HAS_AVX)
-// Virtual machines may hide F16C while they show AVX2. GCC 10's __builtin_cpu_supports() does not
-// know F16C.
+// Return true if the processor has F16C, which virtual machines may hide while AVX2 is visible. GCC
+// 10's __builtin_cpu_supports() does not know F16C.
 bool has_f16c() {
   unsigned eax, ebx, ecx, edx;
   return __get_cpuid(1, &eax, &ebx, &ecx, &edx) != 0 && (ecx & bit_F16C) != 0;
@@ -54,7 +54,8 @@ struct Registry {
     return nullptr;
   }
 
-  // Each make_kernels() is called only if its instructions exist, since its own code may use them.
+  // Register the available kernels. Each make_kernels() is called only if the processor has the
+  // instructions, because the function itself may use these instructions.
   Registry() {
 #if defined(FASTKD_HAS_AVX)
     __builtin_cpu_init();

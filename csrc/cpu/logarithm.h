@@ -1,5 +1,5 @@
-// The logarithms of the kernels' loops, written so that compilers vectorize them. Their errors
-// enter the mixtures of teachers and the entropies (docs/maths.md, sections 1 and 12).
+// The logarithms of the kernels' loops, written so that compilers vectorize them. Errors of these
+// logarithms enter the mixtures of teachers and the entropies (docs/maths.md, sections 1 and 12).
 #pragma once
 #include "exponential.h"
 

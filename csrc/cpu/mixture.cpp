@@ -1,7 +1,7 @@
 // Logits of a mixture of teachers, or of one teacher's probabilities, row by row, compiled once for
-// each instruction set. The first sweep computes the normalization of each teacher; the second
-// mixes the logits, which are then in the cache. A mean of logits needs no first sweep. Formulas:
-// docs/maths.md, section 12.
+// each instruction set. The first sweep computes the normalization of each teacher. The second
+// sweep mixes the logits, which are then in the cache. A mean of logits needs no first sweep.
+// Formulas: docs/maths.md, section 12.
 #include "../mixture.h"
 
 #include <limits>
@@ -42,8 +42,8 @@ class Mixer {
   }
 
  private:
-  // Normalization of a teacher: 2^((z - max) * factor + log_scale) is the teacher's share times its
-  // softmax.
+  // Normalization of a teacher: 2^((z - max) * factor + log_scale) is the teacher's share times the
+  // teacher's softmax.
   struct Normal {
     T max, log_scale;
   };
@@ -79,7 +79,7 @@ class Mixer {
       }
       const Exponential<T> exponential(factor, max, 1.0);
       const ExponentialSums sums = sum_exponentials<ExpSource::kNone, LogRatioSum::kNone>(
-          vectors, padded, exponential, exponential, 0, static_cast<T*>(nullptr), Into::kL1);
+          vectors, padded, exponential, exponential, 0, static_cast<T*>(nullptr), CacheLevel::kL1);
       sum += sums.tempered;
     }
     return {max, static_cast<T>(std::log2(args_.teachers[k].share / sum))};
@@ -98,8 +98,8 @@ class Mixer {
     }
   }
 
-  // Write the logarithm of the sum of the teachers' probabilities, relative to the greatest of
-  // them.
+  // Compute the mixed logits of a block: the logarithm of the sum of the teachers' probabilities.
+  // The sum is relative to the greatest probability of each class, so that nothing overflows.
   void mix_block(int64_t row, int64_t at, int64_t count, T factor, T temperature, T* sums) {
     T* const greatest = block(args_.count + 1);
     const int64_t padded = (count + kLanes - 1) / kLanes * kLanes;

@@ -1,28 +1,28 @@
-// Sums of exponentials of fp32 logits with a tenth of the rounding error of fp32 sums, for the
-// classes of a sparse loss's row that are not listed. Near the teacher, the error of that sum is
-// large compared with the difference of student and teacher (docs/maths.md, section 13).
+// Sums of exponentials of fp32 logits, with a tenth of the rounding error of fp32 sums. The sparse
+// loss uses these sums for the classes that are not listed. Near the teacher, the error of an fp32
+// sum is large compared with the difference of student and teacher (docs/maths.md, section 13).
 #pragma once
 #include "scan.h"
 
 namespace fastkd::cpu::FASTKD_ISA {
 namespace {
 
-// exp(z / t) as 2^(n + f) for an integer n. z * factor - n is exact with a fused product: rounding
-// z - max and factor would be the greatest errors of all. Sums are relative to 2^reference, where
-// `reference` is the integer nearest to log2(exp(max / t)).
+// exp(z / t) as 2^(n + f) for an integer n. A fused product makes z * factor - n exact. Rounding z
+// - max and the factor would otherwise be the greatest errors. Sums are relative to 2^reference,
+// where `reference` is the integer nearest to log2(exp(max / t)).
 struct PreciseExponential {
   double exact_factor;       // log2(e) / t
-  float factor, factor_low;  // its upper and lower part
-  float least = 0;           // smaller logits are replaced by it: 2^(reference - 125)
+  float factor, factor_low;  // upper and lower part of exact_factor
+  float least = 0;           // replaces smaller logits, and has the exponential 2^(reference - 125)
   float round = 0;           // added to n + f, leaves the bits of 2^(n - reference) at the low end
-  double to_max = 0;         // exponent of the sum once it is relative to the maximum
+  double to_max = 0;         // log2 of the factor that makes sums relative to the maximum
 
   explicit PreciseExponential(double temperature)
       : exact_factor(bounded_above(kLog2E / temperature, 0x1p127)),
         factor(static_cast<float>(exact_factor)),
         factor_low(static_cast<float>(exact_factor - static_cast<double>(factor))) {}
 
-  // Set the maximum. Return false if it is so large that the reference is not an integer.
+  // Set the maximum. Return false if the maximum is so large that the reference is not an integer.
   bool set_max(double max) {
     const double exponent = max * exact_factor, reference = std::nearbyint(exponent);
     round = Format<float>::kRound + 127 - static_cast<float>(reference);
@@ -46,18 +46,19 @@ struct WideSum {
   }
 };
 
-// Return the sums of a block relative to its maximum. 2^n and the part that the factor 2^f adds are
-// summed separately: the former are rounded only if they lie 2^24 apart, and the latter are small.
-// Runs are short because their rounding has a bias: powers of less than half a unit are lost, and
-// half a unit is mostly rounded down, to even. A logit of -inf counts as the least power of two.
+// Return the sums of a block relative to the block's maximum. The powers 2^n and the parts 2^n (2^f
+// - 1) are summed separately. Powers are rounded only if they differ by a factor of 2^24, and the
+// parts are small. Runs are short, because the rounding of powers has a bias: half a unit is mostly
+// rounded down, and less than half a unit is lost. A logit of -inf counts as the least power of
+// two.
 template <ExpSource kSource>
 __attribute__((noinline)) ExponentialSums sum_precisely(const Vectors<const float>& logits,
                                                         int64_t count,
                                                         const PreciseExponential& tempered_one,
                                                         const Exponential<float>& separate_one,
-                                                        int squarings, Into next) {
-  // 2^f - 1 for |f| <= 1/2, each coefficient fitted to the rounded ones before it: within 3.0e-9 of
-  // 2^f, and -6e-12 on average.
+                                                        int squarings, CacheLevel next) {
+  // Coefficients of 2^f - 1 for |f| <= 1/2, each fitted to the rounded coefficients before. The
+  // error of 2^f is at most 3.0e-9, and -6e-12 on average.
   constexpr float kCoefficients[] = {6.931471824645996e-1f,  2.4022647738456726e-1f,
                                      5.550359934568405e-2f,  9.618505835533142e-3f,
                                      1.3390807434916496e-3f, 1.5326471475418657e-4f};
@@ -74,8 +75,8 @@ __attribute__((noinline)) ExponentialSums sum_precisely(const Vectors<const floa
   };
   for_vectors<float>(count, [&](int64_t at, auto width) FASTKD_INLINE {
     constexpr int64_t kWidth = decltype(width)::value, kMany = kRegisters<kWidth, float>;
-    next == Into::kL1 ? prefetch_next<Into::kL1, kWidth>(vectors.at(at))
-                      : prefetch_next<Into::kL2, kWidth>(vectors.at(at));
+    next == CacheLevel::kL1 ? prefetch_next<CacheLevel::kL1, kWidth>(vectors.at(at))
+                            : prefetch_next<CacheLevel::kL2, kWidth>(vectors.at(at));
     Register<float> z[kMany], e[kMany];
     load<kWidth>(vectors.at(at), -kInfinity<float>, z);
     FASTKD_UNROLL

@@ -1,6 +1,6 @@
-// Explicit SIMD registers, for the loop over classes, which decides the speed. Compilers keep its
-// sums over lanes in memory, and do not use a register as a lookup table (docs/performance-log.md).
-// The exponentials are those of docs/maths.md, section 4.
+// Explicit SIMD registers for the loops over classes, which decide the speed. Compilers would keep
+// sums over lanes in memory, and would not use a register as a lookup table
+// (docs/performance-log.md). Exponentials are computed as in docs/maths.md, section 4.
 #pragma once
 #include <cstdint>
 #include <cstring>
@@ -77,7 +77,7 @@ constexpr size_t kBytesOfEach = sizeof(T) * (kWidth < kPerRegister<T> ? kWidth :
 #else
 #define FASTKD_INLINE
 #endif
-// Precedes loops over registers: GCC copies some registers to memory if such a loop is not
+// A pragma for loops over registers: GCC copies some registers to memory if such a loop is not
 // unrolled.
 #if defined(__clang__)
 #define FASTKD_UNROLL _Pragma("clang loop unroll(full)")
@@ -90,9 +90,9 @@ FASTKD_HOST_DEVICE Register<T> splat(T x) {
   return broadcast<Register<T>>(x);
 }
 
-// Return register `index` of a step of kWidth numbers; lanes beyond them are `otherwise`. 16-bit
-// numbers come in pairs: all first elements, then all second elements. One shift or mask takes an
-// element out of its pair; keeping their order would cost a permutation.
+// Return register `index` of a step of kWidth numbers; lanes beyond these numbers are `otherwise`.
+// 16-bit numbers come in pairs: all first elements, then all second elements. One shift or mask
+// extracts an element of each pair, and restoring the order would cost a permutation.
 template <int64_t kWidth, class T>
 FASTKD_HOST_DEVICE Register<T> load_register(const T* step, int64_t index, T otherwise) {
   Register<T> numbers = splat(otherwise);
@@ -115,13 +115,13 @@ FASTKD_HOST_DEVICE Register<float> load_register(const BFloat16* step, int64_t i
               sizeof(pairs));
   return bits_as<Register<float>>(second ? pairs & 0xffff0000u : pairs << 16);
 }
-// Return the position of a step's number in its registers.
+// Return the position of number `index` of a step in the registers that hold the step.
 template <class S>
 FASTKD_HOST_DEVICE int64_t place_of(int64_t index, int64_t width) {
   return sizeof(S) == sizeof(BFloat16) ? index / 2 + index % 2 * (width / 2) : index;
 }
 
-// Load a step into registers, and store it.
+// Load a step of numbers into registers, or store registers to a step.
 template <int64_t kWidth, class S, class T>
 FASTKD_HOST_DEVICE void load(const S* step, T otherwise, Register<T>* to) {
   FASTKD_UNROLL
@@ -170,15 +170,15 @@ FASTKD_HOST_DEVICE V max(V a, V b) {
 #if defined(__AVX512F__)
 // The unmasked intrinsics make GCC 12 warn about reads of uninitialized memory.
 constexpr __mmask16 kAllLanes = 0xffff;
-// GCC 12 merges the comparison above with the operation before it, so that a maximum waits for a
-// comparison and a masked shift: this took 0.85 instead of 0.80 ns per class for bf16 rows of 4,096
-// classes (Xeon, December 2026).
+// GCC 12 merges the comparison above with the operation before, so that a maximum waits for a
+// comparison and a masked shift. The kernel then took 0.85 instead of 0.80 ns per class for bf16
+// rows of 4,096 classes (Xeon, December 2026).
 FASTKD_HOST_DEVICE Register<float> max(Register<float> a, Register<float> b) {
   return (Register<float>)_mm512_maskz_max_ps(kAllLanes, (__m512)a, (__m512)b);
 }
 #endif
 
-// exp(x t) of a register of numbers x relative to their maximum: Exponential with scale 1.
+// Exponential with scale 1, for a register of numbers at a time.
 template <class T>
 struct Exponentials {
   Exponential<T> one;
@@ -186,7 +186,7 @@ struct Exponentials {
 
   explicit Exponentials(const Exponential<T>& one)
       : one(one), factor(splat(one.factor)), max(splat(one.max)), least(splat(one.least)) {}
-  // `factor`: one for each lane.
+  // Set the constants. `factor`: a factor for each lane.
   explicit Exponentials(Register<T> factor)
       : one(1, 0, 1), factor(factor), max{}, least(Format<T>::kMinExponent / factor) {}
 
@@ -206,8 +206,8 @@ constexpr int kRoots = 1 << kRootBits;
 constexpr int kRootShift = Format<float>::kMantissa - kRootBits;
 static_assert(kRoots == kPerRegister<float>, "the table of roots is a register");
 
-// The bits of 2^(i / kRoots), minus the amount that the low bits i of n add to the exponent when n
-// is added to the bits.
+// The bits of 2^(i / kRoots), minus the amount that the low bits i of n add to the exponent. Adding
+// n << kRootShift to an entry gives the bits of 2^(n / kRoots).
 struct RootTable {
   alignas(kRegisterBytes) uint32_t entry[kRoots] = {};
   constexpr RootTable() {
@@ -223,10 +223,11 @@ struct RootTable {
 };
 constexpr RootTable kRootTable{};
 
-// 2^x as 2^(n / kRoots) 2^(f / kRoots) with |f| <= 1/2. The first factor is looked up by the low
-// bits of n in a table that is one register; for the second a polynomial of degree 3 is enough. Six
-// products instead of eight; the additional instructions use other execution ports. Error at most
-// 1.0 ulp, with 8 roots 1.2 (measured, tests/kernels). Special values are those of Exponential.
+// 2^x as 2^(n / kRoots) 2^(f / kRoots) with |f| <= 1/2. The low bits of n select the first factor
+// from a table that is one register. A polynomial of degree 3 is enough for the second factor. Six
+// products instead of eight are needed, and the additional instructions use other execution ports.
+// The error is at most 1.0 ulp, or 1.2 ulp with 8 roots (measured, tests/kernels). Special values
+// are handled as in Exponential.
 template <>
 struct Exponentials<float> {
 #if defined(__AVX512F__)
@@ -274,7 +275,7 @@ struct Exponentials<float> {
 };
 #endif
 
-// exp(x) for x <= 0.
+// Return exp(x) for x <= 0.
 template <class V>
 FASTKD_HOST_DEVICE V exp_of(V x) {
   if constexpr (kIsScalar<V>) {

@@ -1,5 +1,5 @@
-// One row without its classes: its temperature and label, the merging of its statistics, and the
-// constants of its second sweep (docs/maths.md, sections 3, 4 and 9).
+// One row without its classes: temperature and label, the merging of statistics, and the constants
+// of the second sweep (docs/maths.md, sections 3, 4 and 9).
 #pragma once
 #include <cmath>
 
@@ -10,11 +10,12 @@ namespace {
 
 enum class State { kNormal, kIgnored, kInvalid };
 
-// Return true if the divergence's value is the teacher's mean of log(p / q): the forward KL, and
-// the soft cross entropy, which adds the teacher's entropy. The first sweep sums what the mean
-// needs. In a well-separated row the forward KL is clearly above 0, so that mean loses no digits:
-// no further sweep is needed for the value, and the gradient is q - p, directly. Near 0 both would
-// cancel, and the second sweep forms them class by class (docs/maths.md, section 3).
+// Return true if the divergence's value is the teacher's mean of log(p / q), plus the teacher's
+// entropy for the soft cross entropy. The first sweep sums the exponentials and log ratios of that
+// mean. In a well-separated row the forward KL is clearly above 0, so that the mean loses no
+// digits. The value then needs no further sweep, and the gradient is q - p. Near 0 the mean and q -
+// p would cancel, and the second sweep computes value and gradient class by class (docs/maths.md,
+// section 3).
 constexpr bool is_mean_log_ratio(Divergence id) {
   return id == Divergence::kForwardKL || id == Divergence::kSoftCrossEntropy;
 }
@@ -25,9 +26,9 @@ inline bool is_even_jsd(const Inputs& in) {
 inline bool may_be_well_separated(const Inputs& in) {
   return is_mean_log_ratio(in.divergence) || is_even_jsd(in);
 }
-// A row is well separated if its forward KL is at least kWellSeparated nats, at least kShare of the
-// greater of the two parts whose difference it is (rounding costs up to 4e-7 of a part), and at
-// most kGreatest: masks make the forward KL larger, infinite or NaN.
+// A row is well separated if its forward KL is at least kWellSeparated nats and at most kGreatest
+// nats. Masks make the forward KL larger, infinite or NaN. The forward KL is also at least kShare
+// of the greater of its two parts, because rounding costs up to 4e-7 of a part.
 constexpr double kWellSeparated = 0.05, kShare = 0.1, kGreatest = 1e4;
 
 template <class T>
@@ -35,16 +36,17 @@ struct Row : Settings<double> {
   State state = State::kNormal;
   int64_t label = -1;
   int64_t left_out = -1;  // the label, if the sums are over the other classes (kDecoupled); else -1
-  ExpSource hard = ExpSource::kNone;           // the hard term's source in the sums
-  ExpSource gradient_hard = ExpSource::kNone;  // and in the gradient: kNone if hard_weight is 0
-  bool unit = false;                           // the divergence is of unit vectors (kCosine)
-  bool centered = false;                       // it is of centered logits (kCenteredSquaredError)
+  ExpSource hard = ExpSource::kNone;  // the hard term's source in the sums
+  ExpSource gradient_hard =
+      ExpSource::kNone;     // the source in the gradient: kNone if hard_weight is 0
+  bool unit = false;        // the divergence is of unit vectors (kCosine)
+  bool centered = false;    // the divergence is of centered logits (kCenteredSquaredError)
   bool of_logits = false;   // the divergence compares logits and takes no softmax
-  bool log_ratios = false;  // the first sweep sums what shows whether the row is well separated
-  T factor = 0;             // of the student's tempered exponential
-  T teacher_factor = 0;     // of the teacher's
-  T hard_factor = 0;        // of the exponential exp(z)
-  int power = 0;            // exp(z) = exp(z / t)^power, or 0: ExpSource::kSeparate
+  bool log_ratios = false;  // the first sweep sums log ratios to find well-separated rows
+  T factor = 0;             // factor of the student's tempered exponential
+  T teacher_factor = 0;     // factor of the teacher's tempered exponential
+  T hard_factor = 0;        // factor of the exponential exp(z)
+  int power = 0;            // exp(z) = exp(z / t)^power; 0 if kSeparate
 
   // Return the factor for a sum of exponentials, tempered or not, whose maximum changes from `from`
   // to `to`. An empty sum, whose maximum is -inf, stays empty.
@@ -107,8 +109,8 @@ Row<T> make_row(const Inputs& in, int64_t index, bool terms) {
   if (decoupled && row.state == State::kNormal) row.left_out = row.label;
   if (row.hard_weight == 0 && !terms) return row;
   row.hard = ExpSource::kSeparate;
-  // The error of a power is t times that of exp(z / t): too much if the hard term is the greater
-  // part of the gradient, and for fp64.
+  // A power has t times the error of exp(z / t). Such an error is too great in fp64, and also if
+  // the hard term is the greater part of the gradient.
   const double t = row.temperature;
   const bool precise = row.hard_weight <= row.soft_weight * t || t == 1;
   if (sizeof(T) == sizeof(float) && precise && (t == 1 || t == 2 || t == 4)) {
@@ -175,7 +177,7 @@ inline void add(const Sums& other, Sums* result) {
   result->agreement += other.agreement;
 }
 
-// Not inlined, because most divergences need no norms.
+// Set the inverse norms. The function is not inlined, because most divergences need no norms.
 template <class T>
 __attribute__((noinline)) void set_inverses(const Row<T>& row, const Statistics& sums,
                                             Scales<T>* s) {
@@ -183,16 +185,17 @@ __attribute__((noinline)) void set_inverses(const Row<T>& row, const Statistics&
       inverses_of<T>(sums.student_moment, sums.teacher_moment, row.temperature);
   s->student_inverse = inverses.student;
   s->teacher_inverse = inverses.teacher;
-  s->nothing = inverses.nothing;
+  s->zero_row_value = inverses.zero_row_value;
 }
-// Not inlined, because most divergences need no means.
+// Set the means of the logits. The function is not inlined, because most divergences need no means.
 template <class T>
 __attribute__((noinline)) void set_means(const Statistics& sums, Scales<T>* s) {
   s->student_mean = static_cast<T>(sums.student_moment / sums.student_count);
   s->teacher_mean = static_cast<T>(sums.teacher_moment / sums.teacher_count);
 }
 
-// Return the forward KL of a well-separated row; else 0, also if the maxima are far apart.
+// Return the forward KL of a well-separated row. Return 0 for other rows, and if the maxima are far
+// apart.
 template <class T>
 T mean_of(const Row<T>& row, const Statistics& sums) {
   if (are_apart(sums.student_max, sums.teacher_max, row.temperature)) return 0;
@@ -206,8 +209,8 @@ T mean_of(const Row<T>& row, const Statistics& sums) {
   return is_separated ? static_cast<T>(mean) : T(0);
 }
 
-// Return the scales of a row. Not inlined: GCC 12 vectorizes conversions to fp32 and back to fp64,
-// as in the callers, and then drops the rounding between them; backward reads rounded numbers.
+// Return the scales of a row. The function is not inlined: GCC 12 vectorizes the callers'
+// conversions to fp32 and back, and drops the rounding between. Backward reads rounded numbers.
 template <class T>
 __attribute__((noinline)) Scales<T> make_scales(const Row<T>& row, const Statistics& sums) {
   Scales<T> s = scales_of<T>(sums, row.hard != ExpSource::kNone, row.left_out >= 0);
@@ -227,7 +230,7 @@ LogRatio<T> make_log_ratio(const Row<T>& row, const Scales<T>& s) {
 
 // Return true if reverse_of() can form the reverse KL from the sum of its slopes: the sum is well
 // above 0, and d is unshifted. The sum has the rounding of log_ratio, which all d have in common;
-// reverse_of() takes that rounding off.
+// reverse_of() subtracts that rounding.
 template <class T>
 bool is_sum_of_slopes(const LogRatio<T>& ratio, T slope) {
   return !ratio.shifted && slope >= static_cast<T>(kWellSeparated);
@@ -245,7 +248,7 @@ double reverse_of(const Row<T>& row, const Statistics& sums, const LogRatio<T>& 
          log_ratio;
 }
 
-// `gain` multiplies the gradient of the weighted loss.
+// Return the constants of a row. `gain` multiplies the gradient of the weighted loss.
 template <class T>
 Coefficients<T> make_coefficients(const Inputs& in, const Row<T>& row, const Scales<T>& s,
                                   double gain) {
@@ -262,7 +265,7 @@ Coefficients<T> make_coefficients(const Inputs& in, const Row<T>& row, const Sca
   return c;
 }
 
-// Set the constants of a block whose exponentials are relative to these maxima.
+// Set the constants of a block whose exponentials are relative to `student_max` and `teacher_max`.
 template <class T>
 void set_block(const Row<T>& row, const Scales<T>& s, double student_max, double teacher_max,
                Coefficients<T>* c) {

@@ -1,6 +1,6 @@
-// The operands of a row, divided into blocks that the loops of scan.h and blocks.h read and write,
-// and the cache of exponentials from the first sweep to the second. The boundaries of blocks fix
-// the order of sums (docs/maths.md, section 9).
+// The operands of a row, divided into blocks. The loops of scan.h and blocks.h read and write these
+// blocks. This file also has the cache of exponentials from the first sweep to the second. The
+// boundaries of blocks fix the order of sums (docs/maths.md, section 9).
 #pragma once
 #include <memory>
 #include <new>
@@ -25,7 +25,7 @@ FASTKD_HOST_DEVICE auto with_source(ExpSource source, Fn&& fn) {
   return fn(constant<ExpSource::kNone>);
 }
 
-// One operand of one row.
+// The student's or the teacher's logits of one row.
 struct Logits {
   const void* base;  // [classes]
   DType dtype;
@@ -46,7 +46,7 @@ inline Logits teacher_of(const Inputs& in, int64_t row) {
 constexpr int64_t kLongest = kBlock + kLanes;
 
 template <class S>
-constexpr int64_t whole_steps(int64_t count) {
+constexpr int64_t full_steps(int64_t count) {
   return count / kStep<S> * kStep<S>;
 }
 template <class S>
@@ -62,14 +62,15 @@ __attribute__((noinline)) void copy_block(const Logits& logits, int64_t begin, i
   for (int64_t i = count; i < padded<T>(count); ++i) buffer[i] = narrow<T>(-__builtin_huge_valf());
 }
 
-// Return the block in place, with a padded copy of its last step in `buffer`, if the loops can read
-// it there; else a copy of the block. The class that the sums leave out is masked.
+// Return a block. If the loops can read the tensor itself, only the last step is copied to `buffer`
+// and padded. Otherwise the block is copied to `buffer`. The class that the sums leave out is
+// masked.
 template <class S>
 FASTKD_HOST_DEVICE Vectors<const S> fetch(const Logits& logits, int64_t begin, int64_t count,
                                           S* buffer, int64_t left_out = -1) {
   const bool masks = holds(begin, count, left_out);
   if (logits.dtype == kStorage<S> && !masks) {
-    const int64_t full_classes = whole_steps<S>(count);
+    const int64_t full_classes = full_steps<S>(count);
     if (full_classes < count)
       copy_block(logits, begin + full_classes, count - full_classes, buffer);
     return {static_cast<const S*>(logits.at(begin)), buffer, full_classes};
@@ -79,35 +80,36 @@ FASTKD_HOST_DEVICE Vectors<const S> fetch(const Logits& logits, int64_t begin, i
   return {buffer};
 }
 
-// Return true if a gradient, too large for the caches, is written by non-temporal stores. In
-// shorter rows such stores take longer, even if rows begin with a cache line.
+// Return true if a gradient is too large for the caches, and is written by non-temporal stores.
+// Rows of fewer than `least_classes` classes take longer with such stores, even if rows begin with
+// a cache line.
 inline bool stores_non_temporal(const Inputs& in, const void* grad, int64_t least_classes) {
   constexpr int64_t kBytes = 12 << 20;
   return in.classes >= least_classes &&
          in.rows * in.classes * size_of(in.student_dtype) >= kBytes && grad != in.student;
 }
 
-// Return the vectors to which the loops write a block's gradient: `grad` for whole steps and
+// Return the vectors to which the loops write a block's gradient: `grad` for full steps and
 // `result` for the remainder, or `result` for all.
 template <class S>
 Vectors<S> target(void* grad, DType dtype, int64_t count, S* result, bool non_temporal) {
   if (grad == nullptr || dtype != kStorage<S> || non_temporal) return {result};
-  return {static_cast<S*>(grad), result, whole_steps<S>(count)};
+  return {static_cast<S*>(grad), result, full_steps<S>(count)};
 }
-// Copy to `grad` the results that the loops have not written there.
+// Copy the results that the loops have written to `result` to `grad`.
 template <class S>
 void put_result(const Vectors<S>& target, const S* result, void* grad, DType dtype, int64_t count,
                 bool non_temporal) {
-  const int64_t whole = target.block == result ? 0 : target.whole;
-  if (grad == nullptr || whole == count) return;
+  const int64_t full_classes = target.block == result ? 0 : target.full_classes;
+  if (grad == nullptr || full_classes == count) return;
   if (non_temporal && dtype == kStorage<S>) {
     return store_non_temporal(result, count * static_cast<int64_t>(sizeof(S)), grad);
   }
-  write(result, dtype, count - whole, const_cast<void*>(at(grad, dtype, whole)));
+  write(result, dtype, count - full_classes, const_cast<void*>(at(grad, dtype, full_classes)));
 }
 
 // Call fn(at, count) for the blocks of [begin, end); the last may be shorter or longer. A vector
-// with a class that the sums leave out is a block of its own, so that only this vector is copied to
+// with a class that the sums leave out is a separate block, so that only this vector is copied to
 // mask the class.
 template <class Fn>
 FASTKD_HOST_DEVICE void for_blocks(int64_t begin, int64_t end, int64_t left_out, Fn&& fn) {
@@ -120,10 +122,10 @@ FASTKD_HOST_DEVICE void for_blocks(int64_t begin, int64_t end, int64_t left_out,
   }
 }
 
-// The exponentials of both operands of a segment, which the first sweep leaves for the second.
-// Exponentials are relative to the greatest logit of the segment so far. The cache is empty if
-// there is no memory for it, or if another call made the first sweep. The second sweep then
-// recomputes the exponentials block by block, to the same bits.
+// The exponentials of both operands of a segment, cached by the first sweep for the second. The
+// exponentials are relative to the greatest logit of the segment up to the end of the block. The
+// cache is empty if no memory is available, or if another call ran the first sweep. The second
+// sweep then recomputes the exponentials block by block, to equal bits.
 template <class T>
 struct SegmentCache {
   static constexpr int64_t kBlocks =

@@ -27,7 +27,7 @@ void backward(const BackwardArgs& args, int64_t begin, int64_t end) {
   (is_transposed(args) ? backward_transposed : row_engine(args).backward)(args, begin, end);
 }
 
-// Call the row engine's function of the same name.
+// Call the function kStep of the row engine.
 template <auto kStep, class... Rest>
 void step(const ForwardArgs& args, Rest... rest) {
   (row_engine(args).*kStep)(args, rest...);

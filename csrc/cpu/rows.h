@@ -18,7 +18,7 @@ void put_loss(const ForwardArgs& args, const Row<T>& row, int64_t index,
   double hard = 0;
   const Scales<double> exact = scales.template as<double>();
   if (row.hard != ExpSource::kNone) {
-    // log sum exp(z) - max; then the target's mean of max - z.
+    // Set log sum exp(z) - max z. Then subtract the target's mean of z - max z.
     hard = std::log2(statistics.hard_sum) / row.hard_exponent();
     if (row.left_out >= 0) hard = log_sum(exact, hard);
     hard -= sums.student_logits;
@@ -67,7 +67,7 @@ Scales<T> get_stats(const BackwardArgs& args, const Row<T>& row, int64_t index, 
   return s;
 }
 
-// The last step of a row: its loss, terms and stats.
+// Write loss, terms and stats of a row, as the last step.
 template <class T>
 void finish(const ForwardArgs& args, const Row<T>& row, int64_t index, const Statistics& statistics,
             const Scales<T>& scales, Sums* sums) {
@@ -92,7 +92,7 @@ void finish(const ForwardArgs& args, const Row<T>& row, int64_t index, const Sta
   put_stats(args, index, scales, *sums);
 }
 
-// Write the gradient of one segment, and return its sums; write a constant if the row has no
+// Write the gradient of one segment, and add to `sums`. Write a constant if the row has no
 // gradient.
 template <class T>
 void write_segment(const Engine<T>& engine, ActiveRow<T>* r, int64_t segment,
@@ -102,7 +102,7 @@ void write_segment(const Engine<T>& engine, ActiveRow<T>* r, int64_t segment,
   engine.fill(r->index, segment * kSegment, engine.end_of(segment), value);
 }
 
-// Return the gain that backward_row() forms from put_stats()'s output, to the same bits.
+// Return the gain, with the bits that backward_row() computes from the output of put_stats().
 template <class T>
 double gain_of(const ForwardArgs& args) {
   return static_cast<double>(static_cast<T>(args.scale)) * args.grad_output;
@@ -119,7 +119,8 @@ void forward_row(const ForwardArgs& args, const Engine<T>& engine, int64_t index
   }
   ActiveRow<T> r = engine.activate(row, make_scales(row, statistics), gain_of<T>(args), index);
   Sums sums = {};
-  // Backwards, because the sweep before has left the end of a long row in the processor's cache.
+  // Sweep backwards, because the previous sweep has left the end of a long row in the processor's
+  // cache.
   if (!engine.one_sweep()) {
     for (int64_t i = last; i >= 0; --i) {
       Sums of_segment = {};
@@ -229,7 +230,7 @@ void close_row(const ForwardArgs& args, int64_t index, const Statistics* of_row,
   finish(args, row, index, statistics, make_scales(row, statistics), &sums);
 }
 
-// The row engine's part of an instruction set's kernels.
+// Return the row engine's functions as the kernels of an instruction set.
 template <class T>
 Kernels row_kernels(const char* name) {
   Kernels kernels = {};

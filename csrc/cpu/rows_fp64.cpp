@@ -1,6 +1,6 @@
-// The row engine (rows.h) in fp64, the precision for correctness and not for speed: compiled once,
-// for the least processor, and used by all instruction sets. Derivations: docs/maths.md, sections 1
-// to 3.
+// The row engine (rows.h) in fp64, which is for correctness and not for speed. The code is compiled
+// once, for the least processor, and all instruction sets use this code. Derivations:
+// docs/maths.md, sections 1 to 3.
 #include "rows.h"
 
 namespace fastkd::cpu::baseline {

@@ -6,8 +6,8 @@
 namespace fastkd::cpu::FASTKD_ISA {
 namespace {
 
-// The source of exp(z) of the hard term: no hard term; a power of exp(z / t), by squaring it
-// log2(t) times; or a separate exponential.
+// The source of exp(z) in the hard term. kNone: no hard term. kPower: exp(z / t), squared log2(t)
+// times. kSeparate: a separate exponential.
 enum class ExpSource { kNone, kPower, kSeparate };
 
 // Add gain times exp(z - max z) to `sums`, given exp((z - max z) / t) and the offset z - max z.
@@ -30,7 +30,7 @@ FASTKD_HOST_DEVICE void add_hard(const Exponentials<T>& separate, int squarings,
   for (int64_t i = 0; i < kMany; ++i) sums[i] = mul_add(gain, power[i], sums[i]);
 }
 
-// Return the maximum of a block. NaN is dropped; it makes the sums of exponentials NaN.
+// Return the maximum of a block. NaN is dropped here, and makes the sums of exponentials NaN.
 template <class S>
 auto maximum(const Vectors<const S>& logits, int64_t count) {
   using T = decltype(widen(S{}));
@@ -49,37 +49,37 @@ auto maximum(const Vectors<const S>& logits, int64_t count) {
   return tree_reduce<kWide<T>>(lanes, [](T a, T b) { return a > b ? a : b; });
 }
 
-// The sum of the tempered exponentials, each times its log ratio: the difference of the two logits'
-// distances from their maxima. kBounded: log ratios are bounded by kMostLogRatio, so that a class
-// with a log ratio of thousands does not hide that all others have log ratios near 0.
-enum class LogRatioSum { kNone, kWhole, kBounded };
+// The sum of the tempered exponentials, each times the log ratio of the class. A log ratio is the
+// difference of the two logits' distances from the two maxima. kBounded: log ratios are at most
+// kMostLogRatio, so that one log ratio of thousands does not hide others near 0.
+enum class LogRatioSum { kNone, kUnbounded, kBounded };
 constexpr double kMostLogRatio = 8;  // in nats
 
-// Sums over one operand, relative to its maximum.
+// Sums over the student's or the teacher's logits, relative to the maximum.
 struct ExponentialSums {
   double tempered, hard, log_ratios;
 };
 
-// The target of a prefetch. The loop over exponentials is bound by arithmetic, so it prefetches for
-// the maximum of the next block, which is bound by memory. Each store of a gradient prefetches,
-// too. A row's last block prefetches logits that are read only after the row's second sweep: to L2,
-// because that sweep's data fill L1, or to L1 if logits have 16 bits. A prefetch beyond the row is
-// harmless.
-enum class Into { kL1, kL2 };
+// The cache level of a prefetch. The loop over exponentials is bound by arithmetic, and prefetches
+// for the maximum of the next block, which is bound by memory. Each store of a gradient prefetches
+// as well. A row's last block prefetches logits that are read only after the row's second sweep.
+// The data of the second sweep fill L1, so these logits go to L2, unless logits have 16 bits. A
+// prefetch beyond the row is harmless.
+enum class CacheLevel { kL1, kL2 };
 template <class S>
-FASTKD_HOST_DEVICE Into next_of(int64_t at, int64_t classes) {
-  return sizeof(S) > 2 && classes - at < kBlock + kLanes ? Into::kL2 : Into::kL1;
+FASTKD_HOST_DEVICE CacheLevel next_of(int64_t at, int64_t classes) {
+  return sizeof(S) > 2 && classes - at < kBlock + kLanes ? CacheLevel::kL2 : CacheLevel::kL1;
 }
-template <Into kInto, class S>
+template <CacheLevel kLevel, class S>
 FASTKD_HOST_DEVICE void prefetch(const S* base, uintptr_t ahead) {
   const uintptr_t address =
-      reinterpret_cast<uintptr_t>(base) + ahead;  // may be in another array: no pointer arithmetic
-  __builtin_prefetch(reinterpret_cast<const void*>(address), 0, kInto == Into::kL1 ? 3 : 2);
+      reinterpret_cast<uintptr_t>(base) + ahead;  // an integer, because it may lie in another array
+  __builtin_prefetch(reinterpret_cast<const void*>(address), 0, kLevel == CacheLevel::kL1 ? 3 : 2);
 }
-template <Into kInto, int64_t kWidth, class S>
+template <CacheLevel kLevel, int64_t kWidth, class S>
 FASTKD_HOST_DEVICE void prefetch_next(const S* block) {
   for (uintptr_t i = 0; i < kWidth * sizeof(S); i += 64) {
-    prefetch<kInto>(block, kBlock * sizeof(S) + i);
+    prefetch<kLevel>(block, kBlock * sizeof(S) + i);
   }
 }
 
@@ -90,12 +90,12 @@ static_assert(kRun % kLanes == 0, "");
 
 // Sum the exponentials of a block, and write the tempered ones to `cache` unless it is null.
 // `separate` is read only with ExpSource::kSeparate, `squarings` with kPower, `others` with log
-// ratios. Not inlined: a caller of all forms would save and restore so many registers that rows of
-// few blocks slow down.
+// ratios. The function is not inlined: a caller of all forms would save and restore so many
+// registers that rows of few blocks slow down.
 template <ExpSource kSource, LogRatioSum kLogRatios, class T, class S>
 __attribute__((noinline)) ExponentialSums
 sum_exponentials(const Vectors<const S>& vectors, int64_t count, const Exponential<T>& tempered_one,
-                 const Exponential<T>& separate_one, int squarings, T* cache, Into next,
+                 const Exponential<T>& separate_one, int squarings, T* cache, CacheLevel next,
                  const Vectors<const S>& other_vectors = {}, T other_max = 0) {
   const Exponentials<T> tempered(tempered_one), separate(separate_one);
   const Register<T> other_top = splat(other_max);
@@ -110,8 +110,8 @@ sum_exponentials(const Vectors<const S>& vectors, int64_t count, const Exponenti
   const Vectors<const S> logits = vectors, others = other_vectors;
   for_vectors<S>(count, [&](int64_t at, auto width) FASTKD_INLINE {
     constexpr int64_t kWidth = decltype(width)::value, kMany = kRegisters<kWidth, T>;
-    next == Into::kL1 ? prefetch_next<Into::kL1, kWidth>(logits.at(at))
-                      : prefetch_next<Into::kL2, kWidth>(logits.at(at));
+    next == CacheLevel::kL1 ? prefetch_next<CacheLevel::kL1, kWidth>(logits.at(at))
+                            : prefetch_next<CacheLevel::kL2, kWidth>(logits.at(at));
     Register<T> x[kMany], y[kMany], e[kMany];
     load<kWidth>(logits.at(at), -kInfinity<T>, x);
     if constexpr (kLogRatios != LogRatioSum::kNone) load<kWidth>(others.at(at), -kInfinity<T>, y);
@@ -124,7 +124,7 @@ sum_exponentials(const Vectors<const S>& vectors, int64_t count, const Exponenti
         Register<T> log_ratio = x[i] - (y[i] - other_top);
         if constexpr (kLogRatios == LogRatioSum::kBounded)
           log_ratio = min(log_ratio, most_log_ratio);
-        // The lower bound prevents 0 * -inf; it holds anyway if the exponential is not 0.
+        // The lower bound prevents 0 * -inf; the bound never applies if the exponential is not 0.
         log_ratio_run = mul_add(e[i], max(log_ratio, tempered.least), log_ratio_run);
       }
     }

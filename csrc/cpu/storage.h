@@ -37,9 +37,9 @@ FASTKD_HOST_DEVICE float widen(Float16 x) {
   return bits_as<float>(result | (static_cast<uint32_t>(x.bits & 0x8000u) << 16));
 }
 
-// Return bits whose upper half is x as bf16, rounded to nearest, ties to even. x must not be NaN,
-// whose payload could overflow; rows with NaN are filled elsewhere. `V` is float or a register of
-// floats, and `Bits` the unsigned integer of the same size.
+// Return bits whose upper half is x as bf16, rounded to nearest, ties to even. The number x must
+// not be NaN, whose payload could overflow; rows with NaN are filled elsewhere. `V` is float or a
+// register of floats, and `Bits` the unsigned integer of the same size.
 template <class Bits = uint32_t, class V>
 FASTKD_HOST_DEVICE Bits rounded_bits(const V& x) {
   const Bits bits = bits_as<Bits>(x);
@@ -50,14 +50,14 @@ FASTKD_HOST_DEVICE uint16_t half_bits(float x) {
   const uint32_t bits = bits_as<uint32_t>(x);
   const uint32_t magnitude = bits & 0x7fffffffu;
   const uint32_t normal = (magnitude + 0xc8000fffu + ((magnitude >> 13) & 1u)) >> 13;
-  // Below 2^-14 the sum with 1/2 leaves the rounded subnormal in the low bits.
+  // The sum with 1/2 leaves a rounded subnormal, below 2^-14, in the low bits.
   const uint32_t subnormal = bits_as<uint32_t>(bits_as<float>(magnitude) + 0.5f) - 0x3f000000u;
   const uint32_t special = magnitude > 0x7f800000u ? 0x7e00u : 0x7c00u;
   const uint32_t finite = magnitude < 0x38800000u ? subnormal : normal;
   const uint32_t result = magnitude >= 0x47800000u ? special : finite;
   return static_cast<uint16_t>(result | ((bits >> 16) & 0x8000u));
 }
-// Round to fp32, forced to odd, so that the second rounding to 16 bits is correct: fp64 gradients
+// Round to fp32, forced to odd, so that the second rounding to 16 bits is correct. fp64 gradients
 // of 16-bit students (with an fp64 teacher) are rounded twice.
 FASTKD_HOST_DEVICE float round_to_odd(float x) { return x; }
 FASTKD_HOST_DEVICE float round_to_odd(double x) {
@@ -95,8 +95,8 @@ FASTKD_HOST_DEVICE void with_type(DType dtype, Fn&& fn) {
   }
 }
 
-// Convert by the processor's fp16 instructions, which compilers do not use in the loops below, as
-// many numbers as fill vectors of eight. Return how many were converted.
+// Convert full vectors of eight numbers, and return how many numbers were converted. The functions
+// use the processor's fp16 instructions, which compilers do not use in the loops below.
 #if defined(__F16C__)
 inline int64_t convert_vectors(const Float16* from, int64_t count, float* to) {
   int64_t i = 0;

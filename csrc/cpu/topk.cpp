@@ -1,9 +1,10 @@
-// The sparse loss, row by row, compiled once for each instruction set: the student is read once
-// from memory, and its gradient is written in a second sweep (docs/maths.md, section 13).
+// The sparse loss, row by row, compiled once for each instruction set. The student is read from
+// memory once, and the second sweep writes the gradient (docs/maths.md, section 13).
 //
 // The first sweep sums the exponentials of the rest, with the listed classes masked (topk_row.h).
-// The second writes the gradient of the rest to all classes, which takes a few products per
-// exponential; the listed classes and the label are then computed in double and written over it.
+// The second sweep writes the gradient of the rest to all classes, which takes a few products per
+// exponential. The gradients of the listed classes and of the label are computed in double, and
+// overwrite that result.
 #include <memory>
 
 #include "../topk_row.h"
@@ -16,7 +17,7 @@ namespace {
 
 using topk::Comparison;
 using topk::Gains;
-using topk::kNothing;
+using topk::kMinusInfinity;
 using topk::RelativeSums;
 using topk::RowOptions;
 using topk::Soft;
@@ -27,7 +28,7 @@ using topk::Summary;
 // exponentials of fp32 logits would double the memory; recomputing them from cached logits takes
 // less time.
 template <class T, class S>
-constexpr bool kKeepsRest = sizeof(S) < sizeof(T);
+constexpr bool kCachesRest = sizeof(S) < sizeof(T);
 
 // The listed classes of a row, without padding, with the student's probability and the slope of
 // each. All rows of a thread share the memory.
@@ -56,7 +57,7 @@ struct Scratch {
 
   explicit Scratch(const TopkArgs& args)
       : list(args.k), comparison(args), constants(make_constants(args.divergence, args.mix)) {
-    if (!kKeepsRest<T, S>) return;
+    if (!kCachesRest<T, S>) return;
     exponentials.reset(new T[static_cast<size_t>(args.classes + kLanes)]);
     maxima.reset(new double[static_cast<size_t>(args.classes / kBlock + 1)]);
   }
@@ -87,7 +88,7 @@ SoftSums sum_listed(const Comparison& comparison, const RowOptions& row, const S
 
 template <class T, class S>
 struct TopkRow {
-  static constexpr bool kKeeps = kKeepsRest<T, S>;
+  static constexpr bool kCaches = kCachesRest<T, S>;
   const TopkArgs& args;
   int64_t index;
   uint64_t* listed;  // one bit for each class
@@ -114,7 +115,7 @@ struct TopkRow {
   bool is_listed(int64_t id) const { return listed[id / 64] >> (id % 64) & 1; }
 
   // Gather the list without its padding, and set its bits. Return false if a class is out of range
-  // or listed twice; then only the classes before it are in the list.
+  // or listed twice. The list then ends before that class.
   bool read_list() {
     List& list = scratch.list;
     const int64_t* const ids = args.indices + index * args.k;
@@ -122,7 +123,7 @@ struct TopkRow {
     list.count = 0;
     for (int64_t i = 0; i < args.k; ++i) {
       const double log_p = static_cast<double>(log_probs[i]);
-      if (ids[i] < 0 || log_p == kNothing) continue;  // padding (topk.h)
+      if (ids[i] < 0 || log_p == kMinusInfinity) continue;  // padding (topk.h)
       if (ids[i] >= args.classes || is_listed(ids[i])) return false;
       listed[ids[i] / 64] |= uint64_t{1} << (ids[i] % 64);
       list.id[list.count] = ids[i];
@@ -137,7 +138,7 @@ struct TopkRow {
 
   void sum_list(Summary* summary) const {
     const List& list = scratch.list;
-    double max = kNothing;
+    double max = kMinusInfinity;
     for (int64_t i = 0; i < list.count; ++i) max = list.z[i] > max ? list.z[i] : max;
     const double near = topk::origin({max});
     const Exponential<double> tempered(kLog2E / row.temperature, near, 1);
@@ -147,7 +148,8 @@ struct TopkRow {
     for (int64_t i = 0; i < list.count; ++i) {
       tempered_sum += tempered(list.z[i]);
       hard_sum += separate(list.z[i]);
-      // exp(1) already makes the list invalid, and beyond 2^1024 the exponential's bits wrap round.
+      // A log-probability of 1 already makes the list invalid, and exponentials beyond 2^1024 would
+      // wrap around.
       teacher_sum += teacher(list.log_p[i] > 1 ? 1 : list.log_p[i]);
     }
     summary->list = {max, tempered_sum, hard_sum};
@@ -189,8 +191,8 @@ struct TopkRow {
         is_precise = precise.set_max(top);
       }
       T* exponentials = nullptr;
-      if constexpr (kKeeps) exponentials = &scratch.exponentials[at], *block_max++ = sums.max;
-      const Into next = next_of<S>(at, args.classes);
+      if constexpr (kCaches) exponentials = &scratch.exponentials[at], *block_max++ = sums.max;
+      const CacheLevel next = next_of<S>(at, args.classes);
       const ExponentialSums block_sums = with_source(row.hard, [&](auto source) {
         constexpr ExpSource kSource = decltype(source)::value;
         if constexpr (std::is_same_v<S, float>) {
@@ -210,7 +212,7 @@ struct TopkRow {
                   static_cast<double>(count) * near;
       }
     });
-    if (sums.max == kNothing) sums.tempered *= 0, sums.hard *= 0;  // no class, or NaN
+    if (sums.max == kMinusInfinity) sums.tempered *= 0, sums.hard *= 0;  // 0, or NaN for NaN
     return sums;
   }
 
@@ -256,31 +258,31 @@ struct TopkRow {
     const Exponentials<T> separate({row.hard_factor, static_cast<T>(max), 1});
     const Register<T> uniform = splat(static_cast<T>(gains.uniform));
     const double* block_max = scratch.maxima.get();
-    // A higher limit than for the dense loss: the listed classes, written afterwards, wait for
+    // The limit is higher than for the dense loss, because the stores of listed classes wait for
     // these stores.
     const bool non_temporal = stores_non_temporal(args, args.grad, 16384);
     for_blocks(0, args.classes, -1, [&](int64_t at, int64_t count) {
-      const double relative_to = kKeeps ? *block_max++ : max;
+      const double relative_to = kCaches ? *block_max++ : max;
       const double shift = topk::rescaling_of(relative_to, max, row.temperature);
       const double hard_shift =
           kSource == ExpSource::kSeparate ? 1 : topk::rescaling_of(relative_to, max, 1);
       const Register<T> soft_gain = splat(static_cast<T>(gains.rest * shift));
       const Register<T> hard_gain = splat(static_cast<T>(gains.rest_hard * hard_shift));
-      const T* const exponentials = kKeeps ? &scratch.exponentials[at] : nullptr;
+      const T* const exponentials = kCaches ? &scratch.exponentials[at] : nullptr;
       Vectors<const S> block;
-      if (!kKeeps || kSource == ExpSource::kSeparate) block = fetch(student, at, count, buffer);
+      if (!kCaches || kSource == ExpSource::kSeparate) block = fetch(student, at, count, buffer);
       const Vectors<S> grad = target(grad_at(at), args.student_dtype, count, result, non_temporal);
       for_vectors<S>(count, [&](int64_t step, auto width) FASTKD_INLINE {
         constexpr int64_t kWidth = decltype(width)::value, kMany = kRegisters<kWidth, T>;
         Register<T> z[kMany] = {}, e[kMany], gradient[kMany];
-        prefetch_next<Into::kL2, kWidth>(grad.at(step));
-        if (!kKeeps || kSource == ExpSource::kSeparate)
+        prefetch_next<CacheLevel::kL2, kWidth>(grad.at(step));
+        if (!kCaches || kSource == ExpSource::kSeparate)
           load<kWidth>(block.at(step), -kInfinity<T>, z);
-        if constexpr (kKeeps) load<kWidth>(exponentials + step, T(0), e);
+        if constexpr (kCaches) load<kWidth>(exponentials + step, T(0), e);
         FASTKD_UNROLL
         for (int64_t i = 0; i < kMany; ++i) {
-          if constexpr (!kKeeps || kSource == ExpSource::kSeparate) z[i] -= tempered.max;
-          if constexpr (!kKeeps) e[i] = tempered(z[i]);
+          if constexpr (!kCaches || kSource == ExpSource::kSeparate) z[i] -= tempered.max;
+          if constexpr (!kCaches) e[i] = tempered(z[i]);
           gradient[i] = mul_add(soft_gain, e[i], uniform);
         }
         if constexpr (kSource != ExpSource::kNone) {
@@ -325,9 +327,9 @@ struct TopkRow {
   // Compute a row after read_list(). Return false if the list does not hold log-probabilities.
   bool run() const {
     const Summary summary = sum_row();
-    if (row.state == State::kInvalid || !summary.listed_well() || !summary.valid()) {
+    if (row.state == State::kInvalid || !summary.has_valid_list() || !summary.valid()) {
       put_constant(kNaN<T>);
-      return summary.listed_well();
+      return summary.has_valid_list();
     }
     Soft soft = topk::soften(scratch.comparison, options, summary);
     const SoftSums sums = visit(args.divergence, [&](auto divergence) {

@@ -1,6 +1,6 @@
-// The transposed layout (the numbers of a few rows side by side, class after class), and the copies
-// between it and tensors. The arithmetic on it is in transposed_engine.h; docs/maths.md has no
-// section about layouts.
+// The transposed layout, with the numbers of a few rows side by side, class after class. This file
+// copies tensors to that layout and back. transposed_engine.h has the arithmetic, and docs/maths.md
+// has no section about layouts.
 //
 // If the classes of a row are adjacent, (..., C), the copy is a transposition. If rows are
 // adjacent, (N, C, H, W), the logits of 32 pixels already lie side by side.
@@ -46,7 +46,7 @@ FASTKD_HOST_DEVICE void for_runs(int64_t first, int64_t count, int64_t group_row
   }
 }
 
-// Convert numbers of adjacent rows: `kCount` if that is known at compile time, or `count`.
+// Convert the numbers of kCount adjacent rows, or of `count` rows if kCount is 0.
 template <int64_t kCount, class From, class To>
 FASTKD_HOST_DEVICE void convert_rows(const From* from, int64_t count, To* to) {
   const int64_t rows = kCount > 0 ? kCount : count;
@@ -98,7 +98,7 @@ FASTKD_HOST_DEVICE void transpose_square(const S* from, int64_t from_stride, S* 
   for (int64_t i = 0; i < kSide<S>; ++i) std::memcpy(to + i * to_stride, &rows[i], sizeof(V));
 }
 
-// Transpose: to[column][row] = from[row][column].
+// Transpose a block of numbers: to[column][row] = from[row][column].
 template <class S>
 __attribute__((noinline)) void transpose(const S* from, int64_t from_stride, int64_t rows,
                                          int64_t columns, S* to, int64_t to_stride) {
@@ -111,7 +111,7 @@ __attribute__((noinline)) void transpose(const S* from, int64_t from_stride, int
     }
     return;
   }
-  // The last square in either direction may overlap the one before it.
+  // The last square in either direction may overlap the previous square.
   for (int64_t i = 0; i < rows; i += kStep) {
     const int64_t row = i < rows - kStep ? i : rows - kStep;
     for (int64_t j = 0; j < columns; j += kStep) {
@@ -174,7 +174,7 @@ struct TileRows {
           convert_rows<0>(rows, length, tile + c * kTileRows + lane);
           continue;
         }
-        // Each class is a memory stream of its own, and hardware prefetchers follow fewer streams.
+        // Each class is a separate memory stream, and hardware prefetchers follow fewer streams.
         for (int64_t i = 0; i < kTileRows && !adjacent; i += 64 / static_cast<int64_t>(sizeof(S))) {
           __builtin_prefetch(rows + kTileRows + i);
         }
@@ -213,7 +213,7 @@ struct Tile {
 
   alignas(64) float few[kPerClass * kNarrow];
   std::unique_ptr<float[]> many;
-  float *student, *teacher;          // logits, [classes][kTileRows]; the student's become results
+  float *student, *teacher;          // logits, [classes][kTileRows]; results overwrite the student
   float *student_exp, *teacher_exp;  // exp((z - max z) / t), exp((w - max w) / t) of one group,
   float* hard_exp;                   // and exp(z - max z), [classes][kGroupRows]
 

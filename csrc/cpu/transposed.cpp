@@ -1,5 +1,5 @@
-// The calls of the transposed engine (transposed_engine.h), compiled once for each instruction set:
-// forward and backward over a range of rows (docs/maths.md, sections 1 to 3).
+// Forward and backward of the transposed engine (transposed_engine.h) over a range of rows. The
+// file is compiled once for each instruction set (docs/maths.md, sections 1 to 3).
 #include "transposed_engine.h"
 
 namespace fastkd::cpu::FASTKD_ISA {

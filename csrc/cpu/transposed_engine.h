@@ -1,15 +1,14 @@
-// The transposed engine: loss and gradient of several rows at once, one row per SIMD lane, for rows
-// of few classes, and for rows whose classes are not adjacent.
+// The transposed engine: loss and gradient of several rows at once, one row per SIMD lane. The
+// engine computes rows of few classes, and rows whose classes are not adjacent.
 //
-// It computes what the row engine (rows.h) does, by docs/maths.md, sections 1 to 3, 7 and 10, with
-// the formulas of formulas.h, decoupled.h and divergences.h, whose numbers are registers here. The
-// reason for this layout: a row of ten classes fills less than one vector, and the work per row
-// (three logarithms, scales, factors) would take most of the time. The pixels of (N, C, H, W)
-// logits are adjacent, and their classes are not.
+// The engine evaluates formulas.h, decoupled.h and divergences.h with registers as numbers
+// (docs/maths.md, sections 1 to 3, 7 and 10). A row of ten classes fills less than one vector, and
+// the work per row (three logarithms, scales, factors) would take most of the time. The pixels of
+// (N, C, H, W) logits are adjacent, and their classes are not.
 //
-// A tile of rows is copied to the transposed layout (transpose.h), where all sweeps find it in L1:
-// scan() takes maxima and sums of exponentials, sweep() values and slopes, center() the gradient.
-// No lane reads another: the bits do not depend on which rows share a group.
+// A tile of rows is copied to the transposed layout (transpose.h), where all sweeps find the tile
+// in L1. scan() computes maxima and sums of exponentials, sweep() values and slopes, and center()
+// the gradient. No lane reads another lane: the bits do not depend on which rows share a group.
 #pragma once
 #include "blocks.h"
 #include "decoupled.h"
@@ -19,7 +18,7 @@
 namespace fastkd::cpu::FASTKD_ISA {
 namespace {
 
-// A compensated sum (Kahan). It is NaN if a simple sum is infinite.
+// A compensated sum (Kahan), which is NaN if a simple sum is infinite.
 struct PreciseSum {
   V sum{}, excess{};
 
@@ -47,10 +46,10 @@ struct Block {
   int64_t begin, end;
 };
 
-// Rows to prefetch while others are computed, some for each class: prefetches of all at once would
-// exceed the processor's line fill buffers.
+// Rows to prefetch while other rows are computed, a few for each class. Prefetching all rows at
+// once would exceed the processor's line fill buffers.
 struct Ahead {
-  uintptr_t from = 0, size = 0;  // bytes of a number; 0: only one line is prefetched
+  uintptr_t from = 0, size = 0;  // `size`: bytes of a number; 0 to prefetch only one line
 
   FASTKD_HOST_DEVICE void fetch(int64_t number) const {
     const uintptr_t address = from + static_cast<uintptr_t>(number) * size;
@@ -69,15 +68,15 @@ struct TransposedEngine {
   const bool
       decoupled;  // the sums are over the classes other than the label (kDecoupled; decoupled.h)
   const Constants constants;
-  Row<float> shared;  // settings of rows that have no settings of their own
+  Row<float> shared;  // settings of rows without separate settings
   Tile tile;
-  Ahead ahead[3];  // the next tile's logits, and the gradient of this one
+  Ahead ahead[3];  // the next tile's logits, and this tile's gradient
 
   // The group: rows [first, first + count), from `lane` of the tile on. The vectors below have one
   // element per row.
   int64_t first = 0, count = 0, lane = 0;
   Settings<V> settings;
-  V factor, teacher_factor;  // of the exponentials
+  V factor, teacher_factor;  // factors of the exponentials
   V gain;
   Integer<V> label;  // the label's class, or -1
   Mask<V> computed;
@@ -90,7 +89,8 @@ struct TransposedEngine {
   ExpSums exponentials;
   Moments<float> moments;
   V offsets;
-  // Sums of the second sweep, as in Sums (kernels.h); each block is summed first.
+  // Sums of the second sweep, as in Sums (kernels.h). Each block is summed separately first, so
+  // that sums round less.
   V value, slope, classes, student_entropy, teacher_entropy, agreement;
 
   template <class Args>
@@ -136,13 +136,13 @@ struct TransposedEngine {
         return TileRows{dtype, stride, in.group_rows, at, rows};
       };
       for (int64_t i = 0; i < in.classes * kTileRows && rows % kGroupRows != 0; ++i) {
-        tile.student[i] = tile.teacher[i] = 0;  // lanes without a row are computed, too
+        tile.student[i] = tile.teacher[i] = 0;  // lanes without a row are computed as well
       }
       rows_of(in.student_dtype, in.student_stride).load(in.student, in.classes, tile.student);
       rows_of(in.teacher_dtype, in.teacher_stride).load(in.teacher, in.classes, tile.teacher);
-      ahead[0] = fetched(in.student, in.student_dtype, in.student_stride, at + kTileRows);
-      ahead[1] = fetched(in.teacher, in.teacher_dtype, in.teacher_stride, at + kTileRows);
-      ahead[2] = fetched(grad, in.student_dtype, grad_stride, at);
+      ahead[0] = rows_ahead(in.student, in.student_dtype, in.student_stride, at + kTileRows);
+      ahead[1] = rows_ahead(in.teacher, in.teacher_dtype, in.teacher_stride, at + kTileRows);
+      ahead[2] = rows_ahead(grad, in.student_dtype, grad_stride, at);
       for (lane = 0; lane < rows; lane += kGroupRows) {
         first = at + lane, count = rows - lane < kGroupRows ? rows - lane : kGroupRows;
         start_group();
@@ -153,7 +153,7 @@ struct TransposedEngine {
     }
   }
 
-  Ahead fetched(const void* base, DType dtype, const RowStrides& stride, int64_t row) const {
+  Ahead rows_ahead(const void* base, DType dtype, const RowStrides& stride, int64_t row) const {
     if (base == nullptr || stride.classes != 1 || stride.row != in.classes) {
       return {reinterpret_cast<uintptr_t>(tile.student), 0};
     }
@@ -220,7 +220,8 @@ struct TransposedEngine {
     return tile.teacher + c * kTileRows + lane;
   }
 
-  // Compute the exponentials, given the maxima. With kSummed, add them to `exponentials`.
+  // Compute the exponentials, given the maxima. With kSummed, add these exponentials to the member
+  // `exponentials`.
   template <bool kSummed>
   void exponentiate(const Block& b) {
     with_source(shared.hard,
@@ -301,7 +302,7 @@ struct TransposedEngine {
         const auto inverses = inverses_of<float>(moments.student[i], moments.teacher[i],
                                                  static_cast<double>(settings.temperature[i]));
         scales.student_inverse[i] = inverses.student, scales.teacher_inverse[i] = inverses.teacher;
-        scales.nothing[i] = static_cast<float>(inverses.nothing);
+        scales.zero_row_value[i] = static_cast<float>(inverses.zero_row_value);
       } else {
         const double classes = moments.student_count[i], teacher_classes = moments.teacher_count[i];
         scales.student_mean[i] = static_cast<float>(moments.student[i] / classes);
@@ -332,7 +333,7 @@ struct TransposedEngine {
       if (terms || in.divergence == Divergence::kSoftCrossEntropy) add_entropies(b);
       sweep<D>(b);
     });
-    value += scales.nothing, slope += scales.nothing;
+    value += scales.zero_row_value, slope += scales.zero_row_value;
     if (backward) slope = known_slope, classes = known_classes;
     if (D::kCentering != SlopeCentering::kNone) center<D>();
     finish();
@@ -365,7 +366,8 @@ struct TransposedEngine {
     const auto gradient = make_gradient();
     const LogRatio<V> r = ratio;
     const Scales<V> of_rows = scales;
-    // Compensated: one square of logits far apart would take the digits of other squares.
+    // Sums of squares are compensated, because one great square would cost the other squares
+    // digits.
     std::conditional_t<is_mean(D::kCentering), PreciseSum, PlainSum> values;
     PlainSum slopes, counted;
     for (int64_t c = b.begin; c < b.end; ++c) {
@@ -396,7 +398,7 @@ struct TransposedEngine {
       if (kCentering == SlopeCentering::kStudent) weight = q;
       if (kCentering == SlopeCentering::kUnit)
         weight = mul_add(load(teacher_at(c)), teacher_inverse, uncentered);
-      // No product of 0 and a sum of slopes, which may be infinite.
+      // Avoid the product of 0 and a sum of slopes, which may be infinite.
       V here = kCentering == SlopeCentering::kMean ? uncentered : mul_add(-sum, weight, uncentered);
       here *= share;
       if (leaves_out_masked(kCentering)) here = uncentered == uncentered ? here : V{};

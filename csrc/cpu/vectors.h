@@ -10,10 +10,10 @@
 namespace fastkd::cpu::FASTKD_ISA {
 namespace {
 
-// 4 KB of fp32: three blocks stay in L1. Sums are kept in fp32 lanes within a block and in double
-// beyond, so the block is also what bounds the rounding error of a sum.
+// 4 KB of fp32, so that three blocks stay in L1. Sums are fp32 lanes within a block and double
+// beyond, so the block bounds the rounding error of a sum.
 constexpr int64_t kBlock = 1024;
-// The loops take kLanes classes at a time, and shorter steps at the end of a row; the last step is
+// The loops take kLanes classes at a time, and shorter steps at the end of a row. The last step is
 // padded with -inf. 16-bit numbers are unpacked in pairs that fill registers, and have no shorter
 // steps. fp64 is computed one number at a time (registers.h).
 constexpr int64_t kLanes = 32;
@@ -33,15 +33,19 @@ constexpr T kNaN = static_cast<T>(__builtin_nan(""));
 template <auto kValue>
 constexpr std::integral_constant<decltype(kValue), kValue> constant{};
 
-// The steps of a block, in place; a last step that is not full is elsewhere, padded.
+// The steps of a block, in place. `last` is a padded copy of a last step that is not full.
 template <class S>
 struct Vectors {
   S* block = nullptr;
   S* last = nullptr;
-  int64_t whole = INT64_MAX;  // number of classes before the last step
+  int64_t full_classes = INT64_MAX;  // number of classes before the last step
 
-  FASTKD_HOST_DEVICE S* at(int64_t index) const { return index < whole ? block + index : last; }
-  S* element(int64_t index) const { return index < whole ? block + index : last + (index - whole); }
+  FASTKD_HOST_DEVICE S* at(int64_t index) const {
+    return index < full_classes ? block + index : last;
+  }
+  S* element(int64_t index) const {
+    return index < full_classes ? block + index : last + (index - full_classes);
+  }
 };
 
 // Call fn(at, width) for all of `count` classes. `width` is a compile-time constant; `fn` should be
@@ -74,8 +78,8 @@ FASTKD_HOST_DEVICE T tree_reduce(const T* lanes, Join&& join) {
   }
 }
 
-// Return the sum of a register's lanes, with the last addition in double: in a row of one block its
-// rounding is most of the sum's error.
+// Return the sum of a register's lanes, with the last addition in double. In a row of one block,
+// rounding that addition would be most of the sum's error.
 template <class T>
 FASTKD_HOST_DEVICE double precise_sum_of(const Register<T>& sum) {
   constexpr int64_t kCount = kPerRegister<T>, kFew = kCount < 8 ? kCount : 8;
@@ -88,8 +92,8 @@ FASTKD_HOST_DEVICE double precise_sum_of(const Register<T>& sum) {
   return tree_reduce<kFew>(few, [](double a, double b) { return a + b; });
 }
 
-// Return the sum of the numbers of a block. Each register of a step has lanes of its own, so that
-// rounding errors add up little.
+// The sum of the numbers of a block. Each register of a step has separate lanes, so that few
+// rounding errors add up.
 template <class T>
 struct LaneSums {
   static constexpr int64_t kMany = kRegisters<kWide<T>, T>;

@@ -1,4 +1,4 @@
-// The JSD with mix 1/2 of a well-separated row (row.h). Its slopes need no series for p near q,
+// The JSD with mix 1/2 of a well-separated row (row.h). The slopes need no series for p near q,
 // which makes the loop shorter (docs/maths.md, sections 3 and 10).
 #pragma once
 #include "blocks.h"
@@ -6,16 +6,16 @@
 namespace fastkd::cpu::FASTKD_ISA {
 namespace {
 
-// Return 1/2 log(max(p, q) / m) for the even mixture m, from (max - min) / (3 max + min): an
-// artanh, which needs no exponent. Minimax for the relative error: 1.6e-8.
+// Return 1/2 log(max(p, q) / m) for the even mixture m, given (max - min) / (3 max + min). The
+// function is an artanh, which needs no exponent. Minimax for the relative error: 1.6e-8.
 template <class V>
 FASTKD_HOST_DEVICE V even_log(V ratio) {
   const V y = ratio * ratio;
   return ratio * polynomial(y, {1.0f, 0.3333332017f, 0.2000378032f, 0.141183099f, 0.1342574901f});
 }
 
-// Compute value and slopes relative to q's scale, for blocks that are is_comparable(). With h = d /
-// 2, log(m / q) is h + log cosh h = max(d, 0) - log(max(p, q) / m).
+// Compute value and slopes relative to q's scale, for blocks with is_comparable(). With h = d / 2,
+// log(m / q) is h + log cosh h = max(d, 0) - log(max(p, q) / m).
 template <class S>
 __attribute__((noinline)) SlopeSums find_even_slopes(const Coefficients<float>& c,
                                                      const RowBlock<float, S>& b) {

@@ -1,8 +1,8 @@
-// The gradient for the grad_output that backward receives. It is written again class by class, from
-// the row statistics that forward has stored, to the same bits; or it is scaled in place if a
-// second rounding does no harm. If the gradient is in place already and grad_output is 1, the
-// kernels return at once: most calls end there, so that forward and backward cost one pass through
-// memory. Derivations: docs/maths.md, sections 2, 3, 7 and 8.
+// The gradient for the grad_output that backward receives. The kernels recompute the gradient, to
+// equal bits, from the row statistics that forward has stored. If a second rounding does no harm,
+// the stored gradient is scaled in place instead. Most calls have the gradient in place and a
+// grad_output of 1: the kernels then return at once, and memory is passed over once. Derivations:
+// docs/maths.md, sections 2, 3, 7 and 8.
 #include "launch.h"
 #include "sweeps.cuh"
 
@@ -18,7 +18,7 @@ struct BackwardCall {
   BackwardArgs args;
   bool filled;  // grad holds the gradient for grad_output = 1
   int lanes;    // threads of a CTA that share a row: 1 or all; blockIdx.y is the piece of the row
-  Constants constants;  // of the divergence
+  Constants constants;  // constants of the divergence
 };
 
 template <class A>
@@ -62,14 +62,15 @@ __global__ void __launch_bounds__(kThreads, (sizeof(typename Row::A) == 8 ? 1 : 
     stats.load(stats_of_rows, args.rows, index);
     W writer(call, index, Temperature<A>(args, index, W::kGeneral), stats, scale * grad_output);
     if constexpr (W::kGeneral)
-      writer.balance(stats_of_rows[kSlopeSum * args.rows + index],
-                     stats_of_rows[kClassCount * args.rows + index]);
+      writer.set_shares(stats_of_rows[kSlopeSum * args.rows + index],
+                        stats_of_rows[kClassCount * args.rows + index]);
     Sums<A> unused;
     write<kAtRunTime, false, true>(row, writer, label, unused);
   });
 }
 
-// Compute grad *= grad_output. 0 stays 0 and NaN stays NaN, whatever grad_output is.
+// Compute grad *= grad_output. Skip ignored and invalid rows, whose gradients of 0 and NaN do not
+// change.
 template <class A>
 __global__ void __launch_bounds__(kThreads)
     rescale_kernel(const __grid_constant__ BackwardCall call) {

@@ -1,5 +1,6 @@
-// Device functions that the kernels share: one name for fp32 and fp64 arithmetic, reductions within
-// a warp in a fixed order (docs/maths.md, section 9), and offsets. Inline assembly is in ptx.cuh.
+// Device functions that all kernels share. Arithmetic functions have one name for fp32 and fp64, so
+// that a kernel is one template over both types. Reductions within a warp have a fixed order, as
+// docs/maths.md, section 9, requires. Inline assembly is in ptx.cuh.
 #pragma once
 
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
@@ -25,15 +26,16 @@ __device__ __forceinline__ float log_of(float x) { return logf(x); }
 __device__ __forceinline__ double log_of(double x) { return log(x); }
 __device__ __forceinline__ float fma_of(float a, float b, float c) { return fmaf(a, b, c); }
 __device__ __forceinline__ double fma_of(double a, double b, double c) { return fma(a, b, c); }
-// Multiply, without fusing the product with a sum: forward and backward kernels must round the same
-// way.
+// Multiply without fusing the product with a sum, because forward and backward kernels must round
+// products alike.
 __device__ __forceinline__ float mul_of(float a, float b) { return __fmul_rn(a, b); }
 __device__ __forceinline__ double mul_of(double a, double b) { return __dmul_rn(a, b); }
 __device__ __forceinline__ float add_of(float a, float b) { return __fadd_rn(a, b); }
 __device__ __forceinline__ double add_of(double a, double b) { return __dadd_rn(a, b); }
 __device__ __forceinline__ double reciprocal_of(double x) { return 1.0 / x; }
-// Return a / b, for b that is neither 0 nor near the ends of the range, to half a unit in the last
-// place except in rare cases. The exact division calls a subroutine, around which registers spill.
+// Return a / b, rounded to half a unit in the last place except in rare cases. b must be neither 0
+// nor near the ends of the range. The exact division calls a subroutine, around which registers
+// spill.
 __device__ __forceinline__ float quotient_of(float a, float b) {
   float r = reciprocal_of(b);
   r = fmaf(fmaf(-b, r, 1.0f), r, r);
@@ -46,8 +48,8 @@ __device__ __forceinline__ double max_of(double a, double b) { return fmax(a, b)
 __device__ __forceinline__ float magnitude_of(float x) { return fabsf(x); }
 __device__ __forceinline__ double magnitude_of(double x) { return fabs(x); }
 
-// Return the sum over groups of `kLanes` adjacent lanes. The order is fixed: bitwise the same from
-// run to run.
+// Return the maximum, or the sum, over each group of `kLanes` adjacent lanes. The order of a sum is
+// fixed, so that the bits do not change from run to run.
 template <int kLanes = 32, class A>
 __device__ __forceinline__ A lanes_max(A x) {
 #pragma unroll
@@ -63,13 +65,13 @@ __device__ __forceinline__ A lanes_sum(A x) {
   return x;
 }
 
-// Exchange among the warps of a CTA through shared memory. Two sets of slots alternate, so that one
-// barrier per exchange is enough.
+// Exchange of values among the warps of a CTA, through shared memory. Two sets of slots alternate,
+// so that one barrier per exchange is enough.
 struct WarpExchange {
   int turn = 0;
 
-  // Return in lane i of every warp the value of warp i's lane 0, or `otherwise` if there is no warp
-  // i.
+  // Return `mine` of warp i's lane 0 in lane i of every warp. Lanes beyond the number of warps get
+  // `otherwise`.
   template <class S>
   __device__ __forceinline__ S share(const S& mine, const S& otherwise = S()) {
     __shared__ __align__(16) unsigned char bytes[2 * 32 * sizeof(S)];
@@ -80,12 +82,12 @@ struct WarpExchange {
     turn ^= 1;
     return lane < warps ? slots[lane] : otherwise;
   }
-  // Return the sum over all threads, in an order that depends on their number only.
+  // Return the sum over all threads, in an order that depends only on the number of threads.
   __device__ __forceinline__ double sum(double x) { return lanes_sum(share(lanes_sum(x))); }
 };
 
-// Return row_offset() by a 32-bit division: a 64-bit division is a call, around which registers
-// spill. forward() and backward() refuse 2^31 rows.
+// Return row_offset(), computed by a 32-bit division. A 64-bit division is a call, around which
+// registers spill. 32 bits suffice, because forward() and backward() reject 2^31 rows or more.
 __device__ __forceinline__ int64_t offset_of(int64_t row, int64_t group_rows, RowStrides stride) {
   if (row < group_rows) return row * stride.row;
   const uint32_t group = static_cast<uint32_t>(row) / static_cast<uint32_t>(group_rows);

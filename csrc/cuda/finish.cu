@@ -1,12 +1,14 @@
-// Small kernels before and after the kernel of the rows: two count the labels that are not ignored,
-// one adds up the total (docs/maths.md, section 6).
+// Kernels before and after the kernel of the rows. count_kernel and scale_kernel compute the scale
+// from the number of labels that are not ignored. finish_kernel adds up the total (docs/maths.md,
+// section 6). These kernels are separate, because the CTAs of one kernel cannot wait for each
+// other.
 #include "launch.h"
 
 namespace fastkd::cuda {
 namespace {
 
 constexpr int kThreads = 256;
-// Every CTA of the rows' kernel counts at most this number of labels.
+// Most labels that every CTA of the rows' kernel counts. count_kernel counts more labels.
 constexpr int64_t kCountInside = 2048;
 constexpr int kCountCtas = 64;
 
@@ -46,7 +48,7 @@ __global__ void __launch_bounds__(kThreads)
     sum += static_cast<double>(values[cta * rows_at_once]);
   sum = exchange.sum(sum);
   if (threadIdx.x != 0) return;
-  // If no row counts, the mean's denominator may be 0 and the scale infinite; the total is then 0.
+  // If no row counts, the mean's denominator may be 0 and the scale infinite. The total is then 0.
   const A scale = static_cast<const A*>(call.args.stats)[kStats * call.args.rows];
   static_cast<A*>(call.total)[quantity] =
       sum == 0 ? A(0) : static_cast<A>(sum * static_cast<double>(scale));

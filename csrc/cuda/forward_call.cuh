@@ -1,6 +1,7 @@
-// A forward call as the kernels see it: which rows count, the scale of gradient and total, the
-// losses, terms and statistics of a row, and the total over rows. Derivations: docs/maths.md,
-// sections 1, 5 and 6. Letters: numerics.h.
+// The arguments of the forward kernels, and the steps besides the sweeps. These steps choose the
+// rows that count, compute the scale, write a row's loss, terms and statistics, and sum the total.
+// Kernels for all layouts share these steps. Derivations: docs/maths.md, sections 1, 5 and 6.
+// numerics.h defines the letters.
 #pragma once
 #include "general.cuh"
 
@@ -9,16 +10,16 @@ namespace fastkd::cuda {
 // The source of the scale that is folded into the gradient and the total.
 enum class ScaleSource : int32_t { kArgument, kDenominator, kCount, kStats };
 
-// A forward call as the kernels see it.
+// The kernels' arguments of a forward call.
 struct ForwardCall {
   ForwardArgs args;
   const void* denominator = nullptr;  // acc, one number
   void* total = nullptr;              // acc [1] or [1 + kTerms], or null
   ScaleSource scale_source = ScaleSource::kArgument;
-  Constants constants;  // of the divergence
+  Constants constants;  // constants of the divergence
 };
 
-// Return true if more than loss and gradient is to be summed.
+// Return true if the sweeps sum more than loss and gradient need.
 FASTKD_HOST_DEVICE bool wants_extra(const ForwardArgs& args) {
   return args.terms != nullptr || args.label_smoothing != 0 ||
          args.divergence == Divergence::kSoftCrossEntropy;
@@ -44,7 +45,7 @@ __device__ __forceinline__ void close_row_as(const ForwardArgs& args, int64_t ro
   for (int i = 0; i < kStats; i++) static_cast<A*>(args.stats)[i * args.rows + row] = value;
 }
 
-// Write the results of a row except its gradient. Called by one thread.
+// Write the results of a row except the gradient. Only one thread calls this function.
 template <class W, class A>
 __device__ __forceinline__ void close_row(const ForwardArgs& args, int64_t row, const W& writer,
                                           const typename W::Stats& stats, Sums<A> sums,
@@ -60,12 +61,12 @@ __device__ __forceinline__ void close_row(const ForwardArgs& args, int64_t row, 
       hard = weighted(A(1) - eps, hard) + weighted(eps, log_sum - sums.logits);
     }
   }
-  // In a valid row only 0 * inf makes a NaN: a class that the student masks, and whose teacher
-  // probability underflows. The divergence is then infinite.
+  // In a valid row, NaN comes only from 0 * inf, for a class that the student masks and whose
+  // teacher probability underflows. The divergence is then infinite.
   A soft =
       divergence_of(args.divergence, sums.value, sums.slope, sums.classes, sums.teacher_entropy);
   if (soft != soft) soft = A(INFINITY);
-  // Added to every result, so that all results of an invalid row are NaN.
+  // nan_or_0 is added to every result, so that all results of an invalid row are NaN.
   const A nan_or_0 = stats.valid() ? A(0) : static_cast<A>(fill_value(RowKind::kBad));
   soft += nan_or_0;
   static_cast<A*>(args.loss)[row] =
@@ -93,7 +94,7 @@ template <class A>
 __device__ __forceinline__ A scale_of_count(int64_t count) {
   return quotient_of(A(1), static_cast<A>(count > 0 ? count : 1));
 }
-// Return the scale, unless the rows have to be counted for it.
+// Return the scale of a call whose rows need not be counted.
 template <class A>
 __device__ __forceinline__ A known_scale(const ForwardCall& call) {
   if (call.scale_source == ScaleSource::kDenominator)
@@ -102,7 +103,8 @@ __device__ __forceinline__ A known_scale(const ForwardCall& call) {
     return static_cast<const A*>(call.args.stats)[kStats * call.args.rows];
   return static_cast<A>(call.args.scale);
 }
-// Compute the scale, and store it in `stats`. Called by all threads of a CTA.
+// Return the scale, after storing the scale in `stats`. All threads of a CTA must call this
+// function.
 template <class A>
 __device__ __forceinline__ A block_scale(const ForwardCall& call, WarpExchange& exchange) {
   A scale;
@@ -117,20 +119,20 @@ __device__ __forceinline__ A block_scale(const ForwardCall& call, WarpExchange& 
   return scale;
 }
 
-// Return the values of one quantity of the rows: the losses, or one of the terms.
+// Return one quantity of all rows: the losses, or one of the terms.
 template <class A>
 __device__ __forceinline__ A* values_of(const ForwardArgs& args, int quantity) {
   return quantity == 0 ? static_cast<A*>(args.loss)
                        : static_cast<A*>(args.terms) + (quantity - 1) * args.rows;
 }
-// Replace the value of this CTA's first row by the sum over the CTA's rows, for each quantity, if a
-// total is wanted: many CTAs add up many rows faster than the one of launch_finish(). The CTA
-// computed `rows_at_once` rows at a time. Called by all threads.
+// Replace each value of this CTA's first row by the sum over the CTA's rows, if a total is wanted.
+// Many CTAs add up many rows faster than the single CTA of launch_finish(). The CTA computed
+// `rows_at_once` rows at a time. All threads of the CTA must call this function.
 template <class A>
 __device__ __forceinline__ void add_up_rows(const ForwardCall& call, int rows_at_once,
                                             WarpExchange& exchange) {
   if (call.total == nullptr) return;
-  __syncthreads();  // the rows' results are written
+  __syncthreads();  // wait until the results of all rows are written
   const int64_t first = static_cast<int64_t>(blockIdx.x) * rows_at_once;
   const int64_t step = static_cast<int64_t>(gridDim.x) * rows_at_once;
   const int quantities = call.args.terms == nullptr ? 1 : 1 + kTerms;

@@ -1,21 +1,22 @@
 // The writer (writer.cuh) of the objectives that the hot kernels do not compute (is_hot(),
-// launch.h): divergences whose slopes must be summed before their gradient is known, and a teacher
-// with a temperature of its own. The sums take one more sweep over the row, in the same kernel,
-// because the row is then still in L1 or L2. The divergence is selected at run time, once a chunk:
-// one kernel for each divergence would be twenty times the code, with twenty times the compile
-// time. Derivations: docs/maths.md, sections 2 and 10. Letters: numerics.h.
+// launch.h). The gradient of most of these objectives needs a sum of slopes. The sum takes one more
+// sweep in the same kernel, because the row is then still in L1 or L2. The divergence is selected
+// at run time, once a chunk. One kernel for each divergence would be twenty times the code, with
+// twenty times the compile time. Derivations: docs/maths.md, sections 2 and 10. numerics.h defines
+// the letters.
 #pragma once
 #include "vectors.cuh"
 #include "writer.cuh"
 
 namespace fastkd::cuda {
 
-// Return the odds of a row's label against its other classes, from their logarithms.
+// Return the odds of a row's label against all other classes, given the logarithm of the odds.
 template <class A>
 __device__ __forceinline__ Odds<A> odds_of(A log) {
   return {log, exp2_of(mul_of(-magnitude_of(log), static_cast<A>(kLog2E)))};
 }
-// Not inlined: calls are rare, and forward and backward must compute the same bits.
+// Return binary_kl() (divergences.h). The function is not inlined, because calls are rare, and
+// forward and backward must compute equal bits.
 template <class A>
 __device__ __attribute__((noinline)) BinaryKL<A> binary_kl_of(A teacher_log, A student_log,
                                                               A difference) {
@@ -45,7 +46,7 @@ template <class A>
 struct GeneralStats : RowStats<A> {
   // 1 / |z| and 1 / |w| (kCosine), the means of z and w (kCenteredSquaredError), or the scales.
   A student_moment, teacher_moment;
-  A nothing = 0;  // what a student or teacher of zeros adds to the cosine
+  A zero_row_value = 0;  // what a student or teacher of zeros adds to the cosine
 
   GeneralStats() = default;
   __device__ __forceinline__ GeneralStats(const Inputs& in, int64_t row,
@@ -57,7 +58,7 @@ struct GeneralStats : RowStats<A> {
     if (is_centered(in)) set_means(moments);
   }
 
-  // The moments take the place of the scales, as in RowStats.
+  // Store the row's entry of `stats`. The moments take the place of the scales.
   __device__ __forceinline__ void store(A* stats, int64_t rows, int64_t row, A slope,
                                         A classes) const {
     RowStats<A> stored = *this;
@@ -75,7 +76,7 @@ struct GeneralStats : RowStats<A> {
     const A t = setting_of<A>(in, kTemperature, row, in.temperature);
     const Inverses<A> inverses = inverses_of<A>(moments.student, moments.teacher, t);
     student_moment = inverses.student, teacher_moment = inverses.teacher;
-    nothing = static_cast<A>(inverses.nothing);
+    zero_row_value = static_cast<A>(inverses.zero_row_value);
     const auto exists = [](A x) { return x > A(0) && x < A(INFINITY); };
     invalidate_unless(this->valid() && exists(student_moment) && exists(teacher_moment));
   }
@@ -88,7 +89,8 @@ struct GeneralStats : RowStats<A> {
   __device__ __forceinline__ void invalidate_unless(bool good) {
     if (!good) this->student_scale = student_moment = A(NAN);
   }
-  // Without the label, the sums may be empty. The label must then not be masked.
+  // Set maximum and scales to 0 if the sums are empty without the label. Invalidate the row if the
+  // label is then masked or not finite.
   __device__ __forceinline__ void leave_out_label(const Inputs& in, int64_t row,
                                                   const Statistics<A>& statistics) {
     if (statistics.student_sum == A(0))
@@ -103,7 +105,7 @@ struct GeneralStats : RowStats<A> {
   }
 };
 
-// Call fn with the struct of a divergence.
+// Call fn with the struct of a divergence, which may be Cosine.
 template <class Fn>
 __device__ __forceinline__ auto visit_general(Divergence id, Fn&& fn) {
   return id == Divergence::kCosine ? fn(Cosine{}) : visit(id, fn);
@@ -130,7 +132,7 @@ struct alignas(16) GeneralWriter : Writer<A> {
         constants(constants_in<A>(call.constants)),
         student_moment(row.student_moment),
         teacher_moment(row.teacher_moment) {
-    // Comparisons drop NaN, so that some classes of an invalid row could get numbers.
+    // Comparisons drop NaN, so some classes of an invalid row would otherwise get numbers.
     if (!row.valid()) this->soft = A(NAN);
     if (divergence == Divergence::kDecoupled) decouple(call.args, index);
     if (is_unit(call.args)) this->soft = mul_of(mul_of(this->soft, this->t.t), student_moment);
@@ -150,7 +152,7 @@ struct alignas(16) GeneralWriter : Writer<A> {
     return e;
   }
 
-  // For the cosine, p and q are the elements of two unit vectors.
+  // Return value and slope of one class. For the cosine, p and q are elements of two unit vectors.
   template <class D>
   __device__ __forceinline__ Evaluated<A> evaluated(const Element<A>& e, A z, A w) const {
     if constexpr (D::kCentering == SlopeCentering::kUnit)
@@ -174,13 +176,13 @@ struct alignas(16) GeneralWriter : Writer<A> {
     if (extra) Base::add_extra(z, w, e.p, e.q, sums);
   }
 
-  // Set the shares that center the slopes, once all slopes are summed. The gradient can then be
-  // written.
-  __device__ __forceinline__ void balance(const Stats& row, Sums<A>& sums) {
-    sums.value += row.nothing, sums.slope += row.nothing;
-    balance(sums.slope, sums.classes);
+  // Set the factors that center the slopes, given the sums over all slopes. write_as() needs these
+  // factors.
+  __device__ __forceinline__ void set_shares(const Stats& row, Sums<A>& sums) {
+    sums.value += row.zero_row_value, sums.slope += row.zero_row_value;
+    set_shares(sums.slope, sums.classes);
   }
-  __device__ __forceinline__ void balance(A slope, A classes) {
+  __device__ __forceinline__ void set_shares(A slope, A classes) {
     const SlopeCentering formula = centering_of(divergence);
     if (formula == SlopeCentering::kStudent || formula == SlopeCentering::kUnit)
       student_share = slope;
@@ -199,7 +201,7 @@ struct alignas(16) GeneralWriter : Writer<A> {
     if constexpr (D::kCentering == SlopeCentering::kNone)
       return weighted_part(this->soft, uncentered) + fma_of(rest_gain, e.q, hard);
     const A q = D::kCentering == SlopeCentering::kUnit ? mul_of(z, student_moment) : e.q;
-    // q is not used by a divergence with a mean, and backward has no scale of q.
+    // A divergence with a mean must not use q: backward has no scale of q.
     A slope = is_mean(D::kCentering) ? uncentered - constant_share : uncentered - q * student_share;
     if (leaves_out_masked(D::kCentering) && uncentered != uncentered) slope = A(0);
     return weighted_part(this->soft, slope) + hard;
@@ -208,9 +210,9 @@ struct alignas(16) GeneralWriter : Writer<A> {
     return divergence == Divergence::kDecoupled ? this->label : Base::at_label(g);
   }
 
-  // Extend the sums over the other classes to all classes, with the divergence as their value.
-  // Extend log_sum, log sum exp(z) - max z, too, and compute the label's cross entropy. `z`: the
-  // label's logit, which the gradient may have overwritten. Called by one thread.
+  // Add the label to `sums` and `log_sum`, which cover the other classes, and compute the label's
+  // cross entropy. sums.value becomes the divergence. `z`: the label's logit, which the gradient
+  // may have overwritten in memory. Only one thread calls this function.
   __device__ __forceinline__ void include_label(const Inputs& in, int64_t row, A z, A& log_sum,
                                                 A& cross_entropy, Sums<A>& sums) const {
     if (divergence != Divergence::kDecoupled) return;
@@ -222,10 +224,11 @@ struct alignas(16) GeneralWriter : Writer<A> {
     sums.logits = fma_of(above, this->share, sums.logits);
 
     const A log = log_odds(z), teacher_log = teacher_log_odds(w);
-    // The exact sum of q - p is 0. The computed one shows the rounding error of the difference of
-    // the two sums of exponentials, and so of the odds.
+    // The exact sum of q - p is 0. The computed sum shows the rounding error of the sums of
+    // exponentials, and so of the odds.
     const A apart = odds_difference(z, w) + log1p_of(sums.slope);
-    // NaN is 0 * inf, and means an infinite divergence, as in close_row() (forward_call.cuh).
+    // NaN comes from 0 * inf, and means an infinite divergence, as in close_row()
+    // (forward_call.cuh).
     const A within = sums.value == sums.value ? sums.value : A(INFINITY);
     sums.value = binary_kl_of(teacher_log, log, apart).value + weighted(mix_of(in), within);
     const Odds<A> student = odds_of(log), teacher = odds_of(teacher_log);
@@ -243,7 +246,7 @@ struct alignas(16) GeneralWriter : Writer<A> {
  private:
   // Set the label's part of a row's gradient, and the change of the other classes' gradient.
   __device__ __forceinline__ void decouple(const Inputs& in, int64_t row) {
-    // One side masks all classes other than the label: d is infinite.
+    // d is infinite if one side masks all classes other than the label.
     if (this->stats.student_scale == A(0)) {
       this->shift = A(INFINITY);
     } else if (this->stats.teacher_scale == A(0)) {
@@ -262,7 +265,7 @@ struct alignas(16) GeneralWriter : Writer<A> {
     this->soft = mul_of(this->soft, mix_of(in));
   }
 
-  // Return the weight of the KL among the other classes: 0 if the teacher gives all of them
+  // Return the weight of the KL among the other classes: 0 if the teacher gives these classes
   // probability 0.
   __device__ __forceinline__ A mix_of(const Inputs& in) const {
     return this->stats.teacher_scale > A(0) ? static_cast<A>(in.mix) : A(0);

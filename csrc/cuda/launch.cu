@@ -1,6 +1,6 @@
-// The functions of namespace fastkd::cuda in kernels.h: they choose the kernels of a call and
-// launch them. The sums' order, and so the bits, follow from that choice and from the number of
-// CTAs that the device runs at a time (docs/maths.md, section 9).
+// The functions forward() and backward() of kernels.h. forward() chooses the kernels of a call by
+// the length and the strides of rows. This choice and the number of CTAs that the device runs at a
+// time fix the order of sums, and so the bits (docs/maths.md, section 9).
 #include "launch.h"
 
 namespace fastkd::cuda {
@@ -11,7 +11,7 @@ cudaError_t count_processors(int& processors) {
   return cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, ordinal);
 }
 
-int reported(cudaError_t error) {
+int clear_error(cudaError_t error) {
   if (error != cudaSuccess) cudaGetLastError();
   return error;
 }
@@ -24,7 +24,7 @@ Args with_groups(Args args) {
   return args;
 }
 
-// Most bytes of each input in a row that a warp computes: each lane takes four vectors. A CTA
+// Most bytes of each input in a row that one warp computes: four vectors for each lane. A CTA
 // computes longer rows.
 constexpr int64_t kWarpBytes = 2048;
 
@@ -46,13 +46,13 @@ cudaError_t forward_on(const ForwardArgs& args, void* total, const void* denomin
 
 int forward(const ForwardArgs& args, void* total, const void* denominator, void* stream) {
   if (args.rows > kMostRows) return cudaErrorInvalidValue;
-  return reported(forward_on(args, total, denominator, static_cast<cudaStream_t>(stream)));
+  return clear_error(forward_on(args, total, denominator, static_cast<cudaStream_t>(stream)));
 }
 
 int backward(const BackwardArgs& args, bool filled, void* stream) {
   if (args.rows > kMostRows) return cudaErrorInvalidValue;
   if (args.rows == 0 || args.classes == 0) return cudaSuccess;
-  return reported(launch_backward(with_groups(args), filled, static_cast<cudaStream_t>(stream)));
+  return clear_error(launch_backward(with_groups(args), filled, static_cast<cudaStream_t>(stream)));
 }
 
 const char* describe(int status) { return cudaGetErrorString(static_cast<cudaError_t>(status)); }

@@ -1,6 +1,7 @@
-// The launches of all kernels: launch.cu chooses the kernels of a call, and the files that define
-// the kernels launch them, so that nvcc compiles the files in parallel. The kernels' files name the
-// sections of docs/maths.md.
+// Declarations of the functions that launch kernels. launch.cu chooses the kernels of a call. Each
+// file that defines kernels also launches these kernels, so that nvcc compiles the files in
+// parallel. docs/maths.md derives the results of rows in sections 2, 3 and 10, and the totals in
+// section 6.
 #pragma once
 #include <cuda_runtime.h>
 
@@ -8,12 +9,14 @@
 
 namespace fastkd::cuda {
 
-// Compute the rows of a call, and its total. The three functions differ in the threads that share a
-// row: some lanes of a warp, a CTA, or one thread for each row, whose classes may have any strides.
+// Compute the rows of a call, and the call's total. launch_short_rows() lets some lanes of a warp
+// share a row, and launch_long_rows() a CTA. launch_strided() takes classes with any stride, and
+// one or eight threads for each row.
 cudaError_t launch_short_rows(const ForwardCall& call, cudaStream_t stream);
 cudaError_t launch_long_rows(const ForwardCall& call, cudaStream_t stream);
 cudaError_t launch_strided(const ForwardCall& call, cudaStream_t stream);
-// Choose where the kernels find the scale; count the labels if they are too many for every CTA.
+// Choose where the kernels find the scale; count the labels in a separate kernel if there are too
+// many for every CTA to count.
 cudaError_t launch_scale(ForwardCall& call, const void* denominator, cudaStream_t stream);
 // Write `total` from the scale in `stats` and the sums of `ctas` CTAs (add_up_rows()), each of
 // which computed `rows_at_once` rows at a time.
@@ -21,8 +24,8 @@ cudaError_t launch_finish(const ForwardCall& call, int64_t ctas, int rows_at_onc
                           cudaStream_t stream);
 cudaError_t launch_backward(const BackwardArgs& args, bool filled, cudaStream_t stream);
 
-// Return true if the hot kernels compute the loss: the forward KL, alone or with the teacher's
-// entropy, with one temperature for student and teacher. general.cuh has the other objectives.
+// Return true if the hot kernels compute the loss: the forward KL or the soft cross entropy, with
+// one temperature for student and teacher. The kernels of general.cuh compute all other objectives.
 inline bool is_hot(const Inputs& in) {
   return is_one_sweep(in.divergence) && in.divergence != Divergence::kDecoupled &&
          in.temperature == in.teacher_temperature;
@@ -36,10 +39,11 @@ bool is_strided(const Args& args) {
 
 constexpr int kStridedThreads = 256;
 constexpr int64_t kMostRows = (int64_t(1) << 31) - 1;  // the greatest int
-// Clear the error that the runtime remembers, so that later calls of the process do not report it.
-int reported(cudaError_t error);
+// Return `error`, and clear the runtime's copy of it, so that later calls of the process do not
+// report the error again.
+int clear_error(cudaError_t error);
 
-// Set the number of processors (SMs) of the current device.
+// Set `processors` to the number of streaming multiprocessors (SMs) of the current device.
 cudaError_t count_processors(int& processors);
 
 // Launch a kernel; the arguments must have exactly the types of the kernel's parameters.
@@ -54,8 +58,8 @@ cudaError_t launch(void (*kernel)(Parameters...), dim3 blocks, int threads, int 
   return cudaLaunchKernelEx(&config, kernel, arguments...);
 }
 
-// Replace a number of rows by the number of CTAs that compute them, `rows_at_once` rows at a time:
-// at most those that the device runs at a time.
+// Replace `ctas`, a number of rows, by the number of CTAs that compute `rows_at_once` rows at a
+// time. The result is at most the number of CTAs that the device runs at a time.
 template <class Kernel>
 cudaError_t count_ctas(Kernel* kernel, int rows_at_once, int threads, int shared_bytes,
                        int64_t& ctas) {

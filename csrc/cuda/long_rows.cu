@@ -1,6 +1,6 @@
 // Kernels for long rows: a CTA for each row reads the row twice, or three times if slopes are
-// summed. L2 serves all reads but the first while the rows in flight fit there. Derivations:
-// docs/maths.md, sections 2, 3 and 10.
+// summed. The later reads hit L2 while all rows in flight fit in L2. Derivations: docs/maths.md,
+// sections 2, 3 and 10.
 #include "rows_kernel.cuh"
 
 namespace fastkd::cuda {

@@ -1,7 +1,7 @@
-// Logits of a mixture of teachers, or of one teacher's probabilities; a CTA for each row. A first
-// sweep over the row computes the normalization of each teacher. A second sweep, which finds the
-// logits in the L2 cache, mixes them; a mean of logits needs no first sweep. The arithmetic is that
-// of csrc/cpu/mixture.cpp: docs/maths.md, section 12.
+// Logits of a mixture of teachers, or of one teacher's probabilities, computed by one CTA for each
+// row. The first sweep over the row computes the normalization of each teacher. The second sweep
+// mixes the logits, which are then in L2. A mean of logits needs no first sweep. The arithmetic is
+// that of csrc/cpu/mixture.cpp: docs/maths.md, section 12.
 #include "../mixture.h"
 #include "../numerics.h"
 #include "launch.h"
@@ -14,7 +14,7 @@ template <class A>
 constexpr int kChunk = 32 / sizeof(A);  // classes that a thread takes at a time
 
 struct MixtureCall {
-  MixtureArgs args;  // whose teachers are these:
+  MixtureArgs args;  // args.teachers is null: kernels read `teachers`
   MixedTeacher teachers[kMostTeachers];
 };
 
@@ -25,7 +25,7 @@ __device__ __forceinline__ void for_chunks(int64_t classes, Fn&& fn) {
   for (int64_t first = threadIdx.x; first < classes; first += kChunk<A> * blockDim.x) fn(first);
 }
 
-// A chunk of a teacher's logits; -inf beyond the end of the row.
+// Load a chunk of a teacher's logits, with -inf beyond the end of the row.
 template <class A>
 __device__ __forceinline__ void load_logits(const MixtureArgs& args, const MixedTeacher& teacher,
                                             int64_t row, int64_t first, A (&x)[kChunk<A>]) {
@@ -77,14 +77,14 @@ struct Sum {
   }
 };
 
-// Normalization of a teacher: 2^((z - max) * factor + log_scale) is the teacher's share times its
-// softmax.
+// Normalization of a teacher: 2^((z - max) * factor + log_scale) is the teacher's share times the
+// teacher's softmax.
 template <class A>
 struct Normal {
   A max, log_scale;
 };
 
-// Write the Normal of every teacher to shared memory.
+// Write the normalization of every teacher to shared memory.
 template <class A>
 __device__ __forceinline__ void normalize(const MixtureCall& call, int64_t row, A factor,
                                           Normal<A>* normal) {
@@ -106,7 +106,8 @@ __device__ __forceinline__ void normalize(const MixtureCall& call, int64_t row, 
   __syncthreads();
 }
 
-// Return the logarithm of the sum of the teachers' probabilities, relative to the greatest of them.
+// Compute the mixed logits of a chunk: the logarithm of the sum of the teachers' probabilities. The
+// sum is relative to the greatest probability of each class, so that nothing overflows.
 template <class A>
 __device__ __forceinline__ void mix_chunk(const MixtureCall& call, int64_t row, int64_t first,
                                           A factor, A unit, const Normal<A>* normal,
@@ -118,10 +119,10 @@ __device__ __forceinline__ void mix_chunk(const MixtureCall& call, int64_t row, 
   for (int64_t k = 0; k < call.args.count; k++) {
     A x[kChunk<A>];
     load_logits(call.args, call.teachers[k], row, first, x);
-    const Normal<A> by = normal[k];
+    const Normal<A> teacher = normal[k];
 #pragma unroll
     for (int i = 0; i < kChunk<A>; i++) {
-      const A log = (x[i] - by.max) * factor + by.log_scale;
+      const A log = (x[i] - teacher.max) * factor + teacher.log_scale;
       const A top = max_of(greatest[i], log);
       // If every teacher masks the class, its sum stays 0, and the logarithm becomes -inf.
       const A base = top > A(-INFINITY) ? top : A(0);
@@ -192,7 +193,7 @@ cudaError_t launch_mixture(const MixtureArgs& args, cudaStream_t stream) {
 int mixture(const MixtureArgs& args, void* stream) {
   if (args.rows > kMostRows || args.count > kMostTeachers) return cudaErrorInvalidValue;
   if (args.rows == 0 || args.classes == 0) return cudaSuccess;
-  return reported(launch_mixture(args, static_cast<cudaStream_t>(stream)));
+  return clear_error(launch_mixture(args, static_cast<cudaStream_t>(stream)));
 }
 
 }  // namespace fastkd::cuda

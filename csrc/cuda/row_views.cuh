@@ -1,12 +1,10 @@
-// Views of one row of student, teacher and gradient, for the threads that share it: a chunk of
-// classes at a time, read from memory again by every sweep. Views, because the sweeps (sweeps.cuh)
-// are the same for every layout and dtype: the sweeps compute what docs/maths.md derives in
-// sections 2 and 3, and the view decides which thread loads and stores which classes. Two views of
-// a row:
+// Views of one row of student, teacher and gradient. A view decides which thread loads and stores
+// which classes, a chunk at a time. The sweeps (sweeps.cuh; docs/maths.md, sections 2 and 3) are
+// therefore one code for all layouts and dtypes. Each sweep reads the row from memory again. There
+// are two views:
 //   VectorRow   vectors of 16 bytes: adjacent classes of one 16- or 32-bit dtype, aligned alike
 //   ElementRow  one class at a time: any dtypes, strides and alignments
-// Each class is read and written by the same thread, so that the gradient may overwrite the
-// student.
+// One thread both reads and writes a class, so that the gradient may overwrite the student.
 #pragma once
 #include <type_traits>
 
@@ -15,14 +13,16 @@
 
 namespace fastkd::cuda {
 
-// Number of existing classes of a full chunk, as a constant; other chunks use an int.
+// The count or the step of a chunk, as a compile-time constant. A partial chunk has an int as its
+// count.
 template <int kCount>
-struct All {
+struct Constant {
   __device__ __forceinline__ constexpr operator int() const { return kCount; }
 };
 
-// A thread's place in its CTA: the index of its row among the CTA's rows, and its part of that row.
-// The parts of a row take the row's chunks in turn.
+// The place of a thread in a CTA. The CTA computes `rows` rows at a time, and the thread works on
+// number `row`. The thread is number `part` of the `parts` threads that share the row. These
+// threads take the row's chunks in turn.
 struct Place {
   int rows, row, part, parts;
 };
@@ -35,11 +35,11 @@ struct ChunkClasses {
   Count count;
   Step step;
 
-  // Return a class's position in the chunk, or -1. Rows have less than 2^31 classes.
+  // Return a class's position in the chunk, or -1. Rows have fewer than 2^31 classes.
   __device__ __forceinline__ int place_of(int64_t label) const {
     const int inside = static_cast<int>(label - first);
     if (static_cast<unsigned>(inside) >= static_cast<unsigned>(kMost * step)) return -1;
-    if constexpr (std::is_same_v<Step, All<1>>) return inside;
+    if constexpr (std::is_same_v<Step, Constant<1>>) return inside;
     int place = -1;
 #pragma unroll
     for (int i = 0; i < kMost; i++)
@@ -47,27 +47,28 @@ struct ChunkClasses {
     return place;
   }
 };
-// Chunks have each(without, fn), which calls fn(z, w, i) for each class except the one at
-// `without`.
+// A chunk of classes that are loaded one by one. for_each() calls fn(z, w, i) for each class except
+// the class at position `without`.
 template <class A, int kMost, class Count, class Step>
 struct ElementChunk : ChunkClasses<kMost, Count, Step> {
   A z[kMost], w[kMost];
 
   template <class Fn>
-  __device__ __forceinline__ void each(int without, Fn&& fn) const {
+  __device__ __forceinline__ void for_each(int without, Fn&& fn) const {
 #pragma unroll
     for (int i = 0; i < kMost; i++)
       if (i < this->count && i != without) fn(z[i], w[i], i);
   }
 };
 template <class T>
-struct VectorChunk : ChunkClasses<Vector<T>::kElements, All<Vector<T>::kElements>, All<1>> {
+struct VectorChunk
+    : ChunkClasses<Vector<T>::kElements, Constant<Vector<T>::kElements>, Constant<1>> {
   static constexpr int kElements = Vector<T>::kElements;
-  int64_t index;  // of the vector in its row
+  int64_t index;  // index of the vector in the row
   uint4 student, teacher;
 
   template <class Fn>
-  __device__ __forceinline__ void each(int without, Fn&& fn) const {
+  __device__ __forceinline__ void for_each(int without, Fn&& fn) const {
     float z[kElements], w[kElements];
     Vector<T>::load(student, z);
     Vector<T>::load(teacher, w);
@@ -77,7 +78,8 @@ struct VectorChunk : ChunkClasses<Vector<T>::kElements, All<Vector<T>::kElements
   }
 };
 
-// The vectors of student, teacher and gradient begin at the same class (has_equal_alignment()).
+// A row of one dtype, in which the vectors of student, teacher and gradient begin at the same class
+// (has_equal_alignment()).
 template <class T>
 struct VectorRow {
   using A = float;
@@ -90,7 +92,7 @@ struct VectorRow {
   RowLayout layout;
   Place place;
 
-  // `begin`, `count`: the classes of the row that the view covers.
+  // Set the view. `begin`, `count`: the classes of the row that the view covers.
   template <class Args>
   __device__ __forceinline__ VectorRow(const Args& args, int64_t row, const Place& at,
                                        int64_t begin, int64_t count)
@@ -121,7 +123,7 @@ struct VectorRow {
                         kLast ? __ldcs(teachers + i) : teachers[i]});
     const int64_t i = peeled();
     if (i < 0) return;
-    fn(ElementChunk<float, 1, All<1>, All<1>>{
+    fn(ElementChunk<float, 1, Constant<1>, Constant<1>>{
         {i, {}, {}}, {to_acc(student[i])}, {to_acc(teacher[i])}});
   }
   template <class C>
@@ -155,7 +157,7 @@ struct VectorRow {
   }
 };
 
-// One tensor's classes of one row, in bytes.
+// The classes of one row of one tensor, addressed in bytes.
 struct Strip {
   char* first;  // or null
   int64_t step;
@@ -242,7 +244,7 @@ struct ElementRow {
     int64_t first = place.part;
 #pragma unroll 1
     for (; first + (kChunk - 1) * place.parts < classes; first += kChunk * place.parts)
-      visit(first, All<kChunk>());
+      visit(first, Constant<kChunk>());
     if (first >= classes) return;
     int count = 1;
 #pragma unroll
@@ -272,7 +274,8 @@ struct ElementRow {
   }
 
  private:
-  // Load a chunk; classes that do not exist are 0. All loads are issued before the first is used.
+  // Load a chunk; classes beyond the row are 0. All loads are issued before the first value is
+  // used.
   template <bool kLast, class C>
   static __device__ __forceinline__ void load(const Strip& strip, DType dtype, const C& chunk,
                                               A (&x)[kChunk]) {

@@ -1,8 +1,8 @@
-// The forward kernel: value and gradient of a row in two sweeps over it (three for divergences
-// whose slopes must be summed first), and the row's losses, terms and statistics. One kernel,
-// because a row is then read from memory once and its gradient written once: the second sweep finds
-// the row in L1 or L2. The kernel is a template over a view of the row (row_views.cuh) and a team
-// of threads that share the row. Derivations: docs/maths.md, sections 2, 3 and 10.
+// The forward kernel, which computes gradient, loss, terms and statistics of each row. The kernel
+// sweeps over a row twice, or three times if slopes must be summed first. The later sweeps find the
+// row in L1 or L2, so that the row is read from memory once. The kernel is a template over a view
+// of the row (row_views.cuh) and a team of threads that share the row. Derivations: docs/maths.md,
+// sections 2, 3 and 10.
 #pragma once
 #include <type_traits>
 
@@ -11,13 +11,13 @@
 
 namespace fastkd::cuda {
 
-// Teams. merge(x, rule) gives every thread of a row the sum of its threads' values, in an order
-// that depends on the launch only.
+// Teams: the threads that share a row. merge(x, rule) gives each thread of a row the sum of x over
+// all threads of that row. The order of the sum depends only on the launch.
 
 // kLanes adjacent lanes of a warp share a row.
 template <int kLanes>
 struct LaneTeam {
-  static constexpr bool kWholeWarps = kLanes == 32;  // no other row waits for this one
+  static constexpr bool kWholeWarps = kLanes == 32;  // the threads of a warp share one row
   static constexpr int kSharedBytes = 0;
   Place place;
 
@@ -28,11 +28,11 @@ struct LaneTeam {
   __device__ __forceinline__ void merge(S& x, const Rule& rule) {
     x.template merge_lanes<kLanes>(rule);
   }
-  // Order the reads of a row by its threads before their writes.
+  // Complete all reads of a row before any thread writes to that row.
   __device__ __forceinline__ void order() const { __syncwarp(); }
 };
 
-// A CTA shares one row.
+// All threads of a CTA share one row.
 struct BlockTeam {
   static constexpr bool kWholeWarps = true;
   static constexpr int kSharedBytes = 0;
@@ -50,7 +50,7 @@ struct BlockTeam {
   __device__ __forceinline__ void order() const {}  // merge() has a barrier
 };
 
-// `parts` threads share a row, each in a different warp: neighboring lanes have neighboring rows.
+// Threads of different warps share a row, so that neighboring lanes have neighboring rows.
 template <class A>
 struct TileTeam {
   static constexpr bool kWholeWarps = false;
@@ -117,7 +117,7 @@ __device__ __forceinline__ void run_row(const ForwardCall& call, Team& team, Row
   if constexpr (W::kGeneral) {
     sums = sum(row, writer, left_out, wants_extra(args));
     team.merge(sums, kAllSums);
-    writer.balance(stats, sums);
+    writer.set_shares(stats, sums);
   }
   team.order();
   with_power_of(t.power, [&](auto power) {
@@ -136,8 +136,8 @@ __global__ void __launch_bounds__(kThreads, kResident)
   const A scale = block_scale<A>(call, exchange);
   Team team(lanes);
   const int64_t step = static_cast<int64_t>(gridDim.x) * team.place.rows;
-  // The loop's bounds are the same for all threads of the CTA, because barriers and shuffles need
-  // all of them.
+  // All threads of the CTA run this loop equally often, because barriers and shuffles need every
+  // thread.
   for (int64_t first = static_cast<int64_t>(blockIdx.x) * team.place.rows; first < args.rows;
        first += step) {
     const bool inside = first + team.place.row < args.rows;
@@ -151,7 +151,7 @@ __global__ void __launch_bounds__(kThreads, kResident)
       if (inside) row.fill(value);
       if (inside && team.place.part == 0) close_row_as(args, index, value);
       if (Team::kWholeWarps) continue;
-      row.clear();  // no row, but its threads take part in barriers and shuffles
+      row.clear();  // threads without a row take part in barriers and shuffles
     }
     run_row<Row, Team, W, kExtra>(call, team, row, index, label, real, scale);
   }
@@ -163,7 +163,7 @@ template <class Row, class Fn>
 cudaError_t with_writer(const ForwardArgs& args, Fn&& fn) {
   using A = typename Row::A;
   if (!is_hot(args)) return fn(TypeOf<GeneralWriter<A>>(), std::true_type());
-  // AnyDtypes is rare: only the general kernel is compiled for it.
+  // AnyDtypes is rare, so no kernel without the additional sums is compiled for AnyDtypes.
   if constexpr (Row::kHot)
     if (!wants_extra(args)) return fn(TypeOf<Writer<A>>(), std::false_type());
   return fn(TypeOf<Writer<A>>(), std::true_type());
@@ -175,12 +175,13 @@ template <class Row, class Team, int kThreads>
 cudaError_t launch_team(const ForwardCall& call, int lanes, int threads, cudaStream_t stream) {
   return with_writer<Row>(call.args, [&](auto writer, auto extra) {
     using W = typename decltype(writer)::Type;
-    // fp64 needs twice the registers, and so does the sweep that sums slopes.
+    // fp64 needs twice the registers, and the sweep that sums slopes needs twice the registers as
+    // well.
     constexpr bool kWide = sizeof(typename Row::A) == 8;
     constexpr int kMost = kWide || W::kGeneral ? 256 : kThreads;
-    // CTAs for which a processor has registers.
-    constexpr bool kFew = !decltype(extra)::value && Row::kChunk <= 4;
-    constexpr int kResident = kWide || kThreads > 256 ? 1 : kFew ? 3 : 2;
+    // kResident: the number of CTAs for which a multiprocessor has registers.
+    constexpr bool kFewRegisters = !decltype(extra)::value && Row::kChunk <= 4;
+    constexpr int kResident = kWide || kThreads > 256 ? 1 : kFewRegisters ? 3 : 2;
     const auto kernel = rows_kernel<Row, Team, W, decltype(extra)::value, kMost, kResident>;
     const int block = threads < kMost ? threads : kMost;
     const int rows_at_once = lanes > 0 ? block / lanes : 1;

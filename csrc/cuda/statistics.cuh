@@ -1,7 +1,7 @@
-// Statistics of the first sweep over a row: maxima and sums of exponentials of student and teacher,
-// and moments; and the row's temperatures. The maxima and sums come from one sweep, because a sweep
-// for the maxima alone would read the row once more. Derivations: docs/maths.md, sections 3 and 4.
-// Letters: numerics.h.
+// Statistics of the first sweep over a row: maxima, sums of exponentials and moments of student and
+// teacher. This file also has the row's temperatures. Maxima and sums come from one sweep, because
+// a sweep for the maxima alone would read the row once more. Derivations: docs/maths.md, sections 3
+// and 4. numerics.h defines the letters.
 #pragma once
 #include <type_traits>
 
@@ -27,26 +27,26 @@ __device__ __forceinline__ bool is_unit(const Inputs& in) {
 __device__ __forceinline__ bool is_centered(const Inputs& in) {
   return in.divergence == Divergence::kCenteredSquaredError;
 }
-// Return true if the divergence needs Moments of the row before it reads a class.
+// Return true if the sweeps after the first need Moments of the row.
 __device__ __forceinline__ bool has_moments(const Inputs& in) {
   return is_unit(in) || is_centered(in);
 }
 
 // The temperatures of a row. `power`: softmax(z) is proportional to this power of softmax(z / t),
-// which saves the third exponential; 0 if t is not 1, 2 or 4. Without labels there is no hard term,
-// and the power 1 is the cheapest. The error of a power is t times that of exp(z / t): too much if
-// the hard term is the greater part of the gradient, so the power is then 0.
+// which saves the third exponential. The power is 0 if t is not 1, 2 or 4. Rows without labels have
+// no hard term, and get the cheapest power, 1. A power has t times the error of exp(z / t). The
+// power is therefore 0 if the hard term is the greater part of the gradient.
 template <class A>
 struct Temperature {
   A t, inverse;
   A slope;  // log2(e) / t
   A teacher_inverse, teacher_slope;
   bool same;  // student and teacher have the same temperature
-  A margin;  // most by which a logit may exceed a running maximum: its exponentials stay below 2^16
+  A margin;   // most that a logit may exceed a running maximum by: exponentials stay below 2^16
   int power;
 
-  // `two`: read the teacher's temperature, too. A constant in the hot kernels, which have one
-  // temperature.
+  // Read the temperatures of a row. `two`: true if the teacher may have a different temperature.
+  // The hot kernels pass the constant false.
   __device__ __forceinline__ Temperature(const Inputs& in, int64_t row, bool two = false)
       : t(number_of(setting_of<A>(in, kTemperature, row, in.temperature))),
         inverse(quotient_of(A(1), t)),
@@ -69,22 +69,22 @@ struct Temperature {
     const bool is_power = t == A(1) || t == A(2) || t == A(4);
     const bool precise = hard <= soft * t || t == A(1);
     power = in.labels == nullptr ? 1 : is_power && precise ? static_cast<int>(t) : 0;
-    if (two && has_moments(in)) power = 0;  // backward has no scale of q
+    if (two && has_moments(in)) power = 0;  // moments replace the scale of q in `stats`
   }
 
  private:
-  // Return the temperature, or NaN if it is invalid, so that its row becomes NaN.
+  // Return `x`, or NaN if `x` is no valid temperature, so that the row becomes NaN.
   static __device__ __forceinline__ A number_of(A x) {
     return x > A(0) && x - x == A(0) ? x : A(NAN);
   }
 };
 
-// kPower as a template argument: Temperature::power, in copies of the hot loops. With kAtRunTime
-// the third exponential is computed whatever the temperature (50.5 instead of 42.7 issue slots a
-// class in bf16, SASS of sm_90, 2026-12-01).
+// Value of the template argument kPower in loops that read Temperature::power at run time. Other
+// values make copies of the hot loops. A copy without the third exponential takes 42.7 instead of
+// 50.5 issue slots a class in bf16 (SASS of sm_90, 2026-12-01).
 constexpr int kAtRunTime = -1;
 
-// Raise e = 2^(slope * x) to the power that makes it 2^(log2(e) x).
+// Return 2^(log2(e) x), as a power of e = 2^(slope * x) unless the power is 0.
 template <int kPower, class A>
 __device__ __forceinline__ A power_of(A e, A x_times_log2e, int power) {
   if (kPower == 0 || (kPower == kAtRunTime && power == 0)) return exp2_of(x_times_log2e);
@@ -93,7 +93,7 @@ __device__ __forceinline__ A power_of(A e, A x_times_log2e, int power) {
   return power == 4 ? squared * squared : squared;
 }
 
-// Call fn with the power as a constant.
+// Call fn with `power` as a compile-time constant.
 template <class Fn>
 __device__ __forceinline__ void with_power(int power, Fn&& fn) {
   if (power == 2) {
@@ -108,7 +108,7 @@ __device__ __forceinline__ void with_power(int power, Fn&& fn) {
 }
 
 // Running sums of the first sweep. The maxima begin at the least number, so that no exponent is inf
-// - inf. A row that is masked everywhere has the sum 0, and with it NaN results.
+// - inf. A row whose classes are all masked has the sum 0, and so NaN results.
 template <class A>
 constexpr A kLowest = sizeof(A) == 8 ? A(-1.7976931348623157e308) : A(-3.4028234663852886e38f);
 template <class A>
@@ -116,8 +116,8 @@ struct Statistics {
   A student_max = kLowest<A>, student_sum = 0, hard_sum = 0;
   A teacher_max = kLowest<A>, teacher_sum = 0;
 
-  // Raise the maxima to (s, w). The products are rounded separately: fused into the sums of a
-  // butterfly reduction they would leave the lanes with different last bits (seen 2026-11).
+  // Raise the maxima to (s, w). The products must not be fused into the sums of merge_lanes():
+  // lanes would then end with different last bits (seen in November 2026).
   __device__ __forceinline__ void raise(A s, A w, const Temperature<A>& t) {
     if (s > student_max) {
       const A change = student_max - s, exponent = mul_of(change, t.slope);
@@ -131,7 +131,7 @@ struct Statistics {
       teacher_max = w;
     }
   }
-  // Add one class, at most t.margin above the maxima.
+  // Add one class, whose logits are at most t.margin above the maxima.
   template <int kPower>
   __device__ __forceinline__ void add(A z, A w, const Temperature<A>& t) {
     const A above = z - student_max, e = exp2_of(mul_of(above, t.slope));
@@ -195,7 +195,7 @@ struct RowStats {
   A student_max, student_scale, hard_scale, teacher_max, teacher_scale;
 
   RowStats() = default;
-  // GeneralStats (general.cuh), which has the same arguments, uses the inputs and the moments.
+  // Compute the results. The unnamed arguments are those that GeneralStats (general.cuh) reads.
   __device__ __forceinline__ RowStats(const Inputs&, int64_t, const Statistics<A>& s,
                                       const Moments&)
       : student_max(s.student_max),
@@ -211,7 +211,7 @@ struct RowStats {
            zero;
   }
 
-  // `slope` and `classes`: of Sums (writer.cuh).
+  // Store the row's entry. `slope` and `classes`: the members of Sums (writer.cuh).
   __device__ __forceinline__ void store(A* stats, int64_t rows, int64_t row, A slope,
                                         A classes) const {
     stats[kStudentMax * rows + row] = student_max;

@@ -1,15 +1,15 @@
-// Kernels for rows whose classes are not adjacent while the rows themselves are, as in (N, C, H,
-// W): a thread for each row, or eight threads that share its classes. The threads of a warp have
-// neighboring rows, so that their loads of a class are coalesced. The logits are read twice, the
-// second time from L1 or L2 while the rows in flight fit there. Any dtypes and strides.
-// Derivations: docs/maths.md, sections 2, 3 and 10.
+// Kernels for rows whose classes are not adjacent, as in (N, C, H, W), of any dtypes and strides.
+// One thread computes a row, or eight threads share the row. The threads of a warp have neighboring
+// rows, so that loads of a class are coalesced. The second sweep reads the logits from L1 or L2
+// while the rows in flight fit in the cache. Derivations: docs/maths.md, sections 2, 3 and 10.
 #include "rows_kernel.cuh"
 
 namespace fastkd::cuda {
 
 cudaError_t launch_strided(const ForwardCall& call, cudaStream_t stream) {
-  // A thread that adds up many classes in float32 loses digits, and few rows leave processors idle.
-  // 24 classes of each thread are what L1 keeps until the second sweep.
+  // Eight threads share a longer row: a thread's sum of many classes in float32 loses digits, and
+  // few threads leave multiprocessors idle. L1 keeps about 24 classes of each thread until the
+  // second sweep.
   const int parts = call.args.classes <= 24 ? 1 : 8;
   return with_row<true>(call.args, [&](auto view) {
     using Row = typename decltype(view)::Type;

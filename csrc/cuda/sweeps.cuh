@@ -1,16 +1,16 @@
-// The sweeps over a row, a chunk of classes at a time (row_views.cuh), as every kernel runs them:
-// statistics; for some divergences the moments and the sums of slopes; value and gradient. Forward
-// and backward share them, because both must write a gradient to the same bits. Derivations:
-// docs/maths.md, sections 2, 3 and 10.
+// The sweeps over a row, a chunk of classes at a time (row_views.cuh). scan() sums statistics, and
+// write() computes value and gradient. For some divergences, moments_of() and sum() run between
+// these two sweeps. Forward and backward kernels share the sweeps, because both must compute equal
+// bits. Derivations: docs/maths.md, sections 2, 3 and 10.
 #pragma once
 #include "row_views.cuh"
 
 namespace fastkd::cuda {
 
-// Return the statistics of this thread's classes. The maxima that the sums refer to are raised only
-// when a logit exceeds them by t.margin: some lane of a warp meets a new maximum in almost every
-// vector, and rescaling the sums costs as much as two classes. `left_out`: a function that returns
-// the position in a chunk of the class that the sums leave out, or -1.
+// Return the statistics of this thread's classes. The maxima are raised only if a logit exceeds a
+// maximum by t.margin. Some lane of a warp has a new maximum in almost every vector, and rescaling
+// the sums costs as much as two classes. `left_out`: a function that returns the position in a
+// chunk of the class that the sums leave out, or -1.
 template <int kPower, class Row, class LeftOut>
 __device__ __forceinline__ Statistics<typename Row::A> scan(const Row& row,
                                                             const Temperature<typename Row::A>& t,
@@ -20,14 +20,14 @@ __device__ __forceinline__ Statistics<typename Row::A> scan(const Row& row,
   A student_top = kLowest<A>, teacher_top = kLowest<A>;
   row.template for_chunks<false, 2>([&](const auto& chunk) {
     const int out = left_out(chunk);
-    chunk.each(out, [&](A z, A w, int) {
+    chunk.for_each(out, [&](A z, A w, int) {
       student_top = max_of(student_top, z);
       teacher_top = max_of(teacher_top, w);
     });
     if (student_top > statistics.student_max + t.margin ||
         teacher_top > statistics.teacher_max + t.margin)
       statistics.raise(student_top, teacher_top, t);
-    chunk.each(out, [&](A z, A w, int) { statistics.template add<kPower>(z, w, t); });
+    chunk.for_each(out, [&](A z, A w, int) { statistics.template add<kPower>(z, w, t); });
   });
   statistics.raise(student_top, teacher_top, t);
   return statistics;
@@ -39,7 +39,7 @@ __device__ __forceinline__ Moments moments_of(const Row& row, bool squared) {
   using A = typename Row::A;
   Moments moments;
   row.template for_chunks<false, 1>([&](const auto& chunk) {
-    chunk.each(-1, [&](A z, A w, int) { moments.add(z, w, squared); });
+    chunk.for_each(-1, [&](A z, A w, int) { moments.add(z, w, squared); });
   });
   return moments;
 }
@@ -54,8 +54,8 @@ __device__ __forceinline__ Sums<typename Row::A> sum(const Row& row, const W& wr
     const int out = left_out(chunk);
     visit_general(writer.divergence, [&](auto d) {
       using D = decltype(d);
-      chunk.each(D::kCentering == SlopeCentering::kNone ? out : -1,
-                 [&](A z, A w, int) { writer.template sum_as<D>(z, w, extra, sums); });
+      chunk.for_each(D::kCentering == SlopeCentering::kNone ? out : -1,
+                     [&](A z, A w, int) { writer.template sum_as<D>(z, w, extra, sums); });
     });
   });
   return sums;
@@ -69,19 +69,19 @@ __device__ __forceinline__ void write(const Row& row, const W& writer, int64_t l
   using A = typename Row::A;
   row.template for_chunks<true, W::kGeneral ? 1 : 2>([&](const auto& chunk) {
     A g[std::decay_t<decltype(chunk)>::kMost];
-    const auto each = [&](auto&& gradient_of) {
-      chunk.each(-1, [&](A z, A w, int i) { g[i] = gradient_of(z, w); });
+    const auto for_each = [&](auto&& gradient_of) {
+      chunk.for_each(-1, [&](A z, A w, int i) { g[i] = gradient_of(z, w); });
     };
     if constexpr (W::kGeneral) {
       visit_general(writer.divergence, [&](auto d) {
-        each([&](A z, A w) { return writer.template write_as<decltype(d)>(z, w); });
+        for_each([&](A z, A w) { return writer.template write_as<decltype(d)>(z, w); });
       });
     } else if (writer.apart) {
-      each([&](A z, A w) {
+      for_each([&](A z, A w) {
         return writer.template write_as<true, kAtRunTime, kExtra, kUniform>(z, w, sums);
       });
     } else {
-      each([&](A z, A w) {
+      for_each([&](A z, A w) {
         return writer.template write_as<false, kPower, kExtra, kUniform>(z, w, sums);
       });
     }

@@ -1,11 +1,11 @@
-// The sparse loss, a CTA for each row. The first sweep sums the exponentials of the classes that
-// the teacher does not list, one thread computes the row's constants from the sums, in double, and
-// the second sweep writes the gradient of the classes that are not listed. The k listed classes and
-// the label are then computed separately, in double, and written over it.
+// The sparse loss, computed by one CTA for each row. The first sweep sums the exponentials of the
+// classes that the teacher does not list (the rest). One thread then computes the row's constants
+// from the sums, in double. The second sweep writes the gradient of the rest to all classes. The
+// gradients of the listed classes and of the label are computed in double and overwrite that
+// result.
 //
-// One kernel, because the student is then read from memory once (the second sweep finds it in L2)
-// and the gradient written once. docs/maths.md, section 13, derives the formulas; csrc/topk_row.h
-// has them.
+// One kernel runs both sweeps, so that the student is read from memory once: the second sweep finds
+// the student in L2. docs/maths.md, section 13, derives the formulas, which are in csrc/topk_row.h.
 #include "launch.h"
 #include "topk_rest.cuh"
 
@@ -13,22 +13,23 @@ namespace fastkd::cuda {
 namespace {
 
 constexpr int kTopkThreads = 256;
-// The map has one bit for each class; longer rows are scanned in pieces of kMapBits classes.
+// Most bits of the map of listed classes, which has one bit for each class. Longer rows are scanned
+// in pieces of kMapBits classes.
 constexpr int64_t kMapBits = 1 << 18;
 
-// A call of the sparse loss as the kernels see it.
+// The kernel's arguments of a call of the sparse loss.
 struct TopkCall {
   ForwardCall forward;
   const void* log_probs;    // acc [rows, k]
   const int64_t* indices;   // [rows, k]
-  const void* grad_output;  // acc, one number or [rows], or null: 1
+  const void* grad_output;  // acc, one number or [rows]; null stands for 1
   bool grad_output_per_row;
   bool filled;  // grad holds the gradient for grad_output = 1
   topk::Comparison comparison;
   int64_t k;
 };
 
-// A row's list, divided among the threads of its CTA.
+// The list of one row, divided among the threads of a CTA.
 template <class A>
 struct List {
   const TopkCall& call;
@@ -36,7 +37,7 @@ struct List {
 
   // Call fn(id, log_prob) for this thread's share of the listed classes.
   template <class Fn>
-  __device__ __forceinline__ void each(Fn&& fn) const {
+  __device__ __forceinline__ void for_each(Fn&& fn) const {
 #pragma unroll 1
     for (int64_t i = threadIdx.x; i < call.k; i += blockDim.x) {
       const int64_t id = call.indices[index * call.k + i];
@@ -47,7 +48,7 @@ struct List {
   }
 };
 
-// Sums over a list.
+// Sums over the listed classes of a row.
 struct ListSums {
   double tempered = 0, hard = 0, teacher = 0;
   double count = 0;   // number of classes
@@ -62,7 +63,7 @@ struct ListSums {
   }
 };
 
-// Results of a row; complete once the CTA has read the student.
+// Sums and constants of a row, from which the second sweep writes the gradient.
 template <class A>
 struct Solution {
   bool valid, label_is_listed;
@@ -74,14 +75,14 @@ struct Solution {
   RestWriter<A> rest;
 };
 
-// Return the words of the map, plus one for the bits of a vector.
+// Return the number of words of the map, with one more for bits_of(), which reads two words.
 FASTKD_HOST_DEVICE int64_t map_words(int64_t classes) {
   return (classes < kMapBits ? classes : kMapBits) / 32 + 2;
 }
 
 template <class A>
 __device__ __forceinline__ topk::RowOptions options_of(const ForwardArgs& args, int64_t index) {
-  // The call's number is a double; a row's own number is of type A.
+  // A setting of the call is a double, and a setting of a row is of type A.
   const auto number = [&](RowSetting which, double otherwise) {
     return args.row_settings == nullptr
                ? otherwise
@@ -101,14 +102,14 @@ __device__ __forceinline__ double gain_of(const TopkCall& call, int64_t index, A
                     static_cast<const A*>(call.grad_output)[call.grad_output_per_row ? index : 0]);
 }
 
-// Return the bits of a chunk's classes. A vector's bits lie in two neighboring words.
+// Return the bits of a chunk's classes. A vector's bits may lie in two neighboring words.
 template <class C>
 __device__ __forceinline__ uint32_t bits_of(const uint32_t* map, const C& chunk) {
   const int first = static_cast<int>(chunk.first);
-  if constexpr (std::is_same_v<decltype(chunk.step), All<1>>)
+  if constexpr (std::is_same_v<decltype(chunk.step), Constant<1>>)
     return __funnelshift_r(map[first / 32], map[first / 32 + 1], first % 32);
   uint32_t bits = 0;
-  chunk.each(-1, [&](auto, auto, int i) {
+  chunk.for_each(-1, [&](auto, auto, int i) {
     const int bit = first + i * chunk.step;
     bits |= (map[bit / 32] >> (bit % 32) & 1) << i;
   });
@@ -116,8 +117,8 @@ __device__ __forceinline__ uint32_t bits_of(const uint32_t* map, const C& chunk)
 }
 
 // Run the first sweep, and return true if this thread's share of the list is valid. `rest`: this
-// thread's sums. The map is zero before and after. All threads of the CTA must call this function,
-// which has barriers.
+// thread's sums. The map is all zeros before and after the call. All threads of the CTA must call
+// this function, which has barriers.
 template <class Row>
 __device__ __forceinline__ bool scan_rest(const ForwardArgs& logits, int64_t index,
                                           const Place& place, const List<typename Row::A>& list,
@@ -126,35 +127,35 @@ __device__ __forceinline__ bool scan_rest(const ForwardArgs& logits, int64_t ind
   bool good = true;
   for (int64_t begin = 0; begin < logits.classes; begin += kMapBits) {
     const int64_t count = min(kMapBits, logits.classes - begin);
-    const auto each = [&](auto&& fn) {  // fn(word, mask)
-      list.each([&](int64_t id, double) {
+    const auto for_each = [&](auto&& fn) {  // calls fn(word, mask)
+      list.for_each([&](int64_t id, double) {
         const int64_t bit = id - begin;
         if (bit >= 0 && bit < count) fn(map + bit / 32, 1u << (bit % 32));
         if (id >= logits.classes) good = false;
       });
     };
     if (begin > 0) __syncthreads();
-    each([&](uint32_t* word, uint32_t mask) { good &= (atomicOr(word, mask) & mask) == 0; });
+    for_each([&](uint32_t* word, uint32_t mask) { good &= (atomicOr(word, mask) & mask) == 0; });
     __syncthreads();
     const Row piece(logits, index, place, begin, count);
     piece.template for_chunks<false, 4>([&](const auto& chunk) {
       rest.include(chunk, bits_of(map, chunk), t, logits.label_smoothing != 0);
     });
     __syncthreads();
-    each([&](uint32_t* word, uint32_t mask) { atomicAnd(word, ~mask); });
+    for_each([&](uint32_t* word, uint32_t mask) { atomicAnd(word, ~mask); });
   }
   return good;
 }
 
-// Return this thread's share of the list's sums, relative to `greatest`; an entry with an invalid
-// class is skipped.
+// Return this thread's share of the list's sums, relative to `greatest`; entries with an invalid
+// class are skipped.
 template <class Row>
 __device__ __forceinline__ ListSums sum_list(const Row& row, const List<typename Row::A>& list,
                                              double greatest, int64_t label,
                                              double inverse_temperature) {
   ListSums sums;
   const double near = topk::origin({greatest});
-  list.each([&](int64_t id, double log_p) {
+  list.for_each([&](int64_t id, double log_p) {
     if (id >= row.classes) return;
     const double offset = static_cast<double>(row.student_at(id)) - near;
     sums.tempered += exp(offset * inverse_temperature);
@@ -166,8 +167,8 @@ __device__ __forceinline__ ListSums sum_list(const Row& row, const List<typename
   return sums;
 }
 
-// Sum up the row, and set the scales of its probabilities. Called by one thread. Every step goes
-// through shared memory, because registers would spill.
+// Sum up the row, and set the scales of the row's probabilities. Only one thread calls this
+// function. Each step stores its result in shared memory, because registers would spill.
 template <class A>
 __device__ __forceinline__ void soften(Solution<A>& s, const TopkCall& call, int64_t index,
                                        const Rest<A>& rest, const ListSums& list, double greatest) {
@@ -176,13 +177,13 @@ __device__ __forceinline__ void soften(Solution<A>& s, const TopkCall& call, int
   s.summary.list = {greatest, list.tempered, list.hard};
   s.summary.teacher = list.teacher, s.summary.count = list.count;
   s.summary.complete(s.row, rest.logits);
-  s.valid = s.summary.listed_well() && s.summary.valid();
+  s.valid = s.summary.has_valid_list() && s.summary.valid();
   s.label_is_listed = list.labels > 0;
   s.soft = topk::soften(call.comparison, s.row, s.summary);
 }
 
-// Evaluate the divergence, or the estimator, at a listed class with the logit `z`. Not inlined,
-// because it is called twice and is most of the kernel's code.
+// Evaluate the divergence, or the estimator, at a listed class with the logit `z`. The function is
+// not inlined, because the function is called twice and is most of the kernel's code.
 template <class A>
 __device__ __attribute__((noinline)) Evaluated<double> evaluate(const TopkCall& call,
                                                                 const Solution<A>& s, double z,
@@ -203,7 +204,7 @@ __device__ __forceinline__ topk::SoftSums sum_listed(const Row& row,
                                                      const Solution<typename Row::A>& s,
                                                      const TopkCall& call) {
   topk::SoftSums sums;
-  list.each([&](int64_t id, double log_p) {
+  list.for_each([&](int64_t id, double log_p) {
     sums.add(evaluate(call, s, static_cast<double>(row.student_at(id)), log_p));
     if (call.comparison.divergence == Divergence::kSoftCrossEntropy)
       sums.entropy -=
@@ -212,7 +213,8 @@ __device__ __forceinline__ topk::SoftSums sum_listed(const Row& row,
   return sums;
 }
 
-// Complete the row's sums, and set the constants of its gradient. Called by one thread.
+// Complete the sums of a row, and set the constants of the gradient. Only one thread calls this
+// function.
 template <class A>
 __device__ __forceinline__ void solve(Solution<A>& s, const TopkCall& call, const Rest<A>& rest,
                                       const topk::SoftSums& sums, double gain) {
@@ -232,7 +234,7 @@ __device__ __forceinline__ void write_list(const Row& row, const List<typename R
                                            const Solution<typename Row::A>& s, const TopkCall& call,
                                            int64_t label) {
   const double near = topk::origin(s.summary.list), hard = s.gains.hard / s.summary.all.hard;
-  list.each([&](int64_t id, double log_p) {
+  list.for_each([&](int64_t id, double log_p) {
     const double z = static_cast<double>(row.student_at(id));
     double g = s.gains.uniform;
     if (s.gains.soft != 0) {
@@ -249,7 +251,8 @@ __device__ __forceinline__ void put_loss(const ForwardArgs& args, int64_t index,
   if (threadIdx.x == 0 && args.loss != nullptr) static_cast<A*>(args.loss)[index] = loss;
 }
 
-// Run the second sweep, and write the listed classes over it.
+// Run the second sweep. Then overwrite the gradients of the listed classes and of the label, and
+// write the loss.
 template <class Row>
 __device__ __forceinline__ void write_row(const Row& row, const List<typename Row::A>& list,
                                           const TopkCall& call, int64_t label,
@@ -259,7 +262,7 @@ __device__ __forceinline__ void write_row(const Row& row, const List<typename Ro
   if (call.forward.args.grad != nullptr) {
     row.template for_chunks<true, 4>([&](const auto& chunk) {
       A g[std::decay_t<decltype(chunk)>::kMost];
-      chunk.each(-1, [&](A z, A, int i) { g[i] = s.rest.at(z, t); });
+      chunk.for_each(-1, [&](A z, A, int i) { g[i] = s.rest.at(z, t); });
       row.store(chunk, g);
     });
     __syncthreads();
@@ -286,11 +289,12 @@ __device__ __forceinline__ void run_row(const Row& row, const ForwardArgs& logit
   const ForwardArgs& args = call.forward.args;
   const Temperature<A> t(args, index);
   const List<A> list{call, index};
-  double greatest = topk::kNothing;
-  list.each([&](int64_t id, double) {
+  double greatest = topk::kMinusInfinity;
+  list.for_each([&](int64_t id, double) {
     if (id < args.classes) greatest = max_of(greatest, static_cast<double>(row.student_at(id)));
   });
-  greatest = lanes_max(exchange.share(lanes_max(greatest), static_cast<double>(topk::kNothing)));
+  greatest =
+      lanes_max(exchange.share(lanes_max(greatest), static_cast<double>(topk::kMinusInfinity)));
   Rest<A> rest;
   const bool good = scan_rest<Row>(logits, index, row.place, list, map, rest, t);
   ListSums sums = sum_list(row, list, greatest, label, 1 / options_of<A>(args, index).temperature);
@@ -317,7 +321,8 @@ __device__ __forceinline__ void run_row(const Row& row, const ForwardArgs& logit
   put_loss(args, index, static_cast<A>(fill_value(RowKind::kBad)));
 }
 
-// Put the student in the place of the teacher, which is not read.
+// Return `args` with the student as the teacher, because views need a teacher. The sparse loss does
+// not read that teacher.
 FASTKD_HOST_DEVICE ForwardArgs with_student_twice(ForwardArgs args) {
   args.teacher = args.student, args.teacher_dtype = args.student_dtype;
   args.teacher_stride = args.student_stride;
@@ -330,7 +335,7 @@ template <class Row>
 __global__ void __launch_bounds__(kTopkThreads, 2)
     topk_kernel(const __grid_constant__ TopkCall call) {
   using A = typename Row::A;
-  extern __shared__ __align__(128) unsigned char dynamic[];  // the map
+  extern __shared__ __align__(128) unsigned char dynamic[];  // the map of listed classes
   __shared__ __align__(16) unsigned char solved[sizeof(Solution<A>)];
   WarpExchange exchange;
   const ForwardArgs& args = call.forward.args;
@@ -360,11 +365,11 @@ __global__ void __launch_bounds__(kTopkThreads, 2)
 
 namespace {
 
-// Compute the rows, and their total, if the call has one.
+// Compute the rows, and the total over the rows if the call has one.
 template <class Row>
 cudaError_t launch_view(const TopkCall& call, cudaStream_t stream) {
   const ForwardArgs& args = call.forward.args;
-  // About 64 classes a thread, in full warps.
+  // Choose full warps, with about 64 classes for each thread.
   int threads = 32;
   while (threads < kTopkThreads && args.classes > 64 * threads) threads *= 2;
   const int map_bytes = static_cast<int>(map_words(args.classes) * 4);
@@ -399,8 +404,7 @@ TopkCall call_of(const TopkArgs& args) {
   call.log_probs = args.teacher, call.indices = args.indices, call.k = args.k;
   call.grad_output = args.grad_output, call.grad_output_per_row = args.grad_output_per_row;
   call.comparison = topk::Comparison(args);
-  forward.divergence =
-      Divergence::kForwardKL;  // of student and student: the divergence is not used
+  forward.divergence = Divergence::kForwardKL;  // not read: call.comparison has the divergence
   call.forward.constants = make_constants(args.divergence, args.mix);
   return call;
 }
@@ -411,7 +415,7 @@ int topk(const TopkArgs& args, void* total, const void* denominator, void* strea
   if (args.rows > kMostRows) return cudaErrorInvalidValue;
   TopkCall call = call_of(args);
   if (args.reduction != Reduction::kNone) call.forward.total = total;
-  return reported(launch_topk(call, denominator, static_cast<cudaStream_t>(stream)));
+  return clear_error(launch_topk(call, denominator, static_cast<cudaStream_t>(stream)));
 }
 
 int topk_backward(const TopkArgs& args, bool filled, const void* denominator, void* stream) {
@@ -419,7 +423,7 @@ int topk_backward(const TopkArgs& args, bool filled, const void* denominator, vo
   if (args.rows == 0) return cudaSuccess;
   TopkCall call = call_of(args);
   call.filled = filled;
-  return reported(launch_topk(call, denominator, static_cast<cudaStream_t>(stream)));
+  return clear_error(launch_topk(call, denominator, static_cast<cudaStream_t>(stream)));
 }
 
 }  // namespace fastkd::cuda

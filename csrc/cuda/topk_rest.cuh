@@ -1,6 +1,7 @@
-// The classes of a sparse loss's row that the teacher does not list (the rest): their sums of
-// exponentials in the first sweep, and their gradient in the second. They have their own sums, so
-// that the probability of the rest is a sum of positive terms (docs/maths.md, section 13).
+// The rest: the classes of a row that the sparse teacher does not list. This file sums the
+// exponentials of the rest in the first sweep, and writes the gradient of the rest in the second.
+// The rest has separate sums, so that its probability is a sum of positive terms (docs/maths.md,
+// section 13).
 #pragma once
 #include "../topk_row.h"
 #include "sweeps.cuh"
@@ -10,7 +11,7 @@ namespace fastkd::cuda {
 // Sums over the classes that are not listed: statistics of the student alone.
 template <class A>
 struct Rest : Statistics<A> {
-  double logits = 0;  // the sum of all logits, listed ones too; for label smoothing alone
+  double logits = 0;  // sum of all logits, also of listed classes; for label smoothing alone
 
   // Add a chunk without the listed classes, which have a 1 in `bits`. The maximum is raised as in
   // scan().
@@ -19,24 +20,24 @@ struct Rest : Statistics<A> {
                                           bool smoothing) {
     const A near = this->student_max > kLowest<A> ? this->student_max : A(0);
     A sum = 0, top = A(-INFINITY);
-    const auto each = [&](auto&& fn) {
-      chunk.each(-1, [&](A z, A, int i) { fn(bits >> i & 1 ? A(-INFINITY) : z); });
+    const auto for_each = [&](auto&& fn) {
+      chunk.for_each(-1, [&](A z, A, int i) { fn(bits >> i & 1 ? A(-INFINITY) : z); });
     };
-    if (smoothing) chunk.each(-1, [&](A z, A, int) { sum += z - near; });
+    if (smoothing) chunk.for_each(-1, [&](A z, A, int) { sum += z - near; });
     logits += static_cast<double>(sum) + (smoothing ? chunk.count * static_cast<double>(near) : 0);
-    each([&](A z) { top = max_of(top, z); });
+    for_each([&](A z) { top = max_of(top, z); });
     if (top > this->student_max + t.margin) this->raise(top, A(0), t);
-    each([&](A z) { this->template add<kAtRunTime>(z, A(0), t); });
+    for_each([&](A z) { this->template add<kAtRunTime>(z, A(0), t); });
   }
   // Merge the sums of a warp; all lanes get the result.
   __device__ __forceinline__ void merge_lanes(const Temperature<A>& t) {
     Statistics<A>::template merge_lanes<32>(t);
     logits = lanes_sum(logits);
   }
-  // Return true if the sums are empty. NaN is not empty.
-  __device__ __forceinline__ bool nothing() const { return this->student_sum == A(0); }
+  // Return true if the sums are empty. A sum of NaN is not empty.
+  __device__ __forceinline__ bool is_empty() const { return this->student_sum == A(0); }
   __device__ __forceinline__ topk::RelativeSums mass() const {
-    if (nothing()) return {};
+    if (is_empty()) return {};
     return {static_cast<double>(this->student_max), static_cast<double>(this->student_sum),
             static_cast<double>(this->hard_sum)};
   }
@@ -49,11 +50,11 @@ struct RestWriter {
 
   RestWriter() = default;
   __device__ __forceinline__ RestWriter(const topk::Gains& gains, const Rest<A>& rest)
-      : max(rest.nothing() ? A(0) : rest.student_max),
+      : max(rest.is_empty() ? A(0) : rest.student_max),
         soft(static_cast<A>(gains.rest)),
         hard(static_cast<A>(gains.rest_hard)),
         uniform(static_cast<A>(gains.uniform)) {
-    if (rest.nothing()) soft = hard = A(0);
+    if (rest.is_empty()) soft = hard = A(0);
   }
   __device__ __forceinline__ A at(A z, const Temperature<A>& t) const {
     const A above = z - max, e = exp2_of(mul_of(above, t.slope));

@@ -1,8 +1,9 @@
-// Elements of logits, alone and as 16-byte vectors. The formulas of docs/maths.md are in writer.cuh
-// and general.cuh.
+// Conversion of logits between the stored dtype and the compute type: single elements, and vectors
+// of 16 bytes. Vectors are the widest loads of a thread. The formulas of docs/maths.md (sections 2,
+// 3 and 10) are in writer.cuh and general.cuh.
 //
-// The elements of a row before its first aligned vector and after its last (at most 7 each) are
-// computed alone: one thread an element.
+// At most 7 elements lie before a row's first aligned vector, and at most 7 after the last. Each of
+// these elements is computed alone, by one thread.
 #pragma once
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -49,30 +50,30 @@ __device__ __forceinline__ uint32_t pack(const float* x, __half) {
   const __half2 pair = __floats2half2_rn(x[0], x[1]);
   return *reinterpret_cast<const uint32_t*>(&pair);
 }
-// 16 bytes of T.
+// A vector: 16 bytes of elements of type T, which load() unpacks and store() packs.
 constexpr int kVectorBytes = 16;
 template <class T>
 struct Vector {
   static constexpr int kElements = kVectorBytes / static_cast<int>(sizeof(T));
-  static constexpr int kOfWord = kElements / 4;
+  static constexpr int kPerWord = kElements / 4;
 
   static __device__ __forceinline__ void load(uint4 v, float (&x)[kElements]) {
     unpack(v.x, x, T());
-    unpack(v.y, x + kOfWord, T());
-    unpack(v.z, x + 2 * kOfWord, T());
-    unpack(v.w, x + 3 * kOfWord, T());
+    unpack(v.y, x + kPerWord, T());
+    unpack(v.z, x + 2 * kPerWord, T());
+    unpack(v.w, x + 3 * kPerWord, T());
   }
   static __device__ __forceinline__ uint4 store(const float (&x)[kElements]) {
-    return {pack(x, T()), pack(x + kOfWord, T()), pack(x + 2 * kOfWord, T()),
-            pack(x + 3 * kOfWord, T())};
+    return {pack(x, T()), pack(x + kPerWord, T()), pack(x + 2 * kPerWord, T()),
+            pack(x + 3 * kPerWord, T())};
   }
 };
 
 // The division of a row into vectors, which are aligned in memory. Short rows may have no vector.
 struct RowLayout {
-  int begin;        // first class in a vector: also the length of the head
-  int64_t vectors;  // whole vectors
-  int tail;         // classes after the last vector
+  int begin;        // first class in a vector, and number of classes before
+  int64_t vectors;  // number of vectors
+  int tail;         // number of classes after the last vector
 };
 
 template <class T>

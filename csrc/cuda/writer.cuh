@@ -1,6 +1,6 @@
-// The second sweep over a row: value and gradient of the forward KL and of the hard term, fused
-// because both need the same exponentials. Derivations: docs/maths.md, sections 2, 3 and 7.
-// Letters: numerics.h.
+// The second sweep over a row: value and gradient of the forward KL and of the hard term. One sweep
+// computes both terms, because the terms share the student's exponentials. Derivations:
+// docs/maths.md, sections 2, 3 and 7. numerics.h defines the letters.
 #pragma once
 #include "statistics.cuh"
 
@@ -13,10 +13,10 @@ struct Sums {
   A logits = 0;  // the mean over all classes of z - max z
   A student_entropy = 0, teacher_entropy = 0;
   A agreement = 0;
-  A slope = 0;    // centers the gradient of the divergences in general.cuh
-  A classes = 0;  // that count for a mean: n of SlopeCentering (divergences.h), or 0
+  A slope = 0;    // sum of slopes, which centers the gradient in general.cuh
+  A classes = 0;  // number of classes in a mean: n of SlopeCentering (divergences.h), or 0
 
-  // Merge the sums of a group of lanes: of the value alone, unless `kAll`.
+  // Merge the sums of a group of lanes. Without `kAll`, merge only `value`.
   template <int kLanes, bool kAll>
   __device__ __forceinline__ void merge_lanes(std::bool_constant<kAll>) {
     value = lanes_sum<kLanes>(value);
@@ -40,10 +40,10 @@ struct Sums {
   }
 };
 
-// Return element() of numerics.h in fewer instructions: a series of four terms for |d| < 1/8, a
-// polynomial through Chebyshev nodes whose relative error is at most 9e-8. Every rounding is
-// spelled out, so that forward and backward kernels compute the same bits. Special values are those
-// of element(): a class that the student alone masks is +inf, or NaN if its p has underflowed to 0.
+// Return element() of numerics.h in fewer instructions. For |d| < 1/8, the series is a polynomial
+// of four terms through Chebyshev nodes, whose relative error is at most 9e-8. Every rounding is
+// explicit, so that forward and backward kernels compute equal bits. As in element(), a class that
+// only the student masks is +inf, or NaN if p has underflowed to 0.
 __device__ __forceinline__ Element<float> device_element(float p, float q, float d) {
   float s = fma_of(d, -8.336434121e-3f, 4.168837335e-2f);
   s = fma_of(s, d, -1.666666606e-1f);
@@ -51,7 +51,7 @@ __device__ __forceinline__ Element<float> device_element(float p, float q, float
   const float f = mul_of(mul_of(d, d), s), direct = add_of(q, -p);
   const bool small = magnitude_of(d) < 0.125f;
   const float diff = small ? mul_of(p, add_of(f, -d)) : direct;
-  // The bound is also the result for NaN: p d = 0 where p is masked.
+  // -1e30 also replaces a NaN d, so that p d = 0 if p is masked.
   const float excess = small ? mul_of(p, f) : fma_of(p, max_of(d, -1e30f), direct);
   return {p, q, d, diff, excess};
 }
@@ -59,9 +59,9 @@ __device__ __forceinline__ Element<double> device_element(double p, double q, do
   return element(p, q, d);
 }
 
-// Above these distances of the two maxima (divided by t, and in logits), d would be rounded at
-// their size (docs/maths.md, section 3): d is then the difference of the logits relative to the
-// maxima.
+// Greatest distances of the two maxima, divided by t and in logits, at which d is formed from w - z
+// directly. Beyond these distances w - z would lose digits, so logits are first taken relative to
+// the maxima (docs/maths.md, section 3).
 constexpr float kLargestDistance = 11;
 constexpr float kApart = 32;
 
@@ -73,13 +73,15 @@ struct alignas(16) Writer {
 
   Temperature<A> t;
   RowStats<A> stats;
-  bool apart;                    // the maxima are far apart
-  A shift;                       // of d
-  A soft, hard, label, uniform;  // factors of the gradient's parts; label and uniform subtract
-  A student_log, teacher_log;    // of the two scales
-  A share;                       // 1 / classes
+  bool apart;  // the maxima are far apart
+  A shift;     // constant summand of d
+  A soft, hard, label,
+      uniform;                 // factors of the gradient's parts; label and uniform are subtracted
+  A student_log, teacher_log;  // logarithms of the two scales
+  A share;                     // 1 / classes
 
-  // `scale` includes grad_output.
+  // Set the constants of row `index`. `scale`: the factor of the gradient, which includes
+  // grad_output.
   template <class Call>
   __device__ __forceinline__ Writer(const Call& call, int64_t index,
                                     const Temperature<A>& temperature, const RowStats<A>& row,
@@ -98,7 +100,8 @@ struct alignas(16) Writer {
                          : mul_of(scale, setting_of<A>(in, kHardWeight, index, in.hard_weight));
     hard = weight == A(0) ? A(0) : mul_of(weight, row.hard_scale);
     const A student_sum = reciprocal_of(row.student_scale);
-    const A factor = hard == A(0) ? A(1) : student_sum;  // 0 stays 0 where the sum is infinite
+    const A factor =
+        hard == A(0) ? A(1) : student_sum;  // a `hard` of 0 stays 0 if the sum is infinite
 #pragma unroll 1
     for (int i = 0; i < t.power; i++) hard = mul_of(hard, factor);
     const A smoothing = static_cast<A>(in.label_smoothing);
@@ -108,22 +111,22 @@ struct alignas(16) Writer {
                   : mul_of(weight, quotient_of(smoothing, static_cast<A>(in.classes)));
     label = mul_of(weight, A(1) - smoothing);
 
-    // d must match the p and q that are formed below: the error of their sum of p d + q - p is then
-    // the square of their own errors. One logarithm does not cancel where the two sums are close to
-    // each other.
+    // d must match p and q as element() forms p and q. The error of the sum of p d + q - p is then
+    // of second order. The logarithm of a quotient does not cancel if the sums of student and
+    // teacher are close.
     const A quotient = mul_of(stats.teacher_scale, reciprocal_of(stats.student_scale));
     const A rest = fma_of(-quotient, stats.student_scale, stats.teacher_scale);
     const A log_ratio = fma_of(rest, reciprocal_of(stats.teacher_scale), log_of(quotient));
     shift = apart ? log_ratio : fma_of(distance, t.inverse, log_ratio);
   }
 
-  // Return d of one class. zs, ws: its logits relative to the maxima. `is_apart`: the member
-  // `apart`, as a constant in the hot loops.
+  // Return d of one class. zs, ws: the class's logits relative to the maxima. `is_apart`: the
+  // member `apart`, as a constant in the hot loops.
   __device__ __forceinline__ A difference(A z, A w, A zs, A ws, bool is_apart) const {
     if (!t.same) return fma_of(ws, t.teacher_inverse, fma_of(-zs, t.inverse, shift));
     return fma_of(is_apart ? ws - zs : w - z, t.inverse, shift);
   }
-  // Return p, q and d of one class. `hard_exponent`: the exponent of its exp(z), if that is no
+  // Return p, q and d of one class. `hard_exponent`: log2 of exp(z - max z), read if exp(z) is no
   // power of q.
   __device__ __forceinline__ Element<A> element(A z, A w, bool is_apart, A& hard_exponent) const {
     const A zs = z - stats.student_max, ws = w - stats.teacher_max;
@@ -148,8 +151,8 @@ struct alignas(16) Writer {
     return kUniform ? add_of(softmax, -uniform) : softmax;
   }
 
-  // Return the gradient of one class without the label's part. kApart: `apart`, which is the same
-  // for the whole row.
+  // Return the gradient of one class without the label's part. kApart: the member `apart`, as a
+  // constant.
   template <bool kApart, int kPower, bool kExtra, bool kUniform>
   __device__ __forceinline__ A write_as(A z, A w, Sums<A>& sums) const {
     A hard_exponent;
@@ -160,7 +163,7 @@ struct alignas(16) Writer {
     return fma_of(soft, ForwardKL::at(e).slope, softmax);
   }
 
-  // Return the label's gradient, from the result of write_as() for its class.
+  // Return the label's gradient, given the result of write_as() for the label's class.
   __device__ __forceinline__ A at_label(A g) const { return g - label; }
 
   __device__ __forceinline__ void add_extra(A z, A w, A p, A q, Sums<A>& sums) const {

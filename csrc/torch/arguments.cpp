@@ -1,4 +1,5 @@
-// Check the arguments of an op, lay out its rows, and allocate its results (arguments.h).
+// Check the arguments of an op, lay out rows, and allocate results (arguments.h). docs/maths.md,
+// sections 1, 6 and 12, explains the arguments.
 #include "arguments.h"
 
 namespace fastkd::glue {
@@ -64,7 +65,7 @@ void Call::take_row_settings(const std::optional<Tensor>& settings) {
   inputs.row_settings = row_settings->const_data_ptr();
 }
 
-// Not by torch::stable::empty, whose dispatcher call is slow compared with a small loss.
+// Allocate without torch::stable::empty, whose dispatcher call is slow compared with a small loss.
 Tensor Call::empty(std::initializer_list<int64_t> shape) const {
   int32_t device_type = 0;
   int32_t device_index = 0;

@@ -62,10 +62,10 @@ void return_results(StableIValue* stack, const Results&... results) {
 // The reduction of the losses of rows.
 struct Reducing {
   Reduction reduction;
-  double normalizer;                  // where positive, mean divides by it
-  std::optional<Tensor> denominator;  // acc, one number on the inputs' device: mean divides by it
+  double normalizer;                  // divisor of the mean, if positive
+  std::optional<Tensor> denominator;  // divisor of the mean: acc, one number on the inputs' device
 
-  // Read the last two arguments of a loss, but for with_terms.
+  // Read the last two arguments of a loss except with_terms.
   void take_from(ArgumentReader* reader) {
     reduction = checked_enum(reader->take<int64_t>(), Reduction::kMean, "reduction");
     normalizer = reader->take<double>();
@@ -78,7 +78,7 @@ DType dtype_of(const Tensor& tensor, const char* name);
 inline bool in_double(const Inputs& in) {
   return computes_in_double(in.student_dtype, in.teacher_dtype);
 }
-// The type of loss, terms, stats, row_settings and grad_output.
+// Return the type of loss, terms, stats, row_settings and grad_output.
 inline ScalarType acc_type(bool in_double) {
   return in_double ? ScalarType::Double : ScalarType::Float;
 }
@@ -107,19 +107,21 @@ struct Call {
   Tensor empty_stats() const { return empty({kStats * inputs.rows + 1}); }
 };
 
-// Check the arguments, and lay out the rows. `settings`: their numbers. `strided`: true if the
-// kernels take classes that are not adjacent. `grad`: the gradient's memory, or null. If `grad` is
-// the student, the student is not copied. Settings of rows are not yet taken.
+// Check the arguments, and lay out the rows. `settings`: the numbers among the arguments.
+// `strided`: true if the kernels take classes that are not adjacent. `grad`: the gradient's memory,
+// or null. If `grad` is the student, the student is not copied. The caller takes the settings of
+// rows afterwards.
 Call prepare(const Tensor& student, const Tensor& teacher, const std::optional<Tensor>& labels,
              const Inputs& settings, bool strided, const Tensor* grad);
 
-// The losses of all rows, which are `out` itself with reduction none.
+// The result `out`, and `rows`, the losses of all rows. With reduction none, both are one tensor.
 struct Outputs {
   Tensor out, rows;
 };
 
 // Complete the arguments of a forward pass but for terms, stats and scale. `fields`: numbers that
-// are computed for each row, of which the loss is the first. `grad`: or null.
+// are computed for each row, of which the loss is the first. `grad`: the gradient's memory, or
+// null.
 template <class Args>
 Outputs set_outputs(const Call& call, const Reducing& reducing, int64_t fields, const Tensor* grad,
                     Args* args) {
@@ -145,13 +147,13 @@ void set_gradient(const Call& call, const Tensor& grad_output, const Tensor& gra
   args->grad_stride = call.grad_stride;
 }
 
-// Throw unless `grad_output` is one number or, with reduction none, one for each row. A gradient
-// that is `filled` is scaled, by one number.
+// Throw unless `grad_output` is one number or, with reduction none, one for each row. If `filled`
+// is true, `grad_output` must be one number, which scales the gradient.
 void check_grad_output(const Call& call, const Reducing& reducing, const Tensor& grad_output,
                        bool filled);
 
-// Throw unless the reduction goes with a gradient if `with_grad`, and its denominator has the dtype
-// and device of the loss of `call`.
+// Throw unless the denominator has the dtype and device of the loss of `call`. With `with_grad`,
+// also throw for reduction none.
 void check_reducing(const Reducing& reducing, const Call& call, bool with_grad);
 
 }  // namespace fastkd::glue

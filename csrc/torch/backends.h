@@ -1,5 +1,5 @@
-// The backends of the ops (CPU and CUDA): one interface that takes the arguments as structs. Also
-// mixtures of teachers (docs/maths.md, section 12).
+// The backends of the ops (CPU and CUDA): one interface that takes the arguments as structs. This
+// file also declares mixtures of teachers (docs/maths.md, section 12).
 #pragma once
 #include <optional>
 #include <vector>
@@ -12,7 +12,7 @@ namespace fastkd::glue {
 struct Backend {
   virtual void forward(const Call& call, ForwardArgs args, const Reducing& reducing,
                        const Outputs& outputs) const = 0;
-  // `filled`: `grad` holds the gradient for grad_output = 1 already.
+  // Compute the gradient. `filled`: true if `grad` already holds the gradient for grad_output = 1.
   virtual void backward(const Call& call, const BackwardArgs& args, const Reducing& reducing,
                         const Tensor& grad_output, const Tensor& grad, bool filled) const = 0;
   // Compute the sparse loss.

@@ -1,6 +1,6 @@
-// The ops on CPU tensors: this file counts rows, divides the work among torch's threads, and sums
-// the losses of rows in order, so that the result does not depend on the number of threads
-// (docs/maths.md, sections 6, 8 and 9).
+// The ops on CPU tensors. This file counts rows, divides the work among torch's threads, and sums
+// the losses of rows. The sum is in the order of rows, so that the result does not depend on the
+// number of threads (docs/maths.md, sections 6, 8 and 9).
 #include <algorithm>
 #include <array>
 #include <atomic>
@@ -46,7 +46,7 @@ void check_temperatures(const void* of_rows, int64_t rows, bool in_double) {
   }
 }
 
-// Check what depends on data, before anything is written. Return the number of rows that are not
+// Check labels and temperatures before anything is written. Return the number of rows that are not
 // ignored.
 int64_t count_rows(const Inputs& in) {
   static_assert(kTemperature == 0 && kTeacherTemperature == 1);
@@ -63,8 +63,8 @@ int64_t count_rows(const Inputs& in) {
   return count;
 }
 
-// Return the factor of the sum over rows. `count`: the number of rows that are not ignored. If it
-// is 0, the factor is 1, so that the mean is 0 for any divisor, 0 included.
+// Return the factor of the sum over rows. `count`: the number of rows that are not ignored. If
+// `count` is 0, the factor is 1, so that the mean is 0 for any divisor.
 double scale_of(const Reducing& reducing, int64_t count) {
   if (reducing.reduction != Reduction::kMean) return 1.0;
   double divisor = static_cast<double>(count);
@@ -74,14 +74,14 @@ double scale_of(const Reducing& reducing, int64_t count) {
 }
 
 // Multiply `grad`, the gradient for grad_output = 1, by grad_output, and return true. Return false,
-// with `grad` unchanged, if computing the gradient again is more accurate and still possible: it is
-// not if `grad` has overwritten the student's logits.
+// with `grad` unchanged, if recomputing the gradient is more accurate and possible. Recomputing is
+// impossible if `grad` has overwritten the student's logits.
 bool scale_filled(const Inputs& inputs, const Tensor& grad_output, const Tensor& grad) {
   const double factor = value_of(grad_output);
   if (factor == 1.0) return true;
   // Scaling rounds a 16-bit gradient a second time, and a loss scale cannot restore what has
-  // underflowed in fp16. In bf16 a power of two is exact: it changes the exponent alone, whose
-  // range is that of float32.
+  // underflowed in fp16. In bf16 a product with a power of two is exact: the product changes the
+  // exponent alone, whose range is that of float32.
   int exponent = 0;
   const bool exact = inputs.student_dtype == DType::kBFloat16 && std::isfinite(factor) &&
                      std::fabs(std::frexp(factor, &exponent)) == 0.5;
@@ -106,13 +106,13 @@ void add_up(const Inputs& inputs, const Outputs& outputs, double scale) {
   in_double(inputs) ? of_type(0.0) : of_type(0.0f);
 }
 
-// Most logits in a thread's buffer for a mixture of teachers; one row, if a row is longer. The
-// buffer is written and read a few rows at a time, and should stay in L2.
+// Most logits in a thread's buffer for a mixture of teachers. A longer row has a buffer of one row.
+// The buffer is written and read a few rows at a time, and should stay in L2.
 constexpr int64_t kMixedClasses = 65536;
-constexpr int64_t kTile = 64;  // rows: a multiple of the transposed engine's tiles
+constexpr int64_t kTile = 64;  // number of rows: a multiple of the transposed engine's tiles
 
 // Call run(args, begin, end) for rows whose teacher is a mixture, on all threads. Each thread mixes
-// a few rows at a time, and passes them as the teacher's.
+// a few rows at a time, and passes the mixed logits as the teacher's.
 template <class Args, class Run>
 void run_mixed(const Args& args, const MixtureArgs& mixture, const Run& run) {
   check_temperatures(mixture.row_temperatures, mixture.rows, mixture.in_double);
@@ -135,7 +135,7 @@ void run_mixed(const Args& args, const MixtureArgs& mixture, const Run& run) {
         const int64_t last = std::min(row + step, end);
         mixed.first_row = row;
         cpu::kernels().mixture(mixed, row, last);
-        // The address that row 0 would have.
+        // Pass the address that row 0 would have, because kernels add the offset of the row.
         const uintptr_t first =
             reinterpret_cast<uintptr_t>(mixed.mixed) - static_cast<size_t>(row * row_bytes);
         with_teacher.teacher = reinterpret_cast<const void*>(first);
@@ -152,7 +152,7 @@ void run_rows(const Args& args, int64_t rows, const Run& run) {
                               [&](int64_t begin, int64_t end) { run(args, begin, end); });
 }
 
-// Compute a few long rows: all threads share each of the last rows, segment by segment.
+// Compute rows [begin, end). All threads share each row, segment by segment.
 void forward_split(const cpu::Kernels& kernels, const ForwardArgs& args, int64_t begin,
                    int64_t end) {
   const int64_t segments = (args.classes + cpu::kSegment - 1) / cpu::kSegment;
@@ -187,8 +187,8 @@ void run_forward(const ForwardArgs& args, const MixtureArgs* mixture) {
   const cpu::Kernels& kernels = cpu::kernels();
   if (mixture) return run_mixed(args, *mixture, kernels.forward);
   const int64_t threads = torch::stable::get_num_threads();
-  // Every thread gets the same number of whole rows. The remaining rows are shared segment by
-  // segment if that ends sooner than giving one more row to some of the threads.
+  // Every thread gets an equal number of rows. The remaining rows are shared segment by segment, if
+  // sharing ends sooner than giving some threads one more row.
   const int64_t segments = (args.classes + cpu::kSegment - 1) / cpu::kSegment;
   const int64_t rest = cpu::has_apart_classes(args) ? 0 : args.rows % threads;
   const int64_t split = rest < std::min(threads, segments) ? rest : 0;

@@ -4,8 +4,8 @@
 
 #include "backends.h"
 
-// Resolved at run time through libtorch.so; null where torch is a CPU build, so that one binary
-// serves both.
+// The symbol is resolved at run time through libtorch.so. In a CPU build of torch the symbol is
+// null, so that one binary serves both builds.
 extern "C" __attribute__((weak)) AOTITorchError
 aoti_torch_get_current_cuda_stream(int32_t device_index, void** stream);
 

@@ -2,13 +2,13 @@
 //
 // The module is optional and only adds speed: python/fastkd/_core/autograd.py implements the same
 // autograd in Python (docs/maths.md, section 8). torch's C++ autograd has no stable ABI, so the
-// module fits only the torch that it was built with. It records that version, and
+// module fits only the torch of its build. The module records the version of torch, and
 // python/fastkd/_core/native.py calls register_kernels() only if the version matches.
 //
-// For each loss `op` of library.cpp and topk.cpp, the op `op_into` writes the gradient in the
-// forward pass, `op_backward_` scales or writes the gradient in the backward pass, and
-// `op_gradient` computes the gradient by differentiable operations. All four take the arguments of
-// `op`, which this file reads from the op's schema.
+// Each loss `op` of library.cpp and topk.cpp has three more ops. `op_into` writes the gradient in
+// the forward pass. `op_backward_` scales or writes the gradient in the backward pass.
+// `op_gradient` computes the gradient by differentiable operations. All four ops take the arguments
+// of `op`, which this file reads from the schema of `op`.
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <c10/core/impl/TorchDispatchModeTLS.h>
 #include <torch/csrc/autograd/custom_function.h>
@@ -44,10 +44,10 @@ struct Ops {
 
   Ops(const std::string& name, bool strided)
       : loss(find_op(name)),
-        into(find_op(name + "_into")),
+        loss_into(find_op(name + "_into")),
         backward(find_op(name + "_backward_")),
         gradient(find_op(name + "_gradient")),
-        has_stats(into.schema().returns().size() == 2),
+        has_stats(loss_into.schema().returns().size() == 2),
         strided(strided) {
     for (const c10::Argument& argument : loss.schema().arguments()) {
       const std::string type = argument.type()->str();
@@ -63,16 +63,16 @@ struct Ops {
     return arguments[reduction].toInt() == static_cast<int64_t>(Reduction::kNone);
   }
 
-  c10::OperatorHandle loss, into, backward, gradient;
-  bool has_stats;           // returned by `into` for `backward`
-  bool strided;             // `into` can write a gradient whose classes are not adjacent
-  std::vector<Kind> kinds;  // of the arguments of the loss
-  size_t reduction = 0;     // index of this argument
+  c10::OperatorHandle loss, loss_into, backward, gradient;
+  bool has_stats;           // true if `loss_into` returns statistics for `backward`
+  bool strided;             // `loss_into` can write a gradient whose classes are not adjacent
+  std::vector<Kind> kinds;  // kinds of the arguments of the loss
+  size_t reduction = 0;     // index of the argument `reduction`
 };
 
 // Append the tensors among `arguments` to `tensors`, and return the other arguments as scalars. An
-// optional tensor becomes true if it is there. A list becomes its length, followed by its numbers
-// if it holds numbers.
+// optional tensor becomes a bool, which is true if the tensor is present. A list becomes its
+// length, followed by its numbers if it holds numbers.
 std::vector<IValue> take_tensors(const Ops& ops, c10::ArrayRef<IValue> arguments,
                                  variable_list* tensors) {
   std::vector<IValue> numbers;
@@ -164,8 +164,8 @@ template <class T>
 struct FusedLoss : torch::autograd::Function<T> {
   static constexpr bool is_traceable = true;  // compiled autograd may trace backward()
 
-  // `stack`: the arguments of the loss on top, `student` among them. The op that is called takes
-  // these arguments from the stack.
+  // Compute the loss. `stack`: the arguments of the loss on top, `student` among them. The op that
+  // is called takes these arguments from the stack.
   static Tensor forward(AutogradContext* ctx, const Tensor& student, Stack* stack) {
     const Ops& ops = T::ops();
     const at::AutoDispatchBelowADInplaceOrView below_autograd;
@@ -178,7 +178,7 @@ struct FusedLoss : torch::autograd::Function<T> {
     if (calls_into)
       stack->insert(stack->end() - static_cast<std::ptrdiff_t>(arguments.size()), grad);
     if (ops.has_stats) stack->emplace_back(true);
-    (calls_into ? ops.into : ops.loss).callBoxed(*stack);
+    (calls_into ? ops.loss_into : ops.loss).callBoxed(*stack);
     if (ops.has_stats) tensors.push_back(torch::jit::pop(*stack).toTensor());
     ctx->saved_data["numbers"] = c10::ivalue::Tuple::create(std::move(numbers));
     ctx->save_for_backward(std::move(tensors));
@@ -192,7 +192,7 @@ struct FusedLoss : torch::autograd::Function<T> {
     const variable_list saved = ctx->get_saved_variables();
     const auto numbers = ctx->saved_data["numbers"].toTupleRef().elements().asArrayRef();
     Tensor factor = grad_outputs[0];
-    // With terms, only the loss has a gradient; it is the first term.
+    // With terms, only the loss, the first term, has a gradient.
     if (ops.has_stats && numbers.back().toBool()) factor = factor.select(0, 0);
     return {gradient(ops, saved, numbers, factor, &ctx->saved_data["grad"]), Tensor()};
   }
@@ -213,7 +213,8 @@ struct FusedLoss : torch::autograd::Function<T> {
     if (at::GradMode::is_enabled()) return call(ops.gradient, {factor}, arguments())[0].toTensor();
     Tensor grad = cached->isTensor() ? std::exchange(*cached, IValue()).toTensor() : Tensor();
     // Compiled autograd calls this function on a copy of the saved data, which shares `grad`, and
-    // calls it again on the original data. So `grad` is scaled in place only if nothing shares it.
+    // again on the original data. `grad` is therefore scaled in place only if nothing shares
+    // `grad`.
     const bool is_unshared = is_writable(factor) && grad.defined() && grad.use_count() == 1;
     if (grad.defined() && !is_unshared) {
       if (student.scalar_type() != at::kHalf) return grad.mul(factor).to(student.scalar_type());
@@ -245,7 +246,7 @@ struct FastKDTopkLoss : FusedLoss<FastKDTopkLoss> {
   }
 };
 
-// The autograd kernel of a loss.
+// Run the loss with autograd, if the student requires a gradient.
 template <class T>
 void loss_with_autograd(const c10::OperatorHandle& op, Stack* stack) {
   const size_t count = op.schema().arguments().size();
@@ -261,8 +262,8 @@ void loss_with_autograd(const c10::OperatorHandle& op, Stack* stack) {
 // each of the op's arguments in every call, which takes longer than a small loss itself.
 class PreparedCall {
  public:
-  // `arguments`: those of the op, in the order of its schema, with None for the unbound tensors.
-  // `places`: the indices of the unbound tensors among `arguments`.
+  // Bind the arguments. `arguments`: the op's arguments, in the order of the schema, with None for
+  // the unbound tensors. `places`: the indices of the unbound tensors among `arguments`.
   PreparedCall(const std::string& name, const py::tuple& arguments, std::vector<size_t> places)
       : op_(find_op(name)), places_(std::move(places)) {
     const auto& schema = op_.schema().arguments();
@@ -275,7 +276,8 @@ class PreparedCall {
     }
   }
 
-  // `tensors`: one for each place. If the op takes a list, the tensor becomes its only element.
+  // Call the op. `tensors`: one tensor for each place. If the op takes a list, the tensor becomes
+  // the only element of the list.
   Tensor operator()(const py::args& tensors) const {
     TORCH_CHECK_VALUE(tensors.size() == places_.size(), "expected ", places_.size(), " tensors");
     Stack stack;

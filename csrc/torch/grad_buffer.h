@@ -1,4 +1,5 @@
 // Memory for the gradients of CPU calls: the block of a freed gradient is recycled for the next.
+// docs/maths.md, section 8, explains when a gradient is written.
 //
 // Allocators return large blocks to the system, and the page faults of a new block cost more than
 // the gradient that fills it (docs/performance-log.md). At most one block is cached. Gradients of
@@ -30,22 +31,22 @@ struct Block {
 inline std::atomic<Block*> spare{nullptr};
 
 // Cache `block`, and free the block that was cached before.
-inline void keep(Block* block) {
+inline void cache_block(Block* block) {
   Block* const before = spare.exchange(block);
   if (before == nullptr) return;
   std::free(before->data);
   delete before;
 }
 
-// Keep the block of a tensor that was freed. Report the block to torch's memory profiler as freed,
+// Cache the block of a tensor that was freed. Report the block to torch's memory profiler as freed,
 // as torch's own allocator does.
 inline void release(void* block) {
   c10::profiledCPUMemoryReporter().Delete(static_cast<Block*>(block)->data);
-  keep(static_cast<Block*>(block));
+  cache_block(static_cast<Block*>(block));
 }
 
-// Return the size of a block for `bytes`: full huge pages, if at most a tenth would be unused. Many
-// gradients may be alive at a time.
+// Return the size of a block for `bytes`: full huge pages, if at most a tenth would be unused. More
+// unused memory would add up, because many gradients may be alive at a time.
 inline size_t block_bytes(size_t bytes) {
   const size_t rounded = (bytes + kHugePage - 1) / kHugePage * kHugePage;
   return rounded - bytes <= bytes / 10 ? rounded : bytes;
@@ -57,7 +58,7 @@ inline Block* take(size_t bytes) {
   Block* const block = spare.exchange(nullptr);
   if (block != nullptr) {
     if (bytes <= block->bytes && block->bytes - bytes <= bytes / 10) return block;
-    keep(block);
+    cache_block(block);
   }
   void* data = nullptr;
   const size_t size = block_bytes(bytes);

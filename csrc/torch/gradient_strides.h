@@ -1,6 +1,6 @@
-// The strides of a new gradient: the student's order of dimensions where the kernels support it, so
-// that no copy is needed. This file is free of torch, because both _C (row_strides.cpp) and _eager
-// use it.
+// The strides of a new gradient: the student's order of dimensions if the kernels support that
+// order, so that no copy is needed. This file is free of torch, because both _C (row_strides.cpp)
+// and _eager include the file. docs/maths.md has no section about layouts.
 #pragma once
 #include <algorithm>
 #include <cstdint>
@@ -23,10 +23,10 @@ inline int64_t dimension_outside_classes(int64_t dims, const int64_t* sizes,
 }
 
 // Write the strides of a new, dense gradient to `result`. `strided`: true if the kernels take
-// classes that are not adjacent. Then the gradient has the student's order of dimensions, if the
-// student's classes are not adjacent and its other dimensions are in order, as in (N, C, H, W).
-// Otherwise the gradient is contiguous. _fake_gradient() in python/fastkd/_core/shapes.py, for
-// tracing, must agree.
+// classes that are not adjacent. With `strided`, a student such as (N, C, H, W) determines the
+// order: its classes are not adjacent, and the other dimensions are in order. Otherwise the
+// gradient is contiguous. _fake_gradient() in python/fastkd/_core/shapes.py, for tracing, must
+// agree.
 inline void gradient_strides(int64_t dims, const int64_t* sizes, const int64_t* strides,
                              bool strided, int64_t* result) {
   const int64_t last = dims - 1;

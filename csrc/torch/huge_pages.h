@@ -1,4 +1,5 @@
-// Advise the kernel to use huge pages for memory that is about to be written.
+// Advice to the kernel to use huge pages for memory that is about to be written, such as a gradient
+// (docs/maths.md, section 8).
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -11,7 +12,7 @@ namespace fastkd {
 constexpr size_t kHugePage = size_t{2} << 20;
 
 // Ask for huge pages. Without the advice, the kernel clears a large tensor's pages at the first
-// touch, 4 KB at a time, which costs more than the gradient itself. Only huge pages inside the
+// touch, 4 KB at a time. Clearing costs more than the gradient itself. Only huge pages inside the
 // memory are advised, so that neighboring memory is not affected. If the advice is not followed,
 // nothing changes.
 inline void prefer_huge_pages(void* data, size_t bytes) {

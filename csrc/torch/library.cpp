@@ -1,7 +1,7 @@
-// The ops of the dense loss (docs/maths.md, sections 1, 6 and 12): their schemas, and boxed kernels
-// that pass the arguments to a backend (cpu.cpp, cuda.cpp). Users differentiate `loss`. The
-// autograd kernel of `loss` (eager.cpp, or python/fastkd/_core/autograd.py) calls `loss_into` and
-// `loss_backward_`, which write the gradient. Shapes for tracing are in
+// The ops of the dense loss (docs/maths.md, sections 1, 6 and 12). This file has the ops' schemas,
+// and boxed kernels that pass the arguments to a backend (cpu.cpp, cuda.cpp). Users differentiate
+// `loss`. The autograd kernel of `loss` (eager.cpp, or python/fastkd/_core/autograd.py) calls
+// `loss_into` and `loss_backward_`, which write the gradient. Shapes for tracing are in
 // python/fastkd/_core/shapes.py.
 #include <torch/csrc/stable/library.h>
 
@@ -36,7 +36,7 @@ struct LossArguments {
     const bool is_mixed = !teachers.shares.empty();
     STD_TORCH_CHECK(is_mixed || teachers.tensors.size() == 1, "several teachers must have shares");
     STD_TORCH_CHECK(!is_mixed || student.is_cpu(), "only the CPU kernels read several teachers");
-    // The student is passed as the teacher, too, because the mixture has no layout of its own yet.
+    // The student is also passed as the teacher, because the mixture has no layout yet.
     Call call =
         prepare(student, is_mixed ? student : teachers.tensors[0], labels, settings, true, grad);
     if (is_mixed) use_mixture(&call);
@@ -60,7 +60,7 @@ struct LossArguments {
   }
 };
 
-// Compute the loss, and return `out` and `stats`. `grad`: or null.
+// Compute the loss, and return `out` and `stats`. `grad`: the gradient's memory, or null.
 std::array<Tensor, 2> forward(LossArguments* arguments, bool with_stats, const Tensor* grad) {
   const Call call = arguments->prepare_call(grad);
   check_reducing(arguments->reducing, call, grad != nullptr);
@@ -69,8 +69,8 @@ std::array<Tensor, 2> forward(LossArguments* arguments, bool with_stats, const T
   const Outputs outputs = set_outputs(call, arguments->reducing, fields, grad, &args);
   if (arguments->with_terms)
     args.terms = static_cast<char*>(args.loss) + args.rows * acc_bytes(args);
-  // On a CPU no statistics with a gradient: 14 MB for 524288 rows of 19 classes, whose logits are
-  // 40 MB.
+  // A CPU call with a gradient stores no statistics. Statistics would take 14 MB for 524288 rows of
+  // 19 classes, whose logits take 40 MB.
   with_stats = !call.student.is_cpu() || (with_stats && grad == nullptr);
   const Tensor stats = with_stats ? call.empty_stats() : call.empty({0});
   if (with_stats) args.stats = stats.mutable_data_ptr();
@@ -130,12 +130,12 @@ void empty_gradient(StableIValue* stack, uint64_t, uint64_t) {
 
 }  // namespace
 
-// "acc" is the dtype of the loss: float64 if any logits are float64, else float32.
-// teachers: logits (..., C), all of one shape. If `shares` is empty, there is one teacher. If not,
+// "acc" is the dtype of the loss: float64 if any logits are float64, else float32. teachers: logits
+// (..., C), all of one shape. If `shares` is empty, there is one teacher. If `shares` is not empty,
 // the CPU kernels mix the teachers, a few rows at a time. row_temperatures: acc [2, rows], replaces
 // mixture_temperature and teachers_temperature. row_settings: acc [4, rows], replaces temperature,
 // teacher_temperature, hard_weight and soft_weight. denominator: acc, one number; a mean divides by
-// it instead of by the number of rows.
+// this number instead of the number of rows.
 #define FASTKD_LOSS                                                                              \
   "Tensor student, Tensor[] teachers, Tensor? row_temperatures, float[] shares, bool "           \
   "probabilities, int ensemble, float mixture_temperature, float teachers_temperature, Tensor? " \
@@ -145,12 +145,12 @@ void empty_gradient(StableIValue* stack, uint64_t, uint64_t) {
 
 STABLE_TORCH_LIBRARY(fastkd, m) {
   // Classes are the last dimension, with any stride. The result is acc [], [1 + kTerms], [rows] or
-  // [1 + kTerms, rows]. The loss comes first, and it alone has a gradient.
+  // [1 + kTerms, rows]. Only the loss, which comes first, has a gradient.
   m.def("loss(" FASTKD_LOSS ") -> Tensor");
-  // Compute the loss, and write its gradient for grad_output = 1 to `grad`, if there is one. `grad`
-  // has the student's shape and may be the student itself. stats: acc [7 * rows + 1], for
-  // loss_backward_; may be empty without with_stats, and on a CPU with a gradient, which
-  // loss_backward_ computes again without them.
+  // Compute the loss, and write its gradient for grad_output = 1 to `grad` if `grad` is not None.
+  // `grad` has the student's shape and may be the student itself. stats: acc [7 * rows + 1], for
+  // loss_backward_. stats may be empty without with_stats, and on a CPU with a gradient.
+  // loss_backward_ then recomputes the gradient without statistics.
   m.def("loss_into(Tensor(a!)? grad, " FASTKD_LOSS
         ", bool with_stats) -> (Tensor out, Tensor stats)");
   // Write grad_output times the gradient to `grad`. grad_output: acc, one number, or one for each

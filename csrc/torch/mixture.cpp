@@ -16,7 +16,7 @@ void Mixture::prepare(bool in_double) {
   for (size_t i = 0; i < tensors.size(); ++i) {
     STD_TORCH_CHECK(tensors[i].sizes().equals(tensors[0].sizes()),
                     "all teachers must have the same shape");
-    // Passed as student and teacher, because prepare() lays out two tensors.
+    // The teacher is also passed as the student, because prepare() lays out two tensors.
     const Call call = glue::prepare(tensors[i], tensors[i], std::nullopt, Inputs(), false, nullptr);
     const Inputs& in = call.inputs;
     tensors[i] = call.student;

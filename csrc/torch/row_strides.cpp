@@ -12,14 +12,14 @@
 namespace fastkd::glue {
 namespace {
 
-using Strides = std::array<int64_t, 3>;  // of student, teacher and gradient in one dimension
+using Strides = std::array<int64_t, 3>;  // of student, teacher and gradient, in one dimension
 
 // Neighboring dimensions, merged into one.
 struct MergedDimension {
   int64_t size = 1;
   Strides strides = {};
 
-  // Return true if the dimension outside this one, which has the strides `outer`, continues it.
+  // Return true if a dimension with the strides `outer` continues this dimension outwards.
   bool continues_in(const Strides& outer) const {
     for (size_t i = 0; i < outer.size(); ++i)
       if (outer[i] != strides[i] * size) return false;
@@ -45,7 +45,7 @@ std::optional<Layout> find_layout(const Tensor& student, const Tensor& teacher,
   const bool empty = student.numel() == 0;
   std::array<MergedDimension, 2> merged;  // rows of a group, and groups
   size_t count = 0;
-  // contiguous() leaves the strides of no elements alone
+  // contiguous() does not change the strides of an empty tensor
   for (int64_t dim = empty ? -1 : last - 1; dim >= 0; --dim) {
     const int64_t size = student.size(dim);
     if (size == 1) continue;

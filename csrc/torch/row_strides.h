@@ -1,5 +1,5 @@
-// The strides of the rows of tensors: which layouts kernels read in place, and which tensors are
-// copied.
+// The strides of the rows of tensors, which decide whether kernels read a tensor in place or a
+// copy. docs/maths.md has no section about layouts.
 #pragma once
 #include <torch/csrc/stable/tensor.h>
 
@@ -21,14 +21,15 @@ struct Layout {
 std::vector<int64_t> gradient_strides(const Tensor& student, bool strided);
 
 // Return the layout of the rows of three tensors of the student's sizes. The student or the teacher
-// is replaced by a copy with the gradient's strides, if kernels cannot walk it together with the
-// gradient. `strided`: true if the kernels take classes that are not adjacent. `inplace`: the
-// student must be used where it is, so a layout that would need its copy is an error.
+// is replaced by a copy with the gradient's strides, if kernels cannot walk the tensor together
+// with the gradient. `strided`: true if the kernels take classes that are not adjacent. `inplace`:
+// true if the student must not be copied. A layout that needs a copy of the student is then an
+// error.
 Layout lay_out(Tensor* student, Tensor* teacher, const std::vector<int64_t>& grad_strides,
                bool strided, bool inplace);
 
-// Return the tensor, or a copy if it is not contiguous or not aligned to its element size, as C++
-// requires: torch.frombuffer makes tensors at any address.
+// Return the tensor, or a copy if the tensor is not contiguous or not aligned to the element size.
+// C++ requires alignment, and torch.frombuffer makes tensors at any address.
 Tensor readable(const Tensor& tensor);
 
 // Return a new tensor with the sizes, dtype and device of `like`.

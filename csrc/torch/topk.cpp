@@ -35,7 +35,7 @@ struct TopkArguments {
     STD_TORCH_CHECK(
         indices.dim() == student.dim() && log_probs.dim() == student.dim() && student.dim() >= 1,
         "indices and log_probs must have the rank of the student logits");
-    // The student is passed as the teacher, too, because a sparse teacher needs no layout.
+    // The student is also passed as the teacher, because a sparse teacher needs no layout.
     TopkCall topk{prepare(student, student, labels, settings, false, grad), indices, log_probs, {}};
     Inputs& in = topk.call.inputs;
     in.teacher_dtype = dtype_of(log_probs, "log_probs");
@@ -60,7 +60,7 @@ struct TopkArguments {
   }
 };
 
-// Compute the loss. `grad`: or null.
+// Compute the loss. `grad`: the gradient's memory, or null.
 Tensor forward(const TopkArguments& arguments, const Tensor* grad) {
   const Reducing& reducing = arguments.reducing;
   TopkCall topk = arguments.prepare_call(grad);

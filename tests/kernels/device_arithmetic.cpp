@@ -303,7 +303,7 @@ Answer general_of(const Problem& in, const Objective& o) {
     visit_general(o.divergence,
                   [&](auto d) { writer.template sum_as<decltype(d)>(z, w, true, sums); });
   }
-  writer.balance(stats, sums);
+  writer.set_shares(stats, sums);
   for (size_t i = 0; i < in.z.size(); ++i) {
     A z, w;
     logits(i, z, w);
