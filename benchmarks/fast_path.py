@@ -54,10 +54,13 @@ def main() -> None:
         raise SystemExit(f"fast path: {native.FAST_PATH}")
     torch.set_num_threads(1)
     ratios = {shape: compare(*shape) for shape in SHAPES}
-    listed = ", ".join(f"{ratio:.1f}x for {rows} x {n}" for (rows, n), ratio in ratios.items())
+    listed = ", ".join(
+        f"{ratio:.1f}x the time for {rows} x {n}" for (rows, n), ratio in ratios.items()
+    )
     sentence = (
         f"Without the fast path, loss and backward pass take longer: {listed} logits "
-        f"({environment.get_device_name('cpu')}, torch {torch.__version__}, processor time)."
+        f"(rows x classes; {environment.get_device_name('cpu')}, "
+        f"torch {torch.__version__}, processor time)."
     )
     print(sentence)
     if write:

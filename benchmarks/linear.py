@@ -267,9 +267,11 @@ def format_markdown(results: dict[str, Any]) -> str:
 def describe_plans() -> str:
     """Return a table of the planner's least memory on a GPU, which is not measured."""
     lines = [
-        "Planned for a GPU by `fastkd.chunks.plan`, not measured (Liger: its fused kernel, H100):",
+        "Planned for a GPU by `fastkd.chunks.plan`, not measured "
+        "(Liger: memory of its fused kernel on an H100):",
         "",
-        '| `chunk_by="classes"` | chunks | most classes | MiB | if rows are ignored | Liger |',
+        '| `chunk_by="classes"` | chunks | classes in the largest chunk | MiB '
+        "| MiB if rows are ignored | MiB of Liger |",
         "|---|---|---|---|---|---|",
     ]
     for case in list_cases("cuda"):

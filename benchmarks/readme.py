@@ -85,7 +85,7 @@ def write_headline() -> str:
         "by one call from PyTorch.\n"
         f"On a CPU it is **{speedup} as fast** as eager PyTorch, with "
         f"**{ours:.0f} tensor** of the size of the logits in memory\ninstead of **{eager:.0f}** "
-        f"(float32 logits of {case['rows']} x {case['classes']}).\n\n"
+        f"(float32 logits of {case['rows']} rows and {case['classes']} classes).\n\n"
         f"Status: **alpha**. CPU: measured on {_describe_devices('cpu')}. CUDA: "
         + (f"measured on {gpus}" if gpus else f"[not yet\nvalidated on a GPU]({PENDING})")
         + ". [Documentation](docs/index.md); `make docs` builds the site.\n"
@@ -112,7 +112,7 @@ def make_rows(results: Results) -> Rows:
         "share of memory bandwidth",
         *names,
         "gradient error: fastkd",
-        "eager",
+        "gradient error: eager",
     ]
     rows = []
     for case in cases:
@@ -143,7 +143,8 @@ def write_benchmarks() -> str:
             "float32 first. Share of memory bandwidth: the time\n"
             f"to {verb} the same bytes, divided by fastkd's time. Gradient errors: relative to "
             f"float64. {describe_run(results)}.\n"
-            f"[All cases, errors, memory and claims]({where}/results.md).\n",
+            f"[All cases, with errors, memory and the bounds that are checked]"
+            f"({where}/results.md).\n",
         ]
     return "\n".join(parts)
 

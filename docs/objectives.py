@@ -37,26 +37,27 @@ options computes.
 
 | option | default | |
 |---|---|---|
-| `temperature` | 2.0; 1.0 with a TopK | 1e-18 to 1e18; one, or one for each row; may be learned |
+| `temperature` | 2.0 | from 1e-18 to 1e18; one number, or one for each row; may be learned |
 | `teacher_temperature` | `temperature` | the temperature of the teacher |
 | `alpha` | 0.5 | weight of the hard term |
-| `hard_weight`, `soft_weight` | | instead of `alpha`; numbers, or one for each row |
+| `hard_weight`, `soft_weight` | | instead of `alpha`; one number each, or one for each row |
 | `ignore_index` | -100 | rows with this label count in neither term |
 | `reduction` | `"mean"` | over the rows; or `"sum"`, or `"none"` for one loss for each row |
 | `normalizer` | number of rows | denominator of `"mean"`, such as a global token count |
 | `label_smoothing`, `class_weight` | 0.0, `None` | of the hard term, as in `F.cross_entropy` |
 | `divergence`, `mix` | `"forward_kl"` | the soft term; `fastkd.divergences()` lists them |
-| `teacher_form` | `"logits"` | what the teacher is: `"logits"`, `"log_probs"` or `"probs"` |
+| `teacher_form` | `"logits"` | the teacher's tensor: `"logits"`, `"log_probs"` or `"probs"` |
 | `teacher_weights`, `ensemble` | equal, `"probs"` | how a list of teachers is averaged |
-| `standardize` | `False` | for the soft term, standardize the logits of each row |
+| `standardize` | `False` | in the soft term, scale rows of logits to mean 0, standard deviation 1 |
 | `dim` | -1 | the dimension of the classes; 1 for logits `(N, C, d1, ...)`, which are not copied |
 | `shift` | 0 | 1 for causal language models: row i predicts label i + 1; nothing is copied |
 | `inplace` | `False` | write the gradient over the student's logits, to save memory |
-| `chunks` | `"auto"` | logits of a `Head` in memory at a time; or a `fastkd.chunks.plan` |
+| `chunks` | `"auto"` | how many logits of a `Head` are in memory; or a `fastkd.chunks.plan` |
 
-Labels are class indices, or probabilities. Without labels, `alpha` and `hard_weight` must be 0 or
-omitted. Slices such as `logits[..., :n]` of student and teacher leave padded classes out, and are
-not copied. [`fastkd.loss`](reference/loss.md) documents shapes, dtypes and errors.
+With a `TopK` or `Sampled` teacher, the default temperature is 1. Labels are class indices, or
+probabilities. Without labels, `alpha` and `hard_weight` must be 0 or omitted. Slices such as
+`logits[..., :n]` of student and teacher leave padded classes out, and are not copied.
+[`fastkd.loss`](reference/loss.md) documents shapes, dtypes and errors.
 """
 
 _MATRIX = """
@@ -65,18 +66,18 @@ _MATRIX = """
 | | |
 |---|---|
 | ● | one fused pass, on the CPU and on CUDA |
-| ◑ | two fused passes on the CPU, without `inplace`; on CUDA and under `torch.compile` as ○ |
+| ◑ | two fused passes on the CPU, without `inplace`; PyTorch operations on CUDA or if compiled |
 | ○ | PyTorch operations (`fastkd.reference`), with their memory and time |
 | – | refused, with a message that gives the reason |
 
-A kernel mixes several teachers, and converts probabilities. On the CPU it mixes a few rows at a
-time, which stay in the cache for the fused pass. On CUDA it first writes up to 32 teachers into one
-float32 tensor; PyTorch operations mix more than 32. Teachers whose classes are not adjacent in
-memory are copied.
+A separate kernel averages several teachers, and converts a teacher's probabilities to logits. On
+the CPU this kernel handles a few rows at a time, which stay in the cache for the fused pass. On
+CUDA it first writes the average of up to 32 teachers into one float32 tensor; PyTorch operations
+average more than 32. Teachers whose classes are not adjacent in memory are copied.
 
 Other devices, function transforms (`torch.func`) and second derivatives always use PyTorch
-operations. To bound the memory, these compute large batches in parts, and compute each part again
-in the backward pass.
+operations. To bound the memory, PyTorch operations compute a large batch in parts, and compute each
+part again in the backward pass.
 """
 
 _ROWS, _CLASSES = 2, 3

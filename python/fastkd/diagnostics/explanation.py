@@ -222,7 +222,7 @@ def explain(*, teacher: TopK | Sampled | None = None, show: bool = True, **optio
         "masked rows": (
             f"Rows labeled {objective.ignore_index} count nothing in either term and get a zero "
             "gradient; their logits may hold anything."
-            + ("" if definition.needs_labels else " Probabilities mask no row.")
+            + ("" if definition.needs_labels else " Labels that are probabilities mask no row.")
         ),
     }
     if chosen.shift:
