@@ -392,7 +392,7 @@ def make_topk(
 
 
 def topk_row_divergence(z: Tensor, indices: Tensor, log_probs: Tensor, tail: str) -> Tensor:
-    """Compute the divergence of the merged classes by torch's kl_div."""
+    """Compute the divergence of one row from its listed classes and its tail, by torch's kl_div."""
     listed = indices >= 0
     ids, p = indices[listed], log_probs[listed].exp()
 

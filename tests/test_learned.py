@@ -40,7 +40,7 @@ LEARN = {
 
 
 def make_leaves(options):
-    """Return the options with new leaves, and the learned ones."""
+    """Return the options with cloned tensors, and a list of the clones that require grad."""
     fixed = {
         name: value.clone() if isinstance(value, torch.Tensor) else value
         for name, value in options.items()

@@ -365,7 +365,7 @@ void divergences() {
         }
       }
     }
-    // Near the teacher, where the direct formulas would cancel.
+    // Test students near the teacher, for which the direct formulas would cancel.
     for (double distance : {1e-2, 1e-3}) {
       const Objective o = {which, 0.3, 2, 2};
       const Problem in = problem("near by " + std::to_string(distance), 3000, 0, 0, 3, distance, 2);
