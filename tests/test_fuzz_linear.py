@@ -1,4 +1,4 @@
-"""Random heads: the loss equals the reference on full logits in float64."""
+"""Test that losses of random heads equal the float64 reference on full logits."""
 
 import math
 from typing import Any, NamedTuple
@@ -38,7 +38,7 @@ NAMES = ("student_hidden", "student_weight", "student_bias")
 
 
 class Case(NamedTuple):
-    """Parameters of a call; the repr of a case can be pasted as code."""
+    """Hold the parameters of a call; the repr of a case can be pasted as code."""
 
     leading: tuple[int, ...] = (3,)
     classes: int = 10

@@ -1,4 +1,4 @@
-"""Learned temperatures and weights, and standardized logits, equal the float64 reference."""
+"""Test learned temperatures and weights, and standardized logits, against the reference."""
 
 import pytest
 import torch

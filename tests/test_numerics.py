@@ -1,4 +1,4 @@
-"""Inputs on which simple code cancels or overflows: near the teacher, masked, huge, fp16."""
+"""Test inputs on which simple code cancels or overflows, such as huge or masked logits."""
 
 import math
 from typing import Any

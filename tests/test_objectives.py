@@ -1,4 +1,4 @@
-"""Every divergence, teacher form, label kind, reduction and dtype equals the NumPy oracle."""
+"""Test every divergence, teacher form, label kind, reduction and dtype by the NumPy oracle."""
 
 import re
 from typing import Any

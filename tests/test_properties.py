@@ -1,4 +1,4 @@
-"""Properties of the loss that hold for every input, tested by hypothesis."""
+"""Test properties of the loss that hold for every input, by hypothesis."""
 
 import math
 from typing import Any

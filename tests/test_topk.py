@@ -1,4 +1,4 @@
-"""Sparse teachers of k classes per row: the loss equals the definition in float64."""
+"""Test that the loss of sparse teachers of k classes per row equals the definition."""
 
 import math
 

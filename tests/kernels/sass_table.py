@@ -35,7 +35,7 @@ EXPONENTIALS = 2  # bytes of a class
 
 
 class Need(NamedTuple):
-    """Opcodes that a path must contain."""
+    """Hold the opcodes that a path must contain."""
 
     exponentials: int
     loads: int
@@ -74,7 +74,7 @@ def kernels(text: str) -> dict[str, list[Instruction]]:
 
 
 class Block(NamedTuple):
-    """Basic block: instructions that are always issued together, and its successors."""
+    """Hold a basic block: its instructions, always issued together, and its successors."""
 
     opcodes: list[str]
     counts: Need

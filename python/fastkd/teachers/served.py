@@ -236,8 +236,8 @@ def gather(topk: TopK, tokens: Tensor, estimator: Estimator = "k1") -> Sampled:
         estimator: see :class:`fastkd.Sampled`.
 
     Returns:
-        A :class:`fastkd.Sampled` of shape ``(...)``. A row is padding (-inf and -1) if its token is
-        negative or its list is empty.
+        A :class:`fastkd.Sampled` of shape ``(...)``. A row is padding, with
+        log-probability -inf and class -1, if its token is negative or its list is empty.
 
     Raises:
         TypeError: if ``topk`` is not a :class:`fastkd.TopK`, or ``tokens`` has no integer dtype.
