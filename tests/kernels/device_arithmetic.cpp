@@ -19,7 +19,7 @@ void elements() {
         const A q = static_cast<A>(exact_p * std::exp(-exact_d));
         const Element<A> e = device_element(p, q, d);
         const Real diff = exact_p * std::expm1(-exact_d);
-        // The series of f(d), since the direct formula cancels even in long double.
+        // The series of f(d) = d + expm1(-d): the direct formula cancels even in long double.
         Real f = exact_d + std::expm1(-exact_d);
         if (size < 0.5) {
           Real term = exact_d * exact_d / 2;
