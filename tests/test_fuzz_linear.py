@@ -215,7 +215,7 @@ def exact(
     if labels is None:
         chosen |= {"hard_weight": 0.0, "soft_weight": 1.0}
     # An infinite divergence with weight 0 counts as 0, though its slopes times 0 would be NaN. With
-    # the cosine, a row with an infinite logit is NaN, even if its weight is 0.
+    # the cosine, a class that only one side masks makes the row NaN, even with weight 0.
     nothing = chosen.get("soft_weight") == 0 and case.divergence != "cosine"
     seen = student.detach() if nothing else teacher
     value = reference.loss(student, seen, labels, **chosen)
