@@ -427,7 +427,7 @@ REGRESSIONS = [
     Case(present=1, changes=((8, "on meta", 0),)),
     Case(op="topk_loss_into", changes=((3, "on meta", 0),)),
     Case(op="linear_loss", changes=((0, "on meta", 0),)),
-    # These calls failed inside the ops: with an attribute error on None, and with an assertion.
+    # The next two calls failed: with an attribute error on None, and with an assertion.
     Case(op="loss_gradient", number=_C.divergences.index("dkd"), reduction=1),
     Case(op="linear_loss", present=15, flags=(False, True, False)),
     Case(op="linear_loss", changes=((20, "absent", 0),)),  # the op divided by a chunk size of 0
