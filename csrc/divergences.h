@@ -62,7 +62,7 @@ struct ReverseKL {
   template <class T>
   static FASTKD_HOST_DEVICE Evaluated<T> at(const Element<T>& e) {
     const T product = times_log(e.q, bounded_above(e.d));
-    // q f(-d)
+    // q f(-d), where f(d) = d + expm1(-d)
     return {is_small(e.d) ? product * (e.d * series_of(-e.d)) : (e.p - e.q) - product, -product};
   }
   template <class T>
@@ -79,7 +79,7 @@ struct SymmetricKL {
   static FASTKD_HOST_DEVICE Evaluated<T> at(const Element<T>& e, const ConstantsFor<T>& k) {
     const Scalar<T> a = k.mix, b = k.rest;
     const T slope = -times_log(e.q, bounded_above(e.d));
-    // p f(d) + q f(-d) = (p - q) d, so that one series serves both.
+    // p f(d) + q f(-d) = (p - q) d for f(d) = d + expm1(-d), so that one series serves both terms.
     const T reverse = is_small(e.d) ? mul_add(-e.diff, e.d, -e.excess) : (e.p - e.q) + slope;
     // A KL of weight 0 is left out of value and slope, either of which may be infinite.
     return {weighted_part(a, e.excess, weighted_part(b, reverse)),

@@ -96,7 +96,7 @@ FASTKD_HOST_DEVICE Evaluated<double> estimate(Estimator estimator, double d) {
     return {estimator == Estimator::kK1 ? kMinusInfinity : -kMinusInfinity, 0};
   if (estimator == Estimator::kK1) return {-d, -d};
   if (estimator == Estimator::kK2) return {0.5 * d * d, -d};
-  // r - 1 - log r for the ratio r = p / q is f(-d), which has a series.
+  // r - 1 - log r for the ratio r = p / q is f(-d). f(d) = d + expm1(-d) has a series for small d.
   const double ratio_minus_1 = std::expm1(d);
   return {is_small(d) ? d * d * series_of(-d) : ratio_minus_1 - d, -ratio_minus_1};
 }

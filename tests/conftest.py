@@ -1,4 +1,4 @@
-"""Fixtures of all test files: devices, CPU instruction sets, and hypothesis' profile."""
+"""Define the fixtures of all test files: devices, instruction sets, and hypothesis' profile."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Helpers of the fuzzers: special values, memory layouts, comparisons, and the command line."""
+"""Define helpers of the fuzzers: special values, layouts, comparisons, and the command line."""
 
 import json
 import math

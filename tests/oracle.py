@@ -12,7 +12,7 @@ Array = np.ndarray
 
 
 class Fields(NamedTuple):
-    """Fields of fastkd.Terms."""
+    """Hold the fields of fastkd.Terms."""
 
     loss: Array
     hard: Array
@@ -119,7 +119,7 @@ def cross_entropy(logits: Array, labels: Array, weight: Array | None, smoothing:
 
 
 class Parts(NamedTuple):
-    """Losses and fields of each row, and the divisors of the hard and the soft term."""
+    """Hold losses and fields of each row, and the divisors of the hard and the soft term."""
 
     hard: Array
     soft: Array

@@ -1,4 +1,4 @@
-"""Tiny models, data, hand-written losses and commands, for tests that train."""
+"""Define tiny models, data, hand-written losses and commands, for tests that train."""
 
 import copy
 import pathlib
@@ -135,7 +135,7 @@ def batches_of(data: TensorDataset, size: int = 16):
 
 
 class WithPixels(nn.Module):
-    """Model with keyword arguments and an output with logits, as in transformers."""
+    """Map keyword arguments to an output with logits, as in transformers."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -164,7 +164,7 @@ def digits_model(width: int, seed: int = 0, epochs: int = 3) -> nn.Module:
 
 
 class CountingTeacher(nn.Module):
-    """Teacher that counts its samples, and fails on demand."""
+    """Count the teacher's samples, and fail on demand."""
 
     def __init__(self, classes: int = 10, fail_after: float = float("inf")) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Inputs, expected results in float64, results of eager PyTorch, and error bounds."""
+"""Define inputs, expected results in float64, results of eager PyTorch, and error bounds."""
 
 import itertools
 import math
@@ -79,7 +79,7 @@ WIDTH, TEACHER_WIDTH = 24, 40
 
 
 class Heads(NamedTuple):
-    """Student head whose tensors require grad, a teacher of any kind, and labels."""
+    """Hold a student head that requires grad, a teacher of any kind, and labels."""
 
     student: Head
     teacher: Any
@@ -349,7 +349,7 @@ def peak_bytes(function: Callable[[], Any]) -> int:
 
 
 class TopKProblem(NamedTuple):
-    """Student logits, the lists of a sparse teacher, and labels."""
+    """Hold student logits, the lists of a sparse teacher, and labels."""
 
     student: Tensor
     indices: Tensor
@@ -392,7 +392,7 @@ def make_topk(
 
 
 def topk_row_divergence(z: Tensor, indices: Tensor, log_probs: Tensor, tail: str) -> Tensor:
-    """Compute the divergence of the merged classes by torch's kl_div."""
+    """Compute the divergence of one row from its listed classes and its tail, by torch's kl_div."""
     listed = indices >= 0
     ids, p = indices[listed], log_probs[listed].exp()
 

@@ -1,4 +1,4 @@
-"""Derivatives of the loss, of every order, by each of torch's autograd interfaces."""
+"""Test derivatives of the loss, of every order, by each of torch's autograd interfaces."""
 
 import copy
 import io

@@ -1,4 +1,4 @@
-"""Error messages about invalid arguments name the argument, its value, and valid values."""
+"""Test that errors about invalid arguments name the argument, its value, and valid values."""
 # ruff: noqa: E501 - one mistake a line
 
 import math

@@ -1,4 +1,4 @@
-"""Batches: sample ids, their parts, and the logits of outputs."""
+"""Test batches: sample ids, the parts of a batch, and the logits of outputs."""
 
 import pytest
 import torch

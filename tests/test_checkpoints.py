@@ -1,4 +1,4 @@
-"""Checkpoints: their contents, their damage, and the names of their folders."""
+"""Test checkpoints: contents, damage, and names of folders."""
 
 import copy
 import os

@@ -1,4 +1,4 @@
-"""The sweep for docs/choosing.md runs briefly, resumes when interrupted, and writes the page."""
+"""Test the sweep for docs/choosing.md: a short run, an interrupted run, and the page."""
 
 import pathlib
 import re

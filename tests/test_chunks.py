@@ -1,4 +1,4 @@
-"""Plans of the chunks of a Head: their sizes and their memory."""
+"""Test plans of the chunks of a Head: sizes and memory."""
 
 import re
 from typing import Any

@@ -1,4 +1,4 @@
-"""The command line: distill, report, info and help."""
+"""Test the command line: distill, report, info and help."""
 
 import dataclasses
 import importlib

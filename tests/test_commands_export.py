@@ -1,4 +1,4 @@
-"""The command ``fastkd export``."""
+"""Test the command ``fastkd export``."""
 
 import pytest
 from stacks import run_refused_command

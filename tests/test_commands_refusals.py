@@ -1,4 +1,4 @@
-"""The command line refuses bad configurations with a message, and runs no foreign code."""
+"""Test that the command line refuses bad configurations, and runs no foreign code."""
 
 import importlib
 import importlib.metadata

@@ -1,4 +1,4 @@
-"""The command ``fastkd sweep``."""
+"""Test the command ``fastkd sweep``."""
 
 import json
 import pathlib

@@ -1,4 +1,4 @@
-"""Behavior that all adapters in fastkd.compat share, and docs/compat.md."""
+"""Test docs/compat.md, and the behavior that all adapters in fastkd.compat share."""
 
 import pathlib
 import re

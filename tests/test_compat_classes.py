@@ -1,4 +1,4 @@
-"""Adapters in fastkd.compat for classifiers give the results of the libraries."""
+"""Test that adapters in fastkd.compat for classifiers give the libraries' results."""
 
 import copy
 import functools

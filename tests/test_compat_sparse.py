@@ -1,4 +1,4 @@
-"""Adapters in fastkd.compat for sparse teachers give the results of the libraries."""
+"""Test that adapters in fastkd.compat for sparse teachers give the libraries' results."""
 
 import functools
 from dataclasses import dataclass
@@ -343,7 +343,7 @@ def verl_estimators():
 
 
 class Config(SimpleNamespace):
-    """Options that verl reads as attributes and by get()."""
+    """Hold options that verl reads as attributes and by get()."""
 
     def get(self, name, default):
         return getattr(self, name, default)

@@ -1,4 +1,4 @@
-"""Adapters in fastkd.compat for language models give the results of the libraries."""
+"""Test that adapters in fastkd.compat for language models give the libraries' results."""
 
 import functools
 import math
@@ -326,7 +326,7 @@ def test_nemo_refuses_a_sharded_vocabulary():
         nemo.KDLoss(tp_group="group")
 
     class Sharded(torch.Tensor):
-        """Stand-in for torch.distributed.tensor.DTensor, which needs several processes."""
+        """Imitate torch.distributed.tensor.DTensor, which needs several processes."""
 
         full_tensor = torch.Tensor.clone
 

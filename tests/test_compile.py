@@ -1,4 +1,4 @@
-"""torch.compile, torch.export, fake and meta tensors, and torch's checks of the ops."""
+"""Test torch.compile, torch.export, fake and meta tensors, and torch's checks of the ops."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Python threads, forked processes, OpenMP settings, and the GIL."""
+"""Test Python threads, forked processes, OpenMP settings, and the GIL."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""CUDA: no synchronization, graphs, streams, memory, more than 2^31 elements."""
+"""Test CUDA: no synchronization, graphs, streams, memory, more than 2^31 elements."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""fastkd.export and reports of exported students: agreement, errors, incomplete files, timings."""
+"""Test fastkd.export and reports of exported students: agreement, errors, files, timings."""
 
 import importlib
 import json

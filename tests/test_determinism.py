@@ -1,4 +1,4 @@
-"""Bits are equal for every run and number of threads; instruction sets differ by rounding."""
+"""Test that bits depend on neither run nor thread count, and ISAs differ by rounding only."""
 
 import os
 import time

@@ -1,4 +1,4 @@
-"""Derivatives, properties and masked classes of the divergences."""
+"""Test derivatives, properties and masked classes of the divergences."""
 
 import itertools
 import typing

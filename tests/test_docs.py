@@ -1,4 +1,4 @@
-"""The documentation: its code runs, its links work, and its reference has every public name."""
+"""Test that the documentation's code runs, its links work, and its reference is complete."""
 
 import functools
 import importlib.metadata
@@ -49,7 +49,7 @@ def test_python_of_a_page_runs(name, tmp_path, monkeypatch):
 
 
 class LanguageModel(nn.Module):
-    """Language model whose output has logits, as in transformers."""
+    """Return an output that has logits, as language models of transformers do."""
 
     def __init__(self):
         super().__init__()

@@ -1,4 +1,4 @@
-"""Weights, mixtures and smoothing at the ends of their ranges: a weight of 0 removes a term."""
+"""Test weights, mixtures and smoothing at the ends of their ranges, such as a weight of 0."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Examples: each runs briefly, and prints what its documentation shows."""
+"""Test that each example runs briefly, and prints what its documentation shows."""
 
 import os
 import pathlib

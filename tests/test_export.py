@@ -1,4 +1,4 @@
-"""Programs of torch.export and compiled autograd train like eager calls."""
+"""Test that programs of torch.export and compiled autograd train like eager calls."""
 
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -53,7 +53,7 @@ def names_of(names: Iterable[str]) -> list:
 
 
 class Student(nn.Module):
-    """Linear student with its loss."""
+    """Compute the loss of a linear student."""
 
     def __init__(self, loss: Callable[[Tensor, Tensor, Tensor], Tensor]) -> None:
         super().__init__()
@@ -67,7 +67,7 @@ class Student(nn.Module):
 
 
 class Learning(Student):
-    """Student with a learned temperature."""
+    """Compute the loss of a linear student with a learned temperature."""
 
     def forward(self, x: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
         return fastkd.loss(x @ self.weight, teacher, labels, temperature=self.temperature)

@@ -1,4 +1,4 @@
-"""A missing optional package is named before any work starts."""
+"""Test that a missing optional package is named before any work starts."""
 
 import importlib
 import json

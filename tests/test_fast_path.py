@@ -1,4 +1,4 @@
-"""The fast path (fast_path.py) and the autograd kernels: hooks, modes and second passes.
+"""Test the fast path (fast_path.py) and the autograd kernels: hooks, modes, second passes.
 
 Tests with the fixture ``each_autograd`` run with autograd in C++ and in Python.
 """
@@ -183,7 +183,7 @@ def test_exceptions_of_hooks_are_raised(name, calls):
 
 
 class Wrapper(Tensor):
-    """Tensor subclass without memory of its own."""
+    """Wrap a tensor in a subclass without memory of its own."""
 
     @staticmethod
     def __new__(cls, inner: Tensor) -> "Wrapper":

@@ -1,4 +1,4 @@
-"""Random calls equal the reference in float64: sizes, layouts, dtypes, options.
+"""Test that random calls equal the float64 reference: sizes, layouts, dtypes, options.
 
 ``make fuzz CASES=20000 SEED=7`` runs the fuzzers as programs, in batches of 500 cases from
 consecutive seeds. A failing batch prints its shrunk case. Add the case to REGRESSIONS with its fix.
@@ -40,7 +40,7 @@ from fastkd._core.dense import DIVERGENCES
 
 
 class Case(NamedTuple):
-    """Parameters of a call; the repr of a case can be pasted as code."""
+    """Hold the parameters of a call; the repr of a case can be pasted as code."""
 
     leading: tuple[int, ...] = (3,)
     classes: int = 10
@@ -114,7 +114,7 @@ CASES = st.builds(
 
 
 class Problem(NamedTuple):
-    """Tensors and options of a case, and the options in the form of the reference."""
+    """Hold tensors and options of a case, and the options in the form of the reference."""
 
     student: Tensor
     teacher: Tensor

@@ -1,4 +1,4 @@
-"""Random heads: the loss equals the reference on full logits in float64."""
+"""Test that losses of random heads equal the float64 reference on full logits."""
 
 import math
 from typing import Any, NamedTuple
@@ -38,7 +38,7 @@ NAMES = ("student_hidden", "student_weight", "student_bias")
 
 
 class Case(NamedTuple):
-    """Parameters of a call; the repr of a case can be pasted as code."""
+    """Hold the parameters of a call; the repr of a case can be pasted as code."""
 
     leading: tuple[int, ...] = (3,)
     classes: int = 10
@@ -214,8 +214,8 @@ def exact(
     chosen = {k: v for k, v in options.items() if k != "chunks"}
     if labels is None:
         chosen |= {"hard_weight": 0.0, "soft_weight": 1.0}
-    # An infinite divergence with weight 0 counts as 0, though its slopes times 0 would be NaN. The
-    # cosine is an exception: such a row is always NaN.
+    # An infinite divergence with weight 0 counts as 0, though its slopes times 0 would be NaN. With
+    # the cosine, a class that only one side masks makes the row NaN, even with weight 0.
     nothing = chosen.get("soft_weight") == 0 and case.divergence != "cosine"
     seen = student.detach() if nothing else teacher
     value = reference.loss(student, seen, labels, **chosen)

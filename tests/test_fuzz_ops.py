@@ -1,4 +1,4 @@
-"""Hostile calls of ``torch.ops.fastkd``, whose ops address memory by the sizes of tensors.
+"""Test hostile calls of ``torch.ops.fastkd``, whose ops address memory by tensor sizes.
 
 Each call is nearly valid. The call must raise an error that Python code expects, or return tensors
 of the right shapes. Each call is made twice, with different bytes around the tensors: the bytes
@@ -51,7 +51,7 @@ NUMBERS = (
 
 
 class Case(NamedTuple):
-    """Parameters of a call; the repr of a case can be pasted as code."""
+    """Hold the parameters of a call; the repr of a case can be pasted as code."""
 
     op: str = "loss"
     leading: tuple[int, ...] = (3,)
@@ -105,7 +105,7 @@ CASES = st.builds(
 
 
 class Memory:
-    """Tensors with ``guard`` bytes before, behind and between their elements."""
+    """Make tensors with ``guard`` bytes before, behind and between their elements."""
 
     def __init__(self, guard: int) -> None:
         self.guard = guard
@@ -427,7 +427,7 @@ REGRESSIONS = [
     Case(present=1, changes=((8, "on meta", 0),)),
     Case(op="topk_loss_into", changes=((3, "on meta", 0),)),
     Case(op="linear_loss", changes=((0, "on meta", 0),)),
-    # The op failed with an attribute error on None, and with an assertion.
+    # The next two calls failed: with an attribute error on None, and with an assertion.
     Case(op="loss_gradient", number=_C.divergences.index("dkd"), reduction=1),
     Case(op="linear_loss", present=15, flags=(False, True, False)),
     Case(op="linear_loss", changes=((20, "absent", 0),)),  # the op divided by a chunk size of 0

@@ -1,4 +1,4 @@
-"""Random sparse teachers: the loss equals the definition in float64."""
+"""Test that losses of random sparse teachers equal the definition in float64."""
 
 import math
 from typing import Any, NamedTuple
@@ -37,7 +37,7 @@ from fastkd.reference.topk import is_infinite_without_rest
 
 
 class Case(NamedTuple):
-    """Parameters of a call; the repr of a case can be pasted as code."""
+    """Hold the parameters of a call; the repr of a case can be pasted as code."""
 
     leading: tuple[int, ...] = (3,)
     classes: int = 10

@@ -1,4 +1,4 @@
-"""Feature hints: their distances, their projections, and invalid arguments."""
+"""Test feature hints: distances, projections, and invalid arguments."""
 
 import pytest
 import torch

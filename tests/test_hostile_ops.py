@@ -1,4 +1,4 @@
-"""Invalid calls of the ops and of autograd's nodes raise errors.
+"""Test that invalid calls of the ops and of autograd's nodes raise errors.
 
 The ops read and write memory by the sizes of their arguments, so each invalid call must raise.
 """

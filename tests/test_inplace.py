@@ -1,4 +1,4 @@
-"""``inplace=True`` writes the gradient into the memory of the logits."""
+"""Test that ``inplace=True`` writes the gradient into the memory of the logits."""
 
 import pytest
 import torch

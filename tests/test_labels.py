@@ -1,4 +1,4 @@
-"""Class indices mean the same in every integer dtype, although torch wraps ignore_index."""
+"""Test that class indices mean the same in every integer dtype, with any ignore_index."""
 
 import pytest
 import torch

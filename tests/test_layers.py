@@ -1,4 +1,4 @@
-"""The layers' rules for imports and includes, checked in the sources."""
+"""Test the layers' rules for imports and includes, in the sources."""
 
 import ast
 import pathlib

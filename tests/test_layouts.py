@@ -1,4 +1,4 @@
-"""Logits with non-adjacent classes, (N, C, H, W) and (N, C, L): results, strides, no copies."""
+"""Test logits with non-adjacent classes, such as (N, C, H, W): results, strides, no copies."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""Learned temperatures and weights, and standardized logits, equal the float64 reference."""
+"""Test learned temperatures and weights, and standardized logits, against the reference."""
 
 import pytest
 import torch
@@ -40,7 +40,7 @@ LEARN = {
 
 
 def make_leaves(options):
-    """Return the options with new leaves, and the learned ones."""
+    """Return the options with cloned tensors, and a list of the clones that require grad."""
     fixed = {
         name: value.clone() if isinstance(value, torch.Tensor) else value
         for name, value in options.items()

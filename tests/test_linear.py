@@ -1,4 +1,4 @@
-"""The loss of a student Head equals the float64 reference, and PyTorch in the same dtypes."""
+"""Test the loss of a student Head against the float64 reference and PyTorch."""
 
 from typing import Any
 
@@ -193,7 +193,7 @@ def test_sums_in_16_bits_are_less_exact(device):
 
 
 class Products(TorchDispatchMode):
-    """Context that counts matrix products and their rows."""
+    """Count matrix products and their rows within the context."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Chunks of classes equal the float64 reference and chunks of rows, and take less memory."""
+"""Test chunks of classes: results, and less memory than chunks of rows."""
 
 import math
 from typing import Any

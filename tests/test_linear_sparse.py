@@ -1,4 +1,4 @@
-"""The loss of a Head with a sparse teacher equals the definition on full logits in float64."""
+"""Test the loss of a Head with a sparse teacher against the definition on full logits."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""The loss of a Head in training: higher derivatives, torch.compile, checkpointing, DDP."""
+"""Test the loss of a Head in training: derivatives, torch.compile, checkpointing, DDP."""
 
 import pathlib
 import subprocess
@@ -39,7 +39,7 @@ def fresh_compiler():
 
 
 class Model(nn.Module):
-    """Model with a body, a head, and the loss."""
+    """Compute the loss of a model with a body and a head."""
 
     def __init__(
         self,

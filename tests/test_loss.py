@@ -1,4 +1,4 @@
-"""Value and gradient of the loss equal the float64 reference: options, dtypes and layouts."""
+"""Test that loss and gradient equal the float64 reference: options, dtypes and layouts."""
 
 import itertools
 import math

@@ -1,4 +1,4 @@
-"""Calls do not leak memory, and raise torch's OutOfMemoryError."""
+"""Test that calls do not leak memory, and raise torch's OutOfMemoryError."""
 
 import json
 import pathlib

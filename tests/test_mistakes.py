@@ -1,4 +1,4 @@
-"""Messages about frequent mistakes name the call that works."""
+"""Test that messages about frequent mistakes name the call that works."""
 
 import re
 from collections import OrderedDict
@@ -27,7 +27,7 @@ def loss(student: Any = None, teacher: Any = None, *arguments: Any, **options: A
 
 
 class ModelOutput(OrderedDict):
-    """Model output of transformers: a dictionary with attributes."""
+    """Imitate a model output of transformers: a dictionary with attributes."""
 
     def __getattr__(self, name: str) -> Any:
         return self[name]

@@ -1,4 +1,4 @@
-"""The kernel that mixes several teachers, or probabilities, into logits."""
+"""Test the kernel that mixes several teachers, or probabilities, into logits."""
 
 import math
 from typing import Any

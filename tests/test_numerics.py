@@ -1,4 +1,4 @@
-"""Inputs on which simple code cancels or overflows: near the teacher, masked, huge, fp16."""
+"""Test inputs on which simple code cancels or overflows, such as huge or masked logits."""
 
 import math
 from typing import Any
@@ -321,7 +321,7 @@ def _exp2(values, by_registers):
 @pytest.mark.parametrize("by_registers", [False, True])
 def test_exp2_is_exact_over_its_range(isa, by_registers):
     """Every 97th float in [-126, 128), and all floats near integers and halves, are right."""
-    # In ulp; the x86 baseline has no FMA.
+    # The bound, in ulp, is largest for the x86 baseline, which has no FMA.
     bound = 1.3 if isa == "default" else 1.2 if isa == "avx2" and by_registers else 1.0
     bits = np.arange(0, 0x43000000, 97, dtype=np.uint32)
     positive = bits.view(np.float32)

@@ -1,4 +1,4 @@
-"""Every divergence, teacher form, label kind, reduction and dtype equals the NumPy oracle."""
+"""Test every divergence, teacher form, label kind, reduction and dtype by the NumPy oracle."""
 
 import re
 from typing import Any
@@ -371,7 +371,7 @@ FUSED_CALLS = {
 
 @pytest.mark.parametrize("options", FUSED_CALLS)
 def test_teachers_in_other_forms_stay_fused(device, options, monkeypatch):
-    """Teachers in other forms become one teacher's logits, without PyTorch operations."""
+    """Temperatures, probabilities and ensembles are computed by kernels, not by the reference."""
     student, teacher, labels = make((ROWS, CLASSES), device=device)
     resolved: dict[str, Any] = {
         k: v.to(device) if isinstance(v, Tensor) else v for k, v in FUSED_CALLS[options].items()

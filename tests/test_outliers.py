@@ -1,4 +1,4 @@
-"""Logits of very different magnitudes, and neutral row tensors, cost no accuracy."""
+"""Test that logits of very different magnitudes, and neutral row tensors, stay accurate."""
 
 import pytest
 import torch

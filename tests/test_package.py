@@ -1,4 +1,4 @@
-"""The installed package: metadata, public names, and examples in docstrings."""
+"""Test the installed package: metadata, public names, and examples in docstrings."""
 
 import doctest
 import importlib

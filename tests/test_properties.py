@@ -1,4 +1,4 @@
-"""Properties of the loss that hold for every input, tested by hypothesis."""
+"""Test properties of the loss that hold for every input, by hypothesis."""
 
 import math
 from typing import Any
@@ -253,7 +253,8 @@ def test_any_call_equals_the_reference(device, call):
     exact = truth(student, teacher, labels, **options)
     leaf = student.detach().requires_grad_()
     got = fastkd.terms(leaf, teacher, labels, **options)
-    # A loss sums terms with weights up to 3 T^2, and keeps their rounding if the terms vanish.
+    # A term of the loss has a weight of up to 3 T^2. Even if the exact term is 0, the loss contains
+    # the term's rounding error times this weight.
     size = float(torch.as_tensor(options["temperature"]).max()) ** 2 * 4
     slack = Answer(exact.terms, exact.loss, exact.grad, exact.noise + size * torch.finfo(acc).eps)
     assert_value(got.loss, slack, acc)

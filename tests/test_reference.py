@@ -1,4 +1,4 @@
-"""The reference equals torch's cross_entropy and kl_div in float64."""
+"""Test that the reference equals torch's cross_entropy and kl_div in float64."""
 
 import itertools
 import math

@@ -1,4 +1,4 @@
-"""Outputs of fastkd.report: text, JSON, Markdown, files, and a page that renders in a browser."""
+"""Test the outputs of fastkd.report: text, JSON, Markdown, files, and a page in a browser."""
 
 import errno
 import html.parser
@@ -180,7 +180,7 @@ def test_the_documentation_runs(name, tmp_path, monkeypatch, capsys):
 
 
 class Page(html.parser.HTMLParser):
-    """Parser that collects a page's references and its text."""
+    """Collect a page's references and its text."""
 
     def __init__(self, text: str) -> None:
         super().__init__()

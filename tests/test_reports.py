@@ -1,4 +1,4 @@
-"""fastkd.report: its figures equal plain computation, and unreliable timings are withheld."""
+"""Test the figures of fastkd.report, and that unreliable timings are withheld."""
 
 import copy
 import os
@@ -172,7 +172,7 @@ def test_size_counts_quantized_weights():
 
 
 class Summing(nn.Module):
-    """Module without parameters, which sums its inputs."""
+    """Sum the inputs, without parameters."""
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         return images[:, :60].view(-1, 10, 6).sum(-1)
@@ -186,7 +186,7 @@ def test_models_need_no_parameters():
 
 
 class Slow(nn.Module):
-    """Module that sleeps, and records the batches of its calls."""
+    """Sleep, and record the batches of the calls."""
 
     def __init__(self, seconds: float) -> None:
         super().__init__()
@@ -336,7 +336,7 @@ def busy_cores():
 
 
 class Repeated(nn.Module):
-    """Module that applies a layer several times."""
+    """Apply a layer several times."""
 
     def __init__(self, times: int) -> None:
         super().__init__()

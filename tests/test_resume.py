@@ -1,4 +1,4 @@
-"""Exact resumption of training, also after SIGKILL in a save, and with two processes."""
+"""Test exact resumption of training, after SIGKILL in a save, and with two processes."""
 
 import json
 import pathlib

@@ -1,4 +1,4 @@
-"""Routed teachers: each row has one of several teachers."""
+"""Test routed teachers: each row has one of several teachers."""
 # ruff: noqa: E501 - one mistake a line
 
 import pytest

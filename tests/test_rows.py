@@ -1,4 +1,4 @@
-"""Losses computed in parts of the rows equal losses computed at once."""
+"""Test that losses computed in parts of the rows equal losses computed at once."""
 
 import pytest
 import torch

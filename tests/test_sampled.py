@@ -1,4 +1,4 @@
-"""Sampled teachers: estimates of KL(student || teacher) from one token per row."""
+"""Test sampled teachers: estimates of KL(student || teacher) from one token per row."""
 # ruff: noqa: E501 - one mistake a line
 
 import math

@@ -1,4 +1,4 @@
-"""The claims of SECURITY.md: no loaded data is executed, and no connection is opened."""
+"""Test the claims of SECURITY.md: no loaded data is executed, and no connection is opened."""
 
 import ast
 import importlib.metadata

@@ -1,4 +1,4 @@
-"""Replies of inference servers: log-probabilities align with tokens, and bad replies are refused.
+"""Test replies of inference servers: log-probabilities of tokens, and bad replies.
 
 tests/fixtures/vllm.json was recorded from a real server, whose version the file names. sglang.json
 was written by hand. Both files include the model's log-probabilities of every class.
@@ -118,7 +118,7 @@ def test_a_prompt_of_a_chat_is_scored():
 
 @dataclasses.dataclass
 class Logprob:
-    """Stand-in for vllm.Logprob."""
+    """Imitate vllm.Logprob."""
 
     logprob: float
     rank: int | None = None

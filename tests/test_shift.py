@@ -1,4 +1,4 @@
-"""With shift=1, row i of a causal model predicts label i + 1."""
+"""Test that with shift=1, row i of a causal model predicts label i + 1."""
 
 import math
 

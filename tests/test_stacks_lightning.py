@@ -1,4 +1,4 @@
-"""The Lightning example logs the losses of a hand-written module in 20 steps."""
+"""Test that the Lightning example logs the losses of a hand-written module."""
 
 import copy
 import importlib.util
@@ -29,7 +29,7 @@ Classifier = example().Classifier
 
 
 class ByHand(Classifier):
-    """Module with the example's loss by PyTorch's operations."""
+    """Compute the example's loss by PyTorch's operations."""
 
     def training_step(self, batch, index):
         images, labels = batch

@@ -1,4 +1,4 @@
-"""timm's LogitDistillationTask and fastkd.compat's give equal losses in 20 training steps."""
+"""Test that timm's LogitDistillationTask and fastkd.compat's give equal losses."""
 
 import copy
 
@@ -13,7 +13,7 @@ STEPS, CLASSES = 20, 10
 
 
 class Network(nn.Module):
-    """Small convolutional network with timm's attributes."""
+    """Define a small convolutional network with timm's attributes."""
 
     num_classes, in_chans = CLASSES, 3
     pretrained_cfg = {"mean": (0.5, 0.5, 0.5), "std": (0.2, 0.2, 0.2)}  # noqa: RUF012

@@ -1,4 +1,4 @@
-"""transformers.Trainer with the mixin gives the losses of a hand-written trainer in 20 steps."""
+"""Test transformers.Trainer with the mixin against a hand-written trainer."""
 
 import copy
 import json
@@ -40,7 +40,7 @@ class Distilling(DistillationMixin, transformers.Trainer):
 
 
 class ByHand(transformers.Trainer):
-    """Trainer with the loss by PyTorch's operations, from logits without a cache."""
+    """Compute the loss by PyTorch's operations, from logits without a cache."""
 
     def __init__(self, *arguments, teacher, **options):
         super().__init__(*arguments, **options)
@@ -209,7 +209,7 @@ def test_a_packed_batch_has_the_loss_of_the_padded_one(kind, tmp_path):
 
 
 class CacheRecorder(nn.Module):
-    """Model that records whether calls asked for the cache."""
+    """Record whether calls ask the model for the cache."""
 
     def __init__(self):
         super().__init__()
@@ -281,7 +281,7 @@ def test_granite_gets_use_cache_by_its_base_model():
 
 
 class Head(nn.Module):
-    """Module that is no transformers model; ``form`` is the type of its forward's output."""
+    """Return logits as ``form`` packs them, from a module of another library than transformers."""
 
     def __init__(self, width, form, seed):
         super().__init__()

@@ -1,4 +1,4 @@
-"""TRL's GKD, distillation and SFT trainers log the losses of fastkd's trainers in 20 steps."""
+"""Test that TRL's GKD, distillation and SFT trainers log the losses of fastkd's trainers."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""The teacher cache: round trips, interruptions, and losses."""
+"""Test the teacher cache: round trips, interruptions, and losses."""
 
 import os
 import pathlib
@@ -28,7 +28,7 @@ EPS = {torch.float32: 2**-24, torch.float16: 2**-11, torch.bfloat16: 2**-8}
 
 
 class Characters(nn.Module):
-    """Teacher of sequences of characters."""
+    """Compute a teacher's logits for sequences of characters."""
 
     def __init__(self, vocabulary: int = 30) -> None:
         super().__init__()

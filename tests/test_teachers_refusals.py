@@ -1,4 +1,4 @@
-"""The teacher cache refuses other teachers and data, invalid arguments, and damaged files."""
+"""Test that the teacher cache refuses wrong teachers, wrong data, and damaged files."""
 
 import itertools
 import json
@@ -49,7 +49,7 @@ def test_wrappers_do_not_change_the_fingerprint(cache):
 
 
 class Packed(nn.Module):
-    """Module with a tuple of weights in its state, like quantized layers."""
+    """Hold a tuple of weights in the module's state, like quantized layers."""
 
     def __init__(self, weight):
         super().__init__()

@@ -1,4 +1,4 @@
-"""Every field of fastkd.terms, and the gradient, equal those of the reference."""
+"""Test that every field of fastkd.terms, and the gradient, equal the reference."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""Sparse teachers of k classes per row: the loss equals the definition in float64."""
+"""Test that the loss of sparse teachers of k classes per row equals the definition."""
 
 import math
 
@@ -33,9 +33,9 @@ INF, NAN = math.inf, math.nan
 
 # ---- options and dtypes
 
-# (shape, k): more mass outside the list, and less; one listed class; a list longer than the
-# kernel's chunk of 64; rows that end within a vector, a word of 64, a block and a segment; leading
-# dimensions.
+# (shape, k): lists of 3 and of 9 among 10 classes; a list of one class; a list longer than the
+# kernel's chunk of 64; rows that end within a vector, a word of 64, a block and a segment; several
+# leading dimensions, and none.
 SHAPES = [
     *(((5, 10), 3), ((5, 10), 9), ((6, 2), 1), ((4, 1000), 64), ((3, 333), 130)),
     *(((2, 1025), 20), ((2, S + 65), 64), ((2, 3, 40), 5), ((7,), 2)),

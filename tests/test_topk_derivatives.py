@@ -1,4 +1,4 @@
-"""Sparse teachers: derivatives, torch.library, torch.compile, and training on real text."""
+"""Test sparse teachers: derivatives, torch.library, torch.compile, training on text."""
 
 import collections
 import itertools

@@ -1,4 +1,4 @@
-"""Messages about invalid arguments of calls with a sparse teacher."""
+"""Test messages about invalid arguments of calls with a sparse teacher."""
 # ruff: noqa: E501 - one mistake a line
 
 import math

@@ -1,4 +1,4 @@
-"""The training loop gives the results of loops written by hand, on real digits."""
+"""Test that the training loop gives the results of hand-written loops, on real digits."""
 
 import copy
 import dataclasses
@@ -61,7 +61,7 @@ def test_forward_and_labels_read_other_batches():
 
 @dataclasses.dataclass
 class Pictures:
-    """Batch that is neither a tuple nor a mapping."""
+    """Hold a batch that is neither a tuple nor a mapping."""
 
     names: list[str]
     pixels: torch.Tensor

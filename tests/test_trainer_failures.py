@@ -1,4 +1,4 @@
-"""The training loop: failures, interruptions, checkpoints, and invalid arguments."""
+"""Test the training loop: failures, interruptions, checkpoints, invalid arguments."""
 
 import copy
 import math
@@ -179,7 +179,7 @@ def test_a_checkpoint_of_another_format_is_refused(tmp_path):
 
 
 class Malicious:
-    """Object that writes a file when it is unpickled."""
+    """Write a file when the object is unpickled."""
 
     def __init__(self, proof: pathlib.Path) -> None:
         self.proof = proof
@@ -318,7 +318,7 @@ def test_an_accelerator_that_would_divide_losses_is_refused():
 
 
 class Stream(IterableDataset):
-    """Iterable dataset of unknown length."""
+    """Iterate over samples; the length is unknown."""
 
     def __iter__(self):
         return iter(zip(*digits(40).tensors, strict=True))

@@ -1,4 +1,4 @@
-"""transformers.Trainer with the mixin: denominator, shift and scale."""
+"""Test transformers.Trainer with the mixin: denominator, shift and scale."""
 
 import copy
 import doctest

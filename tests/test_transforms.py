@@ -1,4 +1,4 @@
-"""torch.func, forward-mode differentiation and batched gradients, also compiled."""
+"""Test torch.func, forward-mode differentiation and batched gradients, also compiled."""
 
 from typing import Any
 

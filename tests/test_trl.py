@@ -1,4 +1,4 @@
-"""The loss of fastkd.integrations.trl equals that of TRL's code, without trainers."""
+"""Test that the loss of fastkd.integrations.trl equals TRL's code, without trainers."""
 
 import functools
 import math

@@ -1,4 +1,4 @@
-"""``Head`` and ``TopK``: checks, other code that moves tensors, and the loss of every pair."""
+"""Test ``Head`` and ``TopK``: checks, code that moves tensors, and the loss of every pair."""
 # ruff: noqa: E501 - one mistake a line
 
 import copy
@@ -232,7 +232,7 @@ def test_accelerate_moves_values(value):
 
 
 class Samples(Dataset):
-    """Dataset of a sparse teacher's samples, one row each."""
+    """Hold a sparse teacher's samples, one row each."""
 
     def __len__(self) -> int:
         return ROWS

@@ -1,4 +1,4 @@
-"""fastkd.verify: its verdicts on right and on wrong results."""
+"""Test the verdicts of fastkd.verify on right and on wrong results."""
 
 import pytest
 import torch

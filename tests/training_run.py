@@ -24,7 +24,7 @@ from fastkd.training import checkpoints
 
 
 class Digits(Dataset):
-    """Sequences of 8 rows of 8 pixels, with one label per row, or -100 for a blank row."""
+    """Hold sequences of 8 rows of 8 pixels, with one label per row, or -100 for a blank row."""
 
     def __init__(self, count: int, noise: float) -> None:
         images, labels = load_digits(return_X_y=True)

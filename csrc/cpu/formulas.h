@@ -38,7 +38,7 @@ constexpr double kLowest = -__builtin_huge_val();
 template <class V>
 struct Scales {
   V student_max, student_scale, hard_scale, teacher_max, teacher_scale;
-  V student_label{}, teacher_label{};  // as in Statistics (kernels.h)
+  V student_label{}, teacher_label{};  // the label's logits if sums omit the label; else 0
   V student_inverse = broadcast<V>(1),
     teacher_inverse = broadcast<V>(1);  // 1 / |z|, 1 / |w| (kCosine)
   V student_mean{}, teacher_mean{};     // means of the logits (kCenteredSquaredError)

@@ -22,7 +22,8 @@ struct PreciseExponential {
         factor(static_cast<float>(exact_factor)),
         factor_low(static_cast<float>(exact_factor - static_cast<double>(factor))) {}
 
-  // Set the maximum. Return false if the maximum is so large that the reference is not an integer.
+  // Set the maximum. Return true if the sums are precise: the processor must have FMA, and the
+  // reference must be small enough that `round` is exact.
   bool set_max(double max) {
     const double exponent = max * exact_factor, reference = std::nearbyint(exponent);
     round = Format<float>::kRound + 127 - static_cast<float>(reference);

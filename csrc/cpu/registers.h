@@ -206,8 +206,9 @@ constexpr int kRoots = 1 << kRootBits;
 constexpr int kRootShift = Format<float>::kMantissa - kRootBits;
 static_assert(kRoots == kPerRegister<float>, "the table of roots is a register");
 
-// The bits of 2^(i / kRoots), minus the amount that the low bits i of n add to the exponent. Adding
-// n << kRootShift to an entry gives the bits of 2^(n / kRoots).
+// A table to compute 2^(n / kRoots) for an integer n, whose low kRootBits bits are i. Entry i has
+// the bits of 2^(i / kRoots), minus i << kRootShift. Entry i plus n << kRootShift is the result's
+// bits.
 struct RootTable {
   alignas(kRegisterBytes) uint32_t entry[kRoots] = {};
   constexpr RootTable() {

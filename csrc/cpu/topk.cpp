@@ -45,8 +45,8 @@ struct List {
         slope(new double[static_cast<size_t>(k)]) {}
 };
 
-// The memory of a thread: the list, and for the second sweep the rest's exponentials, with the
-// maximum that each block's exponentials are relative to.
+// The memory of a thread: the list, and the rest's exponentials for the second sweep. The
+// exponentials of each block are relative to the maximum in `maxima`.
 template <class T, class S>
 struct Scratch {
   List list;

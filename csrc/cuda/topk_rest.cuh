@@ -43,7 +43,7 @@ struct Rest : Statistics<A> {
   }
 };
 
-// The gradient of a class that is neither listed nor the label.
+// Compute the gradient of a class that is neither listed nor the label.
 template <class A>
 struct RestWriter {
   A max, soft, hard, uniform;

@@ -197,7 +197,7 @@ def loss(
         least 2^-24 (2^-53 in float64) for these divergences.
 
     Raises:
-        TypeError, ValueError: for arguments that are not as above, before anything is computed. The
+        TypeError, ValueError: for invalid arguments, before anything is computed. The
             message names the argument, what was given, and what is accepted. A label or an index
             out of range, and an invalid list, raise on the CPU. CUDA is not synchronized for this
             check: a row with such a label, index or list gets a NaN loss and gradient, and

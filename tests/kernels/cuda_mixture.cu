@@ -18,8 +18,10 @@ struct Case {
   Ensemble ensemble = Ensemble::kProbs;
   bool probabilities = false, in_double = false, row_temperatures = false;
   double temperature = 2, teacher_temperature = 2;
-  int64_t pad = 0, offset = 0, group_rows = 0;  // in elements; for the second and later teachers
-  double spread = 3, base = 0;                  // of logits; base is added to all
+  // pad, offset: padding of each row and offset of the first row, in elements, for teachers after
+  // the first. group_rows: rows of a group, for every teacher; 0: all rows are one group.
+  int64_t pad = 0, offset = 0, group_rows = 0;
+  double spread = 3, base = 0;  // of logits; base is added to all
   bool masked = false, nan = false, infinite = false, nothing = false;
   std::string name;
 };

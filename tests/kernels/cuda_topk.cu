@@ -350,7 +350,8 @@ void Runner::run() {
   args.row_settings = c.row_settings ? settings.at() : nullptr;
   args.loss = loss.at(), args.stats = stats.at();
   args.grad = c.gradient ? grad.at() : nullptr, args.grad_stride = grad_stride;
-  // With a total, the losses of the rows are scratch memory: get them by a call without.
+  // With a total, the losses of the rows are scratch memory: get the losses by a
+  // call without a total.
   TopkArgs each_row = args;
   each_row.reduction = Reduction::kNone, each_row.grad = nullptr;
   check(cuda::topk(each_row, nullptr, nullptr, nullptr), c.name.c_str());

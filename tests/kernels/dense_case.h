@@ -257,7 +257,8 @@ void Runner::run() {
   args.grad = c.no_grad ? nullptr : c.in_place ? student.at() : grad.at();
   args.grad_stride = c.in_place ? student_stride : grad_stride;
   args.reduction = c.reduction;
-  // With a total, the losses and terms of the rows are scratch memory: get them by a call without.
+  // With a total, the losses and terms of the rows are scratch memory: get both by a call without a
+  // total.
   ForwardArgs each_row = args;
   each_row.reduction = Reduction::kNone, each_row.grad = nullptr;
   check(cuda::forward(each_row, nullptr, nullptr, nullptr), c.name.c_str());

@@ -19,7 +19,7 @@ void elements() {
         const A q = static_cast<A>(exact_p * std::exp(-exact_d));
         const Element<A> e = device_element(p, q, d);
         const Real diff = exact_p * std::expm1(-exact_d);
-        // The series of f(d), since the direct formula cancels even in long double.
+        // The series of f(d) = d + expm1(-d): the direct formula cancels even in long double.
         Real f = exact_d + std::expm1(-exact_d);
         if (size < 0.5) {
           Real term = exact_d * exact_d / 2;
@@ -365,7 +365,7 @@ void divergences() {
         }
       }
     }
-    // Near the teacher, where the direct formulas would cancel.
+    // Test students near the teacher, for which the direct formulas would cancel.
     for (double distance : {1e-2, 1e-3}) {
       const Objective o = {which, 0.3, 2, 2};
       const Problem in = problem("near by " + std::to_string(distance), 3000, 0, 0, 3, distance, 2);

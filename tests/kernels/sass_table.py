@@ -23,7 +23,8 @@ from ptxas_table import has_terms
 # Limits of an SM of compute capability 9.0 per cycle: thread instructions issued, and results of
 # each pipe (CUDA C++ Programming Guide, "Arithmetic Instructions").
 ISSUED, RATES = 128, {"mufu": 16, "alu": 64, "fma": 128}
-PROCESSORS, GIGAHERTZ, BYTES_PER_NS = 132, 1.755, 3000  # an H100 SXM, and its copy bandwidth
+# An H100 SXM: number of SMs, clock, and 3,000 GB/s for copies (docs/performance-log.md).
+PROCESSORS, GIGAHERTZ, BYTES_PER_NS = 132, 1.755, 3000
 PIPES = {
     "mufu": r"MUFU",
     "fma": r"FFMA|FMUL|FADD|HFMA2|IMAD",
@@ -34,7 +35,7 @@ EXPONENTIALS = 2  # bytes of a class
 
 
 class Need(NamedTuple):
-    """Opcodes that a path must contain."""
+    """Hold the opcodes that a path must contain."""
 
     exponentials: int
     loads: int
@@ -73,7 +74,7 @@ def kernels(text: str) -> dict[str, list[Instruction]]:
 
 
 class Block(NamedTuple):
-    """Basic block: instructions that are always issued together, and its successors."""
+    """Hold a basic block: its instructions, always issued together, and its successors."""
 
     opcodes: list[str]
     counts: Need

@@ -320,7 +320,7 @@ def check_row_temperatures(name: str, value: Tensor) -> None:
     """Raise unless all temperatures are positive, finite and from 1e-18 to 1e18."""
     bad = ~((value > 0) & value.isfinite())
     raise_for_first(bad, value, f"{name} must be positive and finite")
-    # In float64: float16 cannot represent either bound.
+    # Compare in float64, because float16 cannot represent either bound.
     wide = value.double()
     bad = (wide < LEAST_TEMPERATURE) | (wide > MOST_TEMPERATURE)
     raise_for_first(bad, value, f"{name} must be {_TEMPERATURE_RANGE}")

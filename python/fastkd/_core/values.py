@@ -40,7 +40,7 @@ class Head(NamedTuple):
         scale: a positive number or None, applied before ``softcap``. Default None.
 
     Raises:
-        TypeError, ValueError: for arguments that are not as above.
+        TypeError, ValueError: for invalid arguments.
 
     Example:
         >>> import torch, fastkd
@@ -110,7 +110,7 @@ class TopK(NamedTuple):
         tail: how classes that are not listed enter the divergence, as above. Default ``"ghost"``.
 
     Raises:
-        TypeError, ValueError: for arguments that are not as above.
+        TypeError, ValueError: for invalid arguments.
 
     Example:
         >>> import torch, fastkd
@@ -156,7 +156,7 @@ class Sampled(NamedTuple):
         estimator: ``"k1"``, ``"k2"`` or ``"k3"``, as above. Default ``"k1"``.
 
     Raises:
-        TypeError, ValueError: for arguments that are not as above.
+        TypeError, ValueError: for invalid arguments.
 
     Example:
         >>> import torch, fastkd
@@ -188,7 +188,7 @@ class Routed(NamedTuple):
             the indices synchronizes CUDA.
 
     Raises:
-        TypeError, ValueError: for arguments that are not as above.
+        TypeError, ValueError: for invalid arguments.
 
     Example:
         >>> import torch, fastkd

@@ -25,8 +25,9 @@ def step_loss(
 ) -> Tensor:
     """Compute alpha_ce T^2 KL + (alpha_mlm or alpha_clm) CE + alpha_mse squared error.
 
-    From Sanh et al., "DistilBERT, a distilled version of BERT" (2019); the defaults are those of
-    the project. KL and cross entropy mask different rows, but take one pass over the logits.
+    The loss is that of Sanh et al., "DistilBERT, a distilled version of BERT" (2019), and has the
+    defaults of DistilBERT's research project. KL and cross entropy mask different rows, but take
+    one pass over the logits.
 
     Args:
         s_logits, t_logits: logits of student and teacher, ``(batch, tokens, C)``.

@@ -156,7 +156,7 @@ def load(model: Any) -> nn.Module:
 
     Raises:
         ImportError: if the runtime's package is missing; the message names the extra.
-        TypeError: if ``model`` has another type.
+        TypeError: if ``model`` has an unsupported type.
         ValueError: if the file does not exist, or has another suffix.
     """
     if isinstance(model, nn.Module):

@@ -40,28 +40,28 @@ class DistillationMixin:
     """Make a ``transformers.Trainer`` distill; put this class before the trainer among the bases.
 
     The loss is :func:`fastkd.loss` of the student's and the teacher's logits and the labels, which
-    are shifted by one for causal language models (:func:`causal_labels`). The loss is divided by
-    ``num_items_in_batch``, like the losses of transformers' models: the number of tokens in all
+    are shifted by one for causal language models (:func:`causal_labels`). Like the losses of
+    transformers' models, the loss is divided by ``num_items_in_batch``, the number of tokens in all
     batches of an optimizer step. With ``args.average_tokens_across_devices`` this number is summed
     over all processes. ``args.label_smoothing_factor`` smooths the labels of the hard term. The
     student gets no labels, so it computes no loss itself. An encoder-decoder gets labels, because
     they are its decoder's inputs.
 
     Student and teacher may be any modules that take a batch as keyword arguments. A model may
-    return logits as a tensor, as the entry ``logits`` of an output, or as the first tensor of a
-    tuple that is not 0-d. A causal language model of another library needs an
-    attribute ``loss_type = "ForCausalLM"``.
+    return logits as a tensor, as the entry ``logits`` of an output, or in a tuple, as the first
+    tensor that is not 0-d. A causal language model of another library needs an attribute
+    ``loss_type = "ForCausalLM"``.
 
     Args:
         teacher: a model called with the student's inputs; frozen, set to evaluation mode and moved
             to the student's device.
-        kd_loss: the loss's options: ``reduction="mean"``, no ``normalizer``, ``ignore_index=-100``
-            and no learned parameters. Default ``KDLoss()``.
+        kd_loss: the loss, with ``reduction="mean"``, ``ignore_index=-100``, no ``normalizer`` and
+            no learned parameters. Default ``KDLoss()``.
         arguments, options: the arguments of the trainer; ``compute_loss_func`` must be None.
 
     Raises:
         TypeError: if ``teacher`` is not a module or ``kd_loss`` is not a :class:`fastkd.KDLoss`.
-        ValueError: for other options of ``kd_loss``; for a ``compute_loss_func``; or if
+        ValueError: for unsupported options of ``kd_loss``; for a ``compute_loss_func``; or if
             ``args.label_smoothing_factor`` and ``label_smoothing`` of ``kd_loss`` are set and
             differ.
 

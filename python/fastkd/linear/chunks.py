@@ -74,7 +74,7 @@ def plan(
         **options: the options of the loss, as in :func:`fastkd.loss`.
 
     Raises:
-        TypeError, ValueError: for arguments that are not as above, or that the loss refuses.
+        TypeError, ValueError: for invalid arguments, or arguments that the loss refuses.
         ValueError: if ``max_workspace`` is too small; the message has the bytes that are needed.
 
     Example:

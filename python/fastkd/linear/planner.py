@@ -285,12 +285,12 @@ def separate_classes(chunk: int, weight_grad: bool) -> int:
 def divide_classes(
     rows: int, classes: int, most: int, item_bytes: int, grad_row: int, *, writes: bool
 ) -> Iterator[ClassChunk]:
-    """Divide the classes into chunks of at most ``most``, whose logits fit into unused memory.
+    """Divide the classes into chunks of at most ``most``, with logits in unused memory if they fit.
 
     The weight's gradient has ``grad_row`` bytes for each class. Until the gradient of a class is
     written, its memory may hold logits of other classes. With ``writes``, each chunk ends with
-    writing the gradient of its classes. The unused memory then shrinks from chunk to chunk, and the
-    last chunks are small.
+    writing the gradient of its classes. The unused memory then shrinks from chunk to chunk. Chunks
+    that do not fit are small (``separate_classes()``), and their logits lie in a buffer.
     """
     start = 0
     fixed = compute_buffer_bytes(rows, 0, item_bytes) + ALIGNMENT

@@ -172,12 +172,12 @@ def report(
     Raises:
         ImportError: before anything is measured, if matplotlib, Rich with ``show``, or the runtime
             of a program is not installed.
-        TypeError: for models of other kinds, names or a title that are not text, or ``devices`` or
-            ``batch_sizes`` that are not a list or tuple.
+        TypeError: for models of unsupported types, names or a title that are not text, or
+            ``devices`` or ``batch_sizes`` that are not a list or tuple.
         ValueError: for no student, a file that does not exist, a program with a device
             other than the CPU, a loader without rows, models whose logits differ in rows,
-            labels that do not fit them, a student named ``teacher``, or logits or a cross entropy
-            that are not finite.
+            labels that do not fit the logits, a student named ``teacher``, or logits or a cross
+            entropy that are not finite.
 
     Example:
         >>> import torch, fastkd

@@ -55,7 +55,7 @@ class Answers(NamedTuple):
 
     @property
     def quality(self) -> float:
-        """Return the accuracy, or without labels the agreement."""
+        """Return the accuracy, or the agreement if there are no labels."""
         return self.agreement if self.accuracy is None else self.accuracy
 
 

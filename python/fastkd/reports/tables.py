@@ -108,7 +108,7 @@ def make_rows(report: Report) -> list[Row]:
 
 
 def summarize(report: Report) -> str:
-    """Return a sentence on the best student, except the one trained alone if there are others."""
+    """Return a sentence on the best distilled student, or on the only student."""
     teacher, *students = report.models
     is_alone = [re.search("(?<![a-z])alone(?![a-z])", model.name.lower()) for model in students]
     alone = next(itertools.compress(students, is_alone), None)

@@ -236,11 +236,11 @@ def gather(topk: TopK, tokens: Tensor, estimator: Estimator = "k1") -> Sampled:
         estimator: see :class:`fastkd.Sampled`.
 
     Returns:
-        A :class:`fastkd.Sampled` of shape ``(...)``. A row is padding (-inf and -1) if its token is
-        negative or its list is empty.
+        A :class:`fastkd.Sampled` of shape ``(...)``. A row is padding, with
+        log-probability -inf and class -1, if its token is negative or its list is empty.
 
     Raises:
-        TypeError: if the arguments have other types.
+        TypeError: if ``topk`` is not a :class:`fastkd.TopK`, or ``tokens`` has no integer dtype.
         ValueError: if the shapes differ; or if a row's list lacks its token.
 
     Example:
@@ -300,12 +300,13 @@ def collate(
 
     Returns:
         A :class:`fastkd.TopK` of shape ``(B, length, k)`` with the largest k, or a
-        :class:`fastkd.Sampled` of shape ``(B, length)``. Padding is -inf and -1.
+        :class:`fastkd.Sampled` of shape ``(B, length)``. Padding has log-probability -inf and
+        class -1.
 
     Raises:
-        TypeError: if there are no values, or values of other or different types.
-        ValueError: if a value is longer than ``length`` or has more dimensions, or if the values'
-            options differ.
+        TypeError: if ``values`` is empty, or its items are not all TopK or all Sampled.
+        ValueError: if a value is longer than ``length``, has batch dimensions, or differs from
+            another value in ``tail`` or ``estimator``.
 
     Example:
         >>> import torch, fastkd

@@ -69,7 +69,7 @@ def precompute(
         ImportError: before the teacher is called, if safetensors or numpy is missing, or tqdm with
             ``progress``.
         TypeError: if ``teacher`` is not a module.
-        ValueError: if ``path`` holds a cache with other options or of other weights.
+        ValueError: if ``path`` holds a cache whose options or teacher differ.
         ValueError: if the loader gives no batch, or a batch without ids.
         ValueError: if the teacher's logits hold NaN or +inf, or change their shape.
 

@@ -44,7 +44,8 @@ class Hint:
             ``torch.nn.Linear(4, 32)`` for ``(B, C)`` and ``(B, L, C)``. Default None.
 
     Raises:
-        TypeError, ValueError: if ``weight`` or ``loss`` is not one of these values.
+        TypeError: if ``weight`` is not a number.
+        ValueError: if ``weight`` is not positive and finite, or ``loss`` is no accepted name.
 
     Example:
         >>> import fastkd

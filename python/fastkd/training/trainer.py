@@ -102,7 +102,7 @@ class Trainer:
 
     Raises:
         ImportError: if Accelerate is missing; the message names the extra to install.
-        TypeError, ValueError: if an argument is not one of those described.
+        TypeError, ValueError: for invalid arguments.
 
     Example:
         >>> import torch, fastkd

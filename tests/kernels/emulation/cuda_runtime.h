@@ -120,7 +120,7 @@ inline double __dmul_rn(double a, double b) { return a * b; }
 inline float __fadd_rn(float a, float b) { return a + b; }
 inline double __dadd_rn(double a, double b) { return a + b; }
 
-// ---- the runtime of one device, like a MIG slice of an H100, which executes everything at once
+// ---- the runtime of one synchronous device, like a MIG slice of an H100
 
 enum cudaError_t {
   cudaSuccess = 0,
