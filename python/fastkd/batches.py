@@ -3,8 +3,8 @@
 A batch is one of
 
 - ``(inputs, labels)``, ``(inputs,)`` or a tensor of inputs;
-- ``(inputs, labels, ids)``: a :class:`Labelled`, or any tuple of that form. The ids are those of
-  the samples in a :class:`fastkd.teachers.TeacherCache`;
+- ``(inputs, labels, ids)``: a :class:`Labelled`, or any tuple of three. The ids are those of the
+  samples in a :class:`fastkd.teachers.TeacherCache`;
 - an :class:`Unlabelled`, ``(inputs, ids)``;
 - a mapping with ``"labels"`` and ``"ids"``, both optional. The mapping's other entries are keyword
   arguments of the models, as in Hugging Face's libraries.
@@ -32,7 +32,7 @@ NO_BATCH = (
 
 
 class Labelled(NamedTuple):
-    """Hold a sample of :class:`WithIds`, or a batch; ``default_collate`` keeps the type."""
+    """Hold a sample of :class:`WithIds`, or a batch, as ``default_collate`` makes it of samples."""
 
     inputs: Any
     labels: Any
@@ -53,7 +53,7 @@ class Batch(NamedTuple):
     """A tensor, a tuple of positional arguments, or a mapping of keyword arguments."""
     labels: Tensor | None
     ids: Tensor | None
-    """``(B,)`` int64."""
+    """An int64 tensor with one id for each sample."""
 
 
 class WithIds(Dataset[Any]):
@@ -64,8 +64,8 @@ class WithIds(Dataset[Any]):
     so that a sample has the same id in every subset.
 
     Raises:
-        TypeError: for a dataset without ``__len__`` and ``__getitem__``, or for a sample of another
-            form.
+        TypeError: for a dataset without ``__len__`` and ``__getitem__``, or for a sample that is a
+            tuple or list, but not of one or two values.
 
     Example:
         >>> import torch, fastkd
@@ -111,7 +111,7 @@ def split(batch: Any) -> Batch:
     """Split a loader's batch into inputs, labels and ids; the module lists the accepted forms.
 
     Raises:
-        TypeError: for a batch of another form, or for ids that are not a ``(B,)`` integer tensor.
+        TypeError: for a batch of no accepted form, or for ids that are not a 1-d integer tensor.
 
     Example:
         >>> import torch
@@ -139,7 +139,7 @@ def split(batch: Any) -> Batch:
 
 
 def check_ids(ids: object) -> Tensor:
-    """Return ids as int64, or raise TypeError unless they are an integer tensor ``(B,)``."""
+    """Return ids as int64, or raise TypeError unless they are a 1-d integer tensor."""
     description = type(ids).__name__
     if isinstance(ids, Tensor):
         is_integer = not (ids.is_floating_point() or ids.is_complex() or ids.dtype is torch.bool)
@@ -158,7 +158,7 @@ def outputs(model: nn.Module, inputs: Any) -> Any:
     """Call ``model`` with the arguments that :func:`arguments` makes of a batch's inputs.
 
     Raises:
-        TypeError: if ``inputs`` is a mapping with keys that the model does not take; the message
+        TypeError: if ``inputs`` is a mapping that does not fit the model's ``forward``; the message
             names the model and the keys.
     """
     positional, keywords = arguments(model, inputs)
@@ -198,10 +198,10 @@ def arguments(model: nn.Module, inputs: Any) -> tuple[Sequence[Any], Mapping[str
 
 
 def logits_of(output: Any, model: nn.Module) -> Tensor:
-    """Return the logits in a model's output: the output itself, or its entry ``logits``.
+    """Return a model's logits: the output itself, or its entry or attribute ``logits``.
 
     Raises:
-        TypeError: for any other output; the message names ``model``.
+        TypeError: if the logits are not a tensor; the message names the class of ``model``.
     """
     logits = output["logits"] if isinstance(output, Mapping) and "logits" in output else output
     logits = getattr(logits, "logits", logits)
@@ -216,7 +216,7 @@ def logits_of(output: Any, model: nn.Module) -> Tensor:
 def _has_keyword(model: nn.Module, keyword: str, positional: int) -> bool:
     """Return True if ``model`` takes ``keyword`` after ``positional`` positional arguments.
 
-    A wrapper whose forward has ``**keywords`` takes the keywords of the model inside.
+    A wrapper whose forward has ``**keywords`` takes the keywords of the model that it wraps.
     """
     try:
         parameters = inspect.signature(model.forward).parameters
@@ -236,10 +236,10 @@ def _has_keyword(model: nn.Module, keyword: str, positional: int) -> bool:
 
 
 def size(batch: Any, labels: Tensor | None) -> int:
-    """Return the number of samples: the length of the first tensor of a batch or of its labels.
+    """Return the number of samples: the length of the first tensor in a batch or its labels.
 
     Raises:
-        TypeError: if the batch contains no tensor, and there are no labels.
+        TypeError: if batch and labels contain no tensor of at least 1 dimension.
     """
     for tensor in tensors((batch, labels)):
         if tensor.dim():
@@ -290,7 +290,7 @@ def to(value: Any, device: torch.device, dtype: torch.dtype | None = None) -> An
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Set ``model`` to evaluation mode without gradients; restore each submodule's mode afterwards.
 
-    A module without modes, such as an exported program's, stays as it is.
+    A module without modes, such as that of an exported program, stays as it is.
     """
     modes = [(module, module.training) for module in model.modules()]
     try:

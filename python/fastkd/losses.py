@@ -79,10 +79,9 @@ def loss(
     This is the loss of Hinton, Vinyals and Dean, "Distilling the Knowledge in a Neural Network"
     (2015). T^2 keeps the size of the soft gradients independent of T. One pass reads the logits and
     writes the gradient. Arithmetic is float64 if either input is float64, else float32. No digits
-    cancel when the student is close to its teacher. ``divergence`` and the options after it choose
-    other objectives. PyTorch operations compute the objectives without a kernel, which
-    docs/objectives.md lists. :func:`fastkd.explain` describes in words what a set of options
-    computes.
+    cancel when the student is close to its teacher. Options such as ``divergence``
+    choose other objectives. docs/objectives.md lists the objectives without a kernel, which PyTorch
+    operations compute. :func:`fastkd.explain` describes in words what a set of options computes.
 
     Args:
         student: ``(..., C)`` logits, float64, float32, bfloat16 or float16, or a
@@ -129,7 +128,7 @@ def loss(
             :func:`torch.nn.functional.cross_entropy`. Default 0.
         class_weight: ``(C,)`` weights of the classes in the hard term, the ``weight`` of
             :func:`torch.nn.functional.cross_entropy`. ``"mean"`` then divides the hard term by
-            the sum of the labels' weights, as in that function. If labels are probabilities,
+            the sum of the labels' weights, as ``cross_entropy`` does. If labels are probabilities,
             ``"mean"`` still divides by the number of rows.
         normalizer: the divisor of ``"mean"`` for both terms, instead of the number of rows. A
             positive number, or a tensor with one element, which is never synchronized on CUDA. Pass
@@ -193,8 +192,8 @@ def loss(
         With a TopK, these rules hold for the listed classes. With ``tail="ghost"``, the teacher's
         extra class has probability 0 if no unmasked class remains for it, or if the listed
         probabilities sum to 1 or more. The listed probabilities are then divided by their sum. The
-        reverse and the symmetric KL would be infinite with probability 0, so the extra class has at
-        least 2^-24 (2^-53 in float64) for these divergences.
+        reverse and the symmetric KL would be infinite with probability 0, so the extra class has a
+        probability of at least 2^-24 (2^-53 in float64) for these divergences.
 
     Raises:
         TypeError, ValueError: for invalid arguments, before anything is computed. The
@@ -261,7 +260,7 @@ def terms(
 ) -> Terms:
     """Compute the loss and the quantities worth logging about it; arguments as in :func:`loss`.
 
-    Options with a kernel take one pass over the logits. ``class_weight`` and probabilities as
+    An objective with a kernel takes one pass over the logits. ``class_weight`` and probabilities as
     labels need extra passes, and a TopK needs three extra passes over the student's logits.
 
     Returns:
@@ -300,7 +299,7 @@ def terms(
 
 
 def divergences() -> tuple[str, ...]:
-    """Return the names that ``divergence`` accepts."""
+    """Return the names that the option ``divergence`` accepts."""
     return tuple(reference.DIVERGENCES)
 
 
@@ -415,7 +414,7 @@ class KDLoss(nn.Module):
 
 
 def _check_options(options: Options) -> None:
-    """Check the options as far as that needs no logits."""
+    """Check the options, without logits."""
     resolve(options, has_labels=True, teachers=None)
     linear.chunks.check_plan(options.chunks)
 

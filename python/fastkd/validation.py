@@ -1,4 +1,4 @@
-"""Check arguments of any kind. Every message has the name, what was given, and what is accepted."""
+"""Check arguments. Every message names the argument, what was given, and what is accepted."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ INTEGERS = (
 def suggest(value: object, accepted: Iterable[str], hints: Mapping[str, str] | None = None) -> str:
     """Return ". Did you mean 'name'?" for a misspelled name, or "" if no name is similar.
 
-    ``hints``: sentences to return for names that are not similar to an accepted name.
+    ``hints``: sentences to return for names that are its keys, instead of a suggestion.
     """
     if not isinstance(value, str):
         return ""

@@ -22,7 +22,7 @@ Teacher = Tensor | Sequence[Tensor] | Head | TopK | Sampled | Routed
 
 
 class Listed(NamedTuple):
-    """Hold a sparse teacher for the op: a :class:`TopK`, or a :class:`Sampled` with k = 1."""
+    """Hold a sparse teacher as lists: a :class:`TopK`, or a :class:`Sampled` with k = 1."""
 
     log_probs: Tensor
     indices: Tensor
@@ -397,7 +397,7 @@ def _has_overlap(tensor: Tensor) -> bool:
 
 
 def raise_for_kernel_error(error: RuntimeError, call: Call) -> None:
-    """Raise a Python exception that explains a kernel error; return if unrecognized.
+    """Raise a Python exception that explains a kernel error; return if no cause is recognized.
 
     Recognized causes: a bad label, temperature or list, an unsupported layout, lack of memory.
     """
@@ -414,8 +414,8 @@ def raise_for_kernel_error(error: RuntimeError, call: Call) -> None:
             f"of shape {tuple(student.shape)}, the classes last, at {student.data_ptr():#x}"
         )
     if "API call failed" in str(error):
-        # The stable ABI drops the type and the message of an exception. Asking for as much memory
-        # again raises torch's own OutOfMemoryError, which trainers catch to halve their batches.
+        # The stable ABI drops the type and the message of an exception. If memory ran out, this
+        # allocation raises torch's own OutOfMemoryError, which trainers catch to halve batches.
         torch.empty((3, *student.shape), dtype=student.dtype, device=student.device)
     if student.device.type == "cpu":
         checks.check_rows(student, labels, objective.ignore_index, objective.temperature)

@@ -7,7 +7,7 @@ For each loss ``op`` of csrc/torch/library.cpp and topk.cpp, three more ops take
 - ``op_gradient`` computes the gradient by differentiable operations.
 
 csrc/torch/eager.cpp implements this autograd in C++. The C++ code replaces this module's autograd
-if it was built with exactly this torch.
+if it was built with the installed version of torch.
 """
 
 from __future__ import annotations
@@ -132,7 +132,7 @@ _LIBRARY: Any = torch.library.Library("fastkd", "IMPL")  # type: ignore[no-untyp
 
 @contextlib.contextmanager
 def without_cpp() -> Iterator[None]:
-    """Use this module's autograd in the context, as a build without eager.cpp does. For tests."""
+    """Use this module's autograd in the context, as a build without eager.cpp does; for tests."""
     library: Any = torch.library.Library("fastkd", "IMPL")  # type: ignore[no-untyped-call]
     eager, native.EAGER = native.EAGER, None
     for name, ops in _LOSSES.items():
@@ -165,8 +165,8 @@ def prepare_call(
             complete[place] = (tensor,) if in_list else tensor
         student, *others = complete
         if torch.is_grad_enabled() and student.requires_grad:
-            # The dispatcher would flatten the arguments: 4.7 instead of 2.9 times the duration of
-            # s.sum().backward(), for 8 x 10 logits on one CPU thread (2026-12-01).
+            # The dispatcher would flatten the arguments: loss and backward would take 4.7 instead of
+            # 2.9 times s.sum().backward(), for 8 x 10 logits on one CPU thread (2026-12-01).
             return _FusedLoss.apply(student, ops, others)  # type: ignore[no-any-return,no-untyped-call]
         return ops.loss(student, *others)  # type: ignore[no-any-return]
 
@@ -187,7 +187,7 @@ class _FusedLoss(torch.autograd.Function):
             out = ops.loss_into(grad, student, *arguments)
         else:
             out = ops.loss(student, *arguments)
-        # Not saved by save_for_backward: the first backward pass scales ``grad`` in place.
+        # Saved tensors must not change, and the first backward pass scales ``grad`` in place.
         ctx.grad = grad
         saved: list[Tensor | None] = [student, stats]
         numbers = list(arguments)

@@ -59,7 +59,7 @@ def check_student(value: Tensor, dim: int = -1) -> None:
 def check_teacher(student: Tensor, name: str, value: Tensor, dim: int = -1) -> None:
     """Raise unless ``value`` are logits of the student's shape and device.
 
-    The message names the slice if only the numbers of classes differ.
+    The message names slices that fit if only the numbers of classes differ.
     """
     check_floats(name, value)
     if student.shape != value.shape:
@@ -121,7 +121,7 @@ def to_savable(value: Tensor) -> Tensor:
 def check_class_count(
     divergence: str, standardize: bool, soft_labels: bool, student: Tensor
 ) -> None:
-    """Raise if an option needs two classes and there is one, or needs class indices as labels."""
+    """Raise if an option lacks the two classes, or the class indices as labels, that it needs."""
     if divergence == "dkd" and soft_labels:
         raise ValueError('divergence="dkd" needs class indices as labels; got probabilities')
     option = "standardize=True" if standardize else f"divergence={divergence!r}"
@@ -156,7 +156,7 @@ def check_scalar_temperature(name: str, value: object) -> float:
 
 
 def _as_float_tensor(name: str, value: object) -> Tensor | None:
-    """Return a floating-point tensor, or None if ``value`` is no tensor; raise for other dtypes."""
+    """Return ``value`` if it is a floating-point tensor, None if it is no tensor; else raise."""
     if not isinstance(value, Tensor):
         return None
     if not value.is_floating_point():
@@ -292,7 +292,7 @@ def has_data(*values: object) -> bool:
     """Return True if no tensor among ``values`` has a released storage.
 
     FSDP, for example, releases storages of tensors that still exist. PyTorch's operations crash on
-    such a tensor, so code that explains an error must not read it.
+    a released storage, so code that explains an error must not read one.
     """
     tensors = [value for value in values if isinstance(value, Tensor) and not value.is_nested]
     return all(tensor.untyped_storage().nbytes() for tensor in tensors if tensor.numel())

@@ -30,17 +30,17 @@ class Arguments(NamedTuple):
 
     teachers: tuple[Tensor, ...]
     row_temperatures: Tensor | None = None
-    """(2, rows), replaces ``mixture_temperature`` and ``teachers_temperature``."""
+    """``(2, rows)``; replaces ``mixture_temperature`` and ``teachers_temperature`` if given."""
     shares: tuple[float, ...] = ()
     """The weight of each teacher in the mixture; empty for a single teacher, given as logits."""
     probabilities: bool = False
     ensemble: int = 0
     mixture_temperature: float = 1.0
-    """The temperature at which the softmax of the mixture is taken: the student's."""
+    """The student's temperature, which the loss applies to the mixture."""
     teachers_temperature: float = 1.0
     labels: Tensor | None = None
     row_settings: Tensor | None = None
-    """(4, rows), replaces the temperatures and the weights."""
+    """``(4, rows)``; replaces the temperatures and the weights if given."""
     denominator: Tensor | None = None
     temperature: float = 1.0
     teacher_temperature: float = 1.0
@@ -88,11 +88,12 @@ def make_arguments(call: Call, with_terms: bool) -> Arguments:
 def make_row_numbers(
     call: Call, numbers: tuple[float | Tensor, ...]
 ) -> tuple[tuple[float, ...], Tensor | None]:
-    """Split temperatures and weights into scalars, and a tensor of one value for each row or None.
+    """Return temperatures and weights as scalars, and as a tensor if any of them is a tensor.
 
-    The kernels read the tensor if any of ``numbers`` is a tensor, and else the scalars. ``numbers``
-    begins with the temperatures of student and teacher. If the scalars for both temperatures are
-    equal, the kernels assume that both temperatures of each row are equal, too (csrc/kernels.h).
+    The kernels read the tensor, or the scalars if it is None. The tensor is flat and has each
+    number for each row. ``numbers`` begins with the temperatures of student and teacher. If the
+    scalars for both temperatures are equal, the kernels assume that both temperatures of each row
+    are equal, too (csrc/kernels.h).
     """
     if not any(isinstance(number, Tensor) for number in numbers):
         return numbers, None  # type: ignore[return-value]
@@ -137,7 +138,7 @@ def prepare_call(objective: Objective, with_terms: bool) -> Callable[..., Tensor
 
 
 def mix_teachers(arguments: Arguments, dtype: torch.dtype) -> Tensor:
-    """Return the logits of the teacher, or of the mixture of several, as one tensor."""
+    """Return the logits of the teacher, or of the mixture of several teachers, as one tensor."""
     if not arguments.shares:
         return arguments.teachers[0]
     with torch.no_grad():
@@ -188,7 +189,7 @@ class _InplaceLoss(torch.autograd.Function):
 def scale_(grad: Tensor, factor: Tensor, stats: Tensor | None = None) -> Tensor:
     """Multiply ``grad`` by ``factor`` in place, without synchronizing; a factor of 1 is cheap.
 
-    ``factor``: 0-d. ``stats``: the statistics from ``loss_into``, if it wrote ``grad``.
+    ``factor``: a 0-d tensor. ``stats``: the statistics from ``loss_into``, if it wrote ``grad``.
     """
     out = grad
     if stats is None:

@@ -30,7 +30,7 @@ IN_TWO_PASSES = frozenset({"labels of probabilities", "class_weight= with label_
 def list_missing_features(
     student: Tensor, labels: Tensor | None, objective: Objective
 ) -> list[str]:
-    """Return the features of a call that a single kernel pass lacks, as users write them."""
+    """Return the features of a call that a single kernel pass lacks, as named in messages."""
     o = objective
     if student.device.type not in KERNEL_DEVICES:
         return [f"logits on {student.device.type}"]
@@ -99,7 +99,8 @@ def _compute_sparse(call: Call, with_terms: bool) -> Tensor:
         return loss
     with torch.no_grad():
         student = call.student.detach()
-        # The dense op gives the cross entropy and the entropy; the student is its own teacher.
+        # The dense op returns the cross entropy and the student's entropy. The student serves as
+        # its own teacher, because neither depends on the teacher.
         dtype, divisor = shapes.accumulator(student), o.normalizer
         self_only = o._replace(
             divergence="forward_kl",
@@ -142,11 +143,11 @@ def _compute_fused(call: Call, with_terms: bool) -> Tensor:
 
 
 def _compute_in_two_passes(call: Call, with_terms: bool) -> Tensor | None:
-    """Compute the divergence, then the cross entropy with probabilities by another pass.
+    """Compute the divergence, then the cross entropy with probabilities by a second pass.
 
-    The cross entropy is the soft cross entropy of a teacher at temperature 1 whose probabilities
-    are the labels. Return None if a label is negative or a row of labels sums to 0: the kernel
-    cannot take such a teacher.
+    The cross entropy is the soft cross entropy of a teacher at temperature 1, whose probabilities
+    are the smoothed and weighted labels. Return None if a probability is negative or a row of
+    probabilities sums to 0: the kernels do not accept these probabilities.
     """
     assert call.labels is not None
     labels, o, student = call.labels, call.objective, call.student.to(call.dtype)
@@ -164,7 +165,7 @@ def _compute_in_two_passes(call: Call, with_terms: bool) -> Tensor | None:
         return None
     total = total * compute_divisor_ratio(call)
     o = o._replace(hard_weight=0.0, class_weight=None, label_smoothing=0.0)
-    # The student is in the dtype of the arithmetic, so that the gradients' sum is rounded once.
+    # The student is in the dtype of the arithmetic: the sum of both gradients is rounded once.
     divergence = call._replace(student=student, labels=indices, objective=o)
     out = dense.compute(divergence, with_terms)
 

@@ -52,7 +52,7 @@ def run(
         call = _find_call(None, with_terms, labels is not None, options)
         return None if call is None else call(student, teacher, labels)
     except RuntimeError:
-        # The op refused the tensors. The slow path raises an error that explains why.
+        # The op refused the tensors. The slow path converts them, or explains why they are invalid.
         return None
 
 

@@ -87,7 +87,7 @@ def hide_catch_all(function: _Function) -> _Function:
 
 
 def hint_for_type(name: str, value: object) -> str:
-    """Return a sentence for an error message: how to make floating-point logits of ``value``."""
+    """Return a sentence for an error message: what to pass instead of ``value``."""
     hint = ""
     if isinstance(value, Tensor):
         integer = not value.is_floating_point() and not value.is_complex()
@@ -125,7 +125,7 @@ def hint_for_labels(shape: Sequence[int], logits: Sequence[int]) -> str:
 
 
 def hint_for_label(label: float) -> str:
-    """Return a sentence for an error message: how to accept a label that is out of range."""
+    """Return a sentence for an error message: how to correct a label that is out of range."""
     if label < 0:
         return f". ignore_index={label} ignores such rows"
     return ". Classes are numbered from 0"

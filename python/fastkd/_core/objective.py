@@ -174,7 +174,7 @@ def _check_mix(divergence: str, mix: object) -> float | None:
     checked = validation.check_number(
         "mix", mix, low, high, open_low=definition.mix_open, open_high=definition.mix_open
     )
-    if definition.mix_open and 1 - checked == 1:  # the mixture would equal a distribution
+    if definition.mix_open and 1 - checked == 1:  # only one distribution would remain
         raise ValueError(
             f"mix is too small for float64: 1 - mix must be less than 1; got {checked!r}"
         )
@@ -182,7 +182,7 @@ def _check_mix(divergence: str, mix: object) -> float | None:
 
 
 def _check_compares_logits(objective: Objective, teachers: int | None) -> None:
-    """Raise if the options compare logits, but the teacher has none."""
+    """Raise if the options compare logits, but teachers are given or mixed as probabilities."""
     comparing = reference.DIVERGENCES[objective.divergence].compares == "logits"
     if not comparing and not objective.standardize:
         return

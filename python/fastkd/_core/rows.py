@@ -12,8 +12,8 @@ from fastkd import reference
 from fastkd._core.arguments import Call
 from fastkd._core.objective import PER_ROW_OPTIONS, Objective
 
-# The reference keeps about 14 tensors of the logits' size for its backward pass. Larger inputs are
-# split, and each part is recomputed in backward.
+# The reference keeps about 14 tensors of the logits' size for its backward pass. Inputs
+# with more logits than a part are split, and the backward pass computes each part again.
 MAX_LOGITS_PER_PART = 2**24
 
 
@@ -39,7 +39,7 @@ def map_rows(call: Call, function: Callable[[Tensor], Tensor]) -> Call:
 def flatten_rows(call: Call) -> tuple[Call, tuple[float | Tensor, float | Tensor]]:
     """Flatten the rows; return the call, and the divisors of the hard and the soft term.
 
-    A mean becomes a sum, whose weights include the divisors.
+    A mean becomes a sum, whose weights are divided by the divisors.
     """
     dims = call.student.dim() - 1
     call = map_rows(call, lambda x: x.flatten(0, dims - 1) if dims else x.unsqueeze(0))
@@ -64,7 +64,7 @@ def compute_mean_divisors(
     count = valid.sum().clamp(min=1).to(dtype)
     if o.class_weight is None:
         return count, count
-    # A label out of range makes its row NaN, even if the row has weight 0.
+    # A label out of range makes the loss of its row NaN, so any weight serves for it here.
     classes = labels.clamp(0, len(o.class_weight) - 1)
     weight = (o.class_weight[classes] * valid).sum(dtype=dtype)
     return weight.where(weight != 0, torch.ones_like(weight)), count
@@ -87,12 +87,12 @@ def compute_divisor_ratio(call: Call) -> float | Tensor:
 
 
 def compute_checkpointed(call: Call) -> reference.Terms:
-    """Compute the terms by the reference, in memory that does not grow with the rows."""
+    """Compute the terms by the reference, in temporary memory that does not grow with the rows."""
     if call.student.numel() <= MAX_LOGITS_PER_PART:
         return compute_reference_terms(call)
     rows, (hard_divisor, soft_divisor) = flatten_rows(call)
     step = max(1, MAX_LOGITS_PER_PART // call.student.shape[-1])
-    # split() instead of slices: autograd concatenates the gradients of split() once.
+    # Autograd concatenates the gradients of split() once, but adds up full tensors for slices.
     splits: dict[int, tuple[Tensor, ...]] = {}
     map_rows(rows, lambda x: splits.setdefault(id(x), x.split(step))[0])  # type: ignore[no-untyped-call]
     parts = [

@@ -29,7 +29,7 @@ def check_devices(*arguments: Any) -> None:
     """Raise RuntimeError unless all tensors among the arguments of an op are on one device.
 
     If any tensor is on "meta", the dispatcher calls the fake kernels. Fake kernels return
-    uninitialized memory, which must not happen for tensors on another device.
+    uninitialized memory, which must not happen for tensors on a device other than "meta".
     """
     lists = [each if isinstance(each, (list, tuple)) else [each] for each in arguments]
     devices = {tensor.device for each in lists for tensor in each if isinstance(tensor, Tensor)}

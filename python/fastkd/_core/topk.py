@@ -1,8 +1,8 @@
-"""Register the sparse-teacher op: calls, fake kernels and gradients.
+"""Call the op of sparse teachers, and register its fake kernels and its gradient.
 
 The formula in plain PyTorch, :func:`fastkd.reference.topk.terms`, is used for second derivatives,
-under function transforms and on devices without kernels. docs/maths.md, section 13, derives the
-loss.
+for gradients of options, under function transforms and on devices without kernels. docs/maths.md,
+section 13, derives the loss.
 """
 
 from __future__ import annotations

@@ -81,13 +81,13 @@ class TopK(NamedTuple):
       The student learns the total probability of the classes outside K, but not the probability of
       each. (As in Model-Optimizer, DistillKit's "symmetric_uniform" and TRL's tail bucket.)
     - ``"renormalize"``: both distributions are divided by their sum over K. The student's
-      probability of other classes has no influence. (As in TRL without tail.)
+      probability of classes outside K has no influence. (As in TRL without tail.)
     - ``"ignore"``: the sum over K of p log(p / q), which may be negative. If ``log_probs`` minus
       their ``logsumexp`` over K are passed, the sum is KL(teacher truncated to K || student). (As
       in DistillKit's "zero".) Only the forward KL supports ``"ignore"``. The sum over K of the
       reverse KL, for example, falls as the student leaves K.
 
-    The listed classes may be the most probable ones of teacher or student, or any others. Every
+    The listed classes may be the most probable ones of teacher or student, or any classes. Every
     divergence that compares probabilities is available (:func:`fastkd.loss` lists them).
 
     vLLM returns log-probabilities at T = 1 unless it runs with ``--logprobs-mode
@@ -102,7 +102,8 @@ class TopK(NamedTuple):
         log_probs: ``(..., k)`` float64, float32, bfloat16 or float16: natural logarithms of the
             teacher's probabilities at the temperature of the loss. The loss does not apply a
             temperature to ``log_probs``. ``tail="renormalize"`` divides the probabilities by their
-            sum; ``"ghost"`` does so only if they sum to more than 1 or K has all classes.
+            sum; ``"ghost"`` does so only if they sum to more than 1 or K has all unmasked
+            classes.
         indices: ``(..., k)`` class indices of any integer dtype, in any order, different within a
             row. An entry is padding if its index is negative or its log-probability is -inf;
             inference servers and TRL use both forms. A padding entry is ignored: its class does not
@@ -239,7 +240,7 @@ def check_topk(topk: TopK, name: str = "TopK") -> None:
 
 
 def check_sampled(sampled: Sampled, name: str = "Sampled") -> None:
-    """Raise unless the fields fit each other; ``name``: the argument, for the message."""
+    """Raise unless a Sampled's fields fit each other; ``name``: the argument, for the message."""
     _check_listed(name, sampled.log_probs, "tokens", sampled.tokens, "(...)")
     validation.check_one_of(f"{name}.estimator", sampled.estimator, ESTIMATORS)
 

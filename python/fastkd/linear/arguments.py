@@ -27,7 +27,7 @@ _LOGITS_OPTIONS = ("teacher_form", "teacher_weights", "ensemble", "dim", "inplac
 def prepare_heads(
     student: Head, teacher: Teacher, labels: Tensor | None, options: Options, with_terms: bool
 ) -> tuple[Inputs, LinearCall]:
-    """Check all arguments and flatten the rows; the call has no chunks yet."""
+    """Check all arguments and flatten the rows; the chunks are not chosen yet."""
     device, lead = student.hidden.device, student.hidden.shape[:-1]
     _check_head(student, "student", device)
     check_options_are_default(options, _LOGITS_OPTIONS, "a Head as student")
@@ -39,7 +39,7 @@ def prepare_heads(
             f"{type(teacher).__name__}"
         )
     dtype = _get_logits_dtype(student.hidden)
-    # A zero-stride stand-in for the logits, to check labels, options and lists against.
+    # Labels, options and lists are checked against a stand-in for the logits of zero strides.
     logits = torch.empty((), dtype=dtype, device=device).expand(*lead, len(student.weight))
     stand_in = logits if isinstance(teacher, Head) else teacher
     checked = prepare(logits, stand_in, labels, options._replace(chunks="auto"))

@@ -89,9 +89,9 @@ class LinearCall(NamedTuple):
 def is_mean_division_deferred(call: LinearCall) -> bool:
     """Return True if backward divides the gradients by the denominator of a float16 mean.
 
-    Dividing earlier would underflow.
+    A division in the forward pass would make gradients underflow.
     """
-    # Not a property: Dynamo of torch 2.10 cannot trace a property of LinearCall with dynamic sizes.
+    # Dynamo of torch 2.10 cannot trace a property of LinearCall with dynamic sizes.
     return call.reduction == "mean" and call.dtype is torch.float16
 
 
@@ -163,7 +163,7 @@ def find_counted_rows(labels: Tensor | None, ignore_index: int) -> Tensor | None
     """Return the indices of the rows that are not ignored, or None to compute all rows.
 
     All rows are computed if no row is ignored, if labels are None or probabilities, or during the
-    capture of a CUDA graph. Counting rows synchronizes with the GPU, an error during a capture.
+    capture of a CUDA graph. Counting rows synchronizes with the GPU, which is an error during a capture.
     """
     if labels is None or labels.is_floating_point():
         return None

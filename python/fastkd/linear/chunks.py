@@ -50,7 +50,7 @@ def plan(
 
     A plan depends on the shapes, dtypes and device of the tensors, on which tensors require grad,
     on autocast, and on the options of the loss. The function computes no logits. A plan serves
-    every call that agrees in these properties and has at most as many rows. Without a GPU, or
+    every call that agrees in these properties and has no more rows than the plan. Without a GPU, or
     before the tensors exist, pass tensors on the meta device: the plan is then for a GPU.
 
     By default there is one chunk of rows if its logits fit in 2 GiB on a GPU or 48 MiB on a CPU.
@@ -69,7 +69,7 @@ def plan(
             ``chunk_by="classes"``; or ``"auto"``. Default ``"auto"``.
         accumulate_dtype: the dtype in which several chunks of rows sum the gradient of the
             student's weight. ``"auto"``: float32 for a 16-bit weight, else the weight's dtype.
-            ``torch.bfloat16`` needs half the memory for a bfloat16 weight, and rounds once a chunk.
+            ``torch.bfloat16`` needs half the memory of float32, and rounds the sum once a chunk.
             Default ``"auto"``.
         **options: the options of the loss, as in :func:`fastkd.loss`.
 
@@ -152,7 +152,7 @@ def choose_plan(chunks: Plan | Literal["auto"], inputs: Inputs, call: LinearCall
 
 
 def make_sizes(inputs: Inputs, call: LinearCall) -> Sizes:
-    """Make the properties of a call that decide its chunks."""
+    """Collect the properties of a call that decide its chunks."""
     (classes, width), labels = inputs.weight.shape, inputs.labels
     heads = [(inputs.hidden, inputs.weight, call.dtype)]
     if inputs.teacher_hidden is not None and inputs.teacher_weight is not None:
@@ -162,8 +162,8 @@ def make_sizes(inputs: Inputs, call: LinearCall) -> Sizes:
     if inputs.topk_indices is None:
         is_fused = dispatch.is_fused(inputs.hidden, labels, make_objective(inputs, call))
     else:
-        # A chunk has the student's logits, their gradient, and two lists of 8-byte numbers. The
-        # kernel needs a copy of both lists.
+        # A chunk has the student's logits, their gradient, and two lists of at most 8 bytes an
+        # entry. The kernel needs a copy of both lists.
         is_fused, teacher_dtype = (
             topk.is_fused(inputs.hidden, make_objective(inputs, call)),
             call.dtype,

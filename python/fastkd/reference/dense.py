@@ -77,9 +77,10 @@ def soften_teacher(
     ensemble: str,
     standardize: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Return w / T_t, logits whose softmax is p, and the logits that rank classes for agreement.
+    """Return the softened teacher's logits, and the logits that rank classes for ``agreement``.
 
-    ``teachers``: each ``(..., C)`` in the given form. ``t``: T_t, a number or ``(..., 1)``.
+    ``teachers``: each ``(..., C)`` in the given form. ``t``: the teacher's temperature, a number or
+    ``(..., 1)``.
     """
     if form == "probs":  # logarithms of probabilities are logits of the same distribution
         teachers = [probs.log() for probs in teachers]

@@ -71,7 +71,7 @@ def skewed_forward_kl(log_p: Tensor, log_q: Tensor, mix: float) -> Tensor:
 
 
 def total_variation(log_p: Tensor, log_q: Tensor) -> Tensor:
-    """Compute half of the L1 distance; where p = q, its gradient is 0."""
+    """Compute half of the L1 distance of p and q; its gradient is 0 where p = q."""
     return 0.5 * (log_p.exp() - log_q.exp()).abs().sum(-1)
 
 
@@ -81,10 +81,10 @@ def soft_cross_entropy(log_p: Tensor, log_q: Tensor) -> Tensor:
 
 
 def dkd(log_p: Tensor, log_q: Tensor, labels: Tensor, mix: float) -> Tensor:
-    """Compute decoupled distillation: a binary KL, plus ``mix`` times a KL of the other classes.
+    """Compute decoupled distillation: a binary KL, plus ``mix`` times a KL without the label.
 
     The binary KL compares (label, all other classes). The second KL is 0 where the teacher masks
-    every other class. ``labels``: class indices, ``(...)``.
+    every class but the label. ``labels``: class indices, ``(...)``.
     """
     index = labels.unsqueeze(-1)
     # ``binary``: log-probabilities of (label, all other classes), (..., 2). ``others``:
@@ -106,7 +106,7 @@ def dkd(log_p: Tensor, log_q: Tensor, labels: Tensor, mix: float) -> Tensor:
 
 
 def _subtract(teacher: Tensor, student: Tensor) -> tuple[Tensor, Tensor]:
-    """Return student - teacher, 0 for classes that both mask, and the number of other classes."""
+    """Return student - teacher, 0 for classes that both mask, and the count of all classes but these."""
     absent = (teacher == -math.inf) & (student == -math.inf)
     difference = student.masked_fill(absent, 0) - teacher.masked_fill(absent, 0)
     return difference, (~absent).sum(-1, keepdim=True)
@@ -137,7 +137,7 @@ def deviation(logits: Tensor) -> tuple[Tensor, Tensor]:
     # Divide by the largest value, so that no square overflows.
     largest = values.detach().abs().amax(-1, keepdim=True)
     largest = largest.masked_fill(largest == 0, 1)
-    # A norm has the derivative 0 at 0; the square root of a variance has none.
+    # At 0, PyTorch's derivative of a norm is 0; that of a square root is infinite.
     length: Tensor = torch.linalg.vector_norm(values / largest, dim=-1, keepdim=True)
     return centered, length / freedom.to(logits.dtype).sqrt() * largest + LEAST_DEVIATION
 
@@ -168,20 +168,20 @@ def cosine(teacher: Tensor, student: Tensor) -> Tensor:
 
 
 class Divergence(NamedTuple):
-    """Define a divergence D of the soft term, before weight and T^2."""
+    """Define a divergence: the soft term before its weight and T^2."""
 
     compute: Callable[..., Tensor]
     """A function of (teacher, student[, labels][, mix])."""
     formula: str
     source: str
     compares: str = "probabilities"
-    """Input of ``compute``: "probabilities" for log p, log q; "logits" for w / T_t, z / T."""
+    """Input of ``compute``: "probabilities" for log p, log q; "logits" for softened logits."""
     mix: float | None = None
-    """The default of ``mix``; None if the divergence has no such parameter."""
+    """The default of ``mix``; None if the divergence has no ``mix``."""
     mix_meaning: str = ""
     mix_range: tuple[float, float] = (0.0, 1.0)
     mix_open: bool = False
-    """True if the range excludes its ends."""
+    """True if ``mix_range`` excludes its ends."""
     needs_labels: bool = False
 
 

@@ -39,7 +39,7 @@ def mass(indices: Tensor, log_probs: Tensor) -> Tensor:
 
 
 def _logsumexp(log_q: Tensor, present: Tensor) -> Tensor:
-    """Return log of the sum of exp(log_q) where ``present``; -inf, with no gradient, if empty."""
+    """Return log of the sum of exp(log_q) where ``present``; -inf, with no gradient, for an empty sum."""
     present = present & (log_q > -math.inf)
     is_empty = ~present.any(-1, keepdim=True)
     terms = log_q.masked_fill(~present, -math.inf).masked_fill(is_empty, 0)
@@ -61,8 +61,8 @@ def distributions(
 
     Both results are ``(..., k)``, with -inf for padding. With the tail ``"ghost"``, the results are
     ``(..., k + 1)``: the ghost, the last class, stands for all classes that are not listed.
-    ``has_floor``: give the ghost at least the rounding error of 1, so that the divergence is
-    finite for a list that adds up to 1.
+    ``has_floor``: give the teacher's ghost a probability of at least half the machine epsilon, so
+    that the divergence is finite for a list that adds up to 1.
     """
     listed = indices >= 0
     log_p = log_probs.masked_fill(~listed, -math.inf)
@@ -112,7 +112,7 @@ def _compute_divergence(
     options = {} if mix is None else {"mix": mix}
     value: Tensor = DIVERGENCES[name].compute(log_p, listed_q, **options)
     if name in ("forward_kl", "soft_cross_entropy") or (name == "symmetric_kl" and mix != 0):
-        # The divergence is infinite if only the student masks a class, even if p underflows to 0.
+        # The divergence is infinite if only the student masks a class, even if exp(log_p) is 0.
         is_masked = (log_p > -math.inf) & (log_p.exp() == 0) & (listed_q == -math.inf)
         value = value.masked_fill(is_masked.any(-1), math.inf)
     # The divergence is 0 if neither the list nor the ghost has any probability.
@@ -120,10 +120,10 @@ def _compute_divergence(
 
 
 def estimate(log_q: Tensor, indices: Tensor, log_probs: Tensor, estimator: str) -> Tensor:
-    """Estimate KL(q || p) from one class of each row, ``(..., 1)``; 0 for padding.
+    """Estimate KL(student || teacher) from one class of each row, ``(..., 1)``; 0 for padding.
 
-    The gradient of ``"k1"`` is the policy gradient: log q - log p, detached, times the gradient of
-    log q. A class that the student masks makes the estimate infinite, with a gradient of 0.
+    The gradient of ``"k1"`` is the policy gradient: the student's minus the teacher's
+    log-probability, detached, times the gradient of the student's log-probability. A class that the student masks makes the estimate infinite, with a gradient of 0.
     """
     log_q = log_q.gather(-1, indices.clamp(0, log_q.shape[-1] - 1))
     is_masked = log_q == -math.inf
@@ -188,8 +188,8 @@ def terms(
 ) -> Terms:
     """Compute the loss and its terms by differentiable PyTorch operations.
 
-    Arguments are those of :func:`fastkd.loss` with a :class:`fastkd.TopK`, converted to the dtype
-    of ``log_probs``. The loss of a row with an invalid label or list is NaN.
+    Arguments are those of :func:`fastkd.loss`, and the fields of a :class:`fastkd.TopK` or
+    :class:`fastkd.Sampled`. Options that are tensors must have the dtype of ``log_probs``. The loss of a row with an invalid label or list is NaN.
     """
     logits = student.to(log_probs.dtype)
     indices = mark_padding(indices, log_probs)
