@@ -1,4 +1,4 @@
-"""Check the data of a call, which the loss itself does not read."""
+"""Check the data in the tensors of a call, which the loss checks only in part."""
 
 from __future__ import annotations
 
@@ -74,15 +74,15 @@ def check_logits(logits: Tensor, name: str = "logits") -> bool:
     """Warn if ``logits`` look like probabilities, which the loss would soften again.
 
     Outputs of ``softmax`` in place of logits are a common mistake with distillation losses: nothing
-    fails, and the student learns a much flatter teacher. Log-probabilities cause no warning: they
-    are logits of the same distribution.
+    fails, and the student learns a much flatter distribution. Log-probabilities cause no warning,
+    because they are logits of the same distribution.
 
     Args:
         logits: ``(..., C)``.
         name: the name of the argument in the warning.
 
     Returns:
-        True if ``logits`` look like logits.
+        False if ``logits`` look like probabilities, else True.
 
     Raises:
         TypeError: if ``logits`` is not a dense tensor, or ``name`` is not a str.

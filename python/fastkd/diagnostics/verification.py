@@ -19,10 +19,10 @@ from fastkd._core.rows import compute_reference_terms, flatten_rows, map_rows
 from fastkd._core.values import Head, TopK
 from fastkd.losses import KDLoss
 
-# The most logits whose gradients are computed in float64. Evenly spaced rows of a larger tensor
-# are checked.
+# Gradients of at most this number of logits are computed in float64. Evenly spaced rows of a larger
+# tensor are checked.
 _MAX_CHECKED_LOGITS = {"cpu": 2**24, "cuda": 2**27}
-# The tolerance of float32 arithmetic. Logits far from zero lost digits before the loss reads them.
+# float32 needs this tolerance: logits far from zero lost digits before the loss reads them.
 _LEAST_TOLERANCE = 1e-5
 
 
@@ -67,7 +67,7 @@ class Verification(NamedTuple):
 
 
 def _compute_eager(rows: Call) -> Tensor:
-    """Compute the loss by the usual PyTorch operations, in the student's dtype."""
+    """Compute the loss by PyTorch's functions, or by the reference for less common options."""
     o = rows.objective
     soft_labels = rows.labels is not None and rows.labels.is_floating_point()
     needs_reference = (
@@ -108,7 +108,8 @@ def verify(
     """Compare :func:`fastkd.loss` with float64 and with eager PyTorch on your tensors.
 
     The tensors are not changed and get no gradient. The function needs the memory of one gradient,
-    and eager PyTorch a few times as much. If eager PyTorch runs out of memory, it is skipped.
+    and eager PyTorch needs a few times that memory. If eager PyTorch runs out of memory, eager
+    PyTorch is skipped.
 
     Args:
         student: logits, as for :func:`fastkd.loss`.

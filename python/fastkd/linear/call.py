@@ -163,7 +163,7 @@ def find_counted_rows(labels: Tensor | None, ignore_index: int) -> Tensor | None
     """Return the indices of the rows that are not ignored, or None to compute all rows.
 
     All rows are computed if no row is ignored, if labels are None or probabilities, or during the
-    capture of a CUDA graph. Counting rows synchronizes with the GPU, which is an error during a capture.
+    capture of a CUDA graph. Counting rows synchronizes with the GPU, which a capture forbids.
     """
     if labels is None or labels.is_floating_point():
         return None

@@ -3,8 +3,8 @@
 Each chunk has some classes of all rows. One matrix product completes the chunk's rows of the
 weight's gradient, without a sum over chunks. The loss of a row is known only after all classes, so
 two passes compute the logits. The first pass gives the loss and the statistics of the rows
-(class_statistics.py), the second pass the gradients. The logits of a chunk lie in the part of the
-weight's gradient that is not written yet (``planner.divide_classes``).
+(class_statistics.py), and the second pass gives the gradients. If they fit, the logits of a chunk
+lie in the part of the weight's gradient that is not written yet (``planner.divide_classes``).
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from fastkd.linear.planner import (
 
 
 def list_missing_features(inputs: Inputs, call: LinearCall) -> list[str]:
-    """Return the features of a call that chunks of classes lack, as users write them."""
+    """Return the features of a call that chunks of classes lack, as named in messages."""
     names = dispatch.list_missing_features(
         inputs.hidden, inputs.labels, make_objective(inputs, call)
     )
@@ -126,11 +126,12 @@ class _Loop:
                 values[:, size:] = -math.inf
             labels, objective = inputs.labels, self.objective._replace(ignore_index=-1)
             if labels is not None:
-                # Labels become positions in the chunk; a label outside it, the first masked class.
+                # Labels become positions in the chunk. A label outside the chunk becomes the first
+                # masked class.
                 positions = (labels - start).where(
                     (labels >= start) & (labels < start + size), size
                 )
-                # Ignored rows were not removed during the capture of a CUDA graph.
+                # The capture of a CUDA graph does not remove ignored rows, so they are labeled -1.
                 labels = positions.masked_fill(labels == call.ignore_index, -1)
             chunk = inputs._replace(labels=labels)
             yield part, make_call(buffers[0], buffers[1], chunk, objective, call), slope

@@ -4,8 +4,9 @@ For a part of the classes, the kernels return the sums of exponentials and the d
 there were no other classes. Sums of parts are added once they are relative to the same maximum.
 Divergences of parts combine by the chain rule (docs/maths.md, section 14). The divergence of all
 classes is the divergence between the parts, plus the mean of the divergences within the parts. The
-mean weighs each part by the teacher's probability of the part. The formula for the divergence
-between parts does not cancel. Arithmetic is float64, on a few numbers for each row.
+mean weighs each part by the teacher's probability of the part, or, for the reverse KL, by the
+student's probability. The formula for the divergence between parts does not cancel. Arithmetic is
+float64, on a few numbers for each row.
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ class RowStatistics:
         """Start with no class; ``like`` has the dtype and device of the kernel's statistics."""
         o = self.objective = objective
         self.like = like
-        # The factors of the exponents, rounded as in the kernels (a number / tensor rounds twice).
+        # The factors of the exponents are rounded as in the kernels. A number divided by a tensor
+        # would be rounded twice.
         self.hard_slope = torch.full_like(like, _LOG2E)
         self.student_slope, self.teacher_slope = (
             self.hard_slope / (t.to(like) if isinstance(t, Tensor) else torch.full_like(like, t))
@@ -39,7 +41,8 @@ class RowStatistics:
         )
         lowest = like.new_full((rows,), -math.inf)
         self.student_top, self.teacher_top = lowest, lowest
-        # log2 of the sums of exp(z / t), exp(z) and exp(w / t).
+        # These are log2 of the sums of exp(z / t), exp(z) and exp(w / t), where z are the student's
+        # logits, w the teacher's, and t the temperature of each.
         self.student_mass = self.hard_mass = self.teacher_mass = lowest.double()
         self.divergence = torch.zeros_like(self.student_mass)
         self.label_logit = lowest.double()
@@ -59,7 +62,7 @@ class RowStatistics:
             self.label_logit = torch.maximum(self.label_logit, label_logits.double())
         students = torch.stack([self.student_mass, student])
         teachers = torch.stack([self.teacher_mass, teacher])
-        # If student or teacher masks a part, its classes contribute no divergence.
+        # A part that student or teacher masks contributes no divergence within the part.
         has_both = (students > -math.inf) & (teachers > -math.inf)
         parts = torch.stack([self.divergence, within.double()]).where(has_both, 0.0)
         self.student_mass = torch.logaddexp2(self.student_mass, student)
@@ -81,7 +84,7 @@ class RowStatistics:
     def loss(self, labels: Tensor | None) -> Tensor:
         """Return the loss of each row."""
         o = self.objective
-        # False for a logit that is NaN or +inf, and for a row whose classes are all masked.
+        # A row is not valid if a logit is NaN or +inf, or if all classes of the row are masked.
         valid = self.student_mass.isfinite() & self.teacher_mass.isfinite()
         soft_weight = o.soft_weight * o.temperature * o.temperature
         loss = _apply_weight(soft_weight, self.divergence.where(valid, math.nan))

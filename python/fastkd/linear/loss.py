@@ -71,7 +71,7 @@ def compute_routed(
     for each, rows in zip(teacher.teachers, rows_of, strict=True):
 
         def select_rows(value: Tensor, trailing: int, rows: Tensor = rows) -> Tensor:
-            """Return the rows of the teacher; ``trailing``: number of dimensions after the rows."""
+            """Return the teacher's rows of ``value``; ``trailing``: dimensions after the rows."""
             return value.reshape(-1, *value.shape[value.dim() - trailing :])[rows]
 
         teacher_part: Any = (
@@ -163,7 +163,7 @@ class _LinearLoss(torch.autograd.Function):
         out, *grads = _compute_in_chunks(inputs, no_grads if in_backward else call)
         ctx.call = call
         ctx.save_for_backward(*tensors)
-        # Not saved by save_for_backward: backward scales the gradients in place and returns them.
+        # Saved tensors must not change, and backward scales the gradients in place.
         ctx.grads = None if in_backward else tuple(grads)
         return out
 

@@ -25,7 +25,7 @@ FEW_ROWS = {"cuda": 256, "cpu": 32}
 CLASSES = {"cuda": 8192, "cpu": 4096}
 """Most classes of a chunk of classes."""
 PADDING = 8
-"""Masked classes at the end of each row of a chunk of classes: 16 bytes, to keep rows aligned."""
+"""Masked classes at the end of each row of a chunk of classes: 16 bytes or more, to align rows."""
 ALIGNMENT = 256
 _FEWEST_CLASSES = 64
 """Size of the smallest chunks of classes; their logits may lie outside the weight's gradient."""
@@ -238,7 +238,7 @@ def _plan_classes(
     item_bytes = -(-sizes.row_bytes // classes)
     total, cast = sizes.compute_weight_bytes(accumulate)
     grad = total // classes
-    sum_itemsize = max(4, sizes.dtype.itemsize)  # of the hidden states' summed gradient
+    sum_itemsize = max(4, sizes.dtype.itemsize)  # for the hidden states' summed gradient
     row_bytes = sizes.width * sum_itemsize + sizes.copied_per_row + _ROW_STATISTICS_BYTES
     if sizes.copied_per_row:
         row_bytes += sizes.width * sizes.dtype.itemsize

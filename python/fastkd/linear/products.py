@@ -2,8 +2,8 @@
 
 On CUDA, cuBLAS multiplies 16-bit factors, and returns float32 if the sum is float32. On a CPU,
 PyTorch has no product with a wider result than its factors. Without the processor's 16-bit
-instructions, oneDNN falls back to loops that are much slower than float32. Such products are
-therefore computed in float32, from converted blocks of classes.
+instructions, oneDNN falls back to loops that are much slower than products in float32. In both
+cases, products are computed in float32, from converted blocks of classes.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ def write_logits_(out: Tensor, head: Head, slope: Tensor | None = None) -> Tenso
     if cap is not None:
         out.div_(cap)
         if slope is not None:
-            # 1 / cosh^2: 1 - tanh^2 would cancel in 16 bits.
+            # The derivative of tanh is 1 / cosh^2; 1 - tanh^2 would cancel in 16 bits.
             torch.cosh(out, out=slope).pow_(-2)
         out.tanh_().mul_(cap)
     return out

@@ -75,7 +75,7 @@ def run(inputs: Inputs, call: LinearCall, counted: Tensor | None, power: Tensor 
         if grad is None:
             continue
         del logits, teacher_logits
-        if chunk == rows:  # free the buffers, except the one that holds the gradient
+        if chunk == rows:  # free all buffers but the gradient's
             del buffer, teacher_buffer
         if part_slope is not None:
             grad.mul_(part_slope)

@@ -106,7 +106,7 @@ def dkd(log_p: Tensor, log_q: Tensor, labels: Tensor, mix: float) -> Tensor:
 
 
 def _subtract(teacher: Tensor, student: Tensor) -> tuple[Tensor, Tensor]:
-    """Return student - teacher, 0 for classes that both mask, and the count of all classes but these."""
+    """Return student - teacher, 0 where both mask a class, and the count of remaining classes."""
     absent = (teacher == -math.inf) & (student == -math.inf)
     difference = student.masked_fill(absent, 0) - teacher.masked_fill(absent, 0)
     return difference, (~absent).sum(-1, keepdim=True)

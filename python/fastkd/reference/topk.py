@@ -39,7 +39,7 @@ def mass(indices: Tensor, log_probs: Tensor) -> Tensor:
 
 
 def _logsumexp(log_q: Tensor, present: Tensor) -> Tensor:
-    """Return log of the sum of exp(log_q) where ``present``; -inf, with no gradient, for an empty sum."""
+    """Return log sum exp(log_q) over ``present``; -inf, with no gradient, for an empty sum."""
     present = present & (log_q > -math.inf)
     is_empty = ~present.any(-1, keepdim=True)
     terms = log_q.masked_fill(~present, -math.inf).masked_fill(is_empty, 0)
@@ -123,7 +123,8 @@ def estimate(log_q: Tensor, indices: Tensor, log_probs: Tensor, estimator: str) 
     """Estimate KL(student || teacher) from one class of each row, ``(..., 1)``; 0 for padding.
 
     The gradient of ``"k1"`` is the policy gradient: the student's minus the teacher's
-    log-probability, detached, times the gradient of the student's log-probability. A class that the student masks makes the estimate infinite, with a gradient of 0.
+    log-probability, detached, times the gradient of the student's log-probability. A class that the
+    student masks makes the estimate infinite, with a gradient of 0.
     """
     log_q = log_q.gather(-1, indices.clamp(0, log_q.shape[-1] - 1))
     is_masked = log_q == -math.inf
@@ -189,7 +190,8 @@ def terms(
     """Compute the loss and its terms by differentiable PyTorch operations.
 
     Arguments are those of :func:`fastkd.loss`, and the fields of a :class:`fastkd.TopK` or
-    :class:`fastkd.Sampled`. Options that are tensors must have the dtype of ``log_probs``. The loss of a row with an invalid label or list is NaN.
+    :class:`fastkd.Sampled`. Options that are tensors must have the dtype of ``log_probs``. The loss
+    of a row with an invalid label or list is NaN.
     """
     logits = student.to(log_probs.dtype)
     indices = mark_padding(indices, log_probs)

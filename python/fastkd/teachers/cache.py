@@ -25,8 +25,8 @@ class TeacherCache:
 
     Args:
         path: the folder that :func:`precompute` wrote, completely or in part.
-        classes: refuse a cache with another number of classes.
-        teacher: refuse a cache of a teacher with other weights.
+        classes: the number of classes that the cache must have. Default None: any number.
+        teacher: a module with the weights that must have computed the cache. Default None: any.
 
     Attributes:
         classes: number of classes of the teacher.
@@ -205,19 +205,19 @@ class TeacherCache:
         return index
 
     def lookup(self, ids: Tensor, shape: tuple[int, ...] | None = None) -> Tensor | TopK:
-        """Return the teacher's log-probabilities of these samples.
+        """Return the teacher's log-probabilities of the samples with the given ids.
 
         Args:
             ids: ``(B,)`` integers, on any device, in any order.
             shape: shape of a sample's rows in the batch, ``student_logits.shape[1:-1]``. Sequences
                 are padded to this shape: with index -1 and log-probability -inf, or with equal
                 probabilities if the cache holds all classes. Mask padding rows by their labels.
-                Default: the length of the longest of these sequences.
+                Default: the shape in the cache, or the length of the longest sequence.
 
         Returns:
             ``(B, *shape, classes)`` log-probabilities; with ``top_k``, a :class:`fastkd.TopK` of
-            shape ``(B, *shape, k)``, largest first, with indices in int64. On the CPU, in the
-            cache's dtype.
+            shape ``(B, *shape, k)``, largest first, with indices in int64. The tensors are on
+            the CPU, and the log-probabilities in the cache's dtype.
 
         Raises:
             TypeError: for ids that are not integers, or a shape that is not a tuple.

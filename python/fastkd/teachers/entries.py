@@ -38,8 +38,8 @@ memory of a result to this multiple of the memory of the reply."""
 class Entries:
     """Hold the entries of all positions of a reply, one after the other.
 
-    The entries are checked and converted together, because 100,000 separate checks would take most
-    of the time.
+    The entries are checked and converted together, because separate checks would take most of the
+    time of a long reply.
 
     Attributes:
         counts: number of entries of each position.
@@ -82,7 +82,7 @@ class Entries:
             )
 
     def fail(self, entry: int, message: str) -> NoReturn:
-        """Raise ValueError about an entry, by its index among those of all positions."""
+        """Raise ValueError about an entry, by its index among the entries of all positions."""
         position = bisect.bisect_right(list(itertools.accumulate(self.counts)), entry)
         raise ValueError(f"{self.field}[{position}]: {message}")
 
@@ -206,7 +206,7 @@ class Entries:
     def check_tokens(
         self, indices: Tensor, tokens: Sequence[int] | Tensor, lists_tokens: bool
     ) -> None:
-        """Raise if the reply cannot be about these tokens."""
+        """Raise if the reply cannot be about ``tokens``."""
         try:
             ids = tokens if isinstance(tokens, Tensor) else _to_tensor("q", tokens, torch.int64)
         except (TypeError, OverflowError):

@@ -74,10 +74,10 @@ def from_vllm(
               with ``"prompt_logprobs"``;
             - a ``vllm.RequestOutput``, an object with ``.prompt_logprobs``;
             - ``outputs[0].logprobs`` of a ``vllm.RequestOutput``, for generated tokens, or a part
-              of any such list: a sequence of dictionaries from token id to ``{"logprob": ...}`` or
-              ``vllm.Logprob``. The first entry of the sequence may be None.
+              of one of these lists: a sequence of dictionaries from token id to
+              ``{"logprob": ...}`` or ``vllm.Logprob``. The first entry of the sequence may be None.
         tokens: the ids of the sequence's tokens, ``(n,)``. If given, the reply must have n
-            positions and list each of these tokens; other replies raise an error.
+            positions and list each of these tokens, or the function raises an error.
         k: number of entries of a row: the most probable entries, then padding. Default: the length
             of the longest list.
         tail: see :class:`fastkd.TopK`.
@@ -86,12 +86,14 @@ def from_vllm(
         A :class:`fastkd.TopK` on the CPU with ``log_probs`` float32 ``(n, k)`` and ``indices``
         int64 ``(n, k)``, most probable first, padded with -inf and -1. Row i scores token i. A
         listed token of probability 0 keeps its index, with -inf. The order is that of the
-        log-probabilities: with ``logprob_token_ids``, vLLM's ranks are those of the request.
+        log-probabilities, not of vLLM's ranks: with ``logprob_token_ids``, the rank is the token's
+        position in the request.
 
     Raises:
         TypeError: if ``reply``, ``tokens`` or ``k`` has the wrong type.
-        ValueError: if the reply lacks the field; or if a position has another form, lists a token
-            twice, or has numbers that are not log-probabilities. The message names the position.
+        ValueError: if the reply lacks the field; or if a position is not a dictionary, lists a
+            token twice, or has numbers that are not log-probabilities. The message names the
+            position.
 
     Example:
         >>> from fastkd.teachers import served
@@ -129,8 +131,8 @@ def from_sglang(
 
     Args:
         reply: a reply of ``/generate``, or its ``"meta_info"``.
-        field: the list to read. ``input_`` is the prompt after ``logprob_start_len`` tokens, and
-            ``output_`` the generated text.
+        field: the list to read. ``input_...`` is about the prompt after ``logprob_start_len``
+            tokens, and ``output_...`` about the generated text.
 
             - ``..._top_logprobs``: the most probable tokens (``top_logprobs_num=k``);
             - ``..._token_logprobs``: the sequence's tokens, one entry per row, for :func:`gather`;
@@ -144,7 +146,7 @@ def from_sglang(
 
     Raises:
         TypeError: if ``reply``, ``tokens`` or ``k`` has the wrong type.
-        ValueError: as :func:`from_vllm`; or if there is no such ``field``.
+        ValueError: as :func:`from_vllm`; or if the reply lacks ``field``.
 
     Example:
         >>> from fastkd.teachers import served
@@ -229,8 +231,9 @@ def gather(topk: TopK, tokens: Tensor, estimator: Estimator = "k1") -> Sampled:
     """Select one token from each row's list, for a loss on the sampled tokens alone.
 
     Args:
-        topk: the result of a reader or of :func:`collate`, ``(..., k)``. Read with ``k=None``,
-            since vLLM lists the sequence's token last if it is not among the k most probable.
+        topk: the result of a reader or of :func:`collate`, ``(..., k)``. Read the reply
+            with ``k=None``, since vLLM lists the sequence's token last if the token is not among
+            the k most probable.
         tokens: ``(...)`` token ids of any integer dtype, aligned with the rows. A negative id, such
             as the label -100, makes the row padding.
         estimator: see :class:`fastkd.Sampled`.

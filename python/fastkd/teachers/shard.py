@@ -7,7 +7,7 @@ A shard is a safetensors file with these tensors, for n samples with R rows in t
 - ``inputs`` int64 [n], a digest of the teacher's inputs;
 - ``checksums`` int64 [n], the CRC-32 of the sample's rows of ``log_probs``, then of ``indices``;
 - ``log_probs`` [R, classes], or [R, k], the k largest of each row;
-- ``indices`` int32 [R, k], the classes of these k.
+- ``indices`` int32 [R, k], the classes of these k log-probabilities.
 
 The file's header holds the fields of :class:`Header`, ``kl``, ``tail`` and ``crc32`` as text.
 ``crc32`` covers everything but ``log_probs`` and ``indices`` (:func:`_compute_crc32`), and
@@ -70,7 +70,7 @@ class Shard(NamedTuple):
 
 
 def compute_checksums(shard: Shard, starts: Tensor, lengths: Tensor) -> Tensor:
-    """Compute the CRC-32 of each sample, whose rows begin at ``start``."""
+    """Compute the CRC-32 of each sample, whose rows begin at its entry of ``starts``."""
     sums = [0] * len(starts)
     for tensor in (shard.log_probs, shard.indices):
         if tensor is not None:
@@ -108,7 +108,7 @@ def write(folder: pathlib.Path, shard: Shard) -> None:
     metadata["crc32"] = _compute_crc32(metadata, shard, checksums)
     fields = {**shard._asdict(), "checksums": checksums}
     tensors = {name: value for name, value in fields.items() if isinstance(value, Tensor)}
-    # The name is random, since processes in two containers may have the same process number.
+    # The name is random, since processes in two containers may have the same process id.
     part = folder / f".{secrets.token_hex(8)}.part"
     try:
         extras.load("safetensors.torch", "train").save_file(tensors, part, metadata)

@@ -17,7 +17,7 @@ from fastkd.teachers import shard
 from fastkd.teachers.cache import TeacherCache
 from fastkd.teachers.digests import digest_inputs, fingerprint
 
-# Float32 logits in a chunk. About five tensors of this size exist at a time.
+# A chunk has about this number of float32 logits. About five tensors of this size exist at a time.
 _CHUNK = 2**20
 
 
@@ -41,13 +41,13 @@ def precompute(
 
     The function writes the rows of log softmax(teacher(x) / T), or the ``top_k`` largest entries of
     each row. Each file appears complete or not at all. If the process is killed, the completed
-    files are a valid cache; another call computes only the missing samples. The teacher runs on its
+    files are a valid cache; a later call computes only the missing samples. The teacher runs on its
     device, in evaluation mode and without gradients.
 
     Args:
         teacher: module that returns logits ``(B, C)``, ``(B, T, C)`` or ``(B, ..., C)``, or an
             output that has them as ``.logits``.
-        loader: yields batches with sample ids. A ``DataLoader`` over a :class:`WithIds`, or an
+        loader: batches with sample ids: a ``DataLoader`` over a :class:`WithIds`, or an
             iterable of ``(inputs, labels, ids)`` or mappings with ``"ids"``.
         path: a folder; created if it does not exist.
         top_k: how many classes of each row to store, largest first. None: all classes.
@@ -71,7 +71,8 @@ def precompute(
         TypeError: if ``teacher`` is not a module.
         ValueError: if ``path`` holds a cache whose options or teacher differ.
         ValueError: if the loader gives no batch, or a batch without ids.
-        ValueError: if the teacher's logits hold NaN or +inf, or change their shape.
+        ValueError: if the teacher's logits hold NaN or +inf, or a row of -inf; or if they change
+            their shape, or have fewer than ``top_k`` classes.
 
     Example: see :class:`TeacherCache`.
     """
@@ -198,9 +199,9 @@ def _measure_distortion(
 ) -> tuple[Tensor, Tensor]:
     """Return KL(p || the reader's reconstruction of p) and the tail's probability, both ``[R]``.
 
-    A reader knows the stored log-probabilities. The tail is the probability of all other classes,
-    and the reader spreads the tail evenly over these classes. The reader's values q sum to 1 + z,
-    so KL = sum p log(p / q) + log(1 + z). With d = log(p / q), a stored class contributes
+    A reader knows the stored log-probabilities. The tail is the probability of all classes that are
+    not stored, and the reader spreads the tail evenly over these classes. The reader's values q sum
+    to 1 + z, so KL = sum p log(p / q) + log(1 + z). With d = log(p / q), a stored class contributes
     p (d + exp(-d) - 1), which does not cancel where q is near p.
     """
     p = log_p.exp()
@@ -240,7 +241,7 @@ class _Writer:
         return new
 
     def add(self, header: shard.Header, tensors: dict[str, Tensor]) -> None:
-        """Add samples, and write a shard if enough have been collected."""
+        """Add samples, and write a shard if the collected samples have ``shard_bytes``."""
         self._header = self._header or header
         for name, old, new in zip(header._fields, self._header, header, strict=True):
             if old != new:
