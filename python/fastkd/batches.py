@@ -6,8 +6,8 @@ A batch is one of
 - ``(inputs, labels, ids)``: a :class:`Labelled`, or any tuple of three. The ids are those of the
   samples in a :class:`fastkd.teachers.TeacherCache`;
 - an :class:`Unlabelled`, ``(inputs, ids)``;
-- a mapping with ``"labels"`` and ``"ids"``, both optional. The mapping's other entries are keyword
-  arguments of the models, as in Hugging Face's libraries.
+- a mapping with ``"labels"`` and ``"ids"``, both optional. All other entries of the mapping are
+  keyword arguments of the models, as in Hugging Face's libraries.
 
 :class:`WithIds` adds the ids to a dataset.
 """

@@ -79,9 +79,9 @@ def loss(
     This is the loss of Hinton, Vinyals and Dean, "Distilling the Knowledge in a Neural Network"
     (2015). T^2 keeps the size of the soft gradients independent of T. One pass reads the logits and
     writes the gradient. Arithmetic is float64 if either input is float64, else float32. No digits
-    cancel when the student is close to its teacher. Options such as ``divergence``
-    choose other objectives. docs/objectives.md lists the objectives without a kernel, which PyTorch
-    operations compute. :func:`fastkd.explain` describes in words what a set of options computes.
+    cancel when the student is close to its teacher. Options such as ``divergence`` change the
+    formula. docs/objectives.md lists the objectives without a kernel, which PyTorch operations
+    compute. :func:`fastkd.explain` describes in words what a set of options computes.
 
     Args:
         student: ``(..., C)`` logits, float64, float32, bfloat16 or float16, or a
@@ -199,7 +199,7 @@ def loss(
         TypeError, ValueError: for invalid arguments, before anything is computed. The
             message names the argument, what was given, and what is accepted. A label or an index
             out of range, and an invalid list, raise on the CPU. CUDA is not synchronized for this
-            check: a row with such a label, index or list gets a NaN loss and gradient, and
+            check: a row with an invalid label, index or list gets a NaN loss and gradient, and
             :func:`fastkd.check_inputs` reports the first invalid label. A list is invalid if a
             class is out of range or listed twice, or if its probabilities sum to more than 1.1.
 

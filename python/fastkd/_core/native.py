@@ -1,4 +1,4 @@
-"""Load the native library, which registers the ops, and C++ autograd if it fits torch."""
+"""Load the native library (the ops) and, if it fits the installed torch, C++ autograd."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ CUDA_KERNELS = bool(_C.cuda_architectures)
 
 
 def _load_eager() -> tuple[Any, str]:
-    """Register autograd in C++ (csrc/torch/eager.cpp) if it was built with the running torch.
+    """Register autograd in C++ (csrc/torch/eager.cpp) if it was built with the installed torch.
 
     Return the module, or None, and a description for ``fastkd info``.
     """
     try:
         from fastkd import _eager
-    except ImportError:  # the module is not built, or needs a symbol that the running torch lacks
+    except ImportError:  # the module is not built, or needs a symbol that the installed torch lacks
         return None, f"off: not built for torch {torch.__version__}: install from source to get it"
     if (built := _eager.torch_version) != torch.__version__:
         return (

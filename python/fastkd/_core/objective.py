@@ -174,7 +174,7 @@ def _check_mix(divergence: str, mix: object) -> float | None:
     checked = validation.check_number(
         "mix", mix, low, high, open_low=definition.mix_open, open_high=definition.mix_open
     )
-    if definition.mix_open and 1 - checked == 1:  # only one distribution would remain
+    if definition.mix_open and 1 - checked == 1:  # the mixture would be one distribution
         raise ValueError(
             f"mix is too small for float64: 1 - mix must be less than 1; got {checked!r}"
         )

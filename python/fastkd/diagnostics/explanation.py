@@ -169,7 +169,7 @@ def explain(*, teacher: TopK | Sampled | None = None, show: bool = True, **optio
 
     Args:
         teacher: a sparse teacher, whose tail or estimator is described. Default: a dense teacher.
-        show: True to print the text as well.
+        show: True to print the text.
         options: the options of :func:`fastkd.loss`, which are checked.
 
     Returns:

@@ -23,9 +23,9 @@ def check_inputs(
     """Raise if the data of a call of :func:`fastkd.loss` with logits is not valid.
 
     The loss does not synchronize CUDA, so a label or a temperature out of range cannot raise on
-    CUDA. Such a value makes the loss and the gradient of its row NaN. This function synchronizes,
-    reads the data, and names the first invalid row. Use this function when a loss becomes NaN. On
-    the CPU the loss itself checks labels and temperatures.
+    CUDA. A value out of range makes the loss and the gradient of its row NaN. This function
+    synchronizes, reads the data, and names the first invalid row. Use this function when a loss
+    becomes NaN. On the CPU the loss itself checks labels and temperatures.
 
     Args:
         student: ``(..., C)``.

@@ -1,7 +1,7 @@
 """Combine the statistics of parts of a row's classes into the row's statistics and loss.
 
 For a part of the classes, the kernels return the sums of exponentials and the divergence, as if
-there were no other classes. Sums of parts are added once they are relative to the same maximum.
+there were no other classes. Sums of parts are added once they are relative to one maximum.
 Divergences of parts combine by the chain rule (docs/maths.md, section 14). The divergence of all
 classes is the divergence between the parts, plus the mean of the divergences within the parts. The
 mean weighs each part by the teacher's probability of the part, or, for the reverse KL, by the
