@@ -227,9 +227,9 @@ constexpr RootTable kRootTable{};
 
 // The exponential 2^x, computed as 2^(n / kRoots) 2^(f / kRoots) with |f| <= 1/2. The low bits of n
 // select the first factor from a table that is one register. A polynomial of degree 3 is enough for
-// the second factor. Six products are needed instead of eight, and the lookup and the shift do not
-// use the execution ports of products. The error is at most 1.0 ulp, or 1.2 ulp with 8 roots
-// (measured, tests/kernels). Special values are handled as in Exponential.
+// the second factor. Six products are needed instead of eight, and one table lookup in addition.
+// The error is at most 1.0 ulp, or 1.2 ulp with 8 roots (measured, tests/kernels). Special values
+// are handled as in Exponential.
 template <>
 struct Exponentials<float> {
 #if defined(__AVX512F__)
