@@ -44,8 +44,9 @@ struct ConstantsOf {
   // mix and 1 - mix, whose sum is exactly 1 in T. An error of this sum would show where the
   // logarithm of the mixture is close to 0.
   T mix = 0, rest = 1;
-  // Series in d of a mixture m, for |d| <= kSeriesLimit: value / (q d^2), and (1 - mix) log(m / q)
-  // / d. fp64 has the Taylor series, and fp32 a series of fewer terms (economize()).
+  // Series in d = log(p / q) of two quantities of a class, for |d| <= kSeriesLimit. `value`: the
+  // divergence's value over q d^2. `log`: (1 - mix) log(m / q) over d, for the mixture m of p and
+  // q. fp64 has the Taylor series, and fp32 a series of fewer terms (economize()).
   T value[kIsDouble ? 14 : 6] = {};
   T log[kIsDouble ? 14 : 5] = {};
 };
@@ -71,7 +72,7 @@ FASTKD_HOST_DEVICE const ConstantsOf<T>& constants_in(const Constants& k) {
 }
 
 // Compute a polynomial `few` that is close to the polynomial `many` for |d| <= kSeriesLimit. Each
-// step subtracts the multiple of a Chebyshev polynomial that cancels the highest power
+// step subtracts the multiple of the Chebyshev polynomial T_n that cancels the highest power d^n
 // (economization of power series).
 template <int kMany, int kFew>
 void economize(const double (&many)[kMany], float (&few)[kFew]) {
@@ -102,8 +103,8 @@ inline Constants make_constants(Divergence id, double mix) {
       id != Divergence::kSkewedReverseKL) {
     return both;
   }
-  // Coefficients of the powers of d: e of exp(d), m of m / q = 1 - a + a exp(d), and l of log(m /
-  // q). The coefficients l follow from m l' = m'.
+  // Coefficients of the powers of d. e: exp(d). m: the mixture over q, 1 - a + a exp(d), where a is
+  // the share of p. l: the logarithm of this ratio, which follows from m l' = m'.
   const double a = id == Divergence::kSkewedReverseKL ? 1 - mix : mix;
   double e[kPowers], m[kPowers], l[kPowers];
   e[0] = m[0] = 1, l[0] = 0;

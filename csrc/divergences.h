@@ -1,5 +1,5 @@
-// The divergences: value and slope of one class, from p, q and d. A new divergence needs no change
-// of the engines.
+// The divergences: value and slope of one class, from p, q and d (numerics.h). A new divergence
+// needs no change of the engines.
 //
 // For D = sum_i value(p_i, q_i), let slope_i = q_i * d value / d q_i and S = sum_i slope_i. Then
 //   dD/dz_i = (slope_i - q_i * S) / t
@@ -27,8 +27,8 @@ enum class SlopeCentering {
   // divergences with kMean read only the difference of two logits.
   kMean,
   kCentered,
-  // (slope - u D) / |z| for Cosine, where u is the student's unit vector and D the sum of the
-  // slopes. Classes that student and teacher both mask have slopes of NaN.
+  // (slope - u D) / |z| for Cosine, where u is the student's unit vector and D the divergence.
+  // Classes that student and teacher both mask have slopes of NaN.
   kUnit,
 };
 
@@ -216,7 +216,7 @@ struct Cosine {
 // Return true if a row's norm has no inverse in T.
 template <class T>
 FASTKD_HOST_DEVICE bool has_no_inverse(double squares) {
-  // Greatest norm without an inverse. For fp64, the square of such a norm is 0.
+  // Greatest norm without an inverse. In fp64 only a norm whose square is 0 has no inverse.
   constexpr double kGreatest = sizeof(T) == sizeof(double) ? 0 : 1 / 3.4028234663852886e38;
   return squares <= kGreatest * kGreatest;
 }
@@ -263,12 +263,12 @@ FASTKD_HOST_DEVICE T expm1_of_small(T x) {
 template <class T>
 struct BinaryKL {
   T value;
-  T diff;  // q_y - p_y
+  T diff;  // q - p of the label
 };
 
-// Return the KL divergence of the two outcomes of Odds. `difference`: the difference of the two
-// logarithms, which may be known more accurately than each logarithm. With this difference nothing
-// cancels if p_y is near q_y.
+// Return the KL divergence of the two outcomes of Odds. `difference`: the teacher's log odds minus
+// the student's, which may be known more accurately than each logarithm. With this difference
+// nothing cancels if the label's p is near its q.
 template <class T>
 FASTKD_HOST_DEVICE BinaryKL<T> binary_kl(const Odds<T>& teacher, const Odds<T>& student,
                                          T difference) {
@@ -317,8 +317,8 @@ FASTKD_HOST_DEVICE auto visit(Divergence id, Fn&& fn) {
   return fn(ForwardKL{});
 }
 
-// Return true if value and gradient come from one sweep, as for the forward KL. Other divergences
-// have a gradient only after the slopes are summed.
+// Return true if value and gradient come from one sweep, as for the forward KL. If false, the
+// gradient is known only after the slopes are summed.
 FASTKD_HOST_DEVICE bool is_one_sweep(Divergence id) {
   return id == Divergence::kForwardKL || id == Divergence::kSoftCrossEntropy ||
          id == Divergence::kDecoupled;
@@ -343,7 +343,7 @@ FASTKD_HOST_DEVICE constexpr bool leaves_out_masked(SlopeCentering centering) {
 }
 
 // Return 0 instead of a negative number, and NaN for NaN. A divergence is never negative, but its
-// terms may round to a negative number if they are differences of the least numbers.
+// terms may round to a negative number if the terms are differences of subnormal numbers.
 template <class T>
 FASTKD_HOST_DEVICE T at_least_0(T value) {
   return value < T{} ? T{} : value;

@@ -1,7 +1,7 @@
 // The interface between the kernels and their callers: structs and functions without torch. topk.h
 // and mixture.h extend this interface.
 //
-// One call computes, for each row of logits,
+// One call computes, for each row of logits and its temperature t,
 //   loss = hard_weight * CE(student, label)
 //         + soft_weight * t^2 * D(softmax(teacher / t), softmax(student / t))
 // (docs/maths.md, section 1). The gradient with respect to the student's logits is computed in the
@@ -28,7 +28,8 @@ enum Term : int { kHard, kSoft, kStudentEntropy, kTeacherEntropy, kAgreement, kT
 enum RowSetting : int { kTemperature, kTeacherTemperature, kHardWeight, kSoftWeight, kRowSettings };
 
 // The rows of `stats`: the numbers of a row from which backward recomputes the gradient, bit for
-// bit.
+// bit. z and w are the student's and the teacher's logits, and t is the temperature of the logits
+// it divides.
 enum Stat : int {
   kStudentMax,    // max z
   kStudentScale,  // 1 / sum exp((z - max z) / t)
@@ -39,8 +40,8 @@ enum Stat : int {
   kClassCount,    // n of SlopeCentering (divergences.h), or 0
   kStats,
 
-  // Aliases of the names above, for divergences that store different numbers. kCosine: the inverse
-  // norms 1 / |z| and 1 / |w|.
+  // Aliases of the rows above, for divergences that replace the numbers of those rows. kCosine: the
+  // inverse norms 1 / |z| and 1 / |w|.
   kStudentInverseNorm = kStudentScale,
   kTeacherInverseNorm = kTeacherScale,
   // kCenteredSquaredError: the means of z and of w.
@@ -116,8 +117,8 @@ struct ForwardArgs : Inputs {
   // CUDA takes the factor from `denominator`, or counts the rows that are not ignored.
   Reduction reduction = Reduction::kMean;
   double scale = 1.0;
-  // A further factor of the gradient, on the CPU only: the grad_output that backward would be
-  // called with.
+  // A factor of the gradient besides `scale`, on the CPU only: the grad_output that backward would
+  // be called with.
   double grad_output = 1.0;
 };
 
@@ -141,10 +142,11 @@ namespace cpu {
 // (docs/maths.md, section 9).
 constexpr int64_t kSegment = 32768;
 
-// Most classes of an fp32 row that uses the transposed layout, one row per SIMD lane. All fp32 rows
-// whose classes are not adjacent use that layout as well. The layout saves each row's padded last
-// step and separate logarithms, but several rows of many classes do not fit in L1. That layout
-// saves 11 % of the time at 128 classes, and costs 6 % at 160 (Zen 4, 2026-11-28).
+// Most classes of a row that uses the transposed layout, one row per SIMD lane. A row whose classes
+// are not adjacent uses that layout at any length, and a row computed in fp64 never. The layout
+// saves each row's padded last step and separate logarithms, but several rows of many classes do
+// not fit in L1. That layout saves 11 % of the time at 128 classes, and costs 6 % at 160 (Zen 4,
+// 2026-11-28).
 constexpr int64_t kNarrow = 144;
 
 FASTKD_HOST_DEVICE bool has_apart_classes(const Inputs& in) {
@@ -162,11 +164,11 @@ struct Statistics {
   // else 0.
   double student_label = 0, teacher_label = 0;
   // kCosine: the sums of z^2 and w^2. kCenteredSquaredError: the sums of z and w over the classes
-  // that are not masked, and the numbers of these classes. Other divergences: 0.
+  // that are not masked, and the numbers of these classes. All divergences but these two: 0.
   double student_moment = 0, teacher_moment = 0;
   double student_count = 0, teacher_count = 0;
-  // The sum over classes of exp((w - max w) / t) times (w - max w) - (z - max z). The sum is NaN if
-  // abandoned because student and teacher are close, and 0 if unused (cpu/row.h).
+  // The sum over classes of exp((w - max w) / t) times the difference (w - max w) - (z - max z).
+  // The sum is NaN if abandoned because the row is not well separated, and 0 if unused (cpu/row.h).
   double log_ratio_sum = 0;
 };
 // Sums of the second sweep over one segment of one row.
@@ -190,8 +192,8 @@ struct Kernels {
   // The steps of forward(), for a few rows that are longer than a segment. First, scan every
   // segment of a row. Unless the divergence is_one_sweep(), sum the slopes of every segment next,
   // given all statistics. Then write every segment, given the total of the sums. Last, close the
-  // row. Statistics and sums have ceil(classes / kSegment) entries. sum_slopes and write add to the
-  // segment's entry of the sums.
+  // row: write its loss, terms and statistics. Statistics and sums have ceil(classes / kSegment)
+  // entries. sum_slopes and write add to the segment's entry of the sums.
   void (*scan)(const ForwardArgs&, int64_t row, int64_t segment, Statistics*);
   void (*sum_slopes)(const ForwardArgs&, int64_t row, int64_t segment, const Statistics* of_row,
                      Sums* of_segment);
@@ -210,7 +212,8 @@ struct Kernels {
   void (*mixture)(const MixtureArgs&, int64_t begin, int64_t end);
 };
 
-// Return the sums over all segments. The order is that of forward(), so that the bits are equal.
+// Return the sums of slopes and classes over all segments, with 0 for the remaining sums. The order
+// is that of forward(), so that the bits are equal.
 Sums total(const Sums* of_segments, int64_t segments);
 
 // Return the best kernels that this processor can run, or the kernels that FASTKD_CPU_CAPABILITY
@@ -241,7 +244,7 @@ int forward(const ForwardArgs& args, void* total, const void* denominator, void*
 // Compute backward. `filled`: args.grad already holds the gradient for grad_output = 1, as forward
 // wrote it. The kernel reads grad_output and returns at once if grad_output is 1. Otherwise 16-bit
 // gradients are recomputed from the logits. The second rounding of scaling is then avoided, and so
-// is fp16 underflow before a loss scale is applied. Other gradients are scaled, and so are
+// is fp16 underflow before a loss scale is applied. fp32 and fp64 gradients are scaled, and so are
 // gradients that overwrote the student (args.grad == args.student).
 int backward(const BackwardArgs& args, bool filled, void* stream);
 

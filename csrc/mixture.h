@@ -16,9 +16,10 @@ struct MixedTeacher {
   double share = 1.0;  // the shares of all teachers add up to 1
 };
 
-// A mixture: logits w such that softmax(w / temperature) is the mixture of softmax(logits /
-// teacher_temperature). Probabilities are converted to logits by the logarithm. A row in which a
-// teacher has NaN, +inf or no class at all becomes NaN.
+// A mixture of teachers, as logits w. With kProbs, softmax(w / temperature) is the mixture of
+// softmax(logits / teacher_temperature). If one of several teachers then has NaN, +inf or no
+// unmasked class in a row, the row becomes NaN. With kLogits, w / temperature is the weighted mean
+// of logits / teacher_temperature. Probabilities are converted to logits by the logarithm.
 struct MixtureArgs {
   int64_t rows = 0;
   int64_t classes = 0;
@@ -38,7 +39,8 @@ namespace cuda {
 
 constexpr int kMostTeachers = 32;  // also in python/fastkd/_core/dense.py
 
-// Queue a mixture of at most kMostTeachers. `stream` and the result are as in kernels.h.
+// Queue a mixture of at most kMostTeachers teachers. `stream` and the returned status are as in
+// kernels.h.
 int mixture(const MixtureArgs& args, void* stream);
 
 }  // namespace cuda

@@ -1,5 +1,5 @@
-// The scalar arithmetic that the CPU and the CUDA engines share: f(d) and q - p without
-// cancellation, and logarithms. Derivations: docs/maths.md, section 3.
+// The scalar arithmetic that the CPU and the CUDA engines share: f(d) = d + expm1(-d) and q - p
+// without cancellation, and logarithms. Derivations: docs/maths.md, section 3.
 //
 // Letters here and in all kernels:
 //   z, w   student and teacher logits of one row        q = softmax(z / t), p = softmax(w / t)
@@ -28,8 +28,8 @@ namespace {
 constexpr double kLog2E = 1.4426950408889634074;
 constexpr double kLn2 = 0.69314718055994530942;
 
-// Limit of |d|: d below the limit uses the series, and other d the direct form (docs/maths.md,
-// section 3).
+// If |d| is below this limit, f(d) is computed by its series, and otherwise directly
+// (docs/maths.md, section 3).
 constexpr double kSeriesLimit = 0.25;
 
 // T is float, double, or, in the CPU's transposed engine, a vector of floats, one for each of
@@ -87,8 +87,8 @@ template <class V>
 FASTKD_HOST_DEVICE V mul_add_vectors(V a, V b, V c);
 
 // Return a * b + c, by one instruction and with one rounding if the instruction set has FMA. On
-// CPUs no other product is fused with a sum (-ffp-contract=off): the bits of a result do not depend
-// on what a compiler inlines. Numbers are broadcast to vectors.
+// CPUs only this function fuses products with sums (-ffp-contract=off): the bits of a result do not
+// depend on what a compiler inlines. Numbers are broadcast to vectors.
 template <class A, class B, class C>
 FASTKD_HOST_DEVICE auto mul_add(A a, B b, C c) {
   using T = decltype(a * b + c);
@@ -153,7 +153,7 @@ FASTKD_HOST_DEVICE auto is_small(T d) {
 template <class T>
 FASTKD_HOST_DEVICE T series_of(T d) {
   static_assert(sizeof(Scalar<T>) == sizeof(float), "");
-  // Minimax for the relative error: 2.8e-8.
+  // The polynomial is minimax, with a relative error of 2.8e-8.
   return polynomial(d, {0.5f, -1.6666642e-1f, 4.1666716e-2f, -8.3488394e-3f, 1.3895343e-3f});
 }
 FASTKD_HOST_DEVICE double series_of(double d) {
@@ -193,7 +193,8 @@ FASTKD_HOST_DEVICE Element<T> element(T p, T q, T d) {
   return element(p, q, d, q - p);
 }
 
-// Return log(1 + r) for 1 + r in [1/sqrt 2, sqrt 2): minimax for the relative error.
+// Return log(1 + r) for 1 + r in [1/sqrt 2, sqrt 2), by a polynomial that is minimax for the
+// relative error.
 template <class T>
 FASTKD_HOST_DEVICE T log1p_of_mantissa(T r) {
   static_assert(sizeof(Scalar<T>) == sizeof(float), "");
@@ -225,8 +226,8 @@ FASTKD_HOST_DEVICE T log1p_of(T y) {
 }
 FASTKD_HOST_DEVICE double log1p_of(double y) { return std::log1p(y); }
 
-// Return log x for a normal x > 0; some finite number for 0 and NaN. Error: 3e-8 plus an ulp of the
-// logarithm of the power of two.
+// Return log x for a normal x > 0; some finite number for 0 and NaN. Error: 3e-8 of the result plus
+// an ulp of the logarithm of the power of two.
 template <class T>
 FASTKD_HOST_DEVICE T log_of(T x) {
   const PowerOfTwo<T> parts = power_of_two(x);

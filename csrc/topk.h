@@ -24,7 +24,7 @@ struct TopkArgs : Inputs {
   // log-probability is -inf is padding, and is ignored.
   const int64_t* indices = nullptr;
   Tail tail = Tail::kGhost;                // with kIgnore the divergence must be the forward KL
-  Estimator estimator = Estimator::kNone;  // other values need k = 1, and do not use the tail
+  Estimator estimator = Estimator::kNone;  // a value but kNone needs k = 1, and no tail
 
   void* loss = nullptr;   // acc [rows], weighted, not yet divided by any denominator; or null
   void* stats = nullptr;  // on CUDA acc [kStats, rows], then the scale, which alone is written
@@ -43,7 +43,8 @@ constexpr double kMostMass = 1.1;
 
 namespace cpu {
 
-// Return the number of words of run_topk's bitmap, which has one bit for each class.
+// Return the number of words of the bitmap `listed` (Kernels::topk), which has one bit for each
+// class.
 constexpr int64_t bitmap_words(int64_t classes) { return (classes + 63) / 64; }
 
 }  // namespace cpu

@@ -16,8 +16,8 @@ struct Comparison {
   Divergence divergence = Divergence::kForwardKL;
   Tail tail = Tail::kGhost;
   Estimator estimator = Estimator::kNone;
-  // The least p of the ghost. Rounding of the list can leave the rest a probability of 0, which
-  // would make the reverse KL infinite.
+  // Least teacher probability of the ghost, which is the rest as one class. Rounding of the list
+  // can leave the rest a probability of 0, which would make the reverse KL infinite.
   double least_rest = 0;
 
   Comparison() = default;
@@ -87,10 +87,10 @@ struct Summary {
   }
 };
 
-// Return an estimate of KL(q || p) from a sampled class, and the slope of the estimate: the
-// derivative by log q. The slope of k1 is that of the policy gradient, whose expected value is the
-// gradient of KL(q || p) (Schulman 2020). If the student masks the class, the estimate is infinite
-// and the slope 0.
+// Return an estimate of KL(q || p) from a sampled class with d = log p - log q, and the slope of
+// the estimate: the derivative by log q. The slope of k1 is that of the policy gradient, whose
+// expected value is the gradient of KL(q || p) (Schulman 2020). If the student masks the class, the
+// estimate is infinite and the slope 0.
 FASTKD_HOST_DEVICE Evaluated<double> estimate(Estimator estimator, double d) {
   if (d == -kMinusInfinity)
     return {estimator == Estimator::kK1 ? kMinusInfinity : -kMinusInfinity, 0};
@@ -102,7 +102,7 @@ FASTKD_HOST_DEVICE Evaluated<double> estimate(Estimator estimator, double d) {
 }
 
 // The constants of a row's soft term. In these comments, e = exp((z - max) / t). max is the maximum
-// of the listed classes for a listed class, and the maximum of the rest for other classes.
+// of the listed classes for a listed class, and the maximum of the rest for a class of the rest.
 struct Soft {
   bool is_present = true;  // false if the list has no probability to compare
   bool has_rest = false;   // true if the rest is compared, as one class: the ghost
@@ -184,7 +184,8 @@ FASTKD_HOST_DEVICE void include_rest(const Comparison& comparison,
     sums->entropy -= times_log(soft->rest_p, log_p);
     ghost_slope = ghost.slope;
   }
-  // The forward KL's terms contain q - p, whose sum is 0 unless the teacher's list is cut off.
+  // The forward KL's terms contain q - p, whose sum is 0, or 1 minus the listed probabilities if
+  // Tail::kIgnore cuts the teacher's list off.
   if (comparison.is_cut_off()) sums->value += summary.teacher - 1;
   if (summary.rest.tempered > 0) {
     soft->rest = (ghost_slope - soft->rest_q * sums->slope) / summary.rest.tempered;

@@ -1,7 +1,7 @@
 // The loops of all sweeps after the first sweep (scan.h). A loop computes value, slopes or gradient
-// of one block of a row, a register of classes at a time. The block lies in the L1 cache, so a
-// sweep costs no memory traffic. numerics.h defines the letters. Derivations: docs/maths.md,
-// sections 2, 3 and 10.
+// of one block of a row, a register of classes at a time. A block fits in the L1 cache, so that
+// several loops over the block read memory once. numerics.h defines the letters. Derivations:
+// docs/maths.md, sections 2, 3 and 10.
 #pragma once
 #include "../divergences.h"
 #include "formulas.h"
@@ -21,8 +21,8 @@ struct Coefficients : LogRatio<T> {
   T uniform = 0;         // label smoothing's share of the target
   T student_share = 0;   // factor of q in the centering of slopes (divergences.h)
   T constant_share = 0;  // factor of 1 in the centering of slopes
-  // Gradient of a row whose sums leave the label out (decoupled.h): other classes get rest_gain
-  // times q, and the label gets label_gradient.
+  // Gradient of a row whose sums leave the label out (decoupled.h): rest_gain times q is added to
+  // the gradient of the classes other than the label, and the label gets label_gradient.
   T rest_gain = 0, label_gradient = 0;
   T student_inverse = 1, teacher_inverse = 1;  // 1 / |z|, 1 / |w|
   T teacher_inverse_temperature = 1;
@@ -82,8 +82,8 @@ FASTKD_HOST_DEVICE void for_registers(const RowBlock<T, S>& block, Fn&& fn) {
   });
 }
 
-// Return the quantities that the divergence D reads, for some classes of one row or of several,
-// from their logits and their unscaled exponentials.
+// Return the quantities that the divergence D reads, for some classes of one row or of several
+// rows, from their logits and their unscaled exponentials.
 template <class D, class V, class R, class Scales>
 FASTKD_HOST_DEVICE Element<V> element_of(const LogRatio<R>& ratio, const Scales& s, V z, V w,
                                          V student, V teacher) {
@@ -120,8 +120,8 @@ struct SlopeSums {
   double value = 0, slope = 0, classes = 0;
 };
 
-// Sum value and slopes, for divergences whose slopes have a sum. Replace the teacher's exponentials
-// by the slopes.
+// Sum value and slopes, for divergences that need more than one sweep. Replace the teacher's
+// exponentials by the slopes.
 template <class D, class T, class S>
 __attribute__((noinline)) SlopeSums find_slopes(const Coefficients<T>& coefficients,
                                                 const ConstantsOf<T>& constants,
@@ -257,9 +257,9 @@ __attribute__((noinline)) SlopeSums write_reverse_kl(const Coefficients<T>& coef
   return {kValue ? values.total() : 0.0, 0.0, 0.0};
 }
 
-// Compute the gradient from cached slopes, which are relative to q's scale if the block is
-// comparable. With kMasked, slopes may be NaN (the gradient is then 0), and a constant or z may
-// center the slopes.
+// Write the gradient from the slopes that replaced the teacher's exponentials. The slopes are
+// relative to q's scale if the block is comparable. With kMasked, slopes may be NaN (the soft
+// term's gradient is then 0), and a constant or z may center the slopes.
 template <ExpSource kSource, bool kMasked, class T, class S>
 __attribute__((noinline)) void center_slopes(const Coefficients<T>& coefficients, bool unit,
                                              const RowBlock<T, S>& b, const Label<T>& label) {

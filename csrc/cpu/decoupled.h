@@ -23,7 +23,7 @@ FASTKD_HOST_DEVICE Odds<V> odds_of(V label, V max, V scale, V temperature) {
 template <class V>
 struct LabelOdds {
   Odds<V> student, teacher;
-  V difference;  // difference of the logarithms, up to the sums' rounding
+  V difference;  // teacher's log odds minus the student's, up to the sums' rounding
 };
 template <class V>
 FASTKD_HOST_DEVICE LabelOdds<V> label_odds(const Settings<V>& row, const Scales<V>& s,
@@ -35,8 +35,8 @@ FASTKD_HOST_DEVICE LabelOdds<V> label_odds(const Settings<V>& row, const Scales<
   return {student, teacher, both ? ratio.at(z, w) : teacher.log - student.log};
 }
 
-// Return the weight of the KL among the other classes: 0 if the teacher gives these classes
-// probability 0.
+// Return the weight of the KL among the classes other than the label: 0 if the teacher gives these
+// classes probability 0.
 template <class V>
 FASTKD_HOST_DEVICE V mix_of(const Inputs& in, const Scales<V>& s) {
   return s.teacher_scale > 0 ? broadcast<V>(static_cast<Scalar<V>>(in.mix)) : V{};
@@ -45,8 +45,8 @@ FASTKD_HOST_DEVICE V mix_of(const Inputs& in, const Scales<V>& s) {
 // The gains of a row whose sums leave the label out.
 template <class V>
 struct LabelGains {
-  V soft, rest;  // factors of slopes and of q in the other classes' gradient
-  V hard_share;  // factor of the hard gain: the other classes' probability at temperature 1
+  V soft, rest;  // factors of slopes and of q, for classes other than the label
+  V hard_share;  // factor of the hard gain: 1 - the label's probability at temperature 1
   V label;       // the label's gradient
 };
 template <class V>
@@ -64,7 +64,7 @@ FASTKD_HOST_DEVICE LabelGains<V> label_gains(const Inputs& in, const Settings<V>
 }
 
 // Set the label's part of a row's gradient, and the change of the other classes' gradient. The
-// function is not inlined, because other divergences do not call the function.
+// function is not inlined, because only kDecoupled calls the function.
 template <class T>
 __attribute__((noinline)) void decouple(const Inputs& in, const Row<T>& row, const Scales<T>& s,
                                         double gain, Coefficients<T>* c) {

@@ -4,13 +4,14 @@
 // With log2(e) / t as the factor, the exponent x needs no reduction by ln 2. x is n + f with the
 // nearest integer n. 2^f is a polynomial, and n is added to the bits of the exponent. The scale is
 // folded into the polynomial's coefficients, which makes normalization free. The maximum is
-// subtracted before anything is rounded, so that logits of any size are as accurate as small ones.
+// subtracted before anything is rounded, so that the result is as accurate for large logits as for
+// small logits.
 //
 // With scale 1, 2^x has an error of at most 1.0 ulp with FMA, and of 1.3 ulp without, for -126 <= x
 // < 128. The error is relative to the exact value at the float x (measured, tests/kernels). Results
 // below 2^-126, scale included, and x = -inf give exactly 0. x = 0 gives exactly 1, and NaN gives
-// NaN. For x >= 128 the result is meaningless. The kernels subtract the maximum first, and treat
-// rows that hold a +inf before they take exponentials.
+// NaN. For x >= 128 the result is meaningless. The dense kernels subtract the maximum first, so
+// that x is at most 0, or NaN for a logit of +inf.
 #pragma once
 #include <cmath>
 #include <cstdint>
@@ -49,7 +50,8 @@ struct Polynomial;
 
 template <>
 struct Polynomial<float> {
-  // Minimax for the relative error with the first coefficient held at 1: 2.0e-9.
+  // The polynomial is minimax with the first coefficient held at 1, with a relative error of
+  // 2.0e-9.
   static constexpr int kCoefficients = 7;
   static constexpr double kValues[kCoefficients] = {
       1.0,           6.931472029e-1, 2.402264791e-1, 5.550332471e-2, 9.618437357e-3,

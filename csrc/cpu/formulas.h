@@ -72,7 +72,7 @@ struct Scales {
   }
 };
 
-// Return the scales of one row, or of several, from the first sweep's sums.
+// Return the scales of one row, or of several rows, from the first sweep's sums.
 template <class V, class Sums>
 FASTKD_HOST_DEVICE Scales<V> scales_of(const Sums& sums, bool hard, bool decoupled) {
   Scales<V> s = {static_cast<V>(sums.student_max),
@@ -142,8 +142,9 @@ struct LogRatio {
   }
 };
 
-// Return the constants, rounded to the type T in which the classes are computed. include_label()
-// corrects the rounding error that all d of a row share.
+// Return the constants, rounded to the type T in which the classes are computed. All d of a row
+// share the rounding error of log_ratio. include_label() (decoupled.h) and reverse_of() (row.h)
+// correct their results for that error.
 template <class T, class V>
 FASTKD_HOST_DEVICE LogRatio<V> make_log_ratio(const Settings<V>& row, const Scales<V>& s,
                                               bool of_logits) {
@@ -151,7 +152,8 @@ FASTKD_HOST_DEVICE LogRatio<V> make_log_ratio(const Settings<V>& row, const Scal
   r.inverse_temperature = rounded<T, V>(1 / row.temperature);
   r.temperature_ratio = rounded<T, V>(row.temperature / row.teacher_temperature);
   if (of_logits) {
-    // Subtract the means first, because differences of large logits would lose digits.
+    // With kCenteredSquaredError, subtract the means first, because differences of large logits
+    // would lose digits.
     r.student_base = s.student_mean, r.teacher_base = s.teacher_mean;
     r.shifted = r.inverse_temperature > 0;
     return r;

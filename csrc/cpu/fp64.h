@@ -1,6 +1,6 @@
 // Sparse losses and mixtures in fp64, which is for correctness and not for speed. The code is
-// compiled once, for the least processor, and all instruction sets use this code. Arguments are
-// those of Kernels (kernels.h). Formulas: docs/maths.md, sections 12 and 13.
+// compiled once, for the baseline instruction set, and all instruction sets use this code.
+// Arguments are those of Kernels (kernels.h). Formulas: docs/maths.md, sections 12 and 13.
 #pragma once
 #include "../kernels.h"
 

@@ -1,6 +1,6 @@
-// fp64 rows whose classes are not adjacent: the row engine computes them from contiguous copies,
-// row by row. The transposed engine computes such rows of other dtypes. No code of this file
-// depends on the formulas of docs/maths.md.
+// fp64 rows whose classes are not adjacent. The row engine computes these rows from contiguous
+// copies, row by row. The transposed engine computes all rows of that layout that are not fp64. No
+// code of this file depends on the formulas of docs/maths.md.
 #pragma once
 #include <cstring>
 #include <vector>

@@ -42,8 +42,8 @@ class Mixer {
   }
 
  private:
-  // Normalization of a teacher: 2^((z - max) * factor + log_scale) is the teacher's share times the
-  // teacher's softmax.
+  // Normalization of a teacher: for a logit z, 2^((z - max) * factor + log_scale) is the teacher's
+  // share times the teacher's softmax.
   struct Normal {
     T max, log_scale;
   };
@@ -135,7 +135,7 @@ class Mixer {
 
   const MixtureArgs& args_;
   std::vector<Normal> normal_;
-  std::vector<T> blocks_;  // one block for each teacher, one for the sums, and one more
+  std::vector<T> blocks_;  // a block for each teacher, for the sums, and for maxima or logits
 };
 
 template <class T>

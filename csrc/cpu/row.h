@@ -27,8 +27,9 @@ inline bool may_be_well_separated(const Inputs& in) {
   return is_mean_log_ratio(in.divergence) || is_even_jsd(in);
 }
 // A row is well separated if its forward KL is at least kWellSeparated nats and at most kGreatest
-// nats. Masks make the forward KL larger, infinite or NaN. The forward KL is also at least kShare
-// of the greater of its two parts, because rounding costs up to 4e-7 of a part.
+// nats. Masks make the forward KL larger, infinite or NaN. The forward KL is a sum of two parts
+// (mean_of()), and is also at least kShare of the second part, a logarithm, because rounding costs
+// up to 4e-7 of a part.
 constexpr double kWellSeparated = 0.05, kShare = 0.1, kGreatest = 1e4;
 
 template <class T>
@@ -109,8 +110,8 @@ Row<T> make_row(const Inputs& in, int64_t index, bool terms) {
   if (decoupled && row.state == State::kNormal) row.left_out = row.label;
   if (row.hard_weight == 0 && !terms) return row;
   row.hard = ExpSource::kSeparate;
-  // A power has t times the error of exp(z / t). Such an error is too great in fp64, and also if
-  // the hard term is the greater part of the gradient.
+  // A power has t times the error of exp(z / t), which is too great in fp64, and also if the hard
+  // term is the greater part of the gradient.
   const double t = row.temperature;
   const bool precise = row.hard_weight <= row.soft_weight * t || t == 1;
   if (sizeof(T) == sizeof(float) && precise && (t == 1 || t == 2 || t == 4)) {
@@ -129,7 +130,8 @@ T origin_of(double max) {
 
 constexpr Statistics kNoStatistics = {kLowest, 0, 0, kLowest, 0};
 
-// Return the sum of log ratios of some classes relative to other maxima.
+// Return the sum of log ratios of some classes, relative to the maxima `student_max` and
+// `teacher_max`.
 template <class T>
 double moved_log_ratios(const Row<T>& row, const Statistics& sums, double student_max,
                         double teacher_max) {
@@ -194,13 +196,13 @@ __attribute__((noinline)) void set_means(const Statistics& sums, Scales<T>* s) {
   s->teacher_mean = static_cast<T>(sums.teacher_moment / sums.teacher_count);
 }
 
-// Return the forward KL of a well-separated row. Return 0 for other rows, and if the maxima are far
-// apart.
+// Return the forward KL of a well-separated row. Return 0 if the row is not well separated, or if
+// the maxima are far apart.
 template <class T>
 T mean_of(const Row<T>& row, const Statistics& sums) {
   if (are_apart(sums.student_max, sums.teacher_max, row.temperature)) return 0;
   const double inverse = 1 / sums.teacher_sum;
-  // The factor, after rounding, that the exponentials have used.
+  // Use the rounded factor, which the exponentials have used.
   const double factor = static_cast<double>(row.factor) * kLn2;
   const double log_ratio = std::log(sums.student_sum * inverse);
   const double mean = sums.log_ratio_sum * inverse * factor + log_ratio;
@@ -239,7 +241,7 @@ bool is_sum_of_slopes(const LogRatio<T>& ratio, T slope) {
 template <class T>
 double reverse_of(const Row<T>& row, const Statistics& sums, const LogRatio<T>& ratio,
                   double slope) {
-  // The factor, after rounding, that the exponentials have used.
+  // Use the rounded factor, which the exponentials have used.
   const double inverse = static_cast<double>(row.factor) * kLn2;
   const double log_ratio = (sums.teacher_max - sums.student_max) * inverse +
                            std::log(sums.teacher_sum / sums.student_sum);

@@ -81,8 +81,8 @@ FASTKD_HOST_DEVICE Vectors<const S> fetch(const Logits& logits, int64_t begin, i
 }
 
 // Return true if a gradient is too large for the caches, and is written by non-temporal stores.
-// Rows of fewer than `least_classes` classes take longer with such stores, even if rows begin with
-// a cache line.
+// Rows of fewer than `least_classes` classes take longer with non-temporal stores, even if rows
+// begin with a cache line.
 inline bool stores_non_temporal(const Inputs& in, const void* grad, int64_t least_classes) {
   constexpr int64_t kBytes = 12 << 20;
   return in.classes >= least_classes &&
@@ -108,9 +108,9 @@ void put_result(const Vectors<S>& target, const S* result, void* grad, DType dty
   write(result, dtype, count - full_classes, const_cast<void*>(at(grad, dtype, full_classes)));
 }
 
-// Call fn(at, count) for the blocks of [begin, end); the last may be shorter or longer. A vector
-// with a class that the sums leave out is a separate block, so that only this vector is copied to
-// mask the class.
+// Call fn(at, count) for the blocks of [begin, end); the last block may be shorter or longer. A
+// vector with a class that the sums leave out is a separate block, so that only this vector is
+// copied to mask the class.
 template <class Fn>
 FASTKD_HOST_DEVICE void for_blocks(int64_t begin, int64_t end, int64_t left_out, Fn&& fn) {
   const int64_t alone = left_out < begin ? end : left_out - (left_out - begin) % kLanes;
@@ -122,9 +122,9 @@ FASTKD_HOST_DEVICE void for_blocks(int64_t begin, int64_t end, int64_t left_out,
   }
 }
 
-// The exponentials of both operands of a segment, cached by the first sweep for the second. The
-// exponentials are relative to the greatest logit of the segment up to the end of the block. The
-// cache is empty if no memory is available, or if another call ran the first sweep. The second
+// The exponentials of both operands of a segment, cached by the first sweep for the second sweep.
+// The exponentials are relative to the greatest logit of the segment up to the end of the block.
+// The cache is empty if no memory is available, or if another call ran the first sweep. The second
 // sweep then recomputes the exponentials block by block, to equal bits.
 template <class T>
 struct SegmentCache {

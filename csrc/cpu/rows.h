@@ -1,10 +1,11 @@
-// The row engine: two sweeps of each row of student and teacher logits.
+// The row engine: two or three sweeps over each row of student and teacher logits.
 //
-// Sweep 1 finds the maxima and the sums of exponentials, and caches the exponentials. Sweep 2 finds
-// logits and exponentials in the cache, so that the divergence and the gradient cost no further
-// memory traffic (engine.h). Both sweeps work on blocks in L1 (scan.h, blocks.h). Rows are divided
-// into segments whose results are merged in a fixed order: the bits do not depend on how segments
-// are divided among threads. Derivations: docs/maths.md, sections 1 to 3, and 9.
+// Sweep 1 finds the maxima and the sums of exponentials, and caches the exponentials. The last
+// sweep writes the gradient. For some divergences a sweep before the last sums the slopes. The
+// later sweeps find logits and exponentials in the cache, so that they cost no further memory
+// traffic (engine.h). All sweeps work on blocks in L1 (scan.h, blocks.h). Rows are divided into
+// segments whose results are merged in a fixed order: the bits do not depend on how segments are
+// divided among threads. Derivations: docs/maths.md, sections 1 to 3, and 9.
 #pragma once
 #include "engine.h"
 #include "gather.h"
@@ -18,7 +19,7 @@ void put_loss(const ForwardArgs& args, const Row<T>& row, int64_t index,
   double hard = 0;
   const Scales<double> exact = scales.template as<double>();
   if (row.hard != ExpSource::kNone) {
-    // Set log sum exp(z) - max z. Then subtract the target's mean of z - max z.
+    // Set `hard` to log sum exp(z) - max z. Then subtract the target's mean of z - max z.
     hard = std::log2(statistics.hard_sum) / row.hard_exponent();
     if (row.left_out >= 0) hard = log_sum(exact, hard);
     hard -= sums.student_logits;

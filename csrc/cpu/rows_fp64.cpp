@@ -1,5 +1,5 @@
 // The row engine (rows.h) in fp64, which is for correctness and not for speed. The code is compiled
-// once, for the least processor, and all instruction sets use this code. Derivations:
+// once, for the baseline instruction set, and all instruction sets use this code. Derivations:
 // docs/maths.md, sections 1 to 3.
 #include "rows.h"
 

@@ -25,13 +25,13 @@ using topk::SoftSums;
 using topk::Summary;
 
 // Return true if the first sweep caches the rest's exponentials for the second. Caching the
-// exponentials of fp32 logits would double the memory; recomputing them from cached logits takes
-// less time.
+// exponentials of fp32 logits would double the memory; recomputing the exponentials from cached
+// logits takes less time.
 template <class T, class S>
 constexpr bool kCachesRest = sizeof(S) < sizeof(T);
 
 // The listed classes of a row, without padding, with the student's probability and the slope of
-// each. All rows of a thread share the memory.
+// each class. All rows of a thread share the memory.
 struct List {
   int64_t count = 0;
   std::unique_ptr<int64_t[]> id;
@@ -63,7 +63,7 @@ struct Scratch {
   }
 };
 
-// Return the sums over the listed classes, and store q and the slope of each in the list.
+// Return the sums over the listed classes, and store q and the slope of each class in the list.
 template <class D>
 SoftSums sum_listed(const Comparison& comparison, const RowOptions& row, const Summary& summary,
                     const Soft& soft, const ConstantsOf<double>& constants, const List& list) {
@@ -356,7 +356,7 @@ struct TopkRow {
   }
 };
 
-// Return the first row whose list is invalid, or -1.
+// Compute rows [begin, end), and return the first row whose list is invalid, or -1.
 template <class T, class S>
 int64_t run_rows(const TopkArgs& args, int64_t begin, int64_t end, uint64_t* listed) {
   Scratch<T, S> scratch(args);

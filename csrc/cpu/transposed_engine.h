@@ -41,12 +41,12 @@ struct ExpSums {
   PreciseSum student, hard, teacher;
 };
 
-// Classes [begin, end). Each block is summed first, so that sums round less.
+// Classes [begin, end). Each block has separate sums, so that sums round less.
 struct Block {
   int64_t begin, end;
 };
 
-// Rows to prefetch while other rows are computed, a few for each class. Prefetching all rows at
+// Rows to prefetch while a group is computed, a few numbers for each class. Prefetching all rows at
 // once would exceed the processor's line fill buffers.
 struct Ahead {
   uintptr_t from = 0, size = 0;  // `size`: bytes of a number; 0 to prefetch only one line
@@ -254,7 +254,8 @@ struct TransposedEngine {
     if constexpr (kSummed) exponentials = sums;
   }
 
-  // Compute the maxima, the sums of exponentials, and the logits that the cross entropy needs.
+  // Compute the maxima, the sums of exponentials, and the moments and sums of logits that some
+  // options need.
   void scan() {
     V max = broadcast<V>(-kInfinity<float>), teacher_max = max;
     for (int64_t c = 0; c < in.classes; ++c) {

@@ -7,7 +7,8 @@ namespace fastkd::cpu::FASTKD_ISA {
 namespace {
 
 // Return 1/2 log(max(p, q) / m) for the even mixture m, given (max - min) / (3 max + min). The
-// function is an artanh, which needs no exponent. Minimax for the relative error: 1.6e-8.
+// function is an artanh, which needs no exponent. The polynomial is minimax, with a relative error
+// of 1.6e-8.
 template <class V>
 FASTKD_HOST_DEVICE V even_log(V ratio) {
   const V y = ratio * ratio;
@@ -27,7 +28,7 @@ __attribute__((noinline)) SlopeSums find_even_slopes(const Coefficients<float>& 
     const V q = x.student(), p = x.teacher() * p_scale;
     const V lesser = min(p, q), greater = max(p, q);
     const V log = even_log((greater - lesser) / mul_add(3.0f, greater, lesser + least<float>()));
-    // The result is infinite or NaN if p or q is 0.
+    // The bounds matter if p or q is 0: half the log ratio is then infinite or NaN.
     const V half =
         bounded_above(bounded_below(mul_add(x.w() - x.z(), inverse_temperature, -log_ratio)));
     const V slope = q * min(log - half, log);

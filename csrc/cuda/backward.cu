@@ -1,8 +1,8 @@
 // The gradient for the grad_output that backward receives. The kernels recompute the gradient, to
-// equal bits, from the row statistics that forward has stored. If a second rounding does no harm,
-// the stored gradient is scaled in place instead. Most calls have the gradient in place and a
-// grad_output of 1: the kernels then return at once, and memory is passed over once. Derivations:
-// docs/maths.md, sections 2, 3, 7 and 8.
+// equal bits, from the row statistics that forward has stored. The stored gradient is scaled in
+// place instead if a second rounding does no harm, or if the gradient has overwritten the student.
+// Most calls have the gradient in place and a grad_output of 1: the kernels then return at once,
+// and memory is passed over once. Derivations: docs/maths.md, sections 2, 3, 7 and 8.
 #include "launch.h"
 #include "sweeps.cuh"
 

@@ -87,7 +87,8 @@ struct WarpExchange {
 };
 
 // Return row_offset(), computed by a 32-bit division. A 64-bit division is a call, around which
-// registers spill. 32 bits suffice, because forward() and backward() reject 2^31 rows or more.
+// registers spill. 32 bits suffice, because all functions that launch kernels reject 2^31 rows or
+// more.
 __device__ __forceinline__ int64_t offset_of(int64_t row, int64_t group_rows, RowStrides stride) {
   if (row < group_rows) return row * stride.row;
   const uint32_t group = static_cast<uint32_t>(row) / static_cast<uint32_t>(group_rows);

@@ -8,7 +8,8 @@ namespace fastkd::cuda {
 namespace {
 
 constexpr int kThreads = 256;
-// Most labels that every CTA of the rows' kernel counts. count_kernel counts more labels.
+// Most labels that every CTA of the rows' kernel counts. If there are more labels, count_kernel
+// counts them.
 constexpr int64_t kCountInside = 2048;
 constexpr int kCountCtas = 64;
 

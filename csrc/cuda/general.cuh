@@ -1,9 +1,9 @@
 // The writer (writer.cuh) of the objectives that the hot kernels do not compute (is_hot(),
-// launch.h). The gradient of most of these objectives needs a sum of slopes. The sum takes one more
-// sweep in the same kernel, because the row is then still in L1 or L2. The divergence is selected
-// at run time, once a chunk. One kernel for each divergence would be twenty times the code, with
-// twenty times the compile time. Derivations: docs/maths.md, sections 2 and 10. numerics.h defines
-// the letters.
+// launch.h). The gradient of most of these objectives needs a sum of slopes. An additional sweep of
+// the same kernel computes the sum, because the row is then still in L1 or L2. The divergence is
+// selected at run time, once a chunk. One kernel for each divergence would be twenty times the
+// code, with twenty times the compile time. Derivations: docs/maths.md, sections 2 and 10.
+// numerics.h defines the letters.
 #pragma once
 #include "vectors.cuh"
 #include "writer.cuh"
@@ -46,7 +46,7 @@ template <class A>
 struct GeneralStats : RowStats<A> {
   // 1 / |z| and 1 / |w| (kCosine), the means of z and w (kCenteredSquaredError), or the scales.
   A student_moment, teacher_moment;
-  A zero_row_value = 0;  // what a student or teacher of zeros adds to the cosine
+  A zero_row_value = 0;  // what a student or teacher of zeros adds to the divergence
 
   GeneralStats() = default;
   __device__ __forceinline__ GeneralStats(const Inputs& in, int64_t row,
@@ -201,7 +201,8 @@ struct alignas(16) GeneralWriter : Writer<A> {
     if constexpr (D::kCentering == SlopeCentering::kNone)
       return weighted_part(this->soft, uncentered) + fma_of(rest_gain, e.q, hard);
     const A q = D::kCentering == SlopeCentering::kUnit ? mul_of(z, student_moment) : e.q;
-    // A divergence with a mean must not use q: backward has no scale of q.
+    // A divergence with a mean must not use q: for kCenteredSquaredError, backward has no scale of
+    // q.
     A slope = is_mean(D::kCentering) ? uncentered - constant_share : uncentered - q * student_share;
     if (leaves_out_masked(D::kCentering) && uncentered != uncentered) slope = A(0);
     return weighted_part(this->soft, slope) + hard;
@@ -265,8 +266,8 @@ struct alignas(16) GeneralWriter : Writer<A> {
     this->soft = mul_of(this->soft, mix_of(in));
   }
 
-  // Return the weight of the KL among the other classes: 0 if the teacher gives these classes
-  // probability 0.
+  // Return the weight of the KL among the classes other than the label: 0 if the teacher gives
+  // these classes probability 0.
   __device__ __forceinline__ A mix_of(const Inputs& in) const {
     return this->stats.teacher_scale > A(0) ? static_cast<A>(in.mix) : A(0);
   }

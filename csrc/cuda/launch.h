@@ -25,7 +25,7 @@ cudaError_t launch_finish(const ForwardCall& call, int64_t ctas, int rows_at_onc
 cudaError_t launch_backward(const BackwardArgs& args, bool filled, cudaStream_t stream);
 
 // Return true if the hot kernels compute the loss: the forward KL or the soft cross entropy, with
-// one temperature for student and teacher. The kernels of general.cuh compute all other objectives.
+// one temperature for student and teacher. If false, the kernels of general.cuh compute the loss.
 inline bool is_hot(const Inputs& in) {
   return is_one_sweep(in.divergence) && in.divergence != Divergence::kDecoupled &&
          in.temperature == in.teacher_temperature;

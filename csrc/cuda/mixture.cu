@@ -77,8 +77,8 @@ struct Sum {
   }
 };
 
-// Normalization of a teacher: 2^((z - max) * factor + log_scale) is the teacher's share times the
-// teacher's softmax.
+// Normalization of a teacher: for a logit z, 2^((z - max) * factor + log_scale) is the teacher's
+// share times the teacher's softmax.
 template <class A>
 struct Normal {
   A max, log_scale;

@@ -1,7 +1,7 @@
 // Views of one row of student, teacher and gradient. A view decides which thread loads and stores
 // which classes, a chunk at a time. The sweeps (sweeps.cuh; docs/maths.md, sections 2 and 3) are
-// therefore one code for all layouts and dtypes. Each sweep reads the row from memory again. There
-// are two views:
+// therefore one code for all layouts and dtypes. Each sweep loads the row again. There are two
+// views:
 //   VectorRow   vectors of 16 bytes: adjacent classes of one 16- or 32-bit dtype, aligned alike
 //   ElementRow  one class at a time: any dtypes, strides and alignments
 // One thread both reads and writes a class, so that the gradient may overwrite the student.

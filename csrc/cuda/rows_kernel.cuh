@@ -84,7 +84,7 @@ __device__ __forceinline__ void run_row(const ForwardCall& call, Team& team, Row
                                         typename Row::A scale) {
   using A = typename Row::A;
   const ForwardArgs& args = call.args;
-  // Copy the loops for each power, in kernels whose speed matters.
+  // Compile a copy of the loops for each power, in kernels whose speed matters.
   const auto with_power_of = [&](int power, auto&& fn) {
     if constexpr (Row::kHot && !W::kGeneral && !kExtra) {
       with_power(power, fn);

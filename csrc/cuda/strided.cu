@@ -7,9 +7,9 @@
 namespace fastkd::cuda {
 
 cudaError_t launch_strided(const ForwardCall& call, cudaStream_t stream) {
-  // Eight threads share a longer row: a thread's sum of many classes in float32 loses digits, and
-  // few threads leave multiprocessors idle. L1 keeps about 24 classes of each thread until the
-  // second sweep.
+  // Eight threads share a row of more than 24 classes: a thread's sum of many classes in float32
+  // loses digits, and few threads leave multiprocessors idle. L1 keeps about 24 classes of each
+  // thread until the second sweep.
   const int parts = call.args.classes <= 24 ? 1 : 8;
   return with_row<true>(call.args, [&](auto view) {
     using Row = typename decltype(view)::Type;

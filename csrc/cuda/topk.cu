@@ -75,7 +75,7 @@ struct Solution {
   RestWriter<A> rest;
 };
 
-// Return the number of words of the map, with one more for bits_of(), which reads two words.
+// Return the number of words of the map, and one word more, because bits_of() reads two words.
 FASTKD_HOST_DEVICE int64_t map_words(int64_t classes) {
   return (classes < kMapBits ? classes : kMapBits) / 32 + 2;
 }

@@ -65,7 +65,7 @@ struct Reducing {
   double normalizer;                  // divisor of the mean, if positive
   std::optional<Tensor> denominator;  // divisor of the mean: acc, one number on the inputs' device
 
-  // Read the last two arguments of a loss except with_terms.
+  // Read the arguments `reduction` and `normalizer`.
   void take_from(ArgumentReader* reader) {
     reduction = checked_enum(reader->take<int64_t>(), Reduction::kMean, "reduction");
     normalizer = reader->take<double>();
@@ -109,8 +109,8 @@ struct Call {
 
 // Check the arguments, and lay out the rows. `settings`: the numbers among the arguments.
 // `strided`: true if the kernels take classes that are not adjacent. `grad`: the gradient's memory,
-// or null. If `grad` is the student, the student is not copied. The caller takes the settings of
-// rows afterwards.
+// or null. If `grad` is the student, the student is not copied. The caller calls
+// take_row_settings() afterwards.
 Call prepare(const Tensor& student, const Tensor& teacher, const std::optional<Tensor>& labels,
              const Inputs& settings, bool strided, const Tensor* grad);
 

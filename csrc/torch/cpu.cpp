@@ -106,8 +106,8 @@ void add_up(const Inputs& inputs, const Outputs& outputs, double scale) {
   in_double(inputs) ? of_type(0.0) : of_type(0.0f);
 }
 
-// Most logits in a thread's buffer for a mixture of teachers. A longer row has a buffer of one row.
-// The buffer is written and read a few rows at a time, and should stay in L2.
+// Most logits in a thread's buffer for a mixture of teachers. If a row has more logits, the buffer
+// holds one row. The buffer is written and read a few rows at a time, and should stay in L2.
 constexpr int64_t kMixedClasses = 65536;
 constexpr int64_t kTile = 64;  // number of rows: a multiple of the transposed engine's tiles
 

@@ -1,10 +1,10 @@
-// Memory for the gradients of CPU calls: the block of a freed gradient is recycled for the next.
-// docs/maths.md, section 8, explains when a gradient is written.
+// Memory for the gradients of CPU calls: the block of a freed gradient is recycled for the next
+// gradient. docs/maths.md, section 8, explains when a gradient is written.
 //
 // Allocators return large blocks to the system, and the page faults of a new block cost more than
-// the gradient that fills it (docs/performance-log.md). At most one block is cached. Gradients of
-// fewer than kLeastBytes, which allocators keep themselves, or of more than kMostBytes use torch's
-// own allocator.
+// computing the gradient that fills it (docs/performance-log.md). At most one block is cached.
+// Gradients of fewer than kLeastBytes, which allocators keep themselves, or of more than kMostBytes
+// use torch's own allocator.
 #pragma once
 #include <ATen/EmptyTensor.h>
 #include <ATen/core/Tensor.h>

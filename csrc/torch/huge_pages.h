@@ -12,9 +12,9 @@ namespace fastkd {
 constexpr size_t kHugePage = size_t{2} << 20;
 
 // Ask for huge pages. Without the advice, the kernel clears a large tensor's pages at the first
-// touch, 4 KB at a time. Clearing costs more than the gradient itself. Only huge pages inside the
-// memory are advised, so that neighboring memory is not affected. If the advice is not followed,
-// nothing changes.
+// touch, 4 KB at a time. Clearing costs more than computing the gradient itself. Only huge pages
+// inside the memory are advised, so that neighboring memory is not affected. If the advice is not
+// followed, nothing changes.
 inline void prefer_huge_pages(void* data, size_t bytes) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
   const uintptr_t start = reinterpret_cast<uintptr_t>(data);

@@ -36,7 +36,7 @@ struct LossArguments {
     const bool is_mixed = !teachers.shares.empty();
     STD_TORCH_CHECK(is_mixed || teachers.tensors.size() == 1, "several teachers must have shares");
     STD_TORCH_CHECK(!is_mixed || student.is_cpu(), "only the CPU kernels read several teachers");
-    // The student is also passed as the teacher, because the mixture has no layout yet.
+    // A mixture has no layout yet, so the student is passed in place of the teacher.
     Call call =
         prepare(student, is_mixed ? student : teachers.tensors[0], labels, settings, true, grad);
     if (is_mixed) use_mixture(&call);
@@ -144,8 +144,8 @@ void empty_gradient(StableIValue* stack, uint64_t, uint64_t) {
   "ignore_index, int divergence, float mix, int reduction, float normalizer, bool with_terms"
 
 STABLE_TORCH_LIBRARY(fastkd, m) {
-  // Classes are the last dimension, with any stride. The result is acc [], [1 + kTerms], [rows] or
-  // [1 + kTerms, rows]. Only the loss, which comes first, has a gradient.
+  // Compute the loss. Classes are the last dimension, with any stride. The result is acc [], [1 +
+  // kTerms], [rows] or [1 + kTerms, rows]. Only the loss, which comes first, has a gradient.
   m.def("loss(" FASTKD_LOSS ") -> Tensor");
   // Compute the loss, and write its gradient for grad_output = 1 to `grad` if `grad` is not None.
   // `grad` has the student's shape and may be the student itself. stats: acc [7 * rows + 1], for

@@ -51,8 +51,9 @@ void mixture(StableIValue* stack, uint64_t, uint64_t) {
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(fastkd, m) {
-  // Return the mixture of teachers as logits: acc (..., C), contiguous. The arguments are those of
-  // the op `loss`.
+  // Return the mixture of teachers as logits: acc (..., C), contiguous. The arguments but in_double
+  // are those of the op `loss`, whose mixture_temperature and teachers_temperature are temperature
+  // and teacher_temperature here.
   m.def(
       "mixture(Tensor[] teachers, Tensor? row_temperatures, float[] shares, bool probabilities, "
       "int ensemble, float temperature, float teacher_temperature, bool in_double) -> Tensor");

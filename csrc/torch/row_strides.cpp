@@ -1,4 +1,5 @@
-// Find the layout of rows that kernels can read in place, and copy other tensors (row_strides.h).
+// Find the layout of rows that kernels can read in place, and copy tensors that have another layout
+// (row_strides.h).
 #include "row_strides.h"
 
 #include <torch/csrc/stable/library.h>
@@ -45,7 +46,7 @@ std::optional<Layout> find_layout(const Tensor& student, const Tensor& teacher,
   const bool empty = student.numel() == 0;
   std::array<MergedDimension, 2> merged;  // rows of a group, and groups
   size_t count = 0;
-  // contiguous() does not change the strides of an empty tensor
+  // The strides of an empty tensor are not read, because contiguous() does not change them.
   for (int64_t dim = empty ? -1 : last - 1; dim >= 0; --dim) {
     const int64_t size = student.size(dim);
     if (size == 1) continue;
