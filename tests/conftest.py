@@ -30,7 +30,7 @@ except ModuleNotFoundError:  # a GPU machine without network may lack hypothesis
         path.name for path in FOLDER.glob("test_*.py") if "from hypothesis" in path.read_text()
     )
 else:
-    # Derandomized: a run's outcome depends on the code alone.
+    # Each run draws the same cases, so a run's outcome depends on the code alone.
     settings.register_profile(
         "fastkd",
         derandomize=True,

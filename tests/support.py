@@ -170,7 +170,7 @@ def truth(
     grad_output: Tensor | None = None,
     **options: Any,
 ) -> Answer:
-    """Compute the reference and its gradient in float64."""
+    """Compute the reference's loss and gradient in float64."""
     leaf = student.detach().double().requires_grad_()
     terms = reference.terms(
         leaf, teacher.detach().double(), labels, **weights(options, labels is not None)
@@ -271,7 +271,7 @@ def assert_value(
     assert value.dtype == acc
     assert value.shape == exact.shape
     error, size = distance(value.detach(), exact), float(exact.norm())
-    # A log-probability near zero is the difference of two logarithms of size one.
+    # A log-probability near 0 is a difference of logarithms of size 1, so its error is absolute.
     noise = FLOOR[acc] * math.sqrt(exact.numel())
     noise += truth.noise if truth.noise < math.inf else 0.0
     limit = VALUE_BOUND[acc] * size + noise

@@ -206,7 +206,7 @@ def test_backward_after_the_graph_is_freed_raises(device):
 @pytest.mark.usefixtures("each_autograd")
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 def test_logits_changed_before_backward_raise(device, reduction):
-    """After a change of the logits in place, backward raises an error or is right."""
+    """If logits change in place before backward, backward raises an error or is right."""
     student, teacher, labels = make((6, 20), device=device)
     hidden = student.requires_grad_() * 1.0
     value = fastkd.loss(hidden, teacher, labels, reduction=reduction).sum()

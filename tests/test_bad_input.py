@@ -361,7 +361,7 @@ def test_checks_of_data_need_tensors():
         fastkd.check_inputs(**valid_arguments(), ignore_index=2**63)
 
 
-# Each function converts a dense tensor to a layout; the error must name the call at its right.
+# Each entry has a conversion to a layout that is refused, and the call that the message names.
 LAYOUTS = {
     "coo": (lambda value: value.to_sparse(), "to_dense()"),
     "csr": (lambda value: value.to_sparse_csr(), "to_dense()"),

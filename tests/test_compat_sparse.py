@@ -78,7 +78,7 @@ def outputs(**arguments):
 
 
 def assert_same_loss(student, target, beta, temperature, **teacher):
-    """Assert equal sums, gradients and token counts."""
+    """Assert that sums, gradients and token counts of fastkd and ms-swift are equal."""
     call = (target, beta, temperature)
     theirs = swift().TeacherOutput(**teacher)
     assert_equal_losses(
@@ -161,7 +161,7 @@ def axolotl_code():
 
 
 def axolotl_losses(**options):
-    """Return both losses, functions of (head, hidden, ids, log_probs, mask, labels, bias)."""
+    """Return the loss functions of fastkd and of axolotl."""
     ours = axolotl.LigerFusedLinearKLTopKLogprobLoss(**options)
     return ours, axolotl_code()(**options, compiled=False, chunk_size=4)
 

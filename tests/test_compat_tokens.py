@@ -138,7 +138,7 @@ def test_trl_accepts_a_global_count(mask, count):
 
 @pytest.mark.parametrize("shape", [(), (1,), (2,), (2, 1)])
 def test_trl_accepts_a_count_for_every_gpu(shape):
-    """The count is averaged over the GPUs, as TRL's trainer averages its own loss."""
+    """num_items_in_batch is averaged over the GPUs, as TRL's trainer averages its loss."""
     student, teacher, labels = draw((2, 4, 11), "some ignored")
     options = {"labels": labels, "num_items_in_batch": torch.full(shape, 5.0).double()}
     assert_equal_losses(

@@ -278,7 +278,7 @@ CHECKS = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
 
 
 def arguments_of(teacher, labels, rows, reduction, *, smoothing=0.1, with_terms=False):
-    """Return the arguments of the op after the student."""
+    """Return the arguments of the op that follow the student."""
     return tuple(Arguments(
         (teacher,), labels=labels, row_settings=rows, temperature=2.0, teacher_temperature=2.0,
         hard_weight=0.5, soft_weight=0.5, label_smoothing=smoothing,

@@ -23,7 +23,7 @@ from fastkd import TopK
 
 pytestmark = pytest.mark.cuda
 
-# Numbers of classes for each kernel: 8 lanes of a warp, a warp, or a CTA for each row.
+# These numbers of classes use 8 lanes of a warp, a warp, or a CTA for each row.
 WIDTHS = (10, 100, 500, 1000, 3000, 8193, 32000, 50257, 128256, 262145)
 CALLS = {
     "mean": lambda s, t, y: fastkd.loss(s, t, y, temperature=3.0, alpha=0.3),

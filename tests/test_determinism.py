@@ -143,7 +143,7 @@ def test_isa_can_be_forced_and_an_unknown_isa_is_refused():
 def test_a_gradient_recomputed_in_backward_has_the_bits_of_forward(
     device, divergence, dtype, classes
 ):
-    """Backward recomputes equal bits from row statistics, for rows and in a second pass."""
+    """Backward recomputes equal bits, with reduction="none" and in a second backward pass."""
     student, teacher, labels = make((24, classes), dtype, device=device)
     a, b = student.clone().requires_grad_(), student.clone().requires_grad_()
     total = fastkd.loss(a, teacher, labels, reduction="sum", divergence=divergence)

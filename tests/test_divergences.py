@@ -92,7 +92,7 @@ def test_the_gradient_of_dkd_is_its_formula(device):
 @pytest.mark.parametrize("per_row", [False, True])
 @pytest.mark.parametrize("name", NAMES)
 def test_learned_temperatures_get_their_gradient(device, name, per_row):
-    """Gradients include the derivatives of the factor T^2 and of the teacher's probabilities."""
+    """A temperature's gradient includes those of the factor T^2 and the teacher's probabilities."""
     student, teacher, labels = make((ROWS, CLASSES), FP64, device=device, seed=3)
     shape = (ROWS,) if per_row else ()
     t = torch.full(shape, 2.0, dtype=FP64, device=device, requires_grad=True)

@@ -296,7 +296,7 @@ def check(case: Case, device: torch.device) -> None:
     in_value, in_gradient = torch.tensor(size * count), torch.tensor(size)
     hard = torch.as_tensor(exact.get("hard_weight", 0.0))
     if case.divergence in ("mse", "centered_mse") and is_fused(case) and not hard.any():
-        # In these divergences, a class does not depend on the size of other logits.
+        # In squared errors, a class's error does not depend on the size of other classes' logits.
         of_rows, in_gradient = roundings(case, problem)
         in_value = of_rows.sum().clamp(min=1e-30) * count
     check_close(value, want.detach(), 8 * eps, 64 * eps * in_value, "loss")
@@ -332,7 +332,7 @@ def sensitivity(case: Case, problem: Problem) -> float:
     if not fused and in_exponent > 1e30:
         return math.inf  # a logit over its temperature overflows float32
     # PyTorch rounds log-probabilities relative to their size, and sums classes sequentially in
-    # eight lanes. The truth does, too, which matters for float64.
+    # eight lanes. The float64 reference does both, too, which matters for calls in float64.
     if not fused or compute_dtype(student, teacher) is FP64:
         in_exponent += math.log(case.classes) + case.classes / 8 / 64
     size = float(hard.max()) * (1 + largest) + float(soft.max()) * greatest**2 * in_exponent
@@ -480,7 +480,7 @@ REGRESSIONS = [
         for name in ("mse", "centered_mse")
         for teacher_t in (None, 0.7)
     ),
-    # Option tensors with equal numbers for each row cost accuracy.
+    # Options lost accuracy as tensors with one number repeated for every row.
     *(
         Case((20,), n, spread=3.0, apart=1e-4, temperature=3.0, constant=frozenset([name]))
         for n in (10, 100)

@@ -224,7 +224,7 @@ def exact(
 
 
 def sensitivity(case: Case, tensors: dict[str, Tensor | None], want: Exact) -> float:
-    """Return the effect of rounding each logit's products on the row losses and gradients.
+    """Bound the effect of rounding each logit's products on the row losses and gradients.
 
     A logit's error is eps times the sum of the magnitudes of its products. If logits divided by
     their temperature are at most L, log-ratios of teacher and student are at most R = 1 + 2 L. R
@@ -283,7 +283,7 @@ def check(case: Case, device: torch.device) -> None:
         count = 1 if case.reduction == "none" else rows
         check_close(value.detach(), want.loss, 8 * eps, 16 * slope * eps * count, "loss")
         if bool(want.loss.isnan().any()):
-            return  # a NaN row of weight 0 has a gradient of NaN in the kernels, and of 0 here
+            return  # a NaN row of weight 0 has a gradient of NaN in the kernels, of 0 in exact()
         gains = {"student_hidden": largest_of(before["student_weight"]), "student_bias": rows}
         gains |= {"student_weight": largest_of(tame["student_hidden"]) * rows}
         names = [name for name in NAMES if copies[name] is not None]

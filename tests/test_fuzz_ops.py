@@ -375,7 +375,7 @@ def expected_shapes(case: Case, arguments: dict[str, Any]) -> list[tuple[int, ..
 
 
 def call(case: Case, guard: int) -> tuple[str, list[Tensor]]:
-    """Return the error's name, or the results that depend on the call alone."""
+    """Return (error's name, []), or ("", results that depend on the call alone)."""
     memory = Memory(guard)
     arguments = arguments_of(case, memory)
     before, grad = memory.copy(), arguments.get("grad")

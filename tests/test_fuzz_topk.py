@@ -139,7 +139,7 @@ def build(case: Case, device: torch.device) -> Problem:
 
 
 def copy_indices(indices: Tensor, layout: str) -> Tensor:
-    """Return the indices contiguous, or as a view of every second entry."""
+    """Return the indices or, for "classes apart", a copy in every second entry of a tensor."""
     if layout != "classes apart":
         return indices
     return indices.new_full((*indices.shape, 2), 10**9)[..., 0].copy_(indices)

@@ -126,7 +126,7 @@ def test_float16_gradients_survive_a_loss_scale(device):
 @pytest.mark.parametrize("chunks_of", [chunk_by_rows(8), chunk_by_classes()], ids=str)
 @pytest.mark.parametrize("largest", [2.0**13, 1e6])
 def test_float16_gradients_of_rows_survive_a_loss_scale(device, largest, chunks_of):
-    """The factors of rows do not overflow, alone or times hidden states."""
+    """Gradients do not overflow in float16 if each row has a large grad_output."""
     heads = make_heads(FP16, device)
     with torch.no_grad():
         heads.student.hidden[:, 0] = 20.0

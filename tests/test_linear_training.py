@@ -164,7 +164,7 @@ def test_a_compiled_model_equals_the_eager_one(options, fresh_compiler):
 @pytest.mark.slow
 @compiles
 def test_inductor_gives_the_eager_gradients(fresh_compiler):
-    """The default backend works, also in float16, where gradients are scaled last."""
+    """The default backend gives the eager gradients in float16, where gradients are scaled last."""
     dtype = FP16
     model = Model(dtype)
     for compiled_grad, eager_grad in zip(
