@@ -1,4 +1,4 @@
-"""Define the fixtures of all test files: devices, instruction sets, and hypothesis' profile."""
+"""Define fixtures that several test files use, and set hypothesis' profile."""
 
 import json
 import os
@@ -30,7 +30,7 @@ except ModuleNotFoundError:  # a GPU machine without network may lack hypothesis
         path.name for path in FOLDER.glob("test_*.py") if "from hypothesis" in path.read_text()
     )
 else:
-    # Derandomized: a run's outcome depends on the code alone.
+    # Each run draws the same cases, so a run's outcome depends on the code alone.
     settings.register_profile(
         "fastkd",
         derandomize=True,
@@ -110,13 +110,13 @@ def each_autograd(request: pytest.FixtureRequest) -> Iterator[str]:
 
 @pytest.fixture
 def formula(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Use the PyTorch formula instead of the kernel."""
+    """Compute losses of sparse teachers by PyTorch's operations instead of the kernel."""
     monkeypatch.setattr(topk, "KERNEL_DEVICES", ())
 
 
 @pytest.fixture
 def accelerate_state() -> Iterator[None]:
-    """Reset Accelerate's state, which keeps the precision of the process."""
+    """Reset Accelerate's state, which holds the process's precision, after the test."""
     import accelerate
 
     yield
@@ -142,7 +142,7 @@ def report(models) -> fastkd.Report:
 
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """Cache four classes of a teacher in several files."""
+    """Cache a teacher's four most probable classes of each sample in several files."""
     from stacks import CountingTeacher, write_cache
 
     path = tmp_path_factory.mktemp("cache")

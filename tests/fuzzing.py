@@ -50,14 +50,14 @@ def narrow_labels(labels: Tensor, dtype: str, classes: int, ignore_index: int = 
 
 
 def draw_rarely(usual: Any, others: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
-    """Draw the usual value in two of three cases, and another value otherwise."""
+    """Draw the usual value or, more rarely, a value of ``others``."""
     return st.one_of(st.just(usual), st.just(usual), others)
 
 
 def write_special_values(
     values: list[Tensor], odd: tuple[tuple[int, int, int, float], ...]
 ) -> None:
-    """Write special values into contiguous matrices; row and column wrap around."""
+    """Write special values into contiguous matrices; row and column indices wrap around."""
     for which, row, column, value in odd:
         matrix = values[which].view(-1, values[which].shape[-1])
         if len(matrix):
@@ -99,11 +99,11 @@ def has_equal_bits(a: Tensor, b: Tensor) -> bool:
 def check_close(
     got: Tensor, want: Tensor, relative: float, absolute: float | Tensor, name: str
 ) -> None:
-    """Raise an AssertionError if NaN or infinities differ, or other entries exceed the bounds."""
-    # Values beyond the dtype's range may be inf.
+    """Raise an AssertionError if NaNs differ, or errors of entries in range exceed the bounds."""
+    # Entries beyond half the dtype's range may overflow, so any result is accepted for them.
     largest = min(torch.finfo(got.dtype).max, torch.finfo(FP32).max) / 2
     huge = want.abs() > largest
-    # Values below the dtype's least number round to 0.
+    # Values up to half the dtype's least subnormal number round to 0.
     absolute = absolute + torch.finfo(got.dtype).smallest_normal * torch.finfo(got.dtype).eps / 2
     got = got.double()
     fits = (got - want).abs() <= relative * want.abs() + absolute
@@ -121,7 +121,7 @@ def largest_of(*tensors: Tensor) -> float:
 
 
 def lacks_inverse(lengths: Tensor, dtype: torch.dtype) -> bool:
-    """Return True if a row's length, computed in ``dtype``, has no finite inverse."""
+    """Return True if the inverse of a nonzero length overflows in ``dtype``."""
     return bool(((lengths > 0) & (lengths <= 1 / torch.finfo(dtype).max)).any())
 
 
@@ -140,7 +140,7 @@ def execution_settings(isa: str, threads: int, *, in_python: bool) -> Iterator[N
 
 
 def program(cases: st.SearchStrategy[Any], run: Callable[[Any, torch.device], None]) -> None:
-    """Run ``FILE [CASES [SEED]]``: test batches of consecutive seeds, and print failing cases."""
+    """Test batches of consecutive seeds, by the command ``FILE [CASES [SEED]]``; print failures."""
     count = int(sys.argv[1]) if len(sys.argv) > 1 else 20000
     first = int(sys.argv[2]) if len(sys.argv) > 2 else int(time.time())
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

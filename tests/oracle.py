@@ -1,6 +1,7 @@
 """Compute the objectives in NumPy and float64, from probabilities, without fastkd.
 
-Arguments: logits (R, C), labels (R,) or (R, C), and one number for each row or for all.
+Logits have shape (R, C), for R rows of C classes, and labels have shape (R,) or (R, C). A
+temperature or weight is one number, or a number for each row.
 """
 
 from typing import Any, NamedTuple
@@ -55,7 +56,8 @@ def centered(x: Array) -> Array:
     return x - x.mean(-1, keepdims=True)
 
 
-# Arguments: probabilities, logits over temperatures (teacher, student), labels, mix.
+# Each function takes probabilities (p of the teacher, q of the student), logits divided by their
+# temperatures (w of the teacher, z of the student), labels y and mix.
 DIVERGENCES: dict[str, Any] = {
     "forward_kl": lambda p, q, w, z, y, mix: kl(p, q),
     "reverse_kl": lambda p, q, w, z, y, mix: kl(q, p),
@@ -94,7 +96,7 @@ def standardized(x: Array) -> Array:
 def teacher(
     arrays: list[Array], t: Any, form: str, weights: Any, ensemble: str, standardize: bool
 ) -> tuple[Array, Array]:
-    """Return (logits over the temperature, probabilities)."""
+    """Return the teacher's (logits divided by the temperature, probabilities)."""
     logits = [np.log(x) if form == "probs" else x for x in arrays]
     if standardize:
         logits = [standardized(x) for x in logits]
@@ -119,7 +121,7 @@ def cross_entropy(logits: Array, labels: Array, weight: Array | None, smoothing:
 
 
 class Parts(NamedTuple):
-    """Hold losses and fields of each row, and the divisors of the hard and the soft term."""
+    """Hold each row's hard loss, soft loss and fields, and the divisors of both terms."""
 
     hard: Array
     soft: Array

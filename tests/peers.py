@@ -1,7 +1,7 @@
 """Compile other libraries' code as the oracle of fastkd.compat, and compare losses.
 
-A library's classes and functions are compiled from its installed source, alone. Importing the
-library would also import its dependencies, a hundred times as much code.
+Tests compile only the classes and functions that they need, from a library's installed source.
+Importing the library would also import its dependencies.
 """
 
 import ast
@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 
 def find_package_folder(package: str) -> pathlib.Path:
-    """Return an installed package's folder without importing it; skip the test if missing."""
+    """Return an installed package's folder without importing it; skip the test if it is missing."""
     spec = importlib.util.find_spec(package)
     if spec is None or not spec.submodule_search_locations:
         pytest.skip(f"{package} is not installed (make test installs it)")
@@ -31,11 +31,11 @@ def find_package_folder(package: str) -> pathlib.Path:
 def compile_code(package: str, file: str, *names: str, **extra_globals: Any) -> SimpleNamespace:
     """Compile named classes and functions of a package's file, without decorators.
 
-    ``extra_globals``: names that the code uses besides torch, nn and F.
+    ``extra_globals`` defines names that the code uses besides torch, nn and F.
     """
     path = find_package_folder(package) / file
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # escapes in the libraries' docstrings
+        warnings.simplefilter("ignore")  # invalid escapes in the libraries' docstrings
         tree = ast.parse(path.read_text())
     definitions = {
         node.name: node
@@ -74,7 +74,7 @@ def timm_task() -> Any:
     ).LogitDistillationTask
 
 
-# Relative and absolute tolerances; SINGLE is for libraries that always compute in float32.
+# DOUBLE and SINGLE are tolerances; SINGLE is for libraries that always compute in float32.
 DOUBLE = {"rtol": 1e-9, "atol": 1e-12}
 SINGLE = {"rtol": 2e-5, "atol": 2e-6}
 SHAPES = [(6, 5), (2, 4, 11)]

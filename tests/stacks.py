@@ -112,7 +112,7 @@ def trainer_of(student: nn.Module, teacher, **options) -> fastkd.Trainer:
 
 
 def train_by_hand(student: nn.Module, teacher, steps, **options) -> nn.Module:
-    """Train a copy by hand on batches; return the trained copy."""
+    """Train a copy of the student in a hand-written loop; return the copy."""
     student = copy.deepcopy(student)
     optimizer = torch.optim.SGD(student.parameters(), 0.5)
     for inputs, labels in steps:
@@ -135,7 +135,7 @@ def batches_of(data: TensorDataset, size: int = 16):
 
 
 class WithPixels(nn.Module):
-    """Map keyword arguments to an output with logits, as in transformers."""
+    """Map the keyword argument ``pixels`` to a dict with logits, as transformers' models do."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -164,7 +164,7 @@ def digits_model(width: int, seed: int = 0, epochs: int = 3) -> nn.Module:
 
 
 class CountingTeacher(nn.Module):
-    """Count the teacher's samples, and fail on demand."""
+    """Count the samples that the teacher gets; raise an error after ``fail_after`` samples."""
 
     def __init__(self, classes: int = 10, fail_after: float = float("inf")) -> None:
         super().__init__()

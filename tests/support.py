@@ -14,8 +14,8 @@ from fastkd import Head, TopK, reference
 
 FP64, FP32, BF16, FP16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
 DTYPES = (FP64, FP32, BF16, FP16)
-# Row widths at the upper limit of each CUDA kernel (csrc/cuda/launch.cu). In order: 8 lanes of a
-# warp; a warp, for fp32 and for 16 bits; then a CTA for each row, with more and more classes.
+# Numbers of classes that tests exceed and undercut by one. The CUDA kernel changes above 32 classes
+# and above 512 (fp32) or 1024 (16 bits); a CTA has more threads from 1024 and from 8192 on.
 CUDA_SIZE_CLASSES = (32, 128, 512, 1024, 4096, 8192, 20480, 40960, 163840, 425984)
 
 
@@ -61,7 +61,7 @@ def make(
 ) -> Problem:
     """Draw logits, equal on every device, and labels of which a share is ignored."""
     generator = torch.Generator().manual_seed(seed)
-    # Drawing in float32 takes half the time of float64; the truth uses the rounded values.
+    # Drawing in float32 is faster than in float64. truth() computes from the rounded values.
     wide = FP64 if FP64 in (dtype, teacher_dtype) else FP32
     student = torch.randn(shape, generator=generator, dtype=wide).mul_(spread)
     teacher = torch.randn(shape, generator=generator, dtype=wide).mul_(spread)
@@ -159,7 +159,7 @@ class Answer(NamedTuple):
     loss: Tensor
     grad: Tensor
     noise: float
-    """Rounding error of the truth, whose sum of p (log p - log q) cancels."""
+    """Rounding error of the loss in float64: terms of opposite sign cancel in the KL divergence."""
 
 
 def truth(
@@ -170,7 +170,7 @@ def truth(
     grad_output: Tensor | None = None,
     **options: Any,
 ) -> Answer:
-    """Compute the reference and its gradient in float64."""
+    """Compute the reference's loss and gradient in float64."""
     leaf = student.detach().double().requires_grad_()
     terms = reference.terms(
         leaf, teacher.detach().double(), labels, **weights(options, labels is not None)
@@ -249,13 +249,13 @@ def compute_dtype(student: Tensor, teacher: Tensor) -> torch.dtype:
     return FP64 if FP64 in (student.dtype, teacher.dtype) else FP32
 
 
-# Relative bounds. A loss is a sum of non-negative row terms. Each term has the relative error of an
-# exponential (2 ulp) at an argument up to about 100: some 10 ulp.
+# Bounds of relative errors. A loss is a sum of non-negative row terms, so its relative error is at
+# most that of a term. A term's error comes mainly from rounding the arguments of exponentials.
 VALUE_BOUND = {FP32: 2e-6, FP64: 1e-14}
 GRAD_BOUND = {FP32: 2e-6, FP64: 1e-14}
-# Floor of the comparison with eager PyTorch, whose result may be exact by luck.
+# Eager PyTorch's result may be exact by luck, so errors of the order of FLOOR are allowed.
 FLOOR = {FP32: torch.finfo(FP32).eps, FP64: torch.finfo(FP64).eps}
-# Allowed error of a 16-bit gradient, relative to the error of rounding the true gradient.
+# A 16-bit gradient may have ROUNDING times the error of rounding the true gradient.
 ROUNDING = 1.5
 
 
@@ -271,7 +271,7 @@ def assert_value(
     assert value.dtype == acc
     assert value.shape == exact.shape
     error, size = distance(value.detach(), exact), float(exact.norm())
-    # A log-probability near zero is the difference of two logarithms of size one.
+    # A log-probability near 0 is a difference of logarithms of size 1, so its error is absolute.
     noise = FLOOR[acc] * math.sqrt(exact.numel())
     noise += truth.noise if truth.noise < math.inf else 0.0
     limit = VALUE_BOUND[acc] * size + noise
@@ -289,9 +289,9 @@ def assert_grad(
     *,
     weight: float | None = None,
 ) -> None:
-    """Assert the gradient's norm-wise error: fp32 and fp64 against eager, 16-bit against rounding.
+    """Assert that the gradient's error is within its bounds, by norm and in each class.
 
-    ``weight``: a bound of the factors of probabilities, for rows with probabilities near 1.
+    ``weight`` bounds the factors of probabilities, for rows that have probabilities near 1.
     """
     assert grad is not None
     assert grad.shape == exact.shape
@@ -471,7 +471,7 @@ def run_topk(
 
 
 def check_topk(problem: TopKProblem, tail: str = "ghost", **options: Any) -> None:
-    """Assert that loss and gradient equal the definition."""
+    """Assert that loss and gradient equal those of topk_truth, up to rounding."""
     value, grad = run_topk(problem, tail, **options)
     exact = topk_truth(problem, tail, **options)
     acc = FP64 if FP64 in (problem.student.dtype, problem.log_probs.dtype) else FP32

@@ -206,7 +206,7 @@ def test_backward_after_the_graph_is_freed_raises(device):
 @pytest.mark.usefixtures("each_autograd")
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 def test_logits_changed_before_backward_raise(device, reduction):
-    """Backward raises an error if the logits were changed in place after the forward pass."""
+    """If logits change in place before backward, backward raises an error or is right."""
     student, teacher, labels = make((6, 20), device=device)
     hidden = student.requires_grad_() * 1.0
     value = fastkd.loss(hidden, teacher, labels, reduction=reduction).sum()
@@ -215,7 +215,7 @@ def test_logits_changed_before_backward_raise(device, reduction):
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):
             value.backward()
     else:
-        # Backward may also return the gradient that the forward pass has computed.
+        # Backward may return the gradient that the forward pass has computed.
         try:
             value.backward()
         except RuntimeError as error:
@@ -262,7 +262,7 @@ def test_teacher_gets_no_gradient(device):
     with pytest.raises(ValueError, match=r"teacher requires grad.*\.detach\(\)"):
         fastkd.terms(student, teacher, labels)
     with torch.no_grad(), pytest.raises(ValueError, match="teacher requires grad"):
-        fastkd.loss(student, teacher, labels)  # raised without gradients, too
+        fastkd.loss(student, teacher, labels)  # also raised under no_grad
     for reduction in REDUCTIONS:
         value = fastkd.loss(student, teacher.detach(), labels, reduction=reduction)
         value.sum().backward()
@@ -276,7 +276,7 @@ def test_teacher_gets_no_gradient(device):
 @pytest.mark.parametrize(("inplace", "tensors"), [(False, 1.0), (True, 0.0)])
 @pytest.mark.parametrize("dtype", [FP32, BF16], ids=name_of)
 def test_memory_on_the_cpu_is_one_student_tensor(inplace, tensors, dtype):
-    """Forward and backward allocate one student tensor and a few numbers per row."""
+    """Forward and backward allocate at most one tensor of the student's size, and 8 KiB."""
     student, teacher, labels = make((16, 20000), dtype, ignored=0.0)
     leaf = student.requires_grad_()
     hidden = leaf * 1 if inplace else leaf
@@ -371,7 +371,7 @@ def test_inference_tensors_are_accepted(device, options, labels):
     inputs = indices if labels == "indices" else teacher.softmax(-1)
     options = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in options.items()}
     if labels == "probabilities":
-        options.pop("inplace", None)  # inplace needs a kernel
+        options.pop("inplace", None)  # inplace needs class indices
     with torch.inference_mode():
         frozen, frozen_labels = teacher.clone(), inputs.clone()
         made = {k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in options.items()}

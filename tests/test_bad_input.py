@@ -25,7 +25,7 @@ def valid_arguments() -> dict[str, Any]:
 
 
 Z = torch.zeros
-# (changes of a valid call, the error, a part of the error's message)
+# Each mistake has changes of a valid call, the error's type, and a part of the error's message.
 MISTAKES: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     # shapes and ranks
     "shapes differ": ({"teacher": Z(3, 6)}, ValueError, "student and teacher must have the same shape; got (3, 5) and (3, 6)"),
@@ -126,7 +126,7 @@ MISTAKES: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "dkd of one class": ({"divergence": "dkd", "student": Z(3, 1), "teacher": Z(3, 1)}, ValueError, "divergence='dkd' needs at least two classes; got 1"),
     "standardize one class": ({"standardize": True, "student": Z(3, 1), "teacher": Z(3, 1)}, ValueError, "standardize=True needs at least two classes; got 1"),
     "standardize a number": ({"standardize": 1}, TypeError, "standardize must be True or False; got 1"),
-    # labels of probabilities, class weights
+    # labels that are probabilities, class weights
     "probabilities of fewer classes": ({"labels": torch.eye(3, 4)}, TypeError, "labels must be class indices of an integer dtype; got torch.float32, which would be probabilities if the shape were (3, 5), not (3, 4)"),
     "probabilities that require grad": ({"labels": torch.eye(3, 5).requires_grad_()}, ValueError, "labels get no gradient; got probabilities that require grad"),
     "class_weight a list": ({"class_weight": [1.0] * 5}, TypeError, "class_weight must be a tensor or None; got list"),
@@ -361,7 +361,7 @@ def test_checks_of_data_need_tensors():
         fastkd.check_inputs(**valid_arguments(), ignore_index=2**63)
 
 
-# Conversions of a tensor to another layout, and the call that the error message names.
+# Each entry has a conversion to a layout that is refused, and the call that the message names.
 LAYOUTS = {
     "coo": (lambda value: value.to_sparse(), "to_dense()"),
     "csr": (lambda value: value.to_sparse_csr(), "to_dense()"),
@@ -403,7 +403,7 @@ def test_tensors_of_other_layouts_are_refused(function, name, layout):
     if (layout == "csr" and value.dim() < 2) or (
         layout == "mkldnn" and not value.is_floating_point()
     ):
-        value = torch.rand(4, 7)  # a tensor of torch.long, or of one dimension, has no such layout
+        value = torch.rand(4, 7)  # csr needs two dimensions, and mkldnn a floating-point dtype
     arguments[name] = make_other(value)
     kind = getattr(fastkd, function)
     with pytest.raises(TypeError, match=f"{name} must be a dense tensor") as caught:

@@ -33,7 +33,7 @@ def data() -> TensorDataset:
 
 
 def trainer_in(folder: pathlib.Path, **options) -> fastkd.Trainer:
-    """Make a trainer whose student draws random numbers, equal in each process."""
+    """Make a trainer whose student has dropout, from equal random states in each call."""
     torch.manual_seed(0)
     random.seed(0)
     student = nn.Sequential(nn.Linear(8, 16), nn.Dropout(0.3), nn.Linear(16, 3))
@@ -105,14 +105,14 @@ def test_a_loader_with_other_generators_is_refused_within_a_pass(tmp_path):
     ):
         losses(trainer, make_loader())
     losses(trainer, LOADERS["loader"](torch.Generator()), 10)
-    trainer = trainer_in(tmp_path)  # after the pass, another sampler is accepted
+    trainer = trainer_in(tmp_path)  # between passes, generators are not compared
     trainer.resume()
     losses(trainer, make_loader())
 
 
 @pytest.mark.parametrize("stop", [5, 7])
 def test_random_numbers_drawn_after_resume_change_nothing(tmp_path, stop):
-    """A run draws the same random numbers, even if it is interrupted twice."""
+    """Numbers drawn between resume and training do not change the losses of the run."""
     straight = losses(trainer_in(tmp_path / "a"), make_loader())
     resumed = losses(trainer_in(tmp_path / "b"), make_loader(), stop)
     for until in (8, 15):

@@ -1,4 +1,4 @@
-"""Test plans of the chunks of a Head: sizes and memory."""
+"""Test plans that divide the logits of a Head into chunks: sizes and memory."""
 
 import re
 from typing import Any
@@ -27,7 +27,7 @@ def plan(
     weight_grad: bool = True,
     **options: Any,
 ) -> Plan:
-    """Make a plan of these sizes for a teacher of the student's width."""
+    """Make a plan from sizes, for a teacher of the student's width."""
     widths, dtypes = [student_width] * 2, [dtype, dtype, weight_dtype or dtype]
     sizes = Sizes(rows, classes, *widths, *dtypes, weight_grad, device, logits_per_row)
     return plan_sizes(sizes, **options)
@@ -59,7 +59,7 @@ def test_default_chunks_cover_all_rows(sizes):
 
 @given(HEADS, st.integers(1, 4096), st.sampled_from(["auto", "rows"]))
 def test_plans_fit_max_workspace(sizes, mib, chunk_by):
-    """The plan fits max_workspace, or raises; its chunks are as large as possible."""
+    """A plan fits max_workspace, or is refused; its chunks are as large as possible."""
     try:
         chosen = plan(**sizes, chunk_by=chunk_by, max_workspace=mib * MIB)
     except ValueError as error:
@@ -78,7 +78,7 @@ def test_plans_fit_max_workspace(sizes, mib, chunk_by):
 
 @given(HEADS, st.integers(1, 9000), st.booleans())
 def test_chunks_of_classes_cover_all_classes(sizes, largest, writes):
-    """Chunks cover all classes; logits lie only in the unwritten part of the gradient."""
+    """Chunks cover all classes; logits lie only in the unwritten part of the weight's gradient."""
     rows, classes, width = sizes["rows"], sizes["classes"], sizes["student_width"]
     item = int(sizes["logits_per_row"]) * sizes["dtype"].itemsize
     grad_row = width * sizes["dtype"].itemsize * sizes["weight_grad"]
@@ -95,8 +95,8 @@ def test_chunks_of_classes_cover_all_classes(sizes, largest, writes):
     assert end == classes
 
 
-# Sizes of Llama 3 and Qwen heads; the memory of their plan on a GPU of 80 GB, in MiB, without the
-# inputs; the dtype of the summed gradient.
+# Each target has the (rows, classes, width) of a Llama 3 or Qwen head, a bound of the plan's memory
+# in MiB, without the inputs, and the dtype of the summed gradient.
 TARGETS = [
     ((4096, 128256, 2048), 2100, "auto"),
     ((8192, 151936, 1024), 2300, "auto"),
@@ -117,7 +117,7 @@ def test_large_heads_fit_their_memory(sizes, mib, accumulate):
 # The bounds are the memory of Liger's fused loss for these sizes (docs/linear.md).
 @pytest.mark.parametrize(("sizes", "mib"), [(TARGETS[0][0], 564), (TARGETS[1][0], 334)], ids=str)
 def test_the_least_memory_is_two_gradients(sizes, mib):
-    """Chunks of classes need at least the memory of two gradients plus small chunks."""
+    """Chunks of classes need little more memory than the weight's and hidden states' gradients."""
     chosen = plan(*sizes, dtype=BF16, device="cuda", max_workspace=mib * MIB - 1)
     rows, classes, width = sizes
     assert chosen.chunk_by == "classes" and chosen.accumulate is BF16
@@ -239,7 +239,7 @@ def test_a_plan_serves_fewer_rows():
 
 @given(HEADS, st.integers(1, 4096), st.integers(1, 4096), st.sampled_from(["auto", "rows"]))
 def test_plans_with_a_chunk_size_fit_max_workspace(sizes, mib, size, chunk_by):
-    """With a chunk_size, the plan fits max_workspace or raises."""
+    """With a chunk_size, a plan that exceeds max_workspace is refused."""
     options = {**sizes, "chunk_by": chunk_by, "chunk_size": size}
     chosen = plan(**options)
     if chosen.peak_bytes <= mib * MIB:
@@ -254,5 +254,5 @@ def test_a_bound_too_small_is_refused():
         ValueError, match=r"max_workspace=1048576 .* accumulate_dtype=torch.bfloat16"
     ):
         plan(4096, 128256, 2048, dtype=torch.bfloat16, max_workspace=MIB)
-    with pytest.raises(ValueError, match=r"take [0-9]+ bytes$"):  # the sum cannot be in float16
+    with pytest.raises(ValueError, match=r"take [0-9]+ bytes$"):  # float16 sums are not advised
         plan(4096, 128256, 2048, dtype=FP16, max_workspace=MIB, chunk_by="rows")

@@ -155,7 +155,7 @@ def test_a_cache_with_other_options_is_refused(config_path, monkeypatch, capsys,
     ],
 )
 def test_a_cache_of_other_data_is_refused(config_path, monkeypatch, capsys, changes):
-    """A cache of other data is refused, and no file is added to the cache."""
+    """A cache made from data that differ from the run's is refused, and gets no new file."""
     cache = config_path.parent / "cache"
     cached = ("distill", "--config", config_path, f"--teacher_cache={cache}")
     run_command(monkeypatch, *cached, "--checkpoints=false", "--train_options.last=207")

@@ -1,4 +1,4 @@
-"""Test that the command line refuses bad configurations, and runs no foreign code."""
+"""Test that the command line refuses bad configurations, and runs only trusted code."""
 
 import importlib
 import importlib.metadata
@@ -116,7 +116,7 @@ def test_a_configuration_runs_no_command(config_path, monkeypatch, capsys, comma
 
 @pytest.mark.parametrize("key", ["module", "config", "resume", "print_config"])
 def test_a_file_cannot_set_options_of_the_command_line(config_path, monkeypatch, capsys, key):
-    """The keys ``module`` and ``config`` would let a file trust other modules."""
+    """A file cannot set these keys: ``module`` and ``config`` would let it trust more modules."""
     config_path.write_text(f"{config_path.read_text()}\n{key}: os\n")
     error = run_refused_command(monkeypatch, capsys, "distill", "--config", config_path)
     assert f"fastkd distill: {config_path}: " in error and key in error
@@ -223,7 +223,7 @@ def test_numbers_and_null_of_a_file_are_read(config_path, monkeypatch):
 
 
 def test_nested_aliases_are_refused_at_once(tmp_path):
-    """Aliases that stand for 9^10 values are refused within the time limit."""
+    """Aliases that stand for 9^10 values are refused within a minute."""
     lines = ["a0: &a0 [1, 1, 1, 1, 1, 1, 1, 1, 1]"]
     lines += [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 10)]
     file = tmp_path / "config.yaml"

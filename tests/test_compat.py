@@ -48,7 +48,7 @@ def verl_loss(s, t, y):
     return verl.compute_forward_kl_topk(s[None], *lists, None, "thd")["distillation_losses"].sum()
 
 
-# One adapter of each library: (student logits, teacher logits, labels) -> loss.
+# Each function computes an adapter's loss from student logits, teacher logits and labels.
 MASKING = {
     "axolotl": axolotl_loss,
     "distilbert": lambda s, t, y: distilbert.step_loss(

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from fastkd.compat import deit, keras, mdistiller, timm, torchdistill
 
-# Several libraries use the default that torch warns about.
+# Several libraries use kl_div's default reduction, about which torch warns.
 pytestmark = pytest.mark.filterwarnings("ignore:reduction. 'mean' divides the total loss")
 
 # ---- torchdistill
@@ -59,7 +59,7 @@ def test_torchdistill_gives_its_own_loss(name, reduction, options):
 
 @pytest.mark.parametrize("reduction", ["batchmean", "mean", "sum"])
 def test_torchdistill_accepts_pixels_and_soft_targets(reduction):
-    """Per-pixel classes have two denominators; mixup has labels of probabilities."""
+    """The loss equals torchdistill's for pixels, and for probabilities as labels (mixup)."""
     ours = torchdistill.KDLoss(*PATHS, temperature=2.0, alpha=0.3, reduction=reduction)
     theirs = torchdistill_code().KDLoss(*PATHS, temperature=2.0, alpha=0.3, reduction=reduction)
     student, teacher, _ = draw((2, 5, 3, 4))
@@ -207,7 +207,7 @@ def test_keras_distiller_trains_like_its_own(keras_package, weight, with_labels)
     )
     x, y = torch.randn(6, 3), torch.arange(6) % 5 if with_labels else None
     torch.testing.assert_close(ours.compute_loss(x, y), theirs.compute_loss(x, y), **SINGLE)
-    if with_labels or weight < 1:  # both losses take the logits as y_pred
+    if with_labels or weight < 1:  # otherwise, the loss does not depend on y_pred, the logits
         assert_equal_losses(
             lambda s: ours.compute_loss(x, y, s),
             lambda s: theirs.compute_loss(x, y, s),
@@ -240,7 +240,7 @@ def test_keras_distiller_sets_training_modes(keras_package):
 
 def test_the_keras_teacher_is_not_called_at_weight_1():
     logits, _, labels = draw((6, 5))
-    no_teacher = nn.Linear(1, 1)  # raises if it is called, since the inputs have another width
+    no_teacher = nn.Linear(1, 1)  # raises if it is called, since the inputs have width 5
     ours = keras.Distiller(
         no_teacher, nn.Identity(), keras.LogitsDistillation(), student_loss_weight=1.0
     )

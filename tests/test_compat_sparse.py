@@ -38,7 +38,7 @@ def test_trl_sdft_gives_its_own_loss(alpha):
     )
 
 
-# k=1 without a tail is left out: its only class has the probability 1.
+# k=1 without a tail is not tested: the only class has probability 1, so the loss is 0.
 @pytest.mark.parametrize(
     ("k", "add_tail"), [(1, True), (3, True), (3, False), (10, True), (10, False)]
 )
@@ -78,7 +78,7 @@ def outputs(**arguments):
 
 
 def assert_same_loss(student, target, beta, temperature, **teacher):
-    """Assert equal sums, gradients and token counts."""
+    """Assert that sums, gradients and token counts of fastkd and ms-swift are equal."""
     call = (target, beta, temperature)
     theirs = swift().TeacherOutput(**teacher)
     assert_equal_losses(
@@ -161,13 +161,13 @@ def axolotl_code():
 
 
 def axolotl_losses(**options):
-    """Return fastkd's and axolotl's loss of (head, hidden, ids, log_probs, mask, labels, bias)."""
+    """Return the loss functions of fastkd and of axolotl."""
     ours = axolotl.LigerFusedLinearKLTopKLogprobLoss(**options)
     return ours, axolotl_code()(**options, compiled=False, chunk_size=4)
 
 
 def axolotl_batch():
-    """Draw hidden states, a head, lists of 4 classes that add up to 1, their mask, and labels."""
+    """Draw (hidden states, head, (normalized lists of 4 classes, mask, labels), bias)."""
     hidden, teacher, labels = draw((2, 6, 11), "some ignored")
     values, ids = teacher.log_softmax(-1).topk(4)
     mask = (labels != -100)[..., None].expand_as(ids).int()
@@ -291,7 +291,7 @@ def test_verl_gives_its_own_loss(k, chunked):
 
 
 def test_verl_where_a_position_has_no_list():
-    """verl's servers return k times token 0 with probability 1 for the last position."""
+    """The loss is 0 at the last position, for which verl's servers list k times token 0."""
     student, teacher, _ = draw((1, 7, 11))
     values, ids = teacher.log_softmax(-1).topk(4)
     values[0, -1], ids[0, -1] = 0.0, 0
@@ -302,7 +302,7 @@ def test_verl_where_a_position_has_no_list():
 
 
 def test_verl_does_not_clamp_log_probabilities():
-    """Documented difference: below log_prob_min_clamp, verl's student learns nothing."""
+    """Documented difference: verl's loss is constant below log_prob_min_clamp."""
     student, teacher = torch.zeros(1, 1, 3), torch.tensor([[[0.5, 0.4]]]).log()
     ids, config = torch.tensor([[[0, 1]]]), verl_config(log_prob_min_clamp=-10.0)
     lists = [
@@ -320,7 +320,7 @@ def test_verl_does_not_clamp_log_probabilities():
 
 
 def test_verl_with_a_tail():
-    """Without a tail the loss may be negative, and verl clamps it; a ghost class makes it a KL."""
+    """The loss may be negative with tail="ignore" (verl clamps it), but not with tail="ghost"."""
     log_probs, ids = torch.tensor([[[0.5, 0.3]]]).log(), torch.tensor([[[0, 1]]])
     student = torch.tensor([[[0.6, 0.35, 0.05]]]).log()
     truncated, ghost = (
@@ -354,9 +354,9 @@ CLIP = Config(clip_ratio=0.2, clip_ratio_low=0.2, clip_ratio_high=0.2, global_ba
 
 @pytest.mark.parametrize("name", ["k1", "k2", "k3"])
 def test_verl_estimators_are_those_of_sampled(name):
-    """docs/compat.md names these calls in place of verl's, which get no logits."""
+    """fastkd.Sampled gives the losses of verl's estimators, as docs/compat.md says."""
     student, teacher, tokens = draw((2, 4, 11))
-    student, teacher = student / 6, teacher / 6  # verl clamps k3 at 10
+    student, teacher = student / 6, teacher / 6  # keeps k3 below 10, where verl clamps it
     chosen = tokens[..., None]
     log_p = teacher.log_softmax(-1).gather(-1, chosen)[..., 0]
 
@@ -374,15 +374,15 @@ def test_verl_estimators_are_those_of_sampled(name):
 
 
 def test_verl_policy_gradient_of_k3():
-    """Documented fault: k3 as an advantage maximizes the forward KL beside the reverse KL."""
+    """Documented fault of verl: with k3 as an advantage, training also maximizes the forward KL."""
     student, teacher, _ = draw((1, 5))
-    student, teacher = student / 6, teacher / 6  # verl clamps k3 at 10
+    student, teacher = student / 6, teacher / 6  # keeps k3 below 10, where verl clamps it
     log_p = teacher[0].log_softmax(-1)
 
     def expected(logits):
         log_q = logits[0].log_softmax(-1)
         estimate = verl_estimators().kl_penalty(log_q, log_p, "k3").detach()
-        surrogate = (log_q.exp().detach() * estimate * log_q).sum()  # over the tokens' probability
+        surrogate = (log_q.exp().detach() * estimate * log_q).sum()  # expectation over tokens
         return surrogate - surrogate.detach()
 
     def difference(logits):

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from fastkd.compat import distilbert, liger, modelopt, nemo, textbrewer, torchtune, trl
 
-# Several libraries use the default that torch warns about.
+# Several libraries use kl_div's default reduction, about which torch warns.
 pytestmark = pytest.mark.filterwarnings("ignore:reduction. 'mean' divides the total loss")
 
 # ---- torchtune
@@ -138,7 +138,7 @@ def test_trl_accepts_a_global_count(mask, count):
 
 @pytest.mark.parametrize("shape", [(), (1,), (2,), (2, 1)])
 def test_trl_accepts_a_count_for_every_gpu(shape):
-    """The count is averaged over the GPUs, as TRL's trainer averages its own loss."""
+    """num_items_in_batch is averaged over the GPUs, as TRL's trainer averages its loss."""
     student, teacher, labels = draw((2, 4, 11), "some ignored")
     options = {"labels": labels, "num_items_in_batch": torch.full(shape, 5.0).double()}
     assert_equal_losses(
@@ -357,7 +357,7 @@ def test_nemo_refuses_a_count_of_zero():
 def test_distilbert_gives_its_own_loss(weights, restrict):
     student, teacher, labels = draw((2, 6, 5), "some ignored")
     attention = torch.ones(2, 6, dtype=torch.long)
-    attention[1, 4:] = 0  # at least one row with a label and one without
+    attention[1, 4:] = 0  # two tokens of padding
     rows = labels > -1 if restrict else attention.bool()
 
     def formula(s: Tensor) -> Tensor:

@@ -32,7 +32,7 @@ def run(function, student, *rest):
 
 
 def recorder(graphs: list):
-    """Return the backend aot_eager with a record of the graphs of forward and backward."""
+    """Return a backend like aot_eager that appends the graphs of forward and backward to a list."""
     from functorch.compile import make_boxed_func
     from torch._dynamo.backends.common import aot_autograd
 
@@ -78,7 +78,7 @@ def test_a_compiled_loss_equals_the_eager_one(device, call):
 
 @pytest.mark.parametrize("dtype", [BF16, FP16], ids=name_of)
 def test_compiled_16_bit_gradients_are_exact(device, dtype):
-    """Compiled 16-bit gradients are exact, though the loss scale is unknown in the forward pass."""
+    """Compiled 16-bit gradients have only rounding errors, though forward knows no loss scale."""
     student, teacher, labels = make((64, 8000), dtype, device=device, spread=1.0)
     compiled = torch.compile(
         lambda *a: fastkd.loss(*a, temperature=4.0, alpha=0.1), fullgraph=True, backend="aot_eager"
@@ -103,7 +103,7 @@ def test_dynamic_shapes_need_one_graph(device):
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_inductor_gives_the_eager_gradient(device):
-    """The default backend fuses operations before and after the op."""
+    """Loss and gradient are right if the default backend fuses operations around the op."""
     student, teacher, labels = make((6, 50), device=device)
 
     def step(s, t, y):
@@ -278,7 +278,7 @@ CHECKS = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
 
 
 def arguments_of(teacher, labels, rows, reduction, *, smoothing=0.1, with_terms=False):
-    """Return the arguments of the op after the student."""
+    """Return the arguments of the op that follow the student."""
     return tuple(Arguments(
         (teacher,), labels=labels, row_settings=rows, temperature=2.0, teacher_temperature=2.0,
         hard_weight=0.5, soft_weight=0.5, label_smoothing=smoothing,

@@ -220,7 +220,7 @@ def test_the_gil_is_released(each_autograd):
     leaf = student.requires_grad_()
     value = fastkd.loss(leaf, teacher, labels, reduction="none")
     assert not is_gil_released_during(lambda: sum(range(3_000_000))), "the watch would see anything"
-    # Repeated, because the watching thread may get no processor in time.
+    # The calls are repeated, because the watching thread may get no processor in time.
     assert any(
         is_gil_released_during(lambda: fastkd.loss(leaf, teacher, labels)) for _ in range(20)
     )

@@ -23,7 +23,7 @@ from fastkd import TopK
 
 pytestmark = pytest.mark.cuda
 
-# One width for each kernel, between the limits in support.CUDA_SIZE_CLASSES.
+# These numbers of classes use 8 lanes of a warp, a warp, or a CTA for each row.
 WIDTHS = (10, 100, 500, 1000, 3000, 8193, 32000, 50257, 128256, 262145)
 CALLS = {
     "mean": lambda s, t, y: fastkd.loss(s, t, y, temperature=3.0, alpha=0.3),
@@ -218,7 +218,7 @@ def test_ignored_rows_do_not_change_other_rows(classes):
     value.backward()
     torch.testing.assert_close(value.detach(), expected[0], rtol=1e-6, atol=0)
     assert (leaf.grad[::2] == 0).all()
-    # Both calls have the same scale, but another number of rows may use another kernel.
+    # Both calls divide by the same number of rows. The tolerance is one unit of bfloat16.
     torch.testing.assert_close(leaf.grad[1::2], expected[1], rtol=2**-7, atol=1e-9)
 
 
@@ -263,7 +263,7 @@ def test_more_than_2_to_the_31_elements_are_supported(reduction):
 
 
 def test_pixels_beyond_2_to_the_31_elements_are_supported():
-    """The distance between the classes of a pixel exceeds 32 bits."""
+    """Offsets of a pixel's last classes exceed 2^31."""
     classes, pixels = 19, 2**27
     assert classes * pixels > 2**31
     if torch.cuda.mem_get_info()[0] < 24 * 2**30:
@@ -287,7 +287,7 @@ def test_pixels_beyond_2_to_the_31_elements_are_supported():
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 @pytest.mark.parametrize(("inplace", "tensors"), [(False, 1.0), (True, 0.0)])
 def test_peak_memory_of_pixels_is_one_gradient(inplace, tensors, dtype):
-    """Peak memory is one gradient and less than 100 bytes per pixel, without copies."""
+    """Peak memory is at most one gradient and 100 bytes per pixel, without copies."""
     student, teacher = (torch.randn(2, 150, 64, 64, device="cuda").to(dtype) for _ in range(2))
     labels = torch.randint(150, (2, 64, 64), device="cuda")
     hidden = student.requires_grad_() * 1

@@ -20,7 +20,7 @@ SHAPES = [
     (2, 2 * S),
     (7, S + 1),
 ]
-# One divergence for each form of the kernels' sweeps.
+# These divergences use every form of the kernels' sweeps, which are loops over a row.
 SWEEPS = ["forward_kl", "reverse_kl", "jsd", "dkd", "cosine"]
 
 
@@ -66,7 +66,7 @@ def test_bits_are_equal_for_any_number_of_threads(divergence, shape, reduction, 
 
 @pytest.mark.usefixtures("threads", "isa")
 def test_merged_sums_of_a_shared_row_equal_those_of_one_thread():
-    """Merged sums of two segments have the bits of one thread (regression in one row of twenty)."""
+    """Merged sums of two segments have the bits of one thread, in each of 60 rows."""
     for seed in range(60):
         student, teacher, _ = make((1, 2 * S - 3000), FP64, labels=False, seed=seed)
         student.requires_grad_()
@@ -81,7 +81,7 @@ def test_merged_sums_of_a_shared_row_equal_those_of_one_thread():
 @pytest.mark.usefixtures("threads")
 @pytest.mark.parametrize("shape", [(64, 8 * S), (1, 64 * S)], ids=["whole rows", "one row"])
 def test_several_threads_do_the_work(shape):
-    """The calling thread uses far less CPU time than the process."""
+    """The calling thread uses less than 3/4 of the process's CPU time."""
     if len(os.sched_getaffinity(0)) < 2:
         pytest.skip("one processor")
     student, teacher, _ = make(shape, labels=False)
@@ -143,7 +143,7 @@ def test_isa_can_be_forced_and_an_unknown_isa_is_refused():
 def test_a_gradient_recomputed_in_backward_has_the_bits_of_forward(
     device, divergence, dtype, classes
 ):
-    """Row statistics suffice to recompute the bits, in reduction="none" and in a second pass."""
+    """Backward recomputes equal bits, with reduction="none" and in a second backward pass."""
     student, teacher, labels = make((24, classes), dtype, device=device)
     a, b = student.clone().requires_grad_(), student.clone().requires_grad_()
     total = fastkd.loss(a, teacher, labels, reduction="sum", divergence=divergence)

@@ -47,7 +47,7 @@ def test_gradients_equal_finite_differences(device, name, standardize):
     assert torch.autograd.gradgradcheck(function, (leaf, t))
 
 
-# Slopes in docs/maths.md, section 10, as functions of d = log p - log q, p, q and mix.
+# Each function is the slope in docs/maths.md, section 10, of d = log p - log q, p, q and mix.
 SLOPES = {
     "forward_kl": lambda d, p, q, b: -p,
     "reverse_kl": lambda d, p, q, b: q * (1 - d),
@@ -92,7 +92,7 @@ def test_the_gradient_of_dkd_is_its_formula(device):
 @pytest.mark.parametrize("per_row", [False, True])
 @pytest.mark.parametrize("name", NAMES)
 def test_learned_temperatures_get_their_gradient(device, name, per_row):
-    """The temperature's gradient includes T^2 and the teacher's softening."""
+    """A temperature's gradient includes those of the factor T^2 and the teacher's probabilities."""
     student, teacher, labels = make((ROWS, CLASSES), FP64, device=device, seed=3)
     shape = (ROWS,) if per_row else ()
     t = torch.full(shape, 2.0, dtype=FP64, device=device, requires_grad=True)
@@ -185,7 +185,7 @@ def test_standardized_logits_ignore_their_scale(device, name):
     options = {"divergence": name, "standardize": True, "hard_weight": 0.0, "soft_weight": 1.0}
     got = fastkd.loss(student, teacher, labels, **options)
     scaled = fastkd.loss(7.0 * student - 3.0, 0.2 * teacher + 1.0, labels, **options)
-    # Standardizing adds 1e-7 to the deviation.
+    # Standardizing divides by the standard deviation plus 1e-7, so the scale matters slightly.
     torch.testing.assert_close(scaled, got, rtol=1e-5, atol=0)
 
 
@@ -197,7 +197,7 @@ def test_the_kl_has_its_high_temperature_limit(device):
         abs(float(fastkd.loss(student, teacher, temperature=t) - limit)) for t in (1e2, 1e3, 1e4)
     ]
     for before, after in itertools.pairwise(distances):
-        assert after < before / 8  # smaller terms are of order 1 / T
+        assert after < before / 8  # the distance is of order 1 / T
     assert distances[-1] < 1e-3 * float(limit)
     at_its_own = fastkd.loss(student, teacher, temperature=37.0, divergence="centered_mse")
     torch.testing.assert_close(at_its_own / 2, limit)  # the loss multiplies by T^2
@@ -222,7 +222,8 @@ def test_divergences_keep_their_relations(device):
     assert_close(value("skewed_forward_kl", 0.2), value("skewed_reverse_kl", 0.2, swapped=True))
     assert_close(value("skewed_forward_kl", 1e-9), forward, 1e-6)
     assert_close(value("skewed_reverse_kl", 1e-9), reverse, 1e-6)
-    # The JSD over its weight tends to the forward KL as mix nears 0, and to the reverse KL near 1.
+    # JSD / mix tends to the forward KL as mix nears 0, and JSD / (1 - mix) to the reverse KL as mix
+    # nears 1.
     assert_close(value("jsd", 1e-7) / 1e-7, forward, 1e-4)
     assert_close(value("jsd", 1 - 1e-7) / 1e-7, reverse, 1e-4)
     assert (value("jsd") <= 4 * torch.tensor(2.0).log()).all()
@@ -262,7 +263,7 @@ def test_a_class_that_both_mask_has_no_effect(device, name, standardize, form):
     if form != "logits":
         teacher = teacher.log_softmax(-1) if form == "log_probs" else teacher.softmax(-1)
     options = {"divergence": name, "standardize": standardize, "teacher_form": form}
-    for temperature in (t, 1.5):  # a learned temperature is never fused
+    for temperature in (t, 1.5):  # no kernel computes the gradient of t
         wide, slim = student.clone().requires_grad_(), student[:, unmasked].clone().requires_grad_()
         got = fastkd.loss(wide, teacher, labels, temperature=temperature, **options)
         expected = fastkd.loss(slim, teacher[:, unmasked], narrow, temperature=1.5, **options)
@@ -275,7 +276,8 @@ def test_a_class_that_both_mask_has_no_effect(device, name, standardize, form):
 
 
 INF = float("inf")
-# Values of a class that the teacher alone masks, and that the student alone masks; None if finite.
+# Each pair has the values of a class that the teacher alone masks, and of a class that the student
+# alone masks. None stands for a finite value.
 PRICES = {
     "forward_kl": (None, INF),
     "reverse_kl": (INF, None),
@@ -293,7 +295,7 @@ PRICES = {
 
 @pytest.mark.parametrize("name", PRICES)
 def test_a_class_that_one_side_masks_has_its_value(device, name):
-    """A finite value equals that of a class of tiny probability, with a finite gradient."""
+    """A finite loss equals that of a tiny probability, and has a finite gradient."""
     student, teacher, labels = make((ROWS, CLASSES), FP64, device=device, ignored=0.0)
     labels = labels.masked_fill(labels == 2, 3)
     options = {"divergence": name, "hard_weight": 0.0, "soft_weight": 1.0, "reduction": "none"}
@@ -365,7 +367,7 @@ def test_jsd_is_right_if_parts_of_a_row_are_far_below_others(isa, name, temperat
 
 
 def test_forward_kl_has_a_finite_gradient_where_the_student_alone_masks(device):
-    """If the student alone masks a class, the loss is +inf, with the finite gradient q - p."""
+    """If the student alone masks a class, the gradient is the difference of the probabilities."""
     student = torch.tensor([[0.0, 1.0, -INF]], device=device, requires_grad=True)
     teacher = torch.tensor([[0.0, 0.0, 0.0]], device=device)
     for name in ("forward_kl", "soft_cross_entropy"):
@@ -376,7 +378,7 @@ def test_forward_kl_has_a_finite_gradient_where_the_student_alone_masks(device):
 
 
 def make_masked_by_the_student(divergence, reduction, classes, device):
-    """Make a student leaf of two rows; the first row masks a class that the teacher has."""
+    """Return a student with its gradient; the student's first row masks a teacher's class."""
     student = torch.linspace(-1, 1, classes, device=device).repeat(2, 1)
     student[0, 1] = -INF
     student.requires_grad_()
@@ -400,7 +402,7 @@ def test_squared_error_is_infinite_where_the_student_alone_masks(device, classes
 def test_centered_squared_error_is_infinite_where_the_student_alone_masks(
     device, classes, reduction
 ):
-    """The loss is +inf without a gradient: centered differences are infinite or NaN."""
+    """The loss is +inf, and the row's gradient is infinite or NaN, as centered differences are."""
     student = make_masked_by_the_student("centered_mse", reduction, classes, device)
     assert student.grad[0, 1].isnan()
     assert student.grad[0, 2:].isinf().all()
@@ -408,7 +410,7 @@ def test_centered_squared_error_is_infinite_where_the_student_alone_masks(
 
 
 def test_dkd_of_a_one_hot_teacher_is_cross_entropy(device):
-    """The loss is -log q_y, since the divergence of the other classes is omitted."""
+    """The loss is the cross entropy, since the term for classes without the label is omitted."""
     teacher = torch.tensor([[2.0, -INF, -INF]], device=device)
     student = torch.tensor([[1.0, 0.0, 0.5]], device=device, requires_grad=True)
     label = torch.tensor([0], device=device)

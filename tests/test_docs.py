@@ -16,9 +16,9 @@ import fastkd
 ROOT = pathlib.Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 PYTHON = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
-# Pages whose code blocks do not run: the blocks import other libraries, or omit arguments.
+# The code blocks of these pages are not tested: they import optional packages or omit arguments.
 EXCERPTS = {"compat.md", "index.md", "training.md"}
-SLOW = {"first-distillation.md", "report.md"}  # two trainings; pictures
+SLOW = {"first-distillation.md", "report.md"}  # the first trains twice, the second draws pictures
 PAGES = sorted(
     path.relative_to(DOCS).as_posix()
     for path in DOCS.rglob("*.md")

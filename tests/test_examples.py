@@ -9,7 +9,7 @@ import sys
 import pytest
 
 EXAMPLES = pathlib.Path(__file__).parents[1] / "examples"
-# Arguments, required packages, and a word of the last line of output.
+# Each entry has a script's arguments, a required package, and words of the last line of output.
 SCRIPTS = {
     "plain_loop.py": (["--seeds", "2", "--epochs", "2"], "sklearn", "gain by distillation"),
     "lightning_module.py": (["--seeds", "2", "--epochs", "1"], "lightning", "gain by"),

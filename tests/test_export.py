@@ -44,7 +44,7 @@ LOSSES: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
 }
 
 
-# Losses of one op each; `make test-all` also runs the other losses.
+# `make test` exports and compiles these losses alone, and `make test-all` every loss.
 QUICK = ("mean", "linear", "learned temperature")
 
 
@@ -74,7 +74,7 @@ class Learning(Student):
 
 
 def gradients(step: Callable[[], Tensor], module: nn.Module) -> list[Tensor]:
-    """Return the loss of a step and its gradients, with a grad_output other than 1."""
+    """Return the loss of a step and its gradients, with a grad_output of 3."""
     for parameter in module.parameters():
         parameter.grad = None
     value = step()
@@ -102,7 +102,7 @@ def test_exported_programs_train_as_eager_calls_do(name, strict):
     module = Learning(linear) if name not in LOSSES else Student(LOSSES[name])
     expected = gradients(lambda: module(x, teacher, labels), module)
     with warnings.catch_warnings():
-        warnings.simplefilter("error")  # Torch warns about an op without a gradient
+        warnings.simplefilter("error")  # torch warns if an op has no gradient
         exported = torch.export.export(module, (x, teacher, labels), strict=strict).module()
         ours = gradients(lambda: exported(x, teacher, labels), exported)
     assert_same_step(ours, expected)
@@ -122,7 +122,7 @@ def fresh_dynamo() -> Iterator[None]:
 def test_compiled_autograd_gives_the_gradients_of_autograd(name, backend):
     x = torch.randn(8, 6, generator=torch.Generator().manual_seed(1))
     _, teacher, labels = make((8, 50))
-    dtype = FP32  # the Python backend passes 16-bit tensors in float32, except for heads
+    dtype = FP32  # the backend "eager" is tested in 16 bits, except for heads
     if backend == "eager" and not name.startswith("linear"):
         dtype = (BF16, FP16)[len(name) % 2]
     module = Student(lambda s, t, y: LOSSES[name](s.to(dtype), t, y))

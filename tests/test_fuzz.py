@@ -56,7 +56,7 @@ class Case(NamedTuple):
     temperature: float = 2.0
     teacher_t: float | None = None  # the teacher's temperature
     per_row: frozenset[str] = frozenset()  # options that are tensors with a number for each row
-    # Options that are tensors with equal numbers for each row.
+    # These options are tensors with one number repeated for every row.
     constant: frozenset[str] = frozenset()
     weights: tuple[float, float] = (0.5, 0.5)
     smoothing: float = 0.0
@@ -195,7 +195,7 @@ def is_fused(case: Case) -> bool:
 
 
 def compute(case: Case, problem: Problem) -> tuple[Tensor, Tensor]:
-    """Compute (loss, gradient) by one of the entry points."""
+    """Compute (loss, gradient) by the entry point of the case."""
     student, teacher, labels, options, _ = problem
     leaf = student.detach().requires_grad_()
     logits, teacher = (sliced(case, x, options["dim"]) for x in (leaf, teacher))
@@ -217,7 +217,7 @@ def compute(case: Case, problem: Problem) -> tuple[Tensor, Tensor]:
 
 
 def soft_terms(case: Case, problem: Problem) -> Tensor:
-    """Return the divergence of each row."""
+    """Return the soft term of each row."""
     *logits, labels, options, _ = problem
     student, teacher = (sliced(case, x, options["dim"]) for x in logits)
     options = {k: v for k, v in options.items() if k != "normalizer"}
@@ -225,7 +225,7 @@ def soft_terms(case: Case, problem: Problem) -> Tensor:
 
 
 def check_constants(case: Case, device: torch.device, problem: Problem, soft: Tensor) -> None:
-    """Raise if option tensors with equal numbers for each row cost the divergence accuracy."""
+    """Assert that the soft term is as accurate with numbers of rows as with one number for all."""
     baseline = soft_terms(case, build(case._replace(constant=frozenset()), device)).double()
     finite = soft.isfinite() & baseline.isfinite()
     got, baseline, soft = (x[finite] for x in (soft_terms(case, problem).double(), baseline, soft))
@@ -238,7 +238,7 @@ def check_constants(case: Case, device: torch.device, problem: Problem, soft: Te
 
 
 def roundings(case: Case, problem: Problem) -> tuple[Tensor, Tensor]:
-    """Return rounding bounds: (squared error of each row, error of each gradient entry).
+    """Bound rounding errors of squared errors: (loss of each row, each gradient entry).
 
     A class depends on the rounding of its own logits and, for centered errors, of their mean.
     """
@@ -280,7 +280,7 @@ def check(case: Case, device: torch.device) -> None:
     if reference.DIVERGENCES[case.divergence].compares == "logits" and not all(
         bool(x.isfinite().all()) for x in (student, teacher)
     ):
-        return  # infinities of such calls are not predicted
+        return  # results of infinite logits are not predicted
     acc = compute_dtype(student, teacher)
     eps = torch.finfo(acc).eps
     assert value.dtype == acc and grad.dtype == student.dtype
@@ -296,7 +296,7 @@ def check(case: Case, device: torch.device) -> None:
     in_value, in_gradient = torch.tensor(size * count), torch.tensor(size)
     hard = torch.as_tensor(exact.get("hard_weight", 0.0))
     if case.divergence in ("mse", "centered_mse") and is_fused(case) and not hard.any():
-        # In these divergences, a class does not depend on the size of other logits.
+        # In squared errors, a class's error does not depend on the size of other classes' logits.
         of_rows, in_gradient = roundings(case, problem)
         in_value = of_rows.sum().clamp(min=1e-30) * count
     check_close(value, want.detach(), 8 * eps, 64 * eps * in_value, "loss")
@@ -319,7 +319,7 @@ def check(case: Case, device: torch.device) -> None:
 
 
 def sensitivity(case: Case, problem: Problem) -> float:
-    """Return the effect of rounding a logit over its temperature on loss and gradient."""
+    """Bound the effect on loss and gradient of rounding logits divided by their temperature."""
     student, teacher, exact = problem.student, problem.teacher, problem.exact
     if not student.numel():
         return 1.0
@@ -332,7 +332,7 @@ def sensitivity(case: Case, problem: Problem) -> float:
     if not fused and in_exponent > 1e30:
         return math.inf  # a logit over its temperature overflows float32
     # PyTorch rounds log-probabilities relative to their size, and sums classes sequentially in
-    # eight lanes. The truth does, too, which matters for float64.
+    # eight lanes. The float64 reference does both, too, which matters for calls in float64.
     if not fused or compute_dtype(student, teacher) is FP64:
         in_exponent += math.log(case.classes) + case.classes / 8 / 64
     size = float(hard.max()) * (1 + largest) + float(soft.max()) * greatest**2 * in_exponent
@@ -359,7 +359,7 @@ def run(case: Case, device: torch.device) -> None:
         check(case, device)
 
 
-# Cases that failed once.
+# Each case failed once, as the comment above it says.
 REGRESSIONS = [
     # A batch without rows and with invalid strides was refused by a message about inplace.
     Case(leading=(3, 5, 0), classes=35, layout="transposed", entry_point="python"),
@@ -417,7 +417,7 @@ REGRESSIONS = [
         temperature=0.25,
         weights=(0.0, 0.3),
     ),
-    # The bound did not include PyTorch's rounding of log C.
+    # The bound did not include PyTorch's rounding of log(classes).
     Case(
         (),
         32768,
@@ -465,7 +465,7 @@ REGRESSIONS = [
         )
         for n in (6, 1000)
     ),
-    # Differences of other classes were lost when the maximum of one logit was subtracted.
+    # Subtracting one huge logit from a row rounded away the differences of smaller logits.
     *(
         Case(
             (3,),
@@ -480,7 +480,7 @@ REGRESSIONS = [
         for name in ("mse", "centered_mse")
         for teacher_t in (None, 0.7)
     ),
-    # Option tensors with equal numbers for each row cost accuracy.
+    # Options lost accuracy as tensors with one number repeated for every row.
     *(
         Case((20,), n, spread=3.0, apart=1e-4, temperature=3.0, constant=frozenset([name]))
         for n in (10, 100)

@@ -108,7 +108,7 @@ CASES = st.builds(
 
 
 def build(case: Case, device: torch.device) -> tuple[dict[str, Tensor | None], dict[str, Any]]:
-    """Make (tensors, options) of the call, with the options of its chunks."""
+    """Make (tensors, options) of the call; the options include a plan of chunks."""
     generator = torch.Generator().manual_seed(case.seed)
 
     def draw(*shape: int, scale: float = 1.0) -> Tensor:
@@ -224,11 +224,11 @@ def exact(
 
 
 def sensitivity(case: Case, tensors: dict[str, Tensor | None], want: Exact) -> float:
-    """Return the effect of rounding each logit's products on the row losses and gradients.
+    """Bound the effect of rounding each logit's products on the row losses and gradients.
 
-    A logit's error is eps times the sum of the magnitudes of its products. If logits over their
-    temperature are at most L, log p - log q is at most R = 1 + 2 L. R bounds the slopes of every
-    divergence, and R^2 bounds their derivatives.
+    A logit's error is eps times the sum of the magnitudes of its products. If logits divided by
+    their temperature are at most L, log-ratios of teacher and student are at most R = 1 + 2 L. R
+    bounds the slopes of every divergence, and R^2 bounds the slopes' derivatives.
     """
     sums = 1.0
     for side, width in zip(("student", "teacher"), case.widths, strict=True):
@@ -283,7 +283,7 @@ def check(case: Case, device: torch.device) -> None:
         count = 1 if case.reduction == "none" else rows
         check_close(value.detach(), want.loss, 8 * eps, 16 * slope * eps * count, "loss")
         if bool(want.loss.isnan().any()):
-            return  # a NaN row of weight 0 has a gradient of NaN in the kernels, and of 0 here
+            return  # a NaN row of weight 0 has a gradient of NaN in the kernels, of 0 in exact()
         gains = {"student_hidden": largest_of(before["student_weight"]), "student_bias": rows}
         gains |= {"student_weight": largest_of(tame["student_hidden"]) * rows}
         names = [name for name in NAMES if copies[name] is not None]
@@ -311,7 +311,7 @@ def test_random_heads_equal_the_reference(device, case):
 
 @pytest.mark.parametrize("teacher", ["head", "logits"])
 def test_earlier_failures_equal_the_reference(device, teacher):
-    # The gradient was not the hard term's, as infinite squares had weight 0.
+    # The gradient differed from the hard term's, though the infinite squared error had weight 0.
     biases, weights = (True, True), (0.5, 0.0)
     case = Case(divergence="mse", masked=True, biases=biases, teacher=teacher, weights=weights)
     run(case, device)
@@ -319,7 +319,7 @@ def test_earlier_failures_equal_the_reference(device, teacher):
     run(case._replace(leading=(), classes=2, weights=(0.0, 0.3)), device)
     # The whole gradient was 0 when the centered square of one class has an infinite slope.
     run(case._replace(biases=(True, False), divergence="centered_mse", weights=(0.0, 0.3)), device)
-    # The gradient is below the least number of its dtype.
+    # The gradient is below the least positive number of its dtype.
     run(
         Case(leading=(), classes=2, widths=(1, 1), special=((0, 0, 0, 1e-45),), labels="none"),
         device,

@@ -1,7 +1,7 @@
-"""Test hostile calls of ``torch.ops.fastkd``, whose ops address memory by tensor sizes.
+"""Test invalid calls of ``torch.ops.fastkd``, whose ops address memory by tensor sizes.
 
-Each call is nearly valid. The call must raise an error that Python code expects, or return tensors
-of the right shapes. Each call is made twice, with different bytes around the tensors: the bytes
+Each call is nearly valid. The call must raise one of the types in ERRORS, or return tensors of the
+right shapes. Each call is made twice, with different bytes around the tensors: the bytes
 must stay unchanged, and the results must not depend on the bytes.
 """
 
@@ -27,14 +27,14 @@ NAMES = (
     "topk_loss_backward_", "topk_loss_gradient", "mixture", "empty_gradient", "linear_loss",
 )  # fmt: skip
 RELEASED = ("released", "shortened")
-# Ops made of PyTorch operations, some of which crash on released storages.
+# These ops consist of PyTorch operations, some of which crash on released storages.
 COMPOSED = ("loss_gradient", "topk_loss_gradient", "linear_loss")
 ERRORS = (RuntimeError, ValueError, TypeError, NotImplementedError, IndexError, OverflowError)
 GUARDS = (0xA5, 0xFF)  # 0xFF bytes are NaN as floats, and -1 as class indices
 GUARD_BYTES = 256
 FLOATS = (FP32, FP32, BF16, FP16, FP64)
 HIDDEN = 5
-# Changes of a tensor argument of a valid call.
+# A case changes tensor arguments of a valid call in these ways.
 CHANGES = (
     "one more", "one less", "none at all", "one more in dim 0", "a dimension more", "flattened",
     "one number", "a thousand billion rows", "released", "shortened", "on meta", "absent", "sparse",
@@ -42,7 +42,7 @@ CHANGES = (
     *(FP64, FP32, FP16, BF16, torch.int64, torch.int32, torch.bool, torch.complex64),
 )  # fmt: skip
 LAYOUTS = ("contiguous", "contiguous", "classes apart", "transposed", "expanded", "misaligned")
-# Replacements of a number, an enum, a flag or a name.
+# A case replaces a number, an enum, a flag or a name by one of these values.
 NUMBERS = (
     0, 1, -1, 2, 3, 99, 2**31, 2**32, 2**40, -(2**63), 2**63 - 1, 0.0, -0.0, -1.0, 1e-46, 1e-300,
     1e39, 1e300, math.inf, -math.inf, math.nan, None, True, "none", "kl", (), (1.0,), (-1.0, 2.0),
@@ -148,7 +148,7 @@ def expand(tensor: Tensor, rows: int) -> Tensor:
 
 
 def apply_change(value: Any, change: Any, first: Any) -> Any:
-    """Apply a change of CHANGES to an argument, if torch supports such a tensor."""
+    """Apply a change of CHANGES to an argument, if torch can make the changed tensor."""
     if change == "absent":
         return None
     if not isinstance(value, Tensor):
@@ -375,7 +375,7 @@ def expected_shapes(case: Case, arguments: dict[str, Any]) -> list[tuple[int, ..
 
 
 def call(case: Case, guard: int) -> tuple[str, list[Tensor]]:
-    """Return the error's name, or the results that depend on the call alone."""
+    """Return (error's name, []), or ("", results that depend on the call alone)."""
     memory = Memory(guard)
     arguments = arguments_of(case, memory)
     before, grad = memory.copy(), arguments.get("grad")
@@ -415,7 +415,7 @@ def run(case: Case, _: torch.device) -> None:
         check(case)
 
 
-# Cases that failed once.
+# Each case failed once, as the comment on it says.
 REGRESSIONS = [
     # A `filled` gradient was scaled by the first row's grad_output, which is null without rows.
     Case(op="loss_backward_", leading=(0,), reduction=0, flags=(False, False, True)),
@@ -427,7 +427,7 @@ REGRESSIONS = [
     Case(present=1, changes=((8, "on meta", 0),)),
     Case(op="topk_loss_into", changes=((3, "on meta", 0),)),
     Case(op="linear_loss", changes=((0, "on meta", 0),)),
-    # The next two calls failed: with an attribute error on None, and with an assertion.
+    # The next two calls raised an AttributeError about None, and an AssertionError.
     Case(op="loss_gradient", number=_C.divergences.index("dkd"), reduction=1),
     Case(op="linear_loss", present=15, flags=(False, True, False)),
     Case(op="linear_loss", changes=((20, "absent", 0),)),  # the op divided by a chunk size of 0

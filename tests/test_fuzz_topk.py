@@ -139,14 +139,14 @@ def build(case: Case, device: torch.device) -> Problem:
 
 
 def copy_indices(indices: Tensor, layout: str) -> Tensor:
-    """Return the indices contiguous, or as a view of every second entry."""
+    """Return the indices or, for "classes apart", a copy in every second entry of a tensor."""
     if layout != "classes apart":
         return indices
     return indices.new_full((*indices.shape, 2), 10**9)[..., 0].copy_(indices)
 
 
 def is_refused(problem: Problem) -> bool:
-    """Return True if a valid row has an invalid list: an error on CPUs, NaN on CUDA."""
+    """Return True if a row that is not ignored has an invalid list."""
     student, indices, log_probs, labels = problem
     labels = None if labels is None else labels.long()
     try:
@@ -243,7 +243,7 @@ def check(case: Case, device: torch.device) -> None:
     assert value.shape == (student.shape[:-1] if case.reduction == "none" else ())
     if size > 1e30:  # float32 overflows where float64 does not
         return
-    # k3's exp(d) has a relative error of |d| times the rounding of d.
+    # k3 has exp(d) of a log-probability difference d. The relative error of exp(d) is d's error.
     relative = 8 * eps * (1 + largest / min(t, 1.0)) if case.estimator == "k3" else 8 * eps
     check_close(
         value.flatten(), want.flatten(), relative, 64 * eps * size * max(1, len(rows)), "loss"
@@ -267,7 +267,7 @@ def run(case: Case, device: torch.device) -> None:
         check(case, device)
 
 
-# Cases that failed once.
+# Each case failed once, as the comment above it says.
 REGRESSIONS = [
     # The reference did not renormalize a list whose probabilities all underflow.
     Case(
@@ -281,7 +281,7 @@ REGRESSIONS = [
         tail="renormalize",
         divergence="reverse_kl",
     ),
-    # Logits as log_probs: beyond exp(709) their sum overflowed to a small number.
+    # With logits as log_probs, the sum of exponentials overflowed float64 to a small number.
     Case(special=((1, 0, 0, 1e38),)),
     Case(special=((1, 1, 2, 3e4),), dtypes=(FP64, FP64), tail="ignore"),
     # The bits of an exponential overflowed for a negative scale.
@@ -291,9 +291,9 @@ REGRESSIONS = [
         )
         for tail in TAILS
     ),
-    # The fallback gave 0 for an empty list in a row without any probability.
+    # PyTorch's operations gave 0 for an empty list in a row without any probability.
     Case(leading=(), classes=1, k=1, special=((0, 0, 0, -math.inf),), padding=1.0, labels="none"),
-    # The fallback gave 0, not inf, for a masked class whose probability underflows.
+    # PyTorch's operations gave 0, not inf, for a masked class whose probability underflows.
     Case(
         leading=(),
         classes=2,

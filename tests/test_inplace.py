@@ -23,7 +23,7 @@ def test_inplace_gives_the_same_gradient_in_the_logits_memory(device, scale, red
     seen = []
     hidden.register_hook(lambda grad: seen.append(grad.data_ptr()))
     (again * scale).backward()
-    assert seen == [hidden.data_ptr()]  # no second tensor of this size is allocated
+    assert seen == [hidden.data_ptr()]  # the gradient takes no memory of its own
     if dtype in (BF16, FP16) and scale != 1.0:  # the gradient is scaled after rounding
         info = torch.finfo(dtype)
         smallest = info.smallest_normal * info.eps  # subnormal numbers lose digits

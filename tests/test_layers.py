@@ -21,7 +21,7 @@ SOURCES = sorted(path for path in CSRC.rglob("*") if path.suffix in {".h", ".cuh
 MODULES = sorted(PACKAGE.rglob("*.py"))
 TORCH = re.compile(r"^(torch|ATen|c10|caffe2|TH)(/|$)")
 
-# Allowed includes within csrc, by folder or file; "" is csrc itself.
+# Each file or folder of csrc may include only these files and folders of csrc.
 LAYERS = {
     "numerics.h": set(),
     "dtypes.h": set(),
@@ -41,7 +41,7 @@ LAYERS = {
     },
     "torch": {"kernels.h", "mixture.h", "topk.h", "torch"},
 }
-# Allowed imports within the package, by folder or file: only lower layers.
+# Each module or folder of the package may import only these lower layers of the package.
 IMPORTS = {
     "_C": set(),
     "_eager": set(),
@@ -79,7 +79,7 @@ def includes(path: pathlib.Path) -> list[str]:
 
 
 def included_folder(path: pathlib.Path, name: str) -> str | None:
-    """Return the folder of csrc of an include, or None for a system header."""
+    """Return the folder or file of csrc that is included, or None for a system header."""
     for base in (path.parent, CSRC):
         target = (base / name).resolve()
         if target.is_file() and target.is_relative_to(CSRC):

@@ -22,8 +22,8 @@ import fastkd
 from fastkd import reference
 from fastkd._core import dense, shapes
 
-# (N, classes, ...): few pixels; several tiles with a remainder; groups across tiles; classes in
-# several blocks; more classes than a tile has; one class.
+# Shapes are (N, classes, ...). The CPU kernels read 32 pixels at a time; the shapes have fewer, a
+# multiple of 32, or a remainder, and from 1 to 1100 classes.
 SHAPES = [(2, 19, 5, 7), (5, 3, 4), (2, 21, 8, 24), (1, 150, 33), (1, 1100, 40), (3, 1, 2, 2)]
 # Layouts that the kernels read in place come first.
 LAYOUTS = ["plain", "channels last", "fewer classes", "classes outside", "crop", "spread"]
@@ -111,7 +111,7 @@ def test_every_dtype_and_instruction_set_equals_the_truth(isa, shape, dtype):
     check_dtypes(shape, dtype, "cpu")
 
 
-# Many pixels; then one class more than 1, 2, 4 and 8 threads process.
+# The first shape has many pixels. In the rest, eight threads share a row of more than 24 classes.
 CUDA_SHAPES = [(3, 19, 200, 301), *((2, classes, 40, 33) for classes in (25, 49, 97, 193))]
 
 
@@ -315,7 +315,7 @@ def test_fakes_have_the_strides_of_pixels(device, layout, reduction):
 
 
 def test_transposed_logits_are_read_in_place():
-    """(C, N).t() is a strided layout, too, and is not copied."""
+    """The loss of transposed logits equals that of a contiguous copy."""
     student, teacher, labels = make((7, 40)), make((7, 40), seed=1), torch.arange(40) % 7
     value = fastkd.loss(student.t(), teacher.t(), labels)
     expected = fastkd.loss(student.t().contiguous(), teacher.t().contiguous(), labels)

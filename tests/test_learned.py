@@ -15,7 +15,7 @@ def make_row_numbers(low, high):
     return torch.linspace(low, high, ROWS, dtype=FP64)
 
 
-# Options with their learned tensors; other tensors are not leaves.
+# Each call learns all tensors among its options, except class_weight.
 LEARN = {
     "temperature": {"temperature": torch.tensor(2.0, dtype=FP64)},
     "temperatures of rows": {
@@ -54,7 +54,7 @@ def make_leaves(options):
 
 
 def make_problem(dtype, device="cpu"):
-    """Make a problem with a class that both mask, and a NaN in an ignored row."""
+    """Make a problem with a class that student and teacher mask, and a NaN in an ignored row."""
     student, teacher, labels = make((ROWS, CLASSES), dtype, device=device, ignored=0.0)
     student[1, 3] = teacher[1, 3] = -torch.inf
     labels[1] = 5

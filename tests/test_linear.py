@@ -153,7 +153,7 @@ def test_16_bit_errors_are_at_most_pytorchs(device, dtype, chunk_size):
 
 
 def test_float16_gradients_survive_a_loss_scale(device):
-    """Gradients too small for float16 are exact under a loss scale."""
+    """Gradients too small for float16 keep their accuracy under a loss scale."""
     heads = make_heads(FP16, device, rows=300, classes=1000)
     outgoing = torch.tensor(2.0**13, device=device)
     options = {"normalizer": 1e5}
@@ -176,7 +176,7 @@ def test_chunks_change_only_rounding(device, dtype):
 
 
 def test_sums_in_16_bits_are_less_exact(device):
-    """accumulate_dtype=bfloat16 costs less accuracy than 16-bit logits."""
+    """accumulate_dtype=bfloat16 has less than twice the error of 16-bit logits."""
     heads = make_heads(BF16, device, rows=300, classes=1000)
     _, (_, exact, _) = compute_on_full_logits(heads, FP64)
     _, (_, upcast, _) = compute_on_full_logits(heads, BF16, loss_dtype=FP32)
@@ -193,7 +193,7 @@ def test_sums_in_16_bits_are_less_exact(device):
 
 
 class Products(TorchDispatchMode):
-    """Count matrix products and their rows within the context."""
+    """Record the result shapes of matrix products within the context."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Test chunks of classes: results, and less memory than chunks of rows."""
+"""Test chunks of classes: results, matrix products and memory."""
 
 import math
 from typing import Any
@@ -126,7 +126,7 @@ def test_float16_gradients_survive_a_loss_scale(device):
 @pytest.mark.parametrize("chunks_of", [chunk_by_rows(8), chunk_by_classes()], ids=str)
 @pytest.mark.parametrize("largest", [2.0**13, 1e6])
 def test_float16_gradients_of_rows_survive_a_loss_scale(device, largest, chunks_of):
-    """The factors of rows do not overflow, alone or times hidden states."""
+    """Gradients do not overflow in float16 if each row has a large grad_output."""
     heads = make_heads(FP16, device)
     with torch.no_grad():
         heads.student.hidden[:, 0] = 20.0
@@ -193,7 +193,7 @@ def test_masked_chunks_equal_chunks_of_rows(device, masks, divergence):
 
 @pytest.mark.parametrize("wrong", [math.nan, math.inf])
 def test_nan_stays_in_its_row(device, wrong):
-    """Hidden states of NaN make their own row NaN, and no other row."""
+    """A hidden state of NaN or inf makes its row NaN, and changes no other row to NaN."""
     heads = make_heads(device=device, ignored=0.0)
     with torch.no_grad():
         heads.student.hidden[3, 0] = wrong
@@ -346,7 +346,7 @@ def wide_heads(dtype, rows=256, width=256, classes=8000) -> Heads:
 @pytest.mark.parametrize("cap", [None, 5.0], ids=["plain", "soft cap"])
 @pytest.mark.parametrize("dtype", [FP32, BF16], ids=name_of)
 def test_peak_memory_is_that_of_the_plan(dtype, cap):
-    """The peak is little more than the gradients, and a third of that of chunks of rows."""
+    """The peak is little more than the gradients, as planned and as measured."""
     heads = wide_heads(dtype)._replace(labels=None)
     rows, width = heads.student.hidden.shape
     classes = len(heads.student.weight)

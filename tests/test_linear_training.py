@@ -110,7 +110,7 @@ def test_derivatives_equal_finite_differences(options):
 
 @pytest.mark.parametrize("dtype", [FP32, FP16, BF16], ids=name_of)
 def test_a_second_backward_pass_is_right(dtype):
-    """The second backward pass allocates new buffers."""
+    """A second backward pass gives equal gradients, and does not write those of the first."""
     model = Model(dtype)
     value = model(*model.inputs)
     first = torch.autograd.grad(value, list(model.parameters()), retain_graph=True)
@@ -164,7 +164,7 @@ def test_a_compiled_model_equals_the_eager_one(options, fresh_compiler):
 @pytest.mark.slow
 @compiles
 def test_inductor_gives_the_eager_gradients(fresh_compiler):
-    """The default backend works, also in float16, where gradients are scaled last."""
+    """The default backend gives the eager gradients in float16, where gradients are scaled last."""
     dtype = FP16
     model = Model(dtype)
     for compiled_grad, eager_grad in zip(
