@@ -15,8 +15,8 @@ from fastkd import Head, TopK, reference
 FP64, FP32, BF16, FP16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
 DTYPES = (FP64, FP32, BF16, FP16)
 # Numbers of classes that tests exceed and undercut by one. The CUDA kernel changes above 32 classes
-# and above 512 (fp32) or 1024 (16 bits); a CTA has more threads from 1024 and from 8192 on. The last
-# number stands for the largest vocabularies.
+# and above 512 (fp32) or 1024 (16 bits); a CTA has more threads from 1024 and from 8192 on. The
+# last number stands for the largest vocabularies.
 CUDA_SIZE_CLASSES = (32, 512, 1024, 8192, 425984)
 
 
