@@ -135,7 +135,7 @@ int failures_of(const Case& c) {
     std::printf("FAIL %s: not the same again\n", c.name.c_str());
     return 1;
   }
-  // The mixture is compared as log softmax at the student's temperature. The tolerance is the fp32
+  // The mixture is compared as log softmax at the student's temperature. The tolerance is the
   // rounding error of the logits, since the log softmax is a difference of logits.
   for (int64_t row = 0; row < c.rows; row++) {
     const double t = temperature(row, c.temperature);
