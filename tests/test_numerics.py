@@ -150,8 +150,8 @@ def test_dkd_is_exact_near_the_teacher(device, classes, kl):
     rows = fastkd.loss(leaf, teacher, labels, reduction="none", **options)
     # The rounding error of a row's sum of exponentials adds half of its square to the loss.
     floor = torch.finfo(FP32).eps ** 2 / 2
-    # Measured on a CPU at 1e-8 (60 draws of 64 rows of 10 classes): the greatest error was 22 times
-    # the floor in November 2026, and 29 times in December.
+    # Measured on a CPU for kl = 1e-8 (60 draws of 64 rows of 10 classes): the greatest error was 22
+    # times the floor in November 2026, and 29 times in December.
     torch.testing.assert_close(rows.detach().double(), exact.loss, rtol=4e-6, atol=30 * floor)
     rows.sum().backward()
     # The normalizers of probabilities may be off by a unit in the last place, as for the KL.

@@ -281,7 +281,7 @@ def test_granite_gets_use_cache_by_its_base_model():
 
 
 class Head(nn.Module):
-    """Return logits as ``form`` packs them, from a module of another library than transformers."""
+    """Return what ``form`` makes of the logits; the module does not come from transformers."""
 
     def __init__(self, width, form, seed):
         super().__init__()
@@ -454,7 +454,7 @@ def test_two_processes_equal_one_with_doubled_batches(tmp_path):
 
 
 def main(out: str) -> None:
-    """Run one of two processes."""
+    """Train in one of two processes, and write the losses to ``out``."""
     path = pathlib.Path(out)
     made = trainer(Distilling, path.parent / path.stem, ddp_backend="gloo")
     assert made.accelerator.num_processes == 2

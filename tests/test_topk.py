@@ -33,9 +33,9 @@ INF, NAN = math.inf, math.nan
 
 # ---- options and dtypes
 
-# (shape, k): lists of 3 and of 9 among 10 classes; a list of one class; a list longer than the
-# kernel's chunk of 64; rows that end within a vector, a word of 64, a block and a segment; several
-# leading dimensions, and none.
+# Each value is (shape, k). Lists have 3 or 9 of 10 classes, one class, or more than the kernel's
+# chunk of 64. Rows end within a vector, a word of 64, a block or a segment. Shapes have several
+# leading dimensions, or none.
 SHAPES = [
     *(((5, 10), 3), ((5, 10), 9), ((6, 2), 1), ((4, 1000), 64), ((3, 333), 130)),
     *(((2, 1025), 20), ((2, S + 65), 64), ((2, 3, 40), 5), ((7,), 2)),

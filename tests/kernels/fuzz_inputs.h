@@ -89,8 +89,8 @@ struct Matrix {
   std::vector<uint8_t> copy() const { return {memory.get(), memory.get() + bytes}; }
 };
 
-// Return true if each pair of numbers has equal bits, or is zero twice, or NaN twice. The sign of a
-// zero or a NaN depends on the order of operands.
+// Return true if the numbers of each pair have equal bits, are both zero, or are both NaN. The sign
+// of a zero or a NaN depends on the order of operands.
 inline bool same_numbers(const uint8_t* a, const uint8_t* b, int64_t count, DType dtype) {
   const int64_t size = size_of(dtype);
   const auto magnitude = [size](const uint8_t* at) {

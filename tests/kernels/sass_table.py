@@ -164,7 +164,7 @@ def sweep(code: list[Instruction], element: int, stores: bool) -> Counter | None
             need = Need(EXPONENTIALS * classes, 2 * vectors, vectors * stores)
             path = shortest(body, need)
             if path is None or (not stores and any(o.startswith("STG") for o in path)):
-                continue  # the loop belongs to another sweep
+                continue  # the loop is not the wanted sweep
             per_class = Counter({opcode: n / classes for opcode, n in path.items()})
             if best is None or per_class.total() < best.total():
                 best = per_class
