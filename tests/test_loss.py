@@ -50,7 +50,7 @@ def check(
         ).view(rows)
     exact = truth(student, teacher, labels, grad_output=grad_output, **options)
     theirs = (None, None)
-    if against_eager and acc == FP32:  # in float64, eager PyTorch and the truth are the same
+    if against_eager and acc == FP32:  # in float64, eager PyTorch equals the truth
         theirs = eager(student, teacher, labels, grad_output=grad_output, **options)
     leaf = student.detach().requires_grad_()
     value = fastkd.loss(leaf, teacher, labels, **options)
@@ -58,7 +58,7 @@ def check(
     value.backward(grad_output)
     assert leaf.grad.dtype == student.dtype
     assert_grad(leaf.grad, exact.grad, acc, theirs[1])
-    # Without a gradient the kernels have another code path, with the same result.
+    # If no gradient is needed, the kernels run separate code, whose value must be equal.
     assert torch.equal(fastkd.loss(student.detach(), teacher, labels, **options), value.detach())
 
 
@@ -164,7 +164,7 @@ def test_the_soft_term_needs_no_labels(device, options, reduction):
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 @pytest.mark.parametrize("shape", [(), (1,), (1, 1)])
 def test_normalizer_may_be_a_tensor(device, shape, dtype):
-    # The normalizer has any real dtype; for CUDA logits, it may be on the CPU.
+    # The normalizer may have any real dtype, and for CUDA logits it may be on the CPU.
     for normalizer in (
         torch.full(shape, 23, dtype=torch.int64),
         torch.full(shape, 23.0, dtype=FP32, device=device),
@@ -287,7 +287,7 @@ LONG_WIDTHS = {
 @pytest.mark.parametrize("dtype", [FP32, BF16], ids=name_of)
 @pytest.mark.parametrize("classes", LONG_WIDTHS, ids=str)
 def test_long_rows_equal_the_truth(device, classes, dtype):
-    # With three rows, two or more threads compute both complete and shared rows.
+    # Of three rows, two or more threads compute both complete rows and parts of a row.
     check(*make((3, classes), dtype, device=device, ignored=0.0), against_eager=dtype == FP32)
 
 
@@ -320,7 +320,7 @@ def test_each_size_class_of_the_cuda_kernels(limit, dtype):
 @pytest.mark.parametrize("dtype", [FP32, BF16], ids=name_of)
 @pytest.mark.parametrize("rows", [1, 7, 64, 65, 128, 129, 300, 1500])
 def test_every_number_of_rows_equals_the_truth(device, rows, dtype):
-    # Sizes around the limits of a warp and a CTA of the CUDA kernels.
+    # The numbers of rows lie around the limits of a warp and of a CTA of the CUDA kernels.
     for classes in (10, 200):
         check(*make((rows, classes), dtype, device=device))
 
@@ -392,7 +392,7 @@ def test_views_give_the_bits_of_copies(device, layout, dtype):
     """A view gives the bits of its contiguous copy, and a gradient for its base."""
     assert_equal = assert_same
     if layout == "classes not adjacent" and dtype is FP64 and device.type == "cpu":
-        # Pixels use the transposed layout; adjacent float64 classes do not.
+        # The transposed layout computes these pixels, but not the copies, so bits may differ.
         assert_equal = partial(torch.testing.assert_close, rtol=1e-13, atol=1e-15)
     base, teacher, _ = make((4, 6, 40), dtype, device=device, labels=False)
     for reduction in ("mean", "none"):
@@ -423,7 +423,7 @@ def test_views_give_the_bits_of_copies(device, layout, dtype):
 @pytest.mark.parametrize("dtype", [FP32, BF16, FP16], ids=name_of)
 @pytest.mark.parametrize("classes", [33, 1000, 5001])
 def test_misaligned_rows_equal_the_truth(device, classes, dtype):
-    """Rows may start at each pair of base alignments, at each offset from a vector."""
+    """Student and teacher may start at any two offsets from the alignment of a vector."""
     student, teacher, labels = make((9, classes), dtype, device=device)
     expected = fastkd.loss(student, teacher, labels)
     for a, b in itertools.product(range(0, 8, 3), repeat=2):
@@ -452,7 +452,7 @@ def test_rows_far_apart_equal_the_truth(device):
 
 
 def test_torchs_defaults_change_nothing():
-    """torch.set_default_dtype and set_default_device do not change fallback results."""
+    """torch.set_default_dtype and set_default_device change no result of the PyTorch fallback."""
     student, teacher, labels = make((6, 20))
     calls = [{"standardize": True}, {"temperature": torch.tensor(3.0, requires_grad=True)}]
     values = [fastkd.loss(student, teacher, labels, **options) for options in calls]
@@ -484,7 +484,7 @@ NORMALIZED = ({"divergence": "jsd"}, {}, {"standardize": True}, {"label_smoothin
 @pytest.mark.parametrize("options", NORMALIZED, ids=str)
 @pytest.mark.usefixtures("each_autograd")
 def test_a_normalizer_of_0_needs_ignored_rows(normalizer, options, device):
-    """A normalizer of 0 is accepted if all rows are ignored, as in a step without labels."""
+    """A normalizer of 0 is accepted only if the labels ignore all rows."""
     student, teacher, labels = make((6, 20), device=device)
     ignored = torch.full_like(labels, -100)
     weight, top = torch.eye(20, device=device), fastkd.TopK(*teacher.log_softmax(-1).topk(3))

@@ -16,7 +16,8 @@ from fastkd._core.arguments import Call, check_tensors
 from fastkd._core.objective import Options
 
 INF = math.inf
-# Tolerance of log p, relative to its size, and absolute tolerance of p.
+# Absolute tolerance of probabilities. The tolerance of log-probabilities is this number times the
+# largest of their magnitudes.
 BOUND = {FP32: 4e-7, FP64: 1e-14}
 CPU = torch.device("cpu")
 
@@ -46,7 +47,7 @@ def mixed_logits(teachers: list[Tensor], dtype: torch.dtype = FP32, **options: A
 
 
 def mix(teachers: list[Tensor], dtype: torch.dtype = FP32, **options: Any) -> Tensor:
-    """Compute the mixture's logits at temperature 1, in float64 on the CPU."""
+    """Return the mixture's logits, divided by the student's temperature, in float64 on the CPU."""
     logits = mixed_logits(teachers, dtype, **options)
     assert logits.is_contiguous() and logits.dtype == dtype
     temperature = options.get("temperature", 2.0)
@@ -56,7 +57,7 @@ def mix(teachers: list[Tensor], dtype: torch.dtype = FP32, **options: Any) -> Te
 
 
 def check(teachers: list[Tensor], dtype: torch.dtype = FP32, **options: Any) -> None:
-    """Assert that p, log p and the masked classes equal those in float64."""
+    """Assert that probabilities, their logarithms and masked classes equal NumPy's in float64."""
     classes = teachers[0].shape[-1]
     got = mix(teachers, dtype, **options).log_softmax(-1).reshape(-1, classes)
     form, teacher_t = options.get("teacher_form", "logits"), options.get("teacher_temperature")
@@ -117,7 +118,7 @@ def test_rows_of_any_stride_are_mixed(device):
 
 @pytest.mark.usefixtures("isa")
 def test_masked_classes_are_mixed(device):
-    """A class masked by one teacher gets the other teachers' share; one masked by all is masked."""
+    """A class that only some teachers mask has the shares of the remaining teachers."""
     first, second = teachers_of("logits", (3, 2100), FP32, 2, device)
     first[0, :1500] = -INF
     second[0, 1200:] = -INF
@@ -320,7 +321,7 @@ def test_second_passes_and_second_derivatives_are_right():
 
 @pytest.mark.parametrize("ensemble", ["probs", "logits"])
 def test_row_statistics_mix_teachers(ensemble):
-    """The linear loss, which reads statistics in two passes, mixes several teachers."""
+    """The row statistics of the linear loss, and its gradient, are right for several teachers."""
     student = torch.randn(3, 40, generator=torch.Generator().manual_seed(1))
     teachers = teachers_of("logits", (3, 40), FP32, 2)
     options = {"reduction": "none", "ensemble": ensemble}
@@ -336,7 +337,7 @@ def test_row_statistics_mix_teachers(ensemble):
     torch.testing.assert_close(gradient, of_sum)
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # Torch's own warning in tracing
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch warns while it traces
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_a_compiled_mixture_equals_the_eager_one(reduction):

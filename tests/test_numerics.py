@@ -39,7 +39,7 @@ def make_near(
 ) -> tuple[Tensor, Tensor]:
     """Make fp32 logits with a divergence of about ``kl`` at temperature 1 in each row."""
     student, noise, _ = make((rows, classes), FP32, device=device, labels=False, spread=1.0)
-    # KL is half the variance of the difference, to first order.
+    # To leading order, the KL is half the variance of the difference of the logits.
     return student * 3.0, student * 3.0 + noise * math.sqrt(2 * kl)
 
 
@@ -52,8 +52,9 @@ def test_divergence_is_exact_near_the_teacher(device, kl):
     rows = fastkd.loss(leaf, teacher, temperature=1.0, reduction="none")
     assert float((rows.detach() / exact.loss - 1).abs().max()) <= 2e-6
     rows.sum().backward()
-    # q - p is computed without cancellation. Its error is the rounding of the row's normalizer: a
-    # unit in the last place of p. Eager PyTorch has one such error for each class.
+    # The gradient, student's minus teacher's probabilities, is computed without cancellation. The
+    # gradient's error is the rounding of the row's normalizer: a unit in the last place of the
+    # teacher's probabilities. Eager PyTorch has a rounding error in each class.
     error = distance(leaf.grad, exact.grad)
     assert error <= 2 * FLOOR[FP32] * float(teacher.double().softmax(-1).norm())
     theirs = eager(student, teacher, temperature=1.0, reduction="sum")[1]
@@ -61,7 +62,7 @@ def test_divergence_is_exact_near_the_teacher(device, kl):
 
 
 def rows_of(leaf: Tensor, teacher: Tensor, **options: Any) -> Tensor:
-    """Compute row losses and their gradient on ``leaf``; check the loss without a gradient."""
+    """Return the rows' losses after a backward pass; check the losses without a gradient."""
     rows = fastkd.loss(leaf, teacher, **options)
     rows.sum().backward()
     with torch.no_grad():
@@ -91,7 +92,7 @@ def test_divergence_is_exact_by_either_formula(device, classes, temperature):
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.5, 4.0])
 @pytest.mark.parametrize("classes", [300, CLASSES])
 def test_reverse_kl_is_exact_by_either_formula(device, classes, temperature):
-    """The reverse KL of well-separated rows is the sum of its slopes."""
+    """The reverse KL is right for rows near the teacher, and for well-separated rows."""
     options = {"divergence": "reverse_kl", "temperature": temperature, "reduction": "none"}
     for kl in (1e-5, 0.03, 0.05, 0.08, 0.3, 2.0):
         student, teacher = make_near(kl * temperature**2, device, rows=16, classes=classes)
@@ -105,7 +106,7 @@ def test_reverse_kl_is_exact_by_either_formula(device, classes, temperature):
 @pytest.mark.parametrize("share", [0.04, 0.06, 0.125, 0.5, 1.5])
 @pytest.mark.parametrize("classes", [300, 1000, CLASSES])
 def test_divergence_is_exact_for_one_class_above_equal_classes(device, classes, share):
-    """The KL is right if all additions of a sum round the same way."""
+    """The KL is right even if all additions of a sum round in one direction."""
     teacher = torch.zeros(1, classes, device=device)
     student = teacher.clone()
     student[0, 7] = math.log(math.expm1(share) * classes)
@@ -124,7 +125,7 @@ def test_divergence_is_exact_for_one_class_above_equal_classes(device, classes, 
     ids=str,
 )
 def test_jsd_is_exact_near_and_far(device, classes, apart, mix):
-    """The JSD is right where its series ends and its logarithm loses four bits of a class."""
+    """The JSD is right where the series is used, where the logarithm is used, and between both."""
     student, teacher = make_near(apart**2 / 2, device, classes=classes)
     options = {"divergence": "jsd", "mix": mix, "temperature": 1.0, "reduction": "none"}
     exact = truth(student, teacher, **options)
@@ -147,13 +148,13 @@ def test_dkd_is_exact_near_the_teacher(device, classes, kl):
     exact = truth(student, teacher, labels, reduction="none", **options)
     leaf = student.requires_grad_()
     rows = fastkd.loss(leaf, teacher, labels, reduction="none", **options)
-    # The rounding of a row's sum of exponentials contributes its square.
+    # The rounding error of a row's sum of exponentials adds half of its square to the loss.
     floor = torch.finfo(FP32).eps ** 2 / 2
-    # Measured on a CPU at 1e-8 (60 draws of 64 rows of 10 classes): the greatest error was 22 times
-    # the floor in November 2026, and 29 times in December.
+    # Measured on a CPU for kl = 1e-8 (60 draws of 64 rows of 10 classes): the greatest error was 22
+    # times the floor in November 2026, and 29 times in December.
     torch.testing.assert_close(rows.detach().double(), exact.loss, rtol=4e-6, atol=30 * floor)
     rows.sum().backward()
-    # The factors of probabilities may be off by a unit in the last place, as for the KL.
+    # The normalizers of probabilities may be off by a unit in the last place, as for the KL.
     others = teacher.double().softmax(-1)
     share = 1 - others.gather(-1, labels.unsqueeze(-1))
     others = others.scatter(-1, labels.unsqueeze(-1), 0) / share
@@ -170,7 +171,7 @@ def test_cosine_is_exact_near_the_teacher(device, classes, distance):
     rows = fastkd.loss(leaf, teacher, divergence="cosine", temperature=1.0, reduction="none")
     u = F.normalize(exact_leaf, dim=-1)
     exact = (u - F.normalize(teacher.double(), dim=-1)).square().sum(-1) / 2
-    # Rounding errors of u and v are multiplied by their distance.
+    # The rounding errors of both unit vectors are multiplied by the distance of the vectors.
     off = (rows.detach().double() - exact.detach()).abs()
     assert (off <= 2e-6 * exact.detach() + FLOOR[FP32] * (2 * exact.detach()).sqrt()).all()
     rows.sum().backward()
@@ -276,7 +277,7 @@ def test_gradient_errors_are_at_most_eagers(device, options, dtype):
     ids=str,
 )
 def test_gradient_error_of_few_classes_is_below_eagers(shape, temperature, alpha):
-    # Root mean squares, since the rounding of 1 / rows may decide a single problem.
+    # Root mean squares are compared, since the rounding of 1 / rows may decide one problem.
     ours, theirs = [], []
     for seed in range(12):
         problem = make(shape, FP32, seed=seed)
@@ -376,7 +377,7 @@ def test_masked_classes_give_exact_values(device, side, classes, dtype, reductio
     value = fastkd.loss(leaf, teacher, labels, reduction=reduction)
     value.sum().backward()
     if side == "student":
-        # The mass that the teacher gives the class makes the loss infinite.
+        # The teacher's probability of the masked classes makes the loss infinite.
         assert (value == INF).all()
         assert leaf.grad.isfinite().all()
         # d KL / dz = q - p holds in the limit, also where q = 0.
@@ -441,7 +442,7 @@ def test_nan_and_inf_stay_in_their_row(device, side, bad, classes, dtype):
     clean = student.clone().requires_grad_()
     expected = fastkd.loss(clean, teacher, labels, reduction="none")
     expected.sum().backward()
-    # First, middle and last class: each thread of a kernel, full vectors and remainders.
+    # The first, middle and last class lie in different threads, vectors or remainders.
     for column in (0, classes // 2, classes - 1):
         inputs = {"student": student.clone(), "teacher": teacher.clone()}
         inputs[side][2, column] = bad
@@ -459,7 +460,7 @@ def test_nan_and_inf_stay_in_their_row(device, side, bad, classes, dtype):
             assert total.isnan()
             assert again.grad[2].isnan().all() and again.grad[others].isfinite().all()
     if side == "teacher":
-        # Weight 0 does not hide NaN.
+        # A soft weight of 0 does not hide the teacher's NaN.
         assert fastkd.loss(student, inputs["teacher"], labels, alpha=1.0).isnan()
 
 

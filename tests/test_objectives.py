@@ -1,4 +1,4 @@
-"""Test every divergence, teacher form, label kind, reduction and dtype by the NumPy oracle."""
+"""Test every divergence, teacher form, label kind, reduction and dtype against the NumPy oracle."""
 
 import re
 from typing import Any
@@ -16,14 +16,14 @@ from fastkd import reference
 NAMES = fastkd.divergences()
 OF_LOGITS = [name for name, kind in reference.DIVERGENCES.items() if kind.compares == "logits"]
 ROWS, CLASSES = 5, 6
-# Tolerance for sums of a few products of exponentials and logarithms, relative to T^2 and to the
-# size of the logits.
+# Tolerances of terms, which are sums of a few products of exponentials and logarithms. The terms
+# grow with T^2, and with the squares of the logits.
 BOUND = {FP32: 4e-6, FP64: 1e-13}
 GRAD_BOUND = {FP32: 4e-6, FP64: 1e-9, BF16: 2**-8, FP16: 2**-10}
 
 
 def make_teacher(form: str, dtype: torch.dtype, device: Any, seed: int = 1) -> Any:
-    """Make a teacher of a form: one tensor, or three."""
+    """Make a teacher in ``form``: one tensor, or a list of three tensors."""
     teachers = [
         make((ROWS, CLASSES), FP64, labels=False, device=device, seed=seed + i).student
         for i in range(3 if form.startswith("three") else 1)
@@ -106,7 +106,7 @@ def check(student: Tensor, teacher: Any, labels: Tensor | None, **options: Any) 
 def test_every_objective_equals_numpys(device, name, form, kind):
     labels = make_labels(kind, device)
     message = refusal(name, form, kind)
-    # Each reduction and each dtype once; other pairs would test nothing more.
+    # Each reduction and each dtype is tested once; all pairs of both would test nothing more.
     for reduction, dtype in zip(("mean", "sum", "none", "mean"), DTYPES, strict=True):
         student = make((ROWS, CLASSES), dtype, labels=False, device=device).student
         teacher = make_teacher(form, dtype, device)
@@ -319,7 +319,7 @@ def test_slices_of_padded_classes_in_dimension_1_are_supported(device):
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("labels_are", ["probabilities", "indices"])
 def test_kernels_compute_targets(labels_are, reduction, monkeypatch):
-    """Kernels compute labels of probabilities, and class weights with smoothing."""
+    """Kernels compute the loss of labels of probabilities, and of class weights with smoothing."""
     student, teacher, labels = make((3, ROWS, CLASSES), ignored=0.3)
     options: dict[str, Any] = {"class_weight": torch.rand(CLASSES) + 0.1, "label_smoothing": 0.1}
     options |= {"reduction": reduction, "hard_weight": torch.rand(3, ROWS), "soft_weight": 0.3}
@@ -371,7 +371,7 @@ FUSED_CALLS = {
 
 @pytest.mark.parametrize("options", FUSED_CALLS)
 def test_teachers_in_other_forms_stay_fused(device, options, monkeypatch):
-    """Temperatures, probabilities and ensembles are computed by kernels, not by the reference."""
+    """Kernels, not the reference, compute teacher temperatures, probabilities and ensembles."""
     student, teacher, labels = make((ROWS, CLASSES), device=device)
     resolved: dict[str, Any] = {
         k: v.to(device) if isinstance(v, Tensor) else v for k, v in FUSED_CALLS[options].items()

@@ -33,7 +33,7 @@ def test_squared_error_is_exact_with_an_outlier(device, classes, size_of_one, te
     value, grad, size = errors("mse", student, teacher, teacher_temperature=teacher_temperature)
     assert float(value.max()) < 1e-6
     rest = student.abs() < 100
-    # With two temperatures, a difference of quotients is as exact as each quotient, up to 20.
+    # With two temperatures, the difference has the rounding errors of two quotients of up to 20.
     limit = 4e-7 * size + (0 if teacher_temperature is None else 20 * 2e-7 * 2 / classes)
     assert bool((grad <= limit)[rest].all())
 

@@ -1,4 +1,4 @@
-"""Test properties of the loss that hold for every input, by hypothesis."""
+"""Test properties of the loss that hold for every input, with Hypothesis."""
 
 import math
 from typing import Any
@@ -92,7 +92,7 @@ def test_permuted_classes_permute_the_gradient(device, classes, rows, t, seed):
     dtype=st.sampled_from(DTYPES),
 )
 def test_rows_are_independent(device, classes, rows, t, seed, dtype):
-    """Each row alone, and all rows in reverse, give equal bits."""
+    """Rows in reverse order and, on CPUs, single rows have the bits of the batch."""
     student, teacher, labels = make((rows, classes), dtype, device=device, seed=seed)
 
     def run(s: Tensor, w: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
@@ -125,7 +125,7 @@ def test_gradients_sum_to_zero_over_classes(device, classes, rows, t, seed, alph
         label_smoothing=smoothing,
         reduction="sum",
     ).backward()
-    # Each part is a difference of two distributions that sum to one up to rounding.
+    # The hard and the soft gradient are differences of distributions, whose sums round to 1.
     assert float(leaf.grad.double().sum(-1).abs().max()) <= 1e-6 * (1 + t)
 
 

@@ -110,7 +110,7 @@ def test_labels_of_a_plot_never_overlap(count, width, speedup):
         if axis.get_view_interval()[0] <= tick.get_loc() <= axis.get_view_interval()[1]
     ]
     assert len(ticks) >= 4
-    # The extent of the text, without the line to the point.
+    # Text.get_window_extent leaves out the line between an annotation and its point.
     extent = importlib.import_module("matplotlib.text").Text.get_window_extent
     boxes = [extent(text) for text in (*names, *ticks, axes.xaxis.label)]
     for box, other_box in itertools.combinations(boxes, 2):
@@ -180,7 +180,7 @@ def test_the_documentation_runs(name, tmp_path, monkeypatch, capsys):
 
 
 class Page(html.parser.HTMLParser):
-    """Collect a page's references and its text."""
+    """Collect the tags, links and text of a page."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -241,7 +241,7 @@ def test_a_title_must_be_text():
     "written", [*(pytest.param(n, marks=pytest.mark.slow) for n in range(4)), 4]
 )
 def test_a_full_disk_leaves_no_partial_report(report, tmp_path, monkeypatch, written):
-    """A first report leaves no file, and an earlier report stays unchanged."""
+    """After a failed save, a new folder is empty, and an earlier report is unchanged."""
     write, done = pathlib.Path.write_bytes, []
 
     def fill_disk(path, data):

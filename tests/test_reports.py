@@ -261,7 +261,7 @@ def test_inputs_shared_by_samples_and_named_tuples_are_supported():
 
 
 def make_turns(*turns: tuple[float, list[float], list[float]]) -> list[measure.Turn]:
-    """Make turns of a teacher and a student from (share of processor time, times, times)."""
+    """Make turns from (share of processor time, teacher's times, student's times)."""
     return [measure.Turn(share, {"teacher": a, "student": b}) for share, a, b in turns]
 
 

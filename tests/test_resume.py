@@ -58,7 +58,7 @@ def test_a_run_killed_in_a_save_resumes_exactly(workers, tmp_path):
 
 @pytest.mark.slow
 def test_two_processes_give_the_parameters_of_one(tmp_path):
-    """Global batches are equal, though valid rows differ between processes and batches."""
+    """Parameters are equal, though numbers of valid rows differ between processes and batches."""
     deterministic = ("--no-shuffle", "--noise", 0, "--dropout", 0)
     one_process, two_processes = tmp_path / "one.pt", tmp_path / "two.pt"
     run_here(one_process, "--batch", 16, *deterministic)

@@ -183,7 +183,7 @@ def test_logits_are_refused():
 
 
 def test_a_probability_of_0_is_minus_infinity():
-    """The 2 most probable tokens are sampled; other tokens have -inf, or -9999 in JSON."""
+    """With top_k = 2, all but 2 tokens have the log-probability -inf, or -9999 in JSON."""
     recorded = VLLM["objects"]["processed_logprobs"]["top_k = 2"]["logprobs"]
     in_json = [
         row and {str(token): {"logprob": max(lp, -9999.0)} for token, lp, _ in row}
@@ -372,7 +372,7 @@ def token(value: Any) -> Any:
 
 LIST = TopK(torch.tensor([[-1.0, -2.0]]), torch.tensor([[3, 4]]))
 ONE = Sampled(torch.tensor([-1.0]), torch.tensor([3]))
-# (a call, the error, a part of the error's message)
+# Each value is (a call, the error, a part of the error's message).
 MISTAKES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     # the reply
     "no reply": (lambda: served.from_vllm(None), ValueError, "prompt_logprobs must be a list with an entry for each token; got None"),
@@ -484,7 +484,7 @@ def test_a_mistake_is_named(name):
 
 
 def test_a_number_of_json_may_be_an_int():
-    """JavaScript writes 0.0 as 0, so an int is a log-probability."""
+    """JavaScript writes 0.0 as 0, so a log-probability may be an int."""
     assert served.from_vllm([{"5": {"logprob": 0}}]).log_probs.tolist() == [[0.0]]
 
 

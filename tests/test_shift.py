@@ -74,7 +74,7 @@ def test_lists_belong_to_tokens(student, teacher, labels, divergence, with_label
 
 
 def test_sampled_tokens_may_have_weights(student, teacher, labels, device):
-    """Weights belong to tokens, like importance ratios and masks."""
+    """Row weights, such as importance ratios, belong to tokens and are shifted with the tokens."""
     tokens = labels.clamp(min=0)
     log_probs = teacher.log_softmax(-1).gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
     weights = draw(BATCH, POSITIONS, seed=2).abs().to(device)
@@ -116,7 +116,7 @@ def test_the_module_shifts(student, teacher, labels):
 
 
 def test_narrow_labels_are_shifted(student, teacher, labels):
-    """uint8 labels are shifted, though ignore_index is no uint8."""
+    """uint8 labels are shifted, though ignore_index, -100, is no uint8."""
     labels = labels.clamp(min=0)
     ours = fastkd.loss(student, teacher, labels.to(torch.uint8), shift=1)
     torch.testing.assert_close(ours, fastkd.loss(student, teacher, labels, shift=1))

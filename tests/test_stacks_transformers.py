@@ -147,7 +147,7 @@ def test_each_step_has_the_loss_by_hand(situation, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("everywhere", [True, False])
 def test_two_gpus_equal_one_with_doubled_batches(everywhere, tmp_path):
-    """The trainer counts two simulated GPUs, (2, 1), though DataParallel finds none."""
+    """The trainer counts two simulated GPUs, though DataParallel finds none."""
     even = [sample for sample in sentences(64) if len(sample["input_ids"]) % 2][:32]
     for sample in even:  # the token count is divided by the GPUs, rounded down
         sample["labels"] = sample["input_ids"]
@@ -281,7 +281,7 @@ def test_granite_gets_use_cache_by_its_base_model():
 
 
 class Head(nn.Module):
-    """Return logits as ``form`` packs them, from a module of another library than transformers."""
+    """Return what ``form`` makes of the logits; the module does not come from transformers."""
 
     def __init__(self, width, form, seed):
         super().__init__()
@@ -305,7 +305,7 @@ FORMS = {
 
 
 def collate_without_mask(samples):
-    """Collate into batches of the same length, without an attention mask."""
+    """Collate into batches of equal length, without an attention mask."""
     longest = {"input_ids": [0] * LENGTH, "labels": [-100] * LENGTH}
     batch = pad([*samples, longest])
     return {key: batch[key][:-1] for key in longest}
@@ -454,7 +454,7 @@ def test_two_processes_equal_one_with_doubled_batches(tmp_path):
 
 
 def main(out: str) -> None:
-    """Run one of two processes."""
+    """Train in one of two processes, and write the losses to ``out``."""
     path = pathlib.Path(out)
     made = trainer(Distilling, path.parent / path.stem, ddp_backend="gloo")
     assert made.accelerator.num_processes == 2

@@ -119,7 +119,7 @@ def prompted() -> Dataset:
     ids=lambda options: ", ".join(f"{name} {value}" for name, value in options.items()),
 )
 def test_the_gkd_trainer_logs_trls_losses(options, tmp_path, monkeypatch):
-    # The mixin does not call the loss of full logits.
+    # integration.GKDTrainer must not call generalized_jsd_loss, which needs full logits.
     monkeypatch.setattr(integration.GKDTrainer, "generalized_jsd_loss", None)
     kinds = (GKDTrainer, FastGKD, integration.GKDTrainer)
     theirs, *ours = (gkd(kind, tmp_path, prompted(), **options) for kind in kinds)
@@ -180,7 +180,7 @@ def test_the_gkd_trainer_evaluates(compute_metrics, tmp_path):
 
 @pytest.mark.parametrize("return_outputs", [False, True])
 def test_the_gkd_trainer_scales_the_loss_by_the_processes(return_outputs, tmp_path, monkeypatch):
-    """DDP averages gradients, so a loss over a shared count is multiplied by the processes."""
+    """DDP averages gradients, so a loss over a shared count is multiplied by the process count."""
     trainer = gkd_trainer(integration.GKDTrainer, tmp_path, prompted())
     batch = next(iter(trainer.get_train_dataloader()))
 
@@ -211,7 +211,7 @@ def train_two_steps(folder, processes: int) -> dict[str, list[float]]:
 
 
 def test_gkd_trainer_takes_the_same_steps_with_two_processes(tmp_path):
-    """Two processes give the losses of one; TRL's own losses are halved under DDP."""
+    """Two processes give the losses of one process; TRL's losses are halved under DDP."""
     file = tmp_path / "log.json"
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     done = subprocess.run([*command, __file__, file], capture_output=True, text=True)
@@ -300,7 +300,7 @@ def test_the_distillation_trainer_with_logits_logs_trls_losses(tmp_path, monkeyp
 )
 def test_the_distillation_trainer_logs_trls_losses(options, tmp_path, monkeypatch):
     theirs = distillation(DistillationTrainer, tmp_path, **options).state.log_history
-    # The trainers do not call TRL's own loss, which stays unchanged.
+    # integration.DistillationTrainer must not call TRL's loss.
     monkeypatch.setattr(distillation_trainer, "_chunked_divergence_loss", None)
     ours = distillation(integration.DistillationTrainer, tmp_path, **options).state.log_history
     for name in ("loss", "grad_norm", "entropy", "eval_loss", "eval_entropy"):

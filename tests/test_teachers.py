@@ -88,7 +88,7 @@ def test_the_kl_of_caching_is_measured(tmp_path, dtype, top_k):
 
 @pytest.mark.parametrize("top_k", [None, 8])
 def test_the_kl_of_caching_is_finite_and_not_negative(tmp_path, top_k):
-    """The KL is finite and at least 0 for a subnormal tail, and for a loss of rounding errors."""
+    """The KL is finite and at least 0 for a subnormal tail, and if only rounding errors remain."""
     torch.manual_seed(0)
     sure, level = torch.randn(1, 1000), torch.zeros(1, 14)
     sure[0, 3], level[0, 4:] = 105.0, -15.669451713562012
@@ -113,7 +113,7 @@ def test_masked_classes_are_cached(tmp_path):
 
 
 def test_the_loss_of_a_dense_cache_is_that_of_the_teacher(tmp_path):
-    """Cached log-probabilities times T are logits up to a constant, at any other temperature."""
+    """Cached log-probabilities serve losses at any temperature."""
     cache = write_cache(CountingTeacher(), tmp_path, dtype=torch.float32, temperature=2.0)
     student, ids = torch.randn(64, 10), torch.arange(64)
     with torch.no_grad():
@@ -127,7 +127,7 @@ def test_the_loss_of_a_dense_cache_is_that_of_the_teacher(tmp_path):
 
 
 def test_a_top_k_cache_is_a_teacher(tmp_path):
-    """With all classes cached, the loss is the teacher's; padding contributes 0."""
+    """With all classes cached, the loss equals that of the logits; padding contributes 0."""
     cache = write_cache(CountingTeacher(), tmp_path, top_k=10, dtype=torch.float32, temperature=3.0)
     student, ids = torch.randn(64, 10), torch.arange(64)
     with torch.no_grad():
@@ -154,7 +154,7 @@ TEXT = [torch.arange(n) % 30 for n in (3, 9, 0, 5, 9, 1)]
 
 
 def collate_padded(samples: list, length: int | None = None) -> batches.Labelled:
-    """Collate (tokens, tokens, id), padded at the end."""
+    """Collate samples of (tokens, tokens, id), padded at the end."""
     length = length or max(1, max(len(item[0]) for item in samples))
     inputs = torch.zeros(len(samples), length, dtype=torch.int64)
     labels = torch.full((len(samples), length), -100)
@@ -188,7 +188,7 @@ def test_sequences_are_cached_without_padding(tmp_path, top_k):
             assert torch.equal(cached.indices[row, : len(tokens)], places)
             assert bool((cached.indices[row, len(tokens) :] == -1).all())
             assert bool((log_probs[row, len(tokens) :] == -torch.inf).all())
-        else:  # padding is a distribution, too
+        else:  # the rows of padding are distributions
             rest = log_probs[row, len(tokens) :].exp().sum(-1)
             torch.testing.assert_close(rest, torch.ones_like(rest))
         torch.testing.assert_close(log_probs[row, : len(tokens)], exact)
@@ -360,7 +360,7 @@ def test_two_processes_may_write_different_samples(tmp_path, cache, monkeypatch)
 
 
 def test_two_writers_with_one_process_number_write_two_files(tmp_path, monkeypatch):
-    """Two containers have equal process numbers; the second writes during the first's write."""
+    """Two containers have equal process ids, and one writes while the other is writing."""
     halves = [DataLoader(Subset(DATA, range(first, 200, 2)), 32) for first in (0, 1)]
     module = pytest.importorskip("safetensors.torch")
     save_file = module.save_file

@@ -358,7 +358,7 @@ def test_flipped_bits_are_detected(tmp_path, top_k):
     data, original = file.read_bytes(), contents(tmp_path)
     accepted = 0
     for place, bit in itertools.product(range(len(data)), (7, None)):
-        # The highest bit of each byte and one other bit.
+        # Flip the highest bit of each byte, then one of its lower bits.
         bit = place * 5 % 7 if bit is None else bit
         damaged = bytearray(data)
         damaged[place] ^= 1 << bit

@@ -23,7 +23,7 @@ import fastkd
 from fastkd import _C
 
 RELATIVE = {FP32: 2e-6, FP64: 1e-13}
-# Absolute bound, since entropies and divergences are differences of log-probabilities.
+# The bound is absolute, since entropies and divergences are differences of log-probabilities.
 ABSOLUTE = {FP32: 1e-6, FP64: 1e-14}
 
 
@@ -73,7 +73,7 @@ def test_every_field_equals_the_reference(device, shape, reduction, dtype):
     ids=str,
 )
 def test_options_equal_the_reference(device, options):
-    # Terms do not depend on their weights.
+    # The weights change the loss, but no term.
     check(*make((6, 170), device=device), **options)
 
 
@@ -113,7 +113,7 @@ def test_only_the_loss_carries_a_gradient(device):
     assert got.loss.requires_grad
     for name, term in zip(got._fields[1:], got[1:], strict=True):
         assert not term.requires_grad, name
-    # Uses of the other terms do not change the loss's gradient.
+    # Terms have no gradient, so uses of terms do not change the gradient of the loss.
     (3 * got.loss + got.hard + got.student_entropy).backward()
     alone = student.detach().requires_grad_()
     (3 * fastkd.loss(alone, teacher, labels)).backward()
@@ -146,7 +146,7 @@ def test_ignored_rows_are_zero_in_every_field(device):
 )
 @pytest.mark.parametrize("width", [3, 200])
 def test_agreement_counts_equal_greatest_classes(device, width, student, teacher, agree):
-    # Padding classes below all others come first, so that the row is wide.
+    # Classes of low logits come first, so that the row is wide.
     pad = [-9.0] * (width - 3)
     s, t = (torch.tensor([pad + row], device=device) for row in (student, teacher))
     assert fastkd.terms(s, t, reduction="none").agreement.tolist() == [agree]

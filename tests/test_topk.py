@@ -33,9 +33,9 @@ INF, NAN = math.inf, math.nan
 
 # ---- options and dtypes
 
-# (shape, k): lists of 3 and of 9 among 10 classes; a list of one class; a list longer than the
-# kernel's chunk of 64; rows that end within a vector, a word of 64, a block and a segment; several
-# leading dimensions, and none.
+# Each value is (shape, k). Lists have 3 or 9 of 10 classes, one class, or more than the kernel's
+# chunk of 64. Rows end within a vector, a word of 64, a block or a segment. Shapes have several
+# leading dimensions, or none.
 SHAPES = [
     *(((5, 10), 3), ((5, 10), 9), ((6, 2), 1), ((4, 1000), 64), ((3, 333), 130)),
     *(((2, 1025), 20), ((2, S + 65), 64), ((2, 3, 40), 5), ((7,), 2)),
@@ -181,7 +181,7 @@ def test_an_entry_of_minus_infinity_is_padding(device, tail, requires_grad):
         ids = torch.cat((shorter[0], classes.to(device)), -1)
         for ours, theirs in zip(run_list(ids, padded), expected, strict=True):
             torch.testing.assert_close(ours, theirs, msg=name)
-        with torch.no_grad():  # the formula agrees, too
+        with torch.no_grad():  # the PyTorch formula gives equal results
             head, teacher = Head(student, torch.eye(40, device=device)), TopK(padded, ids, tail)
             linear = fastkd.loss(head, teacher, labels, temperature=2.0)
             torch.testing.assert_close(linear, expected[0])
@@ -275,7 +275,7 @@ def test_a_student_close_to_its_teacher_has_an_exact_loss(tail, noise):
 
 
 def make_near_teacher(classes: int, k: int, spread: float, t: float) -> TopKProblem:
-    """Make students in float32 at KL(teacher || student) = 5e-7, with one class as the tail."""
+    """Make float32 students whose KL(teacher || student), with a ghost class, is 5e-7."""
     generator = torch.Generator().manual_seed(0)
     teacher = spread * torch.randn(4, classes, generator=generator, dtype=FP64)
     noise = 1e-3 * t * torch.randn(4, classes, generator=generator, dtype=FP64)
@@ -320,7 +320,7 @@ def test_the_loss_is_exact_if_the_list_has_nearly_all_mass(gap, dtype):
     problem = TopKProblem(student, torch.arange(5).expand(4, 5), log_probs.contiguous(), None)
     check_topk(problem, temperature=1.0)
     _, grad = run_topk(problem, temperature=1.0)
-    # The teacher leaves 0.14 to the other classes.
+    # The teacher leaves 0.14 to the unlisted classes.
     q = student.double().softmax(-1)[:, 5:].sum(-1).mean()
     torch.testing.assert_close(grad[:, 5:].sum().double(), q - 0.14, rtol=1e-5, atol=0)
 
@@ -411,7 +411,7 @@ def test_narrow_dtypes_are_accepted(device, index_dtype, dtype):
 
 @pytest.mark.parametrize("tail", TAILS)
 def test_a_rounded_mass_above_1_is_accepted(device, tail):
-    """With a rounded mass above 1, the gradient is that of the value, and "ghost" is at least 0."""
+    """If a rounded mass is above 1, the gradient is exact, and the loss with a ghost at least 0."""
     problem = make_topk((6, 40), 10, FP64, labels=False, padding=0.0, device=device)
     normal = problem.log_probs.log_softmax(-1) + math.log(1.05)
     problem = problem._replace(log_probs=normal)
@@ -446,7 +446,7 @@ def test_a_listed_class_that_the_student_masks_has_infinite_loss(device, tail):
     assert (value == INF).all()
     assert grad.isfinite().all()
     assert (grad[rows, problem.indices[:, 0]] < 0).all()
-    # The teacher masks the class, too.
+    # If the teacher masks the class, too, the loss is finite.
     problem.log_probs[:, 0] = -INF
     check_topk(problem, tail, reduction="none")
     assert (run_topk(problem, tail)[1][rows, problem.indices[:, 0]] == 0).all()
@@ -454,7 +454,7 @@ def test_a_listed_class_that_the_student_masks_has_infinite_loss(device, tail):
 
 @pytest.mark.parametrize("rest", ["listed", "masked"])
 def test_there_is_no_ghost_without_other_classes(device, rest):
-    """Without other classes, the listed probabilities are divided by their sum."""
+    """If all unmasked classes are listed, their probabilities are divided by their sum."""
     student = torch.randn(3, 6, generator=torch.Generator().manual_seed(0), dtype=FP64).to(device)
     log_probs = torch.tensor([0.1, 0.2, 0.1, 0.1, 0.1, 0.2], dtype=FP64, device=device).log()
     problem = TopKProblem(
@@ -516,7 +516,7 @@ def test_no_rows_give_zero(device, reduction):
 
 @pytest.mark.parametrize("scale", [1e4, 1e30])
 def test_huge_logits_keep_their_differences(scale):
-    """A constant added to huge logits changes nothing, since differences are exact."""
+    """A huge constant added to logits changes nothing, since differences are exact."""
     problem = make_topk((4, 64), 6, FP64, labels=False)
     student = problem.student.round() + 2.0**60 * (scale > 1e20)
     value, _ = run_topk(problem._replace(student=student))

@@ -27,7 +27,7 @@ def valid_arguments() -> dict[str, Any]:
 
 
 Z, L = torch.zeros, torch.int64
-# (changes of a valid call, the error, a part of the error's message)
+# Each value is (changes of a valid call, the error, a part of the error's message).
 MISTAKES: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "student a list": ({"student": [1.0]}, TypeError, "student must be a tensor; got list"),
     "integer student": ({"student": Z(3, 5, dtype=L)}, TypeError, "student must be float64, float32, bfloat16 or float16; got torch.int64"),
@@ -87,7 +87,7 @@ MISTAKES: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
 
 
 def loss_of(arguments: dict[str, Any], **options: Any) -> Tensor:
-    """Compute the loss with these lists, which TopK checks."""
+    """Compute the loss; the fields of TopK are separate entries of ``arguments``."""
     teacher_and_labels = {**arguments, **options}
     fields = {
         name: teacher_and_labels.pop(name) for name in TopK._fields if name in teacher_and_labels
@@ -137,7 +137,7 @@ def test_an_unchecked_mistake_makes_its_row_nan(mistake, implementation, request
     value = loss_of(arguments, reduction="none")
     value.sum().backward()
     bad = {int(re.search(r"row (\d)", message)[1])} if mistake != "probabilities" else {0, 1, 2}
-    # exp(0.25) of a single listed class is too large, too.
+    # With "probabilities", each row's mass is above 1.1, even if one class is listed.
     for row in range(3):
         assert bool(value[row].isnan()) == (row in bad)
         assert bool(arguments["student"].grad[row].isnan().all()) == (row in bad)

@@ -85,7 +85,7 @@ def test_earlier_gradients_are_discarded():
 
 
 def test_losses_on_other_devices_are_read_a_step_late():
-    """Losses on other devices are read when the next step is queued, as on a GPU."""
+    """Losses on devices other than the CPU are read when the next step is queued."""
 
     class Far:
         def __init__(self, *values):
@@ -229,7 +229,7 @@ def test_no_code_in_a_checkpoint_is_executed(tmp_path):
         checkpoints.write_checksums(checkpoint)
     assert scheduled_trainer(folder).resume()
     torch.load(tmp_path / "malicious", weights_only=False)
-    assert proof.exists()  # without the check, the file is written
+    assert proof.exists()  # without weights_only, the object writes the file
 
 
 def test_unresumable_states_are_not_saved(tmp_path):

@@ -29,7 +29,7 @@ def model(width: int, seed: int) -> transformers.GPT2LMHeadModel:
 
 
 def sentences(count: int = 8) -> list[dict[str, torch.Tensor]]:
-    """Make padded sentences, so that each batch has another number of valid tokens."""
+    """Make padded sentences, so that batches differ in their numbers of valid tokens."""
     torch.manual_seed(3)
     tokens = torch.randint(VOCABULARY, (count, 12))
     lengths = torch.arange(count) % 7 + 4

@@ -99,7 +99,7 @@ def test_ignored_tokens_may_hold_anything():
 
 @pytest.mark.parametrize("beta", [0.0, 0.5, 1.0])
 def test_a_class_that_both_mask_contributes_nothing(beta):
-    """A class that both mask contributes 0; TRL's losses are NaN (documented)."""
+    """A class that student and teacher mask contributes 0; TRL's losses are NaN (documented)."""
     student, teacher, mask = draw(bias=True)
     without = run(
         trl.chunked_divergence_loss,

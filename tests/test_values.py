@@ -75,7 +75,7 @@ def assert_same_value(value: Head | TopK, expected: Head | TopK) -> None:
 FLOATS = "must be float64, float32, bfloat16 or float16; got torch.int64"
 SHAPES = "Head.hidden must have shape (..., width) and Head.weight (classes, width); got "
 LISTS = "TopK.log_probs and TopK.indices must have the same shape (..., k) with k >= 1; got "
-# (the constructor, its arguments, the error, a part of the error's message)
+# Each value is (the constructor, its arguments, the error, a part of the error's message).
 MISTAKES: dict[str, tuple[Any, dict[str, Any], type[Exception], str]] = {
     "hidden a list": (Head, {"hidden": [1.0], "weight": Z(5, 4)}, TypeError, "Head.hidden must be a tensor; got list"),
     "hidden None": (Head, {"hidden": None, "weight": Z(5, 4)}, TypeError, "Head.hidden must be a tensor; got NoneType"),
@@ -326,7 +326,7 @@ def test_function_transforms_give_the_gradients(student, teacher):
     def rows_of(*fields: int | None) -> Any:
         return {"tensor": lambda x: x, "Head": Head, "TopK": TopK}[teacher](*fields)
 
-    # A tree of numbers marks the fields with a dimension of rows.
+    # In vmap's in_dims, fields with a dimension of rows are 0, and fields without it are None.
     dims = rows_of(*{"tensor": (0,), "Head": (0, None, None), "TopK": (0, 0, None)}[teacher])
     rows = torch.func.vmap(torch.func.grad(row), (0, dims))(inputs[0], teacher_value)
     (expected,) = torch.autograd.grad(function(*leaves), leaves[0])

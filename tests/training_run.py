@@ -107,7 +107,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if main_process:
             torch.save([parameters], options.out)
         return
-    # Shares of 3 and 2 batches with a smaller last batch, and a process without data.
+    # Two processes share 37 rows as 3 and 2 batches, of which the last has 5 rows. Of 5 rows in
+    # all, one process has none.
     held_out = [range(37), range(5)]
     evaluations = [trainer.evaluate(DataLoader(Subset(data, part), 8)) for part in held_out]
     if main_process:
@@ -116,7 +117,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def sharding_accelerator() -> Accelerator:
-    """Return Accelerate's FSDP accelerator, which ignores the plugin on CPUs."""
+    """Return an accelerator whose state is set to FSDP, since Accelerate ignores FSDP on CPUs."""
     plugin = FullyShardedDataParallelPlugin(
         fsdp_version=2,
         auto_wrap_policy="transformer_based_wrap",

@@ -49,7 +49,7 @@ void test_large_gradients(const cpu::Kernels& k) {
   run(k, p);
   p.rows = 49, p.classes = 2 * cpu::kSegment + 5, p.padding = 0;
   run(k, p);
-  if (memory_only) return;  // such rows are slow under valgrind
+  if (memory_only) return;  // the next problem is slow under valgrind
   p.rows = 3080, p.classes = 2049, p.student = p.teacher = DType::kBFloat16;
   run(k, p);
 }
@@ -190,7 +190,7 @@ void test_underflow(const cpu::Kernels& k) {
   check(data.grad.get(0, 4) == 0, "grad", data.grad.get(0, 4), 0);
 }
 
-// Test KL = 5e-7, where differences of fp32 log-probabilities would lose a third of the value.
+// Test small values, such as a KL of 5e-7, in which fp32 log-probabilities would cancel.
 void test_cancellation(const cpu::Kernels& k) {
   for (double noise : {4e-3, 1e-1}) {
     Problem p;
@@ -244,7 +244,7 @@ void test_exponential(const cpu::Kernels& k, bool by_registers) {
   constexpr int64_t kBatch = 1 << 16;
   std::vector<float> in(kBatch), out(kBatch);
   double worst = 0;
-  // Every 61st float of [-126, 128), both signs.
+  // Test every 61st float of [-126, 128).
   for (int sign = 0; sign < 2; ++sign) {
     float limit = sign != 0 ? 126.0f : 127.99999f;
     uint32_t last, bits = 0;

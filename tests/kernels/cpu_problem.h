@@ -30,7 +30,7 @@ struct Problem {
   bool labels = true, in_place = false;
   int64_t padding = 0, misalignment = 0, group_rows = 0;
   bool student_pixels = false, teacher_pixels = false;
-  double noise = 1;  // teacher = student + noise, sigma 3
+  double noise = 1;  // standard deviation of teacher - student
   double shift = 0;  // added to every teacher logit
 };
 
@@ -140,9 +140,9 @@ bool agrees(double got, Real want, double relative, double absolute) {
 // Under valgrind, long double is slow and has the precision of double.
 bool memory_only = false;
 
-// Return true if the reference is more precise than the result, and has a wider range. A long
-// double that is only double is too imprecise for fp64. Its range is too narrow for exponents
-// beyond double's range.
+// Return true if the reference is more precise than the result, and has a wider range. Where
+// long double is only double, it is too imprecise for fp64, and too narrow for exponents beyond
+// double's range.
 bool has_truth(const Problem& p, DType acc) {
   if (memory_only) return false;
   volatile Real one = 1, less = static_cast<Real>(std::numeric_limits<double>::epsilon()) / 4;
@@ -154,7 +154,7 @@ void check_row(Data& data, const std::vector<Truth>& truths, int64_t r, bool ter
   if (!has_truth(p, data.acc_type())) return;
   const bool fp64 = data.acc_type() == DType::kFloat64;
   const Truth& truth = truths[static_cast<size_t>(r)];
-  // A tempered exponent of 10^4 times the spacing of logits (shift) loses digits in any formula.
+  // The bounds allow for large exponents, which lose digits in any formula.
   const double eps = fp64 ? 2e-14 : 2e-6;
   const double loss = data.acc(data.loss, r);
   const Real want = truth.nan ? static_cast<Real>(kNan) : truth.loss;
@@ -179,8 +179,8 @@ void check_row(Data& data, const std::vector<Truth>& truths, int64_t r, bool ter
       continue;
     }
     const Real exact = truth.grad[static_cast<size_t>(i)];
-    // Half a unit in the last place of the stored type, and the error of fp32 relative to the
-    // probabilities.
+    // The error is at most half a unit in the last place of the stored type, and the error of the
+    // compute type relative to the probabilities.
     const double slack = (fp64 ? 1e-14 : 1.5e-6) * size;
     const double half = fp64 && p.student == DType::kFloat64
                             ? 0
@@ -196,7 +196,7 @@ void check_stats(Data& data, const std::vector<Truth>& truths) {
     const Truth& truth = truths[static_cast<size_t>(r)];
     if (truth.nan || truth.ignored || data.problem.in_place) continue;
     if (data.problem.divergence == Divergence::kCosine)
-      continue;  // the statistics of the cosine have another meaning
+      continue;  // the statistics of the cosine are not those of a softmax
     Real max = -kInf, sum = 0;
     const auto counts = [&](int64_t i) {
       return data.problem.divergence != Divergence::kDecoupled ||
@@ -309,7 +309,7 @@ void run(const cpu::Kernels& k, const Problem& p, bool terms, Edit&& edit, unsig
   const bool is_unsplit = cpu::is_transposed(data.args) || cpu::has_apart_classes(data.args);
   if (!is_unsplit) check_split(k, p, data, seed, terms);
 
-  // The loss without a gradient has the same bits.
+  // Without a gradient, the loss has equal bits.
   const std::vector<unsigned char> loss = data.loss;
   if (p.in_place) return;
   data.args.grad = nullptr;

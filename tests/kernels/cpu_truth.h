@@ -47,7 +47,8 @@ std::vector<Real> over(std::vector<Real> logits, Real t) {
   return logits;
 }
 
-// Compute decoupled distillation: a forward KL of (label, rest), and one of the other classes.
+// Compute decoupled distillation: the forward KL of (label, rest), and mix times the forward KL
+// among the classes besides the label.
 Soft decoupled(const std::vector<Real>& log_p, const std::vector<Real>& log_q, size_t label,
                Real mix) {
   const auto parts = [=](std::vector<Real> logs, Real* of_label, Real* of_rest) {
@@ -73,7 +74,7 @@ Soft decoupled(const std::vector<Real>& log_p, const std::vector<Real>& log_q, s
   return soft;
 }
 
-// Compute the cosine of logits over their temperatures, without classes that both mask.
+// Compute 1 minus the cosine of the tempered logits, without classes that both sides mask.
 Soft cosine(std::vector<Real> w, std::vector<Real> z) {
   Real dot = 0, student = 0, teacher = 0;
   for (size_t i = 0; i < z.size(); ++i) {

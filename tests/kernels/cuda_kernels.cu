@@ -128,7 +128,8 @@ void divergences(bool brief) {
       d = c, d.nan = true, d.ignored = false, test(d, (name + ", nan").c_str());
       d = c, d.student_base = 300, test(d, (name + ", apart").c_str());
     }
-  // An outlying logit: squared errors of the other classes are lost if the maximum is subtracted.
+  // Test an outlying logit. If the maximum were subtracted, the squared errors of all classes but
+  // the outlier would be lost.
   for (const Divergence id : {Divergence::kSquaredError, Divergence::kCenteredSquaredError})
     for (const int64_t classes : {7, 100, 1003, 20001})
       for (const double teacher_temperature : {0.0, 3.0}) {
@@ -140,7 +141,7 @@ void divergences(bool brief) {
         c.outlier = 0, c.student_base = 1000, c.noise = 1e-2;
         test(c, (std::string(kDivergenceNames[static_cast<int>(id)]) + ", offset").c_str());
       }
-  // If one side masks a class, some divergences are infinite, and only finite ones are tested.
+  // If one side masks a class, some divergences are infinite. Only finite losses are tested.
   for (const Divergence id : kFiniteIfMasked)
     for (const int64_t classes : {100, 1003}) {
       Case c;
@@ -324,8 +325,8 @@ void pixels(bool brief) {
     with(", infinities", [](Case& c) { c.infinities = true; });
     for (int id = 1; id < kDivergences; id++) {
       const std::string name = std::string(", ") + kDivergenceNames[id];
-      // In more rows some p and q would be closer than fp32 can resolve, where total variation is
-      // not smooth.
+      // In more rows, some probabilities of student and teacher would be closer than fp32 can
+      // resolve, where total variation is not smooth.
       const auto few = [&](Case& c) {
         c.divergence = static_cast<Divergence>(id), c.rows = 40, c.group_rows = 13;
       };

@@ -21,7 +21,7 @@ struct Case {
   // pad, offset: padding of each row and offset of the first row, in elements, for teachers after
   // the first. group_rows: rows of a group, for every teacher; 0: all rows are one group.
   int64_t pad = 0, offset = 0, group_rows = 0;
-  double spread = 3, base = 0;  // of logits; base is added to all
+  double spread = 3, base = 0;  // standard deviation of logits; added to logits
   bool masked = false, nan = false, infinite = false, nothing = false;
   std::string name;
 };
@@ -135,7 +135,7 @@ int failures_of(const Case& c) {
     std::printf("FAIL %s: not the same again\n", c.name.c_str());
     return 1;
   }
-  // The mixture is compared as log softmax at the student's temperature. The tolerance is the fp32
+  // The mixture is compared as log softmax at the student's temperature. The tolerance is the
   // rounding error of the logits, since the log softmax is a difference of logits.
   for (int64_t row = 0; row < c.rows; row++) {
     const double t = temperature(row, c.temperature);

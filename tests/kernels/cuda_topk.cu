@@ -381,9 +381,10 @@ void Runner::run() {
   for (int64_t r = 0; r < c.rows; r++) {
     sum += want[r].loss;
     const double got = load(loss.host.data(), acc, r);
-    // Rounding the student's probabilities changes the divergence D by about sqrt(D), the size of
-    // its gradient. The loss of a near student is small and must still be accurate. A D that is not
-    // a KL is less accurate, because the kernel adds up p - q.
+    // Rounding errors of the student's probabilities change a divergence D in proportion to
+    // sqrt(D), the size of its gradient. The loss of a near student is small and must still be
+    // accurate. With Tail::kIgnore, D is a truncated sum, and less accurate, because the kernel
+    // adds up p - q.
     const bool near = c.noise < 0.1 && c.tail != Tail::kIgnore;
     const double absolute = wide ? 1e-13 : near ? 1e-7 * std::sqrt(want[r].loss) : 1e-6;
     if (!close(got, want[r].loss, absolute, wide ? 1e-12 : near ? 1e-6 : 3e-6))
@@ -437,7 +438,8 @@ constexpr DType kAll[] = {DType::kBFloat16, DType::kFloat16, DType::kFloat32, DT
 constexpr Tail kTails[] = {Tail::kGhost, Tail::kRenormalize, Tail::kIgnore};
 
 // Test rows of one class; of fewer classes than a vector; of one and many vectors per thread; rows
-// that fit and do not fit in shared memory; and rows whose map has several pieces.
+// that fit and do not fit in shared memory; and rows whose map of listed classes has several
+// pieces.
 void sizes(bool brief) {
   const std::vector<int64_t> all = {1,     2,     7,      33,     63,    64,   65,
                                     127,   255,   513,    1000,   1025,  4097, 8192,

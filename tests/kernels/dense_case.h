@@ -50,7 +50,7 @@ struct Reference {
   double size = 1;  // of large numbers whose difference is the gradient
 };
 
-// Compute the soft term, unless it is the forward KL with one temperature.
+// Compute the soft term of any objective but the forward KL with one temperature.
 void general_row(const Case& c, const std::vector<double>& z, const std::vector<double>& w,
                  int64_t label, double t, double soft_weight, Reference& r) {
   const double teacher_t = c.teacher_temperature > 0 ? c.teacher_temperature : t;
@@ -321,7 +321,7 @@ void Runner::run() {
       if (!close(acc_of(total, 1 + k), term_sums[k] * scale, 1e-5, 1e-5))
         fail("total", 0, 1 + k, acc_of(total, 1 + k), term_sums[k] * scale);
   }
-  // Run the same call a second time.
+  // Run the forward call a second time.
   if (c.in_place) {
     std::vector<char> keep = first;
   } else {

@@ -1,6 +1,6 @@
 // Test the arithmetic of the CUDA kernels (csrc/cuda/writer.cuh), compiled for the CPU. Single
-// classes are compared with long double, and so are rows that a few threads share. Not tested here
-// are the rounding of ex2.approx and rcp.approx, and the cooperation of threads on a device.
+// classes, and rows that a few threads share, are compared with long double. The rounding of
+// ex2.approx and rcp.approx, and the cooperation of threads on a device, are not tested.
 #include "device_problem.h"
 
 namespace {
@@ -19,7 +19,7 @@ void elements() {
         const A q = static_cast<A>(exact_p * std::exp(-exact_d));
         const Element<A> e = device_element(p, q, d);
         const Real diff = exact_p * std::expm1(-exact_d);
-        // The series of f(d) = d + expm1(-d): the direct formula cancels even in long double.
+        // d + expm1(-d) cancels even in long double, so a small d uses the series.
         Real f = exact_d + std::expm1(-exact_d);
         if (size < 0.5) {
           Real term = exact_d * exact_d / 2;
@@ -236,7 +236,7 @@ void limits() {
   }
 }
 
-// ---- divergences whose slopes are summed first, and a teacher with another temperature
+// ---- divergences whose slopes are summed first, and teachers with a temperature of their own
 
 struct Objective {
   Divergence divergence;
@@ -265,7 +265,7 @@ template <class A>
 Answer general_of(const Problem& in, const Objective& o) {
   const int64_t classes = static_cast<int64_t>(in.z.size());
   A stats_of_row[kStats + 1], loss[1], terms[kTerms];
-  // The row settings have the numbers of the test, and the settings of the call other numbers.
+  // The row settings hold the tested numbers. The call's settings differ, and must not be used.
   const A settings[kRowSettings] = {static_cast<A>(o.t), static_cast<A>(o.teacher_t),
                                     static_cast<A>(kHardWeight), static_cast<A>(kSoftWeight)};
   ForwardCall call;
@@ -365,12 +365,12 @@ void divergences() {
         }
       }
     }
-    // Test students near the teacher, for which the direct formulas would cancel.
+    // Test students near the teacher, for which the direct formulas would cancel in fp32.
     for (double distance : {1e-2, 1e-3}) {
       const Objective o = {which, 0.3, 2, 2};
       const Problem in = problem("near by " + std::to_string(distance), 3000, 0, 0, 3, distance, 2);
       const double want = exact_general(in, o).soft, got = general_of<float>(in, o).soft;
-      // The rounding of d: half a unit in the last place of logits of up to 16.
+      // The error is the rounding of d: half a unit in the last place of logits of up to 16.
       const double error = which == Divergence::kSoftCrossEntropy ? 1e-6 : 1e-6 / distance * 0.05;
       check(close(got, want, 1e-12, error), in.name + ", " + kDivergenceNames[id], got, want);
     }

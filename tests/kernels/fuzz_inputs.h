@@ -41,7 +41,7 @@ struct Bytes {
 
 constexpr uint8_t kGuard = 0xa5;
 
-// [rows, classes] at some alignment, with exactly the length that the strides require.
+// A matrix of [rows, classes] at some alignment, with exactly the length that the strides require.
 struct Matrix {
   int64_t rows, classes, group_rows, size;
   RowStrides stride;
@@ -89,8 +89,8 @@ struct Matrix {
   std::vector<uint8_t> copy() const { return {memory.get(), memory.get() + bytes}; }
 };
 
-// Return true if all numbers have the same bits, are zero, or are NaN. The sign of a zero or a NaN
-// depends on the order of operands.
+// Return true if the numbers of each pair have equal bits, are both zero, or are both NaN. The sign
+// of a zero or a NaN depends on the order of operands.
 inline bool same_numbers(const uint8_t* a, const uint8_t* b, int64_t count, DType dtype) {
   const int64_t size = size_of(dtype);
   const auto magnitude = [size](const uint8_t* at) {

@@ -1,7 +1,7 @@
 """Print a table of the kernels from the output of ``nvcc -Xptxas -v``; fail on spills.
 
-Kernels that also sum the terms may spill a little, since such kernels are rarely called. Their
-first boolean template argument is true.
+Kernels that also sum the terms may spill a little, since they are rarely called. The first boolean
+template argument of a kernel that sums the terms is true.
 
 Usage: python tests/kernels/ptxas_table.py BUILD_LOG
 """
@@ -45,7 +45,7 @@ def parse(log: str) -> list[Kernel]:
 def has_terms(label: str) -> bool:
     """Return True if a kernel also sums the terms."""
     arguments = label.partition("_kernel<")[2]
-    while "<" in arguments:  # mangled names of later arguments have no flags
+    while "<" in arguments:  # drop nested templates, whose flags are not the kernel's
         arguments = re.sub(r"<[^<>]*>", "", arguments, count=1)
     flags = re.findall(r"\b(true|false)\b", arguments)
     return flags[:1] == ["true"]

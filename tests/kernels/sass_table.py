@@ -1,9 +1,9 @@
 """Count the instructions per class of the kernels' sweeps, on the shortest path.
 
-A sweep is a loop. The shortest path loads student and
-teacher, computes two exponentials per class and, in the second sweep, stores the gradient. On this
-path, rows are aligned, T is 1, and maxima do not change. The table has the issued slots, the shares
-of three pipes, and the bound by each pipe.
+A sweep is a loop. The shortest path loads student and teacher, computes two exponentials per class
+and, in the second sweep, stores the gradient. On this path, rows are aligned, T is 1, and maxima do
+not change. The table has the number of instructions, in all and of three pipes, and the time
+of each number in percent of the memory's time.
 
 Usage: cuobjdump -sass -arch sm_90 build/cuda/libfastkd_cuda.a | python tests/kernels/sass_table.py
 """
@@ -31,7 +31,7 @@ PIPES = {
     "alu": r"FMNMX|HMNMX2|FSETP|FSEL|ISETP|SEL|LOP3|PLOP3|SHF|PRMT|IADD3|LEA|F2FP|VIADD|IABS|MOV",
 }
 ELEMENT = {"float": 4, "__nv_bfloat16": 2}
-EXPONENTIALS = 2  # bytes of a class
+EXPONENTIALS = 2  # per class
 
 
 class Need(NamedTuple):
@@ -154,7 +154,7 @@ def loops(code: list[Instruction]) -> list[list[Instruction]]:
 
 
 def sweep(code: list[Instruction], element: int, stores: bool) -> Counter | None:
-    """Return opcodes per class of the loop with the fewest opcodes; it has one or two vectors."""
+    """Return opcodes per class of the loop with the fewest opcodes, of one or two vectors."""
     best = None
     for body in loops(code):
         if len(body) > 2500:
@@ -164,7 +164,7 @@ def sweep(code: list[Instruction], element: int, stores: bool) -> Counter | None
             need = Need(EXPONENTIALS * classes, 2 * vectors, vectors * stores)
             path = shortest(body, need)
             if path is None or (not stores and any(o.startswith("STG") for o in path)):
-                continue  # the loop belongs to another sweep
+                continue  # the loop is not the wanted sweep
             per_class = Counter({opcode: n / classes for opcode, n in path.items()})
             if best is None or per_class.total() < best.total():
                 best = per_class
@@ -172,7 +172,7 @@ def sweep(code: list[Instruction], element: int, stores: bool) -> Counter | None
 
 
 def line(name: str, sweep_name: str, per_class: Counter, bytes_moved: float) -> str:
-    """Return a table line: counts, and each pipe's speed limit over that of the memory."""
+    """Return a table line: counts, and the time of each pipe in percent of the memory's time."""
     pipes = {
         pipe: sum(n for opcode, n in per_class.items() if re.match(opcodes, opcode))
         for pipe, opcodes in PIPES.items()

@@ -1,8 +1,8 @@
 // Test the CPU kernels from many threads at once, as csrc/torch/cpu.cpp calls them. Cases: rows
 // divided among threads, rows shared segment by segment, concurrent calls on the same inputs, a
 // concurrent choice of the instruction set, and a call without memory for its cache. Every result
-// has the bits of one thread. ThreadSanitizer (make sanitize-threads) checks that threads do not
-// race.
+// has the bits of a run on one thread. ThreadSanitizer (make sanitize-threads) checks that threads
+// do not race.
 #include <pthread.h>
 
 #include <atomic>
@@ -20,7 +20,7 @@ namespace {
 bool memory_is_short = false;
 }
 
-// The allocation functions that the kernels call.
+// Replace the allocation functions that the kernels call, so that allocations can fail.
 void* operator new[](std::size_t size, const std::nothrow_t&) noexcept {
   return memory_is_short ? nullptr : ::operator new[](size);
 }

@@ -11,7 +11,8 @@ namespace emulation {
 
 constexpr unsigned char kUndefined = 0xff;  // bytes of NaNs, and of -1
 
-// A reason to wait until a counter, or the last bit of a counter, changes from a value.
+// A wait ends when the chosen bits of a counter differ from a value. Without a counter, a wait has
+// ended.
 struct Wait {
   const char* what = nullptr;
   Place place;

@@ -24,7 +24,7 @@ struct Copy {
 
 std::vector<Copy> copies;
 
-// All `__shared__` variables: the thread-local ones of the program.
+// The memory of all `__shared__` variables, which are the thread-local variables of the program.
 struct Block {
   unsigned char* begin = nullptr;
   size_t bytes = 0;

@@ -97,7 +97,7 @@ Warp* ready_warp(Cta& cta) {
 }
 Warp* ready_warp() {
   const size_t count = cluster.size();
-  // Continuing with the same CTA is cheap.
+  // In most draws, start with the current CTA, whose shared memory is in place.
   size_t first = draw(8) == 0 ? draw(count) : static_cast<size_t>(in_place->rank);
   for (size_t i = 0; i < count; i++) {
     Cta& cta = cluster[(first + i) % count];

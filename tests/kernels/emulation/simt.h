@@ -11,7 +11,8 @@ struct Index {
   unsigned x = 1, y = 1, z = 1;
 };
 
-// A position in the kernels' sources, for reports. As a default argument, Place is the caller's.
+// A position in the kernels' sources, for reports. EMULATION_PLACE is a default
+// argument with the position of the caller.
 struct Place {
   const char* file = "";
   int line = 0;
