@@ -1,4 +1,4 @@
-"""Describe the environment of a measurement: device, versions, commit, clocks, other load."""
+"""Describe the environment of a measurement: device, versions, commit, clocks and load."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """Time two linear heads with their loss, and measure memory: ``python -m benchmarks.linear``.
 
-All implementations are checked against float64, then timed in turns. Times are also multiples of
+All implementations are checked against float64, then timed in turns. Times are also divided by
 the GEMM time, the duration of the four necessary matrix products: the logits of student and
-teacher, and the gradients of hidden states and weight. Memory is that of a step beyond its inputs.
+teacher, and the gradients of hidden states and weight. Memory is that of a step without its inputs.
 On a CPU, memory is measured in a child process (memory.py).
 """
 

@@ -37,7 +37,8 @@ SHARES = (0.05, 0.2, 1.0)
 TEMPERATURES = (1.0, 2.0, 4.0, 8.0, 16.0)
 ALPHAS = (0.0, 0.1, 0.5)
 DIVERGENCES = ("forward_kl", "reverse_kl", "jsd", "mse")
-# Hidden units and training steps. The last teacher is stopped early, as Cho and Hariharan propose.
+# Each teacher has these hidden units and training steps. The last teacher is stopped early, as Cho
+# and Hariharan propose.
 TEACHERS = {"16": (16, 500), "128": (128, 500), "1024": (1024, 500), "1024 early": (1024, 60)}
 PATIENCE = (50, 150, 500, 1500)
 
@@ -117,7 +118,7 @@ class Rows(NamedTuple):
 
 
 def split(data: str, seeds: int) -> list[Rows]:
-    """Return 60 % of the rows to train on, 20 % to choose by, and 20 % to test on."""
+    """Return 60 % of the rows to train on, 20 % to choose a setting by, and 20 % to test on."""
     inputs, labels = DATA[data]()
     inputs, labels = torch.tensor(inputs, dtype=torch.float32), torch.tensor(labels)
     orders = [torch.randperm(len(labels), generator=make_generator(seed)) for seed in range(seeds)]

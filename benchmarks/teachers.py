@@ -118,7 +118,7 @@ DIGESTS: dict[str, Callable[[bytes], object]] = {
 
 
 def measure_digests() -> Iterator[list[str]]:
-    """Yield rows of the table of digests: their speed on 64 KiB, the best of 200."""
+    """Yield rows of the table of digests: their speed on 64 KiB, the best of 200 runs."""
     data = os.urandom(2**16)
     for name, compute in DIGESTS.items():
         best = float("inf")

@@ -82,7 +82,7 @@ def draw_accuracies(outcome: digits.Outcome) -> None:
 
 
 def draw_soft_targets(teacher: torch.nn.Module, images: torch.Tensor, labels: torch.Tensor) -> None:
-    """Draw an image that the teacher recognizes with 95 % confidence, and its probabilities."""
+    """Draw an image recognized with about 95 % confidence, and the teacher's probabilities."""
     with torch.no_grad():
         logits = teacher(images)
     doubt = (logits.softmax(-1).amax(-1) - 0.95).abs()

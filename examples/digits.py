@@ -282,7 +282,7 @@ def compute_errors(loss: Loss, truth: Loss, batches: list[Batch]) -> tuple[float
     loss_error = gradient_error = 0.0
     for batch in batches:
         value, gradient = compute_loss_and_gradient(loss, batch)
-        # float64 from the start, so that the true gradient is not rounded to float32.
+        # Convert the batch to float64, so that the true gradient is not rounded to float32.
         double = Batch(batch.student.double(), batch.teacher.double(), batch.labels)
         true_value, true_gradient = compute_loss_and_gradient(truth, double)
         loss_error = max(loss_error, ((value - true_value) / true_value).abs().item())

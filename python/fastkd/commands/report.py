@@ -66,7 +66,7 @@ def report(
         extras.check("train", "safetensors.torch")
     data = factories.make_data("validation", training)
     models: dict[str, Any] = {}
-    # Students come first: a factory may train the teacher, and errors should come before that.
+    # The students are made first, so that their errors are raised before a teacher is trained.
     for name, options in students.items():
         if isinstance(options, Training):
             models[name] = factories.make_model("student", options)

@@ -256,7 +256,7 @@ class Trainer:
         self._loader_state.reset()
 
     def _take_step(self, window: list[Any]) -> Step:
-        """Take an optimizer step on some batches."""
+        """Take an optimizer step on the batches of ``window``."""
         window = [batches.to(batch, self.accelerator.device) for batch in window]
         self._optimizer.zero_grad()  # gradients may remain from an interrupted step
         denominators = self._count_rows_and_samples(window)
