@@ -50,7 +50,7 @@ class Baseline:
     compiles: str = "no"
     """Use of torch.compile: "no", "default", or "best" with autotuning."""
     half_only: bool = False
-    """True if the baseline equals another one in float32."""
+    """True if the baseline equals another baseline in float32."""
     language_models_only: bool = False
 
     def is_for(self, case: Case) -> bool:

@@ -2,10 +2,12 @@
 
 ``python -m benchmarks.choosing`` runs this sweep and writes the page.
 
-Small students learn from teachers of several sizes on three data sets: every combination of
-divergence, temperature, alpha, share of the training rows and teacher. All students of a
-combination of data, share and teacher train side by side, as batched matrices. Each combination is
-written to the results file when it is done, so a run that was stopped can continue.
+Small students learn from teachers of several sizes on three data sets. The students of the teacher
+"128" try every combination of divergence, temperature and alpha. The students of the other teachers
+try the forward KL alone, and runs of fewer steps try two settings. A cell is a combination of data,
+share of the training rows, teacher and steps. All students of a cell train side by side, as batched
+matrices. Each cell is written to the results file when it is done, so a run that was stopped can
+continue.
 """
 
 from __future__ import annotations
@@ -135,7 +137,7 @@ def make_generator(seed: int) -> torch.Generator:
 
 
 class Networks(nn.Module):
-    """Hold networks of one hidden layer: ``count`` for each seed, all with the same weights."""
+    """Hold networks of one hidden layer: ``count`` with equal first weights for each seed."""
 
     def __init__(self, seeds: int, count: int, features: int, width: int, classes: int) -> None:
         """Draw the first weights of each seed."""

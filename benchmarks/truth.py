@@ -16,8 +16,9 @@ from torch.nn import functional as F
 from benchmarks.cases import DTYPES, Case
 from fastkd import reference
 
-# Bounds of the errors of a right answer. Errors are reported unchanged; the bounds keep wrong
-# baselines from being timed. The bounds are wide, because eager PyTorch is inaccurate in 16 bits.
+# A right answer has errors within these bounds. Errors are reported unchanged; the bounds keep
+# wrong baselines from being timed. The bounds are wide, because eager PyTorch is inaccurate in
+# 16 bits.
 LOSS_TOLERANCE = {"fp32": 1e-3, "bf16": 0.1, "fp16": 0.1}
 GRADIENT_TOLERANCE = {"fp32": 1e-3, "bf16": 0.25, "fp16": 0.25}
 

@@ -234,7 +234,7 @@ def draw(rows: dict[str, Row], path: pathlib.Path) -> None:
 
 
 def main() -> None:
-    """Print the results; write them and the plot into a document if asked to."""
+    """Print the results; with ``--write``, also write them and the plot into a document."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, default=5, help="students of each kind")
     parser.add_argument("--steps", type=int, default=120, help="of each of the five losses")

@@ -1,4 +1,4 @@
-"""Read the options of a training from a YAML file and the command line, by jsonargparse."""
+"""Read the options of a training from a YAML file and the command line, with jsonargparse."""
 
 from __future__ import annotations
 
@@ -156,7 +156,7 @@ def run(command: Callable[..., None], arguments: Sequence[str]) -> None:
 
 
 def _make_training(namespace: Any) -> Training:
-    """Return the options of a training; null stands for the default."""
+    """Return the options of a training; a null in the file stands for the field's default."""
     values = {field.name: namespace[field.name] for field in dataclasses.fields(Training)}
     return Training(**{name: value for name, value in values.items() if value is not None})
 

@@ -23,9 +23,9 @@ class DistillationLoss(nn.Module):
         teacher_model: called with the inputs, without gradient; returns logits ``(N, C)`` of C
             classes. The mode of the teacher is not set, and ``.train()`` of this module reaches the
             teacher, as in DeiT.
-        distillation_type: ``"none"``; ``"soft"``, tau^2 times the mean over rows and classes of
-            p log(p / q), with the teacher's p and the student's q; or ``"hard"``, the cross entropy
-            with the teacher's most probable class.
+        distillation_type: ``"none"``, the base criterion alone; ``"soft"``, tau^2 times the mean
+            over rows and classes of p log(p / q), with the teacher's p and the student's q; or
+            ``"hard"``, the cross entropy with the teacher's most probable class.
         alpha: weight of the **teacher's** term, in [0, 1].
         tau: temperature of ``"soft"``.
 

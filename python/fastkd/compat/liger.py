@@ -52,7 +52,7 @@ class LigerKLDIVLoss(nn.Module):
 
 
 class LigerJSD(nn.Module):
-    """Compute the generalized Jensen-Shannon divergence of log-probabilities, mean over rows.
+    """Compute the generalized Jensen-Shannon divergence of log-probabilities, averaged over rows.
 
     Args:
         beta: weight of the teacher in the mixture, in [0, 1]; 0 is forward KL, 1 reverse KL.

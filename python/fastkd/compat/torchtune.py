@@ -1,4 +1,4 @@
-"""Compute torchtune's losses on tokens: temperature 1, no hard term, masked by labels."""
+"""Compute torchtune's losses of tokens that labels mask, at temperature 1, without hard term."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class ForwardKLLoss(_MaskedLoss):
     def forward(
         self, student_logits: Tensor, teacher_logits: Tensor, labels: Tensor, normalize: bool = True
     ) -> Tensor:
-        """Compute the mean (or, with ``normalize=False``, the sum) of logits ``(..., C)``."""
+        """Compute the mean (the sum with ``normalize=False``) over rows of ``(..., classes)``."""
         options = self._make_options(student_logits, labels, normalize)
         return losses.loss(student_logits, teacher_logits, divergence=self.divergence, **options)
 
@@ -86,7 +86,7 @@ class SymmetricKLLoss(_MaskedLoss):
     def forward(
         self, student_logits: Tensor, teacher_logits: Tensor, labels: Tensor, normalize: bool = True
     ) -> Tensor:
-        """Compute the mean (or, with ``normalize=False``, the sum) of logits ``(..., C)``."""
+        """Compute the mean (the sum with ``normalize=False``) over rows of ``(..., classes)``."""
         options = self._make_options(student_logits, labels, normalize)
         options.update(divergence="symmetric_kl", mix=self.sym_kd_ratio)
         terms = losses.terms(student_logits, teacher_logits, **options)

@@ -31,7 +31,8 @@ The trainers differ from TRL's in these points:
 - If all tokens of an optimizer step are ignored, the loss of TRL's ``GKDTrainer`` is 0 / 0; here
   the loss is 0.
 - Logits of 16-bit hidden states are rounded to 16 bits, as by the models themselves. TRL's
-  ``DistillationTrainer`` computes such logits in float32. Later arithmetic is float32 in both.
+  ``DistillationTrainer`` computes such logits in float32. Both libraries continue
+  in float32.
 - If the teacher's head has more classes than the student's, TRL's ``DistillationTrainer`` drops
   the extra classes without renormalizing. Here different numbers of classes are an error.
 

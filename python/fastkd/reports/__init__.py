@@ -48,7 +48,7 @@ class Report(NamedTuple):
     models: tuple[Model, ...]
     environment: dict[str, str]
     warnings: tuple[str, ...] = ()
-    """Sentences on latencies that cannot be trusted, and on ratios withheld for that reason."""
+    """Sentences on latencies that cannot be trusted, and on the ratios that are withheld."""
 
     def __str__(self) -> str:
         """Return a table for the terminal."""

@@ -253,7 +253,7 @@ def summarize_turns(turns: Sequence[Turn], batch_size: int) -> tuple[dict[str, L
 
     The speedup is the median over turns of the ratio of the fastest calls, because a call that
     another program interrupts is not the fastest. The speedup is withheld if it differs much from
-    the ratio of the medians, or if other programs used the processors in most turns.
+    the ratio of the medians, or if the process waited for processors in most turns.
     """
     quiet = [turn for turn in turns if turn.share >= QUIET]
     is_quiet = 2 * len(quiet) >= len(turns)
