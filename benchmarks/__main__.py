@@ -230,7 +230,7 @@ def _measure(
 def main() -> None:
     """Parse the command line, and run the chosen part."""
     chosen = _parse_arguments()
-    # Compile with an empty cache, so that the reported times are those of a first run.
+    # Compile with an empty cache, so that the reported compile times are those of a first run.
     folder = tempfile.mkdtemp(prefix="fastkd-inductor-")
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = folder
     try:

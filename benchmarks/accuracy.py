@@ -27,13 +27,13 @@ T = 2.0
 
 
 class Regime(NamedTuple):
-    """Describe a distribution of logits: rows, classes, spread, and distance of the teacher."""
+    """Describe a distribution of logits: shape, spread, offset, and distance of the teacher."""
 
     name: str
     rows: int = 64
     classes: int = 1000
     spread: float = 3.0
-    apart: float | None = None  # None: independent of the student
+    apart: float | None = None  # None: the teacher is independent of the student
     offset: float = 0.0
 
 
@@ -80,7 +80,7 @@ def make_labels(student: Tensor) -> Tensor:
 
 
 def fused(student: Tensor, teacher: Tensor, divergence: str) -> Tensor:
-    """Compute the row losses by fastkd, with a hard term of weight 0."""
+    """Compute the row losses by fastkd, without a hard term."""
     needs = reference.DIVERGENCES[divergence].needs_labels
     labels = make_labels(student) if needs else None
     weights = {"hard_weight": 0.0, "soft_weight": 1.0} if needs else {}

@@ -5,10 +5,10 @@ computes
 
     alpha * CE(student, labels) + (1 - alpha) * T^2 * KL(teacher || student)
 
-by its package, as the package's documentation shows. If a package computes another loss, the
-baseline's text says so, and ``truth`` names the formula that checks the loss (truth.py). If a
-package is missing or cannot run, the function raises ``UnavailableError`` with the reason, which
-becomes a line of the report.
+by the baseline's package, as the package's documentation shows. If a package's loss differs from
+this formula, the baseline's text says so, and ``truth`` names the formula that checks the loss
+(truth.py). If a package is missing or cannot run, the function raises ``UnavailableError`` with the
+reason, which becomes a line of the report.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class Baseline:
     compiles: str = "no"
     """Use of torch.compile: "no", "default", or "best" with autotuning."""
     half_only: bool = False
-    """True if the baseline equals another one in float32."""
+    """True if the baseline equals another baseline in float32."""
     language_models_only: bool = False
 
     def is_for(self, case: Case) -> bool:
@@ -70,7 +70,7 @@ BASELINES: list[Baseline] = []
 def baseline(
     name: str, what: str, **options: Any
 ) -> Callable[[Callable[[Case], LossFunction]], Callable[[Case], LossFunction]]:
-    """Add a function to the list of baselines."""
+    """Return a decorator that adds a function to the list of baselines."""
 
     def add(make: Callable[[Case], LossFunction]) -> Callable[[Case], LossFunction]:
         BASELINES.append(Baseline(name, make, what, **options))
@@ -98,7 +98,7 @@ def import_package(module: str, package: str) -> Any:
 
 
 def _arrange_pixels(case: Case, *tensors: Tensor) -> Iterator[Tensor]:
-    """Return a case's tensors in a program's layout: pixels as (1, C, P) and (1, P)."""
+    """Return a case's tensors; those of P pixels and C classes become (1, C, P) and (1, P)."""
     return (tensor.t()[None] if case.pixels else tensor for tensor in tensors)
 
 
@@ -176,7 +176,7 @@ def _import_liger(case: Case) -> Any:
     "Liger KL + CE", "LigerKLDIVLoss on eager softmaxes + LigerCrossEntropyLoss", overwrites=True
 )
 def liger_kl(case: Case) -> LossFunction:
-    """Compute the loss by Liger-Kernel: last the cross entropy, which overwrites the logits."""
+    """Compute the loss by Liger-Kernel, the cross entropy last, since it overwrites the logits."""
     liger = _import_liger(case)
     soft_loss = liger.LigerKLDIVLoss(reduction="batchmean")
     hard_loss = liger.LigerCrossEntropyLoss()
@@ -257,5 +257,5 @@ def torchtune(case: Case) -> LossFunction:
 
 
 def floor(case: Case) -> LossFunction:
-    """Compute a sum and its gradient, PyTorch's own cost on a small case."""
+    """Compute a sum and its gradient, to time PyTorch's own cost on a small case."""
     return lambda s, t, y: s.sum()

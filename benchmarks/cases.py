@@ -3,8 +3,8 @@
 Vision cases have the number of rows of their recipes' batch. Language models have 8192 rows
 (tokens) on a GPU, halved until one tensor of logits takes at most 1/48 of the GPU's memory. This
 limit leaves room for two sets of inputs and for the largest baseline (eager in float32 on 16-bit
-logits: 16 such tensors). On a CPU language models have 128 rows, halved until one float32 tensor
-takes at most 32 MiB, several times the size of the caches.
+logits: 16 tensors of logits). On a CPU language models have 128 rows, halved until one float32
+tensor takes at most 32 MiB, several times the size of the caches.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ MODELS = {
 
 @dataclass(frozen=True)
 class Case:
-    """Describe a measurement: shape, dtype, temperature, and whether there is a gradient."""
+    """Describe a measurement: the logits, the options of the loss, and what is measured."""
 
     name: str
     rows: int

@@ -39,7 +39,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 
 
 class Results:
-    """Compute percentages and gains, in points, from the results."""
+    """Compute percentages, and gains in percentage points, from the results."""
 
     def __init__(self, results: list[dict[str, Any]], scale: int) -> None:
         """Index the results; ``scale`` divides the numbers of steps in a quick run."""
@@ -67,7 +67,7 @@ class Results:
         return 100 * torch.tensor(hits, dtype=torch.float64) / result["rows"]
 
     def get_gain(self, data: str, share: float, setting: Setting, **options: Any) -> Tensor:
-        """Return each seed's gain over training alone, in points."""
+        """Return each seed's gain over training on labels alone, in percentage points."""
         return self.get(data, share, setting, **options) - self.get(data, share, ALONE, **options)
 
     def get_gain_when_chosen(self, data: str, share: float) -> Tensor:

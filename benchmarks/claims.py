@@ -15,7 +15,7 @@ Results = dict[str, Any]
 Values = dict[str, float]
 """The measured value of each covered case, by the case's title."""
 
-# Share by which a peak may exceed its bound, for a few pages.
+# A peak this close to a whole number of tensors is rounded: it includes a few pages.
 MEMORY_SLACK = 0.03
 
 

@@ -1,4 +1,4 @@
-"""Time the other divergences beside the forward KL and beside common implementations.
+"""Time every divergence beside the forward KL and beside common implementations.
 
 Only the soft term is timed, so that no hard term hides a difference. Divergences without a kernel
 are measured too, and marked: fastkd computes their reference formula in plain PyTorch.
@@ -27,7 +27,7 @@ from fastkd._core.dense import DIVERGENCES
 TOLERANCE = {"fp32": 1e-4, "bf16": 2e-2}
 """Largest error of fastkd's loss or gradient; truth.py has the baselines' bounds."""
 SIGN_TOLERANCE = 1e-2
-"""Bound for the total variation's gradient, which changes sign where rounding moves p across q."""
+"""Bound for the total variation's gradient, which changes sign where rounding swaps p and q."""
 FUSED, BASE, PLAIN = "fastkd", "forward_kl", "PyTorch"
 CHUNK = 2**21
 """Number of logits that the check computes at once."""

@@ -1,4 +1,4 @@
-"""Describe the environment of a measurement: device, versions, commit, clocks, other load."""
+"""Describe the environment of a measurement: device, versions, commit, clocks and load."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def get_device_name(device: str) -> str:
 
 
 def make_slug(device: str) -> str:
-    """Return the name of the device's folder of results; for CPUs it includes the kernels."""
+    """Return the name of the device's folder of results; a CPU's has the instruction set."""
     name = get_device_name(device)
     if device == "cpu":
         name += " " + info()["CPU kernels"].partition(" ")[0]

@@ -1,8 +1,8 @@
 """Time two linear heads with their loss, and measure memory: ``python -m benchmarks.linear``.
 
-All implementations are checked against float64, then timed in turns. Times are also multiples of
+All implementations are checked against float64, then timed in turns. Times are also divided by
 the GEMM time, the duration of the four necessary matrix products: the logits of student and
-teacher, and the gradients of hidden states and weight. Memory is that of a step beyond its inputs.
+teacher, and the gradients of hidden states and weight. Memory is that of a step without its inputs.
 On a CPU, memory is measured in a child process (memory.py).
 """
 
@@ -216,7 +216,7 @@ def list_verdicts(results: dict[str, Any]) -> list[str]:
 
 
 def list_error_verdicts(records: dict[str, Any]) -> list[str]:
-    """Compare gradient errors: at most eager's, and at most 1.1 times those of eager fp32."""
+    """Check that gradient errors are at most eager's, and at most 1.1 times eager fp32's."""
     bounds = {"eager": 1.0, "eager fp32": 1.1}
     if any("weight_error" not in records.get(name, {}) for name in bounds):
         return []

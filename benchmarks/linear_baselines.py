@@ -94,7 +94,7 @@ class Inputs(NamedTuple):
 
 
 def make_inputs(case: LinearCase, device: str) -> Inputs:
-    """Draw inputs whose logits have a standard deviation of 3 and a few outstanding classes."""
+    """Draw inputs whose logits have a standard deviation of about 3."""
     generator = torch.Generator(device).manual_seed(0)
 
     def draw(rows: int, width: int, scale: float = 1.0) -> Tensor:
@@ -138,7 +138,7 @@ def fused(case: LinearCase) -> LossFunction:
 
 
 def fused_small(case: LinearCase) -> LossFunction:
-    """Compute the loss in chunks of rows of bounded memory; sum dW in the weight's dtype."""
+    """Compute the loss in chunks of rows; sum the weight's gradient in the weight's dtype."""
     if not case.small_mib:
         raise UnavailableError("not tried")
     dtype = torch.bfloat16 if case.dtype == "bf16" else torch.float32
@@ -215,7 +215,7 @@ LANES: dict[str, Callable[[LinearCase], LossFunction]] = {
 def make_products(case: LinearCase, inputs: Inputs) -> Callable[[], None]:
     """Return a function that computes the four matrix products of the valid rows.
 
-    The function writes the products to memory that is allocated here.
+    All calls of the function write the products to the same memory.
     """
     hidden, weight = inputs.hidden.detach(), inputs.weight.detach()
     valid = inputs.labels != -100

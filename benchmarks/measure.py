@@ -24,7 +24,7 @@ from benchmarks.baselines import LossFunction
 from benchmarks.cases import DTYPES, Case
 
 WALL_LIMIT = 2**22
-"""GPU cases with fewer logits are timed by the wall clock."""
+"""GPU cases with fewer logits than this are timed by the wall clock."""
 SLEEP_CYCLES_PER_SECOND = 2e9
 
 
@@ -106,7 +106,7 @@ class Step:
         self.turn = (self.turn + 1) % len(self.sets)
 
     def run(self, inputs: Inputs) -> tuple[Tensor, Tensor | None]:
-        """Return the loss and the gradient on some inputs."""
+        """Return the loss of ``inputs``, and the gradient if the case has one."""
         if not self.case.gradient:
             with torch.no_grad():
                 return self.function(inputs.student, inputs.teacher, inputs.labels), None
@@ -207,7 +207,7 @@ def time_in_turns(
         estimates[name] = min(clock.time_wall(call, 1) for _ in range(2))
         if clock.kind == "device":
             host[name] = _measure_host_seconds(call)
-    # A sample of a short call is the mean of several calls, since clocks are too coarse for one.
+    # A sample of a short call is the mean of several, since clocks are too coarse for one call.
     shortest = 2e-3 if device == "cuda" else 3e-4
     counts = {
         name: 1 if clock.kind == "device" else max(1, min(1000, round(shortest / estimate)))

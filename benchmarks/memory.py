@@ -5,7 +5,7 @@ Each baseline runs once, to load and compile its code. Free memory goes back to 
 is reset, and the baseline runs again; the result is the new peak less the memory before. The first
 run's gradient is held during the second run, because fastkd would recycle the gradient's memory.
 The child's malloc gives every large tensor pages of its own, so that tensors are counted while they
-live. Otherwise glibc keeps holes between tensors, and eager PyTorch then takes up to twice as much.
+live. Otherwise glibc keeps holes between tensors, which up to double the memory of eager PyTorch.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def measure_peaks(case: Case, names: list[str]) -> dict[str, float | None]:
 
 
 def measure_peaks_in_child(case: Case, names: list[str], threads: int) -> dict[str, float | None]:
-    """Measure the peaks in another process; return None for each if there is no VmHWM."""
+    """Measure the peaks in a child process; if it fails, return None for each baseline."""
     arguments = [json.dumps(case.asdict()), str(threads), *names]
     command = [sys.executable, "-m", "benchmarks.memory", *arguments]
     folder = Path(__file__).parent.parent

@@ -208,6 +208,6 @@ def _describe_axis(name: str, points: list[Results]) -> str:
 
 
 def draw(results: Results, folder: Path) -> None:
-    """Draw every plot of some results."""
+    """Draw every plot of ``results``."""
     draw_overview(results, folder / "overview.png")
     draw_scaling(results, folder / "scaling.png")

@@ -83,7 +83,7 @@ def make_case_rows(case: Results) -> Rows:
     rows = []
     for name, record in case["lanes"].items():
         if record["status"].startswith("not available"):
-            continue  # list_notes reports it once for all cases
+            continue  # list_notes reports the missing baseline once
         seconds = record.get("times")
         notes = [] if record["status"] == "ok" else [record["status"]]
         if "compile_seconds" in record:
@@ -173,7 +173,7 @@ def make_duel_rows(results: Results) -> Rows:
 
 
 def make_sparse_rows(results: Results) -> Rows:
-    """Return the times of sparse teachers, and their ratios to the times of all logits."""
+    """Return the times of sparse teachers, and their ratios to the dense loss and PyTorch."""
     names = list(dict.fromkeys(name for case in results["sparse"] for name in case["lanes"]))
     rows = [
         [

@@ -82,7 +82,7 @@ def fused(sparse: SparseCase) -> Callable[[Tensor, TopK, Tensor], Tensor]:
 
 
 def plain(sparse: SparseCase) -> Callable[[Tensor, TopK, Tensor], Tensor]:
-    """Compute the sparse loss by PyTorch: gathered logarithms and a ghost class."""
+    """Compute the sparse loss by PyTorch, with gathered log-probabilities and a ghost class."""
     t, alpha, divergence = (
         sparse.dense.temperature,
         sparse.dense.alpha,
@@ -165,7 +165,7 @@ def run(sparse: SparseCase, device: str, seconds: float) -> dict[str, Any]:
 
 
 def run_sampled(device: str, seconds: float) -> dict[str, Any]:
-    """Time the loss of one sampled token a row (k1) beside cross entropies of the same logits.
+    """Time the loss of one sampled token for each row beside cross entropies of the same logits.
 
     The fused cross entropy is the sparse loss with ``alpha=1``. This loss reads the logits once
     and writes the gradient once.

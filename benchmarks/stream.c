@@ -1,6 +1,6 @@
-/* c = a + b with stores that bypass the caches: the fastest way through memory that reads two arrays and writes
- * one, which is what a fused loss does. Compiled when the benchmarks run; without a compiler they use torch.add.
- * The arrays are 64-byte aligned and their length is a multiple of 16. */
+/* Compute c = a + b with stores that bypass the caches where the processor is x86-64. A fused loss also reads two
+ * arrays and writes one. stream.py compiles this file when the benchmarks run, and uses torch.add if there is no
+ * compiler. The arrays are 64-byte aligned, and their length is a multiple of 16. */
 #include <stddef.h>
 
 #if defined(__x86_64__) || defined(_M_X64)

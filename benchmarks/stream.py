@@ -1,8 +1,9 @@
 """Measure the memory bandwidth of this machine, the limit of a fused loss.
 
-On a GPU: a device-to-device copy (torch's copy_) and torch.add(out=), both over a gigabyte. On a
-CPU: a loop of two reads and one non-temporal store (stream.c, compiled here), on torch's number of
-threads. Without a C compiler, the CPU's stream is torch.add(out=), whose stores also read memory.
+A GPU is measured by a device-to-device copy (torch's copy_) and torch.add(out=), both of 1 GiB
+tensors. A CPU is measured by torch.add(out=), whose stores also read memory, and, if there is a C
+compiler, by a loop of two reads and one store, non-temporal on x86-64 (stream.c), on torch's number
+of threads.
 """
 
 from __future__ import annotations

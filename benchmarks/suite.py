@@ -30,9 +30,10 @@ from benchmarks.truth import Truth
 
 FLOOR = "s.sum()"
 FLOOR_LIMIT = 2**18
-"""Cases of fewer logits are also compared with ``s.sum().backward()``, PyTorch's own cost."""
+"""Cases with fewer logits than this are also compared with ``s.sum().backward()``, the cost of
+PyTorch itself."""
 STREAM_LIMIT = 2**19
-"""Cases of fewer logits are not compared with the bandwidth: they fit caches or take
+"""Cases with fewer logits than this are not compared with the bandwidth: they fit caches or take
 little longer than their launch."""
 
 

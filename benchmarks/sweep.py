@@ -2,10 +2,12 @@
 
 ``python -m benchmarks.choosing`` runs this sweep and writes the page.
 
-Small students learn from teachers of several sizes on three data sets: every combination of
-divergence, temperature, alpha, share of the training rows and teacher. All students of a
-combination of data, share and teacher train side by side, as batched matrices. Each combination is
-written to the results file when it is done, so a run that was stopped can continue.
+Small students learn from teachers of several sizes on three data sets. The students of the teacher
+"128" try every combination of divergence, temperature and alpha. The students of the other teachers
+try the forward KL alone, and runs of fewer steps try two settings. A cell is a combination of data,
+share of the training rows, teacher and steps. All students of a cell train side by side, as batched
+matrices. Each cell is written to the results file when it is done, so a run that was stopped can
+continue.
 """
 
 from __future__ import annotations
@@ -37,7 +39,8 @@ SHARES = (0.05, 0.2, 1.0)
 TEMPERATURES = (1.0, 2.0, 4.0, 8.0, 16.0)
 ALPHAS = (0.0, 0.1, 0.5)
 DIVERGENCES = ("forward_kl", "reverse_kl", "jsd", "mse")
-# Hidden units and training steps. The last teacher is stopped early, as Cho and Hariharan propose.
+# Each teacher has these hidden units and training steps. The last teacher is stopped early, as Cho
+# and Hariharan propose.
 TEACHERS = {"16": (16, 500), "128": (128, 500), "1024": (1024, 500), "1024 early": (1024, 60)}
 PATIENCE = (50, 150, 500, 1500)
 
@@ -117,7 +120,7 @@ class Rows(NamedTuple):
 
 
 def split(data: str, seeds: int) -> list[Rows]:
-    """Return 60 % of the rows to train on, 20 % to choose by, and 20 % to test on."""
+    """Return 60 % of the rows to train on, 20 % to choose a setting by, and 20 % to test on."""
     inputs, labels = DATA[data]()
     inputs, labels = torch.tensor(inputs, dtype=torch.float32), torch.tensor(labels)
     orders = [torch.randperm(len(labels), generator=make_generator(seed)) for seed in range(seeds)]
@@ -134,7 +137,7 @@ def make_generator(seed: int) -> torch.Generator:
 
 
 class Networks(nn.Module):
-    """Hold networks of one hidden layer: ``count`` for each seed, all with the same weights."""
+    """Hold networks of one hidden layer: ``count`` with equal first weights for each seed."""
 
     def __init__(self, seeds: int, count: int, features: int, width: int, classes: int) -> None:
         """Draw the first weights of each seed."""

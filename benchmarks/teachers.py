@@ -1,6 +1,6 @@
-"""Measure the size, the loss and the speed of a teacher's cache: ``python -m benchmarks.teachers``.
+"""Measure the size, the lost KL and the speed of a teacher's cache.
 
-The command writes the tables of docs/teachers.md.
+``python -m benchmarks.teachers`` writes the tables of docs/teachers.md.
 """
 
 from __future__ import annotations
@@ -118,7 +118,7 @@ DIGESTS: dict[str, Callable[[bytes], object]] = {
 
 
 def measure_digests() -> Iterator[list[str]]:
-    """Yield rows of the table of digests: their speed on 64 KiB, the best of 200."""
+    """Yield rows of the table of digests: their speed on 64 KiB, the best of 200 runs."""
     data = os.urandom(2**16)
     for name, compute in DIGESTS.items():
         best = float("inf")
@@ -144,7 +144,7 @@ def make_digits() -> tuple[str, nn.Module, Tensor]:
 
 
 def make_characters() -> tuple[str, nn.Module, Tensor]:
-    """Count which character follows each pair in a text; return a name, a model, inputs."""
+    """Count which characters follow two characters; return a name, a model, inputs."""
     text = "\n".join(pydoc_data.topics.topics.values())
     alphabet = sorted(set(text))
     codes = torch.tensor([alphabet.index(sign) for sign in text])
@@ -158,7 +158,7 @@ def make_characters() -> tuple[str, nn.Module, Tensor]:
 
 
 def measure_losses() -> Iterator[list[str]]:
-    """Yield rows of the table of the loss in accuracy."""
+    """Yield rows of the table of the KL that caches lose."""
     for name, teacher, inputs in (make_digits(), make_characters()):
         loader = DataLoader(teachers.WithIds(TensorDataset(inputs)), BATCH)
         for top_k in (None, 1, 2, 4, 8):

@@ -16,8 +16,9 @@ from torch.nn import functional as F
 from benchmarks.cases import DTYPES, Case
 from fastkd import reference
 
-# Bounds of the errors of a right answer. Errors are reported unchanged; the bounds keep wrong
-# baselines from being timed. The bounds are wide, because eager PyTorch is inaccurate in 16 bits.
+# A right answer has errors within these bounds. Errors are reported unchanged; the bounds keep
+# wrong baselines from being timed. The bounds are wide, because eager PyTorch is inaccurate in
+# 16 bits.
 LOSS_TOLERANCE = {"fp32": 1e-3, "bf16": 0.1, "fp16": 0.1}
 GRADIENT_TOLERANCE = {"fp32": 1e-3, "bf16": 0.25, "fp16": 0.25}
 
@@ -57,7 +58,7 @@ class Truth:
         self._gradients: dict[str, Tensor] = {}
 
     def _sum_losses(self, kind: str, student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
-        """Return the sum of the losses of some rows."""
+        """Return the sum of the losses of the rows, by the formula that ``kind`` names."""
         case, t = self.case, self.case.temperature
         if kind == "jsd":
             log_q, log_p = F.log_softmax(student / t, -1), F.log_softmax(teacher / t, -1)
@@ -101,7 +102,7 @@ class Truth:
         return Errors(loss_error, *self._compute_distance(self._gradients[kind], gradient))
 
     def compute_rounding(self) -> float | None:
-        """Return the relative error of the correctly rounded gradient, the least of its dtype."""
+        """Return the relative error of rounding the true gradient to the case's dtype."""
         if not self.case.gradient or "kd" not in self._gradients:
             return None
         rounded = self._gradients["kd"].to(DTYPES[self.case.dtype])

@@ -55,7 +55,7 @@ autodoc_typehints = "none"  # docstrings describe the types with their shapes an
 python_maximum_signature_line_length = 88
 napoleon_google_docstring, napoleon_numpy_docstring = True, False
 doctest_global_setup = "import torch, fastkd"
-# Names of other projects that docstrings link to. The inventories are in the repository, so that a
+# Docstrings link to names of these projects. The inventories are in the repository, so that a
 # build needs no network. Add a project when docstrings link to its names.
 intersphinx_mapping = {
     "torch": ("https://docs.pytorch.org/docs/stable", "docs/torch.inv"),

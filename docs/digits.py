@@ -1,6 +1,6 @@
 """Write the result of ``make demo`` into README.md and docs/first-distillation.md.
 
-``python docs/digits.py`` runs ten seeds of examples/digits.py. It also draws docs/digits.png and
+``python docs/digits.py`` runs ten seeds of examples/digits.py, and also draws docs/digits.png and
 docs/soft-targets.png.
 """
 
@@ -82,7 +82,7 @@ def draw_accuracies(outcome: digits.Outcome) -> None:
 
 
 def draw_soft_targets(teacher: torch.nn.Module, images: torch.Tensor, labels: torch.Tensor) -> None:
-    """Draw an image that the teacher recognizes with 95 % confidence, and its probabilities."""
+    """Draw an image recognized with about 95 % confidence, and the teacher's probabilities."""
     with torch.no_grad():
         logits = teacher(images)
     doubt = (logits.softmax(-1).amax(-1) - 0.95).abs()

@@ -32,10 +32,11 @@ from fastkd import reference
 BATCH = 64
 TEACHER_EPOCHS = 20
 STUDENT_SHARE = 0.1  # share of the training images
-# Chosen on validation images cut from the training images, never on the test images. The candidates
-# were hidden widths 2 to 32, temperatures 2 to 14, alphas 0 to 0.3, learning rates 0.003 to 0.02.
-# Both students have the same rate; no other rate was better for the student alone. With 2 to 6
-# hidden units distillation often did not help, and a high temperature did harm.
+# These values were chosen on validation images cut from the training images, never on the test
+# images. The candidates were hidden widths 2 to 32, temperatures 2 to 14, alphas 0 to 0.3, learning
+# rates 0.003 to 0.02. Both students have the same rate; no other candidate was better for the
+# student alone. With 2 to 6 hidden units distillation often did not help, and a high temperature
+# did harm.
 STUDENT_WIDTH = 16
 STUDENT_EPOCHS = 400
 TEMPERATURE = 8.0
@@ -282,7 +283,7 @@ def compute_errors(loss: Loss, truth: Loss, batches: list[Batch]) -> tuple[float
     loss_error = gradient_error = 0.0
     for batch in batches:
         value, gradient = compute_loss_and_gradient(loss, batch)
-        # float64 from the start, so that the true gradient is not rounded to float32.
+        # Convert the batch to float64, so that the true gradient is not rounded to float32.
         double = Batch(batch.student.double(), batch.teacher.double(), batch.labels)
         true_value, true_gradient = compute_loss_and_gradient(truth, double)
         loss_error = max(loss_error, ((value - true_value) / true_value).abs().item())

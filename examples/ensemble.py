@@ -4,7 +4,7 @@
 
 Classifiers of five kinds, such as a forest and nearest neighbors, each learn from 100 labeled
 images of their own. A network that sees no label learns from the classifiers' probabilities on 600
-further images (Model Compression, 2006). The student of all teachers is compared with the student
+unlabeled images (Model Compression, 2006). The student of all teachers is compared with the student
 of each teacher, and with a student that is trained alone on the first teacher's labels.
 """
 

@@ -25,7 +25,7 @@ from torch.nn import functional as F
 import fastkd
 
 LENGTH, PROMPT, BATCH, TOP_K, RATE = 48, 16, 16, 8, 2e-3
-# Logits at position i predict token i + 1: shift=1. alpha=0.0: the labels only mask the prompt.
+# Logits at position i predict token i + 1, so shift is 1. As alpha is 0, labels only mask rows.
 OPTIONS: dict[str, Any] = {"shift": 1, "temperature": 1.0, "alpha": 0.0}
 REVERSE = OPTIONS | {"divergence": "reverse_kl"}
 Row = dict[str, list[float]]  # values of each seed, by the measure's name
@@ -33,7 +33,7 @@ INK = "#7d8590"  # readable on light and on dark pages
 
 
 class GPT(nn.Module):
-    """Map tokens ``(B, L)`` to logits ``(B, L, characters)`` by a causal transformer."""
+    """Map tokens ``(batch, length)`` to logits of all characters by a causal transformer."""
 
     def __init__(self, characters: int, width: int, depth: int) -> None:
         """Make the layers, with heads of 32 channels."""
@@ -73,7 +73,7 @@ def mask_prompt(tokens: Tensor) -> Tensor:
 
 
 def score(model: GPT, tokens: Tensor) -> Tensor:
-    """Return the log-probability of each token ``(B, L)``; 0 for the first token of a row."""
+    """Return the log-probability of each token; 0 for the first token of a sequence."""
     log_probs = model(tokens).log_softmax(-1)[:, :-1]
     return F.pad(log_probs.gather(-1, tokens[:, 1:, None]).squeeze(-1), (1, 0))
 
@@ -155,7 +155,7 @@ def measure_sampling_error(student: GPT, teacher: GPT, text: Tensor) -> float:
 
 
 def run_experiment(seeds: int, steps: int) -> tuple[dict[str, Row], float]:
-    """Train all models; return the measures of each, and the mean ``measure_sampling_error``."""
+    """Train all models; return the measures of each, and the mean sampling error."""
     text = "\n".join(topics.values())
     number = {character: index for index, character in enumerate(sorted(set(text)))}
     tokens = torch.tensor([number[character] for character in text])
@@ -234,7 +234,7 @@ def draw(rows: dict[str, Row], path: pathlib.Path) -> None:
 
 
 def main() -> None:
-    """Print the results; write them and the plot into a document if asked to."""
+    """Print the results; with ``--write``, also write them and the plot into a document."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, default=5, help="students of each kind")
     parser.add_argument("--steps", type=int, default=120, help="of each of the five losses")

@@ -1,7 +1,7 @@
 """Run the programs that docs/reliability.md lists, and write that page.
 
-``python -m reliability [NAME ...]``: without names, all programs run in order. A failure does not
-stop other programs, each program has a time limit, and the document is written after each program.
+Without a NAME, ``python -m reliability [NAME ...]`` runs all programs in order. A failure does not
+stop later programs, each program has a time limit, and the page is written after each program.
 ``results/NAME.json`` has a program's last results.
 """
 
@@ -239,7 +239,7 @@ def write_document() -> str:
 
 
 def main() -> int:
-    """Run the named programs, and write the document."""
+    """Run the named programs, or all, and write the page."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(PROMISES)}")
     parser.add_argument("--write", action="store_true", help="run nothing, only write")

@@ -1,8 +1,8 @@
 """Run libFuzzer on the reader of teachers' caches, which must read or raise ValueError.
 
-``python -m reliability.caches [SECONDS [SEED]]``. atheris follows the reader's branches. Half of
-the mutations change entries of a header and then correct its length, offsets and most checksums.
-Hardly one random change in a thousand leaves valid JSON, and none passes the checksums. If a file
+``python -m reliability.caches [SECONDS [SEED]]`` starts atheris, which follows the reader's
+branches. Half of the mutations change an entry of the header, then correct the header's length and
+usually the checksums. Few random changes leave valid JSON, and none passes the checksums. If a file
 is accepted, a flipped bit must be detected or change nothing that is read. Files that are not
 regular must be refused, which is checked before the fuzzing. libFuzzer writes a failing file to
 ``build/caches``. After a fix, add the failing file to ``tests/test_teachers_refusals.py``.

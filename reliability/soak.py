@@ -1,7 +1,7 @@
 """Repeat every kind of call, also failing calls, and check that the process does not grow.
 
-``python -m reliability.soak [CALLS]``. The margin allows for pages that an allocator takes late.
-The margin is far below the bytes of one small tensor for each call.
+``python -m reliability.soak [CALLS]`` repeats each kind of call CALLS times. The margin allows for
+pages that an allocator takes late, and is far below the bytes of one small tensor for each call.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
-"""Run core tests on other versions of Python and torch, each pair in its own environment.
+"""Run core tests on several versions of Python and torch, each pair in its own environment.
 
 A source distribution is built once. Each pair builds a wheel of the source distribution with the
-pair's torch, without git and without this folder. The tests run on the installed wheel. A pair also
-tests the wheel of the previous pair with the same Python, which the stable ABI must make possible.
+pair's torch, without git and outside the repository. The tests run on the installed wheel. A pair
+also tests the wheel of the previous pair with the same Python, which the stable ABI must make
+possible.
 """
 
 from __future__ import annotations
@@ -22,14 +23,14 @@ from typing import NamedTuple
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "build" / "versions"
 # The oldest and newest Python run with the oldest and newest torch that supports them (2.14 for
-# Python 3.10). The versions in between run once each, since a pair takes gigabytes. The command
-# line may name other pairs.
+# Python 3.10). The Python versions in between run once each, since a pair takes gigabytes. The
+# command line may name pairs instead.
 PAIRS = ("3.10:2.10.0", "3.10:2.14.1", "3.11:2.13.0", "3.12:2.11.0", "3.13:2.10.0", "3.13:2.15.0")
 CORE = [
     *("loss", "autograd", "transforms", "numerics", "terms", "determinism"),
     *("bad_input", "compile", "package", "topk", "linear", "linear_training", "learned"),
 ]
-# Tests for a wheel that was built with another torch: ops, derivatives, tracing.
+# A wheel that was built with a torch other than the installed one runs these tests.
 FOREIGN = ["loss", "autograd", "terms"]
 BUILD = ["scikit-build-core>=0.11", "pybind11>=2.13", "cmake>=3.25", "ninja>=1.11"]
 # torch.compile of older torches needs setuptools, and does not say so if setuptools is missing.

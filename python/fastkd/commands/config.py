@@ -1,4 +1,4 @@
-"""Read the options of a training from a YAML file and the command line, by jsonargparse."""
+"""Read the options of a training from a YAML file and the command line, with jsonargparse."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _MAX_DEPTH = 50
 
 
 class Value:
-    """Accept any value. For ``typing.Any``, jsonargparse would import a class that it names."""
+    """Accept any value. For ``typing.Any``, jsonargparse imports a class that the value names."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,9 +105,9 @@ class Training:
 def run(command: Callable[..., None], arguments: Sequence[str]) -> None:
     """Call a command with the options in its arguments and in the file that ``--config`` names.
 
-    The file may set the fields of :class:`Training` only. The file cannot set ``--module``, so it
-    cannot trust further modules. Further parameters of ``command`` are options of the command
-    line, and its docstring is the help.
+    The file may set the fields of :class:`Training` only. ``--module`` is not one of these fields,
+    so a file cannot make a module trusted. The parameters of ``command`` after ``training`` and
+    ``factories`` are options of the command line. The docstring of ``command`` is the help.
     """
     jsonargparse = extras.load("jsonargparse", "train")
     jsonargparse.typing.register_type(
@@ -156,13 +156,13 @@ def run(command: Callable[..., None], arguments: Sequence[str]) -> None:
 
 
 def _make_training(namespace: Any) -> Training:
-    """Return the options of a training; null stands for the default."""
+    """Return the options of a training; a null in the file stands for the field's default."""
     values = {field.name: namespace[field.name] for field in dataclasses.fields(Training)}
     return Training(**{name: value for name, value in values.items() if value is not None})
 
 
 def _parse_value(value: Any) -> Any:
-    """Parse JSON text, such as ``8`` or ``[0.9, 0.99]``; return other values unchanged."""
+    """Parse JSON text, such as ``8`` or ``[0.9, 0.99]``; return a value that is no JSON text."""
     if isinstance(value, str):
         with contextlib.suppress(ValueError, RecursionError):
             return json.loads(value)
@@ -215,7 +215,8 @@ def shorten_message(error: Exception) -> str:
 def raise_as_config_error(key: str = "") -> Iterator[None]:
     """Re-raise ValueError, TypeError and OSError as ConfigError for ``key``.
 
-    Do not wrap user code. Without ``key``, the error's message must name the option.
+    Do not wrap user code, whose errors need a traceback. Without ``key``, the error's message must
+    name the option.
     """
     try:
         yield

@@ -128,7 +128,7 @@ def make_trainer(
     accelerator: Any,
     **options: Any,
 ) -> Trainer:
-    """Make the trainer of a student, with further options of :class:`fastkd.Trainer`."""
+    """Make the trainer of a student; :class:`fastkd.Trainer` also gets ``options``."""
     scheduler = _make_scheduler(optimizer, training, loader, accelerator.num_processes)
     with raise_as_config_error():
         return Trainer(
@@ -148,7 +148,7 @@ def make_trainer(
 def make_teacher_and_data(
     training: Training, factories: Factories, loss: losses.KDLoss, accelerator: Any
 ) -> tuple[Any, Any, Any]:
-    """Make the teacher, a model or a cache, and the data; a cache needs samples with ids."""
+    """Make the teacher, a model or a cache, and the data; with a cache, give the samples ids."""
     train, validation = (factories.make_data(each, training) for each in ("train", "validation"))
     live = factories.make_model("teacher", training) if training.teacher else None
     if not training.teacher_cache:
@@ -174,7 +174,7 @@ def _make_cache(
     loss: losses.KDLoss,
     accelerator: Any,
 ) -> teachers.TeacherCache:
-    """Open the teacher's cache; if there is a live teacher, first compute missing entries."""
+    """Open the teacher's cache; if ``live`` is a model, first compute the missing entries."""
     folder = pathlib.Path(training.teacher_cache)
     if live is not None:
         top_k = training.teacher_top_k or None
@@ -210,7 +210,10 @@ def _get_teacher_temperature(loss: losses.KDLoss, top_k: int | None) -> float:
 def _check_inputs(
     cache: teachers.TeacherCache, samples: teachers.WithIds, first_validation: int, count: int
 ) -> None:
-    """Raise if the cache has other inputs for the first samples of training or validation."""
+    """Raise ConfigError if the inputs of cached samples differ from those of ``samples``.
+
+    Compare up to ``count`` samples, the first of the training data and of the validation data.
+    """
     for first in (0, first_validation):
         ids = torch.arange(first, min(first + count, len(samples)))
         for batch in DataLoader(Subset(samples, ids[cache.contains(ids)].tolist()), count):

@@ -23,7 +23,7 @@ def export(
     samples: int = 256,
     max_batch: int = 32,
 ) -> None:
-    """Export the student of a distill command: ONNX, ExecuTorch or torch.export, and int8.
+    """Export the student of a distill command to ONNX, ExecuTorch or torch.export, also in int8.
 
     The options are those of the distill command. The weights come from that command's output
     folder, or from student_weights. The file is compared with the student on held-out data before

@@ -102,7 +102,7 @@ class Factories:
         return function(**options)
 
     def _is_trusted(self, module: str) -> bool:
-        """Return True if the module is named by --module, or if its package is in the folder."""
+        """Return True if --module names the module, or its package is in the trusted folder."""
         if any(f"{module}.".startswith(f"{trusted}.") for trusted in self._modules):
             return True
         spec = _find_spec(module)

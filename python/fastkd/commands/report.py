@@ -32,8 +32,8 @@ def report(
     Args:
         training: the options of the training.
         factories: object that makes the models and the data.
-        model: further students, as --model.NAME=module:function@FILE.safetensors, or exported ones,
-            as --model.NAME=FILE.onnx, FILE.pte or FILE.pt2.
+        model: more students, as --model.NAME=module:function@FILE.safetensors, or exported
+            students, as --model.NAME=FILE.onnx, FILE.pte or FILE.pt2.
         title: title of the report.
         seconds: duration of each latency measurement.
         threads: number of threads that PyTorch uses; PyTorch's choice by default.
@@ -66,7 +66,7 @@ def report(
         extras.check("train", "safetensors.torch")
     data = factories.make_data("validation", training)
     models: dict[str, Any] = {}
-    # Students come first: a factory may train the teacher, and errors should come before that.
+    # The students are made first, so that their errors are raised before a teacher is trained.
     for name, options in students.items():
         if isinstance(options, Training):
             models[name] = factories.make_model("student", options)

@@ -1,4 +1,4 @@
-"""Implement ``fastkd sweep``: compare students of many losses with training alone."""
+"""Implement ``fastkd sweep``: compare students of many losses with training on labels alone."""
 
 from __future__ import annotations
 
@@ -45,11 +45,11 @@ def sweep(
     share: tuple[float, ...] = (1.0,),
     seeds: int = 5,
 ) -> None:
-    """Train the student with every combination of losses, and compare each with training alone.
+    """Train students with many losses, and compare each loss with training on labels alone.
 
     The configuration is that of distill. The output folder gets the table sweep.md, the plot
     sweep.png, and sweep.jsonl, which has a line for each training. Running the command again
-    continues a sweep that was stopped. Further values or seeds add to the results.
+    continues a sweep that was stopped, and adds the trainings of new values and seeds.
 
     Args:
         training: the options of the training.
@@ -58,7 +58,7 @@ def sweep(
         alpha: weights of the labels' term.
         divergence: names of divergences, such as [forward_kl,jsd].
         share: shares of the training samples, in (0, 1]. A smaller share has more epochs, so that
-            the number of steps is the same.
+            all shares have equally many steps.
         seeds: number of trainings of each combination, with the seeds from --seed on.
     """
     training.require("student", "train", "validation", "output")
@@ -133,7 +133,7 @@ def _draw_samples(data: Any, run: Run) -> Any:
 def _make_loss(
     training: Training, divergence: str, temperature: float, alpha: float
 ) -> losses.KDLoss:
-    """Make the configuration's loss with other values of ``alpha``, divergence and temperature."""
+    """Make the configuration's loss with the given ``alpha``, divergence and temperature."""
     options: Any = {**training.loss, "alpha": alpha}
     if divergence:
         options |= {"divergence": divergence, "temperature": temperature}
@@ -145,7 +145,7 @@ def _make_loss(
 
 
 def _read(file: pathlib.Path, training: Training) -> Accuracies:
-    """Return the results in the file, and prepare the file for further results.
+    """Return the results in the file, and prepare the file for appending results.
 
     The first line is the configuration. A process that was killed may leave an incomplete last
     line, which is removed.
@@ -172,13 +172,13 @@ def _describe(run: Run) -> str:
 
 
 def _summarize(values: list[float]) -> tuple[float, float]:
-    """Return mean and standard error, in points; the error of a single value is NaN."""
+    """Return mean and standard error of shares, in percent; the error of a single value is NaN."""
     error = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else math.nan
     return 100 * statistics.mean(values), 100 * error
 
 
 def _compare(rows: Accuracies) -> Iterator[tuple[Run, list[float], list[float]]]:
-    """Yield each combination's first run, its accuracies, and their gains over training alone."""
+    """Yield each combination's first run, accuracies, and gains over training on labels alone."""
     for combination in dict.fromkeys(run[:-1] for run in rows):
         runs = [run for run in rows if run[:-1] == combination]
         gains = [rows[run] - rows[Run(run.share, *_ALONE, run.seed)] for run in runs]

@@ -1,4 +1,4 @@
-"""Compute the loss of axolotl's KD plugin: top-k lists, from hidden states and a head."""
+"""Compute the loss of axolotl's KD plugin, from hidden states, a head and top-k lists."""
 
 from __future__ import annotations
 
@@ -27,7 +27,8 @@ class LigerFusedLinearKLTopKLogprobLoss(nn.Module):
         compiled, chunk_size: have no effect; :func:`fastkd.loss` plans the chunks.
         compute_ce_loss: False leaves out the cross entropy. Default True.
         normalize_topk: True (default): student and teacher are both renormalized over the list.
-            False: the sum over the list of p log(p / q), q over all classes; ``beta`` must be 0.
+            False: the divergence is the sum over the list of p log(p / q). The teacher's p and the
+            student's q are probabilities among all classes, and ``beta`` must be 0.
 
     Example:
         >>> import torch
@@ -82,7 +83,7 @@ class LigerFusedLinearKLTopKLogprobLoss(nn.Module):
         """Compute the loss of one batch.
 
         Args:
-            lm_head_weight: ``(C, width)``.
+            lm_head_weight: ``(C, width)``, with C classes.
             student_hidden_states: ``(batch, length, width)``.
             target_token_ids, target_logprobs, target_mask: ``(batch, length, k)``. A list belongs
                 to the hidden state at its position; an entry with mask 0 is padding.

@@ -29,8 +29,9 @@ def convert_reduction(
 def choose_divergence(beta: float) -> dict[str, Any]:
     """Return fastkd's options for the generalized Jensen-Shannon divergence of TRL and Liger.
 
-    The divergence is beta KL(p || m) + (1 - beta) KL(q || m) with m = beta p + (1 - beta) q. For
-    beta = 0 and 1 the formula is 0, and both libraries use forward and reverse KL instead.
+    The divergence is beta KL(p || m) + (1 - beta) KL(q || m) with m = beta p + (1 - beta) q, the
+    teacher's p and the student's q. For beta = 0 and 1 this formula is 0, and both libraries use
+    the forward and the reverse KL instead.
     """
     validation.check_number("beta", beta, 0.0, 1.0)
     if beta == 0:
@@ -39,7 +40,7 @@ def choose_divergence(beta: float) -> dict[str, Any]:
 
 
 def mask_rows(labels: Tensor | None, ignore_index: int) -> dict[str, Any]:
-    """Return fastkd's options for labels that mask rows and have no hard term."""
+    """Return fastkd's options for labels that mask rows, but add no hard term."""
     if labels is None:
         return {}
     return {"labels": labels, "hard_weight": 0.0, "ignore_index": ignore_index}

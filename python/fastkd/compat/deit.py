@@ -1,4 +1,4 @@
-"""Compute DeiT's DistillationLoss: a base criterion on one head, the teacher's term on another."""
+"""Compute DeiT's DistillationLoss: a base criterion and the teacher's term, on two heads."""
 
 from __future__ import annotations
 
@@ -14,15 +14,17 @@ from fastkd.compat.convention import check_positive, convert_reduction
 class DistillationLoss(nn.Module):
     """Compute DeiT's loss: (1 - alpha) * base_criterion + alpha * the teacher's term.
 
-    From Touvron et al., "Training data-efficient image transformers & distillation through
-    attention" (2021). The two terms have different logits, so the base criterion is not fused.
+    The loss is that of Touvron et al., "Training data-efficient image transformers & distillation
+    through attention" (2021). The two terms have different logits, so the base criterion is not
+    fused.
 
     Args:
         base_criterion: called with the class head's logits and the labels.
-        teacher_model: called with the inputs, without gradient; returns logits ``(N, C)``. The
-            mode of the teacher is not set, and ``.train()`` of this module reaches the teacher, as
-            in DeiT.
-        distillation_type: ``"none"``; ``"soft"``, T^2 KL(teacher || student) over all elements; or
+        teacher_model: called with the inputs, without gradient; returns logits ``(N, C)`` of C
+            classes. The mode of the teacher is not set, and ``.train()`` of this module reaches the
+            teacher, as in DeiT.
+        distillation_type: ``"none"``, the base criterion alone; ``"soft"``, tau^2 times the mean
+            over rows and classes of p log(p / q), with the teacher's p and the student's q; or
             ``"hard"``, the cross entropy with the teacher's most probable class.
         alpha: weight of the **teacher's** term, in [0, 1].
         tau: temperature of ``"soft"``.

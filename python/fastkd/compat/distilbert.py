@@ -30,7 +30,7 @@ def step_loss(
     one pass over the logits.
 
     Args:
-        s_logits, t_logits: logits of student and teacher, ``(batch, tokens, C)``.
+        s_logits, t_logits: logits of student and teacher, ``(batch, tokens, C)``, with C classes.
         attention_mask: ``(batch, tokens)``; soft terms ignore rows where it is 0.
         lm_labels: ``(batch, tokens)``; the hard term ignores rows where it is -100.
         temperature: T > 0 of the KL.

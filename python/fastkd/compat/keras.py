@@ -37,7 +37,7 @@ class LogitsDistillation:
     def compute_loss(
         self, teacher_outputs: Tensor, student_outputs: Tensor, **kwargs: Any
     ) -> Tensor:
-        """Compute the loss of logits ``(..., C)``; ``kwargs`` are ignored, as by Keras."""
+        """Compute the loss of logits ``(..., classes)``; ``kwargs`` are ignored, as by Keras."""
         return losses.loss(student_outputs, teacher_outputs, temperature=self.temperature)
 
 
@@ -45,7 +45,7 @@ class Distiller(nn.Module):
     """Compute student_loss_weight * CE + (1 - student_loss_weight) * T^2 * KL(teacher || student).
 
     Args:
-        teacher: returns logits ``(N, C)``; frozen, and always in evaluation mode.
+        teacher: returns logits ``(N, C)`` of C classes; frozen, and always in evaluation mode.
         student: returns logits ``(N, C)``.
         distillation_losses: a :class:`LogitsDistillation`.
         distillation_loss_weights: must be None.

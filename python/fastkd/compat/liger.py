@@ -1,8 +1,8 @@
-"""Compute Liger's KL, JSD and TVD: no temperature, no hard term, probabilities as inputs.
+"""Compute Liger's KL, JSD and TVD of (log-)probabilities, without temperature and hard term.
 
 Log-probabilities are valid logits, since softmax(log q) = q, so these adapters pass them to
 :func:`fastkd.loss`. Calling :func:`fastkd.loss` with the logits saves log_softmax, its backward
-pass, and a tensor of the logits' size for each.
+pass, and the tensors of the logits' size that both allocate.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class LigerKLDIVLoss(nn.Module):
         self.log_target = log_target
 
     def forward(self, y_pred: Tensor, y_true: Tensor) -> Tensor:
-        """Compute the loss of the student's log-probabilities and the target, both ``(..., C)``."""
+        """Compute the loss of the student's log-probabilities and a target, ``(..., classes)``."""
         reduction, factor = convert_reduction(self.reduction, y_pred)
         return losses.loss(
             y_pred, y_true, temperature=1.0, soft_weight=factor, reduction=reduction,
@@ -52,7 +52,7 @@ class LigerKLDIVLoss(nn.Module):
 
 
 class LigerJSD(nn.Module):
-    """Compute the generalized Jensen-Shannon divergence of log-probabilities, mean over rows.
+    """Compute the generalized Jensen-Shannon divergence of log-probabilities, averaged over rows.
 
     Args:
         beta: weight of the teacher in the mixture, in [0, 1]; 0 is forward KL, 1 reverse KL.
@@ -75,7 +75,7 @@ class LigerJSD(nn.Module):
         self.ignore_index = ignore_index
 
     def forward(self, log_q: Tensor, log_p: Tensor, shift_labels: Tensor | None = None) -> Tensor:
-        """Compute the loss of student and teacher log-probabilities ``(..., C)``."""
+        """Compute the loss of student and teacher log-probabilities ``(..., classes)``."""
         return losses.loss(
             log_q, log_p, temperature=1.0, teacher_form="log_probs", **self.options,
             **mask_rows(shift_labels, self.ignore_index),
@@ -86,8 +86,8 @@ class LigerTVDLoss(nn.Module):
     """Compute the total variation distance of probabilities, half the sum of \\|p - q\\|.
 
     Args:
-        reduction: ``"batchmean"`` (over rows not ignored), ``"mean"`` (over classes too) or
-            ``"sum"``. Default ``"batchmean"``.
+        reduction: ``"batchmean"`` (over rows that are not ignored), ``"mean"`` (over
+            these rows and all classes) or ``"sum"``. Default ``"batchmean"``.
         ignore_index: rows with this label are ignored. Default -100.
 
     Example:

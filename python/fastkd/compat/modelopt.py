@@ -13,8 +13,8 @@ class LogitsDistillationLoss(nn.Module):
 
     Args:
         temperature: T > 0. Default 1.
-        reduction: ``"mean"`` (over classes too), ``"batchmean"``, ``"sum"``, or ``"none"`` for one
-            loss for each row. Default ``"mean"``.
+        reduction: ``"mean"`` (over rows and classes), ``"batchmean"``, ``"sum"``, or ``"none"`` for
+            one loss for each row. Default ``"mean"``.
 
     Example:
         >>> import torch
@@ -32,7 +32,7 @@ class LogitsDistillationLoss(nn.Module):
         self.reduction = reduction
 
     def forward(self, logits_s: Tensor, logits_t: Tensor) -> Tensor:
-        """Compute the loss of student and teacher logits ``(..., C)``."""
+        """Compute the loss of student and teacher logits ``(..., classes)``."""
         reduction, weight = convert_reduction(self.reduction, logits_s)
         return losses.loss(
             logits_s,

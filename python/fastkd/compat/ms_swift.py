@@ -1,4 +1,4 @@
-"""Compute ms-swift's gkd_loss: a generalized Jensen-Shannon divergence of logits or lists."""
+"""Compute ms-swift's gkd_loss: a generalized Jensen-Shannon divergence of logits or top-k lists."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ def gkd_loss(
     The loss has no T^2 and no shift: label i belongs to row i of the logits.
 
     Args:
-        student_logits: ``(batch, length, C)``.
+        student_logits: ``(batch, length, C)``, with C classes.
         teacher_output: ms-swift's ``TeacherOutput``, or an object with its four attributes. Either
             ``full_logits`` ``(batch, length, C)`` or ``topk_logprobs`` and ``topk_indices``
             ``(batch, length, k)`` are not None. ``labels`` is None if student and teacher have
-            equal labels. Lists are softened by ``temperature`` and renormalized. A token whose list
-            is all -inf is ignored.
+            equal labels. Top-k lists are softened by ``temperature`` and renormalized. A token
+            whose list is all -inf is ignored.
         labels: ``(batch, length)``; tokens with -100 are ignored. If the teacher has labels, too,
             the n-th labeled token of the teacher belongs to the n-th labeled token of the student.
         beta: in [0, 1]; 0 is forward KL, 1 reverse KL. Lists need a divergence that a

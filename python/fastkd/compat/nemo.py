@@ -1,4 +1,4 @@
-"""Compute NeMo AutoModel's KDLoss: T^2 times the forward KL, masked by labels, no hard term."""
+"""Compute NeMo AutoModel's KDLoss: T^2 times the forward KL of the rows that labels select."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class KDLoss(nn.Module):
         labels: Tensor,
         num_batch_labels: int | None = None,
     ) -> Tensor:
-        """Compute the loss of logits ``(..., C)`` and labels ``(...)``."""
+        """Compute the loss of logits ``(..., C)``, with C classes, and labels ``(...)``."""
         for name, value in (("student_logits", student_logits), ("teacher_logits", teacher_logits)):
             if hasattr(value, "full_tensor"):
                 raise TypeError(

@@ -1,4 +1,4 @@
-"""Compute TextBrewer's kd_ce_loss and kd_mse_loss: no T^2, one temperature or one per row."""
+"""Compute TextBrewer's kd_ce_loss and kd_mse_loss, without T^2; each row may have a temperature."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from fastkd.compat.convention import check_positive
 
 
 def kd_ce_loss(logits_S: Tensor, logits_T: Tensor, temperature: float | Tensor = 1) -> Tensor:
-    """Compute the mean over rows of -sum p log q, at ``temperature``.
+    """Compute the mean over rows of -sum p log q, of the teacher's p and the student's q.
 
     Args:
-        logits_S, logits_T: logits of student and teacher, ``(..., C)``.
+        logits_S, logits_T: logits of student and teacher, ``(..., C)``, with C classes.
         temperature: T > 0, a number, a tensor with one entry, or a tensor ``(...)`` with one entry
             for each row. Default 1.
 
@@ -27,7 +27,7 @@ def kd_ce_loss(logits_S: Tensor, logits_T: Tensor, temperature: float | Tensor =
 
 
 def kd_mse_loss(logits_S: Tensor, logits_T: Tensor, temperature: float | Tensor = 1) -> Tensor:
-    """Compute the mean over rows and classes of (logits_S / T - logits_T / T)^2.
+    """Compute the mean over rows and classes of ((logits_S - logits_T) / temperature)^2.
 
     The arguments are those of :func:`kd_ce_loss`.
     """

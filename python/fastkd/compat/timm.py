@@ -15,7 +15,7 @@ class LogitDistillationTask(nn.Module):
     """Compute task_loss_weight * criterion + distill_loss_weight * T^2 * KL(teacher || student).
 
     Args:
-        student_model: returns logits ``(N, C)``; the model that is trained.
+        student_model: returns logits ``(N, C)`` of C classes; the model that is trained.
         teacher_model: returns logits ``(N, C)``; called without gradient, always in evaluation
             mode.
         criterion: called with logits and targets. Default: cross entropy, in one pass with

@@ -23,7 +23,7 @@ class KDLoss(nn.Module):
         beta: weight of the soft term. Default ``1 - alpha``.
         reduction: ``"batchmean"``, ``"mean"`` or ``"sum"``, as in :class:`torch.nn.KLDivLoss`.
             The hard term is a mean over rows, or a sum with ``"sum"``. Default ``"batchmean"``.
-        weight: class weights of the hard term, ``(C,)``.
+        weight: weights of the C classes in the hard term, ``(C,)``.
         ignore_index: rows with this target are ignored. Default -100.
         label_smoothing: smoothing of the labels in the hard term. Default 0.
 
@@ -99,8 +99,8 @@ class KDLoss(nn.Module):
 class LogitStdKDLoss(KDLoss):
     """Compute :class:`KDLoss` with standardized logits (mean 0, deviation 1) in the soft term.
 
-    From Sun et al., "Logit Standardization in Knowledge Distillation" (CVPR 2024). Arguments are
-    those of :class:`KDLoss`, and ``eps`` after ``temperature``, which must be 1e-7.
+    The loss is that of Sun et al., "Logit Standardization in Knowledge Distillation" (CVPR 2024).
+    Arguments are those of :class:`KDLoss`, and after ``temperature`` an ``eps`` that must be 1e-7.
 
     Example:
         >>> import torch

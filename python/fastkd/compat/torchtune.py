@@ -1,4 +1,4 @@
-"""Compute torchtune's losses on tokens: temperature 1, no hard term, masked by labels."""
+"""Compute torchtune's losses of tokens that labels mask, at temperature 1, without hard term."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class _MaskedLoss(nn.Module):
 
 
 class ForwardKLLoss(_MaskedLoss):
-    """Compute the mean over rows of -sum p log q: forward KL plus the teacher's entropy.
+    """Compute the mean over rows of the soft cross entropy: forward KL plus the teacher's entropy.
 
     Args:
         ignore_index: rows with this label are ignored. Default -100.
@@ -50,13 +50,16 @@ class ForwardKLLoss(_MaskedLoss):
     def forward(
         self, student_logits: Tensor, teacher_logits: Tensor, labels: Tensor, normalize: bool = True
     ) -> Tensor:
-        """Compute the mean (or, with ``normalize=False``, the sum) of logits ``(..., C)``."""
+        """Compute the mean (the sum with ``normalize=False``) over rows of ``(..., classes)``."""
         options = self._make_options(student_logits, labels, normalize)
         return losses.loss(student_logits, teacher_logits, divergence=self.divergence, **options)
 
 
 class ReverseKLLoss(ForwardKLLoss):
-    """Compute the mean over rows of KL(q || p); arguments as in :class:`ForwardKLLoss`."""
+    """Compute the mean over rows of KL(student || teacher).
+
+    The arguments are those of :class:`ForwardKLLoss`.
+    """
 
     divergence: losses.DivergenceName = "reverse_kl"
 
@@ -83,16 +86,16 @@ class SymmetricKLLoss(_MaskedLoss):
     def forward(
         self, student_logits: Tensor, teacher_logits: Tensor, labels: Tensor, normalize: bool = True
     ) -> Tensor:
-        """Compute the mean (or, with ``normalize=False``, the sum) of logits ``(..., C)``."""
+        """Compute the mean (the sum with ``normalize=False``) over rows of ``(..., classes)``."""
         options = self._make_options(student_logits, labels, normalize)
         options.update(divergence="symmetric_kl", mix=self.sym_kd_ratio)
         terms = losses.terms(student_logits, teacher_logits, **options)
-        # torchtune's forward term is -sum p log q, the forward KL plus the teacher's entropy.
+        # torchtune's forward term is the soft cross entropy: forward KL plus the teacher's entropy.
         return terms.loss + self.sym_kd_ratio * terms.teacher_entropy
 
 
 class ForwardKLWithChunkedOutputLoss(nn.Module):
-    """Compute :class:`ForwardKLLoss` of a list of logits ``(batch, tokens / chunks, C)``.
+    """Compute :class:`ForwardKLLoss` of a list of logits ``(batch, tokens / chunks, classes)``.
 
     Prefer :class:`ForwardKLLoss` for logits in one tensor, which need a single pass.
 

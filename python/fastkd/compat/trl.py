@@ -25,17 +25,18 @@ def generalized_jsd_loss(
     reduction: str = "batchmean",
     num_items_in_batch: int | Tensor | None = None,
 ) -> Tensor:
-    """Compute beta KL(p || m) + (1 - beta) KL(q || m), m = beta p + (1 - beta) q; p the teacher.
+    """Compute beta KL(p || m) + (1 - beta) KL(q || m) with m = beta p + (1 - beta) q.
 
-    From Agarwal et al., "On-Policy Distillation of Language Models" (2023), equation 1. The loss
-    has no T^2 and no shift: label i belongs to row i of the logits, as in GKDTrainer.
+    p is the teacher's distribution, and q the student's. The formula is equation 1 of Agarwal et
+    al., "On-Policy Distillation of Language Models" (2023). The loss has no T^2 and no shift: label
+    i belongs to row i of the logits, as in GKDTrainer.
 
     Args:
-        student_logits, teacher_logits: ``(..., C)``.
+        student_logits, teacher_logits: ``(..., C)``, with C classes.
         labels: ``(...)``; rows with -100 are ignored.
         beta: in [0, 1]; 0 is forward KL, 1 reverse KL. Default 0.5.
         temperature: T > 0 of student and teacher. Default 1.
-        reduction: ``"batchmean"``, ``"mean"`` (over classes too) or ``"sum"``. Default
+        reduction: ``"batchmean"``, ``"mean"`` (over rows and classes) or ``"sum"``. Default
             ``"batchmean"``.
         num_items_in_batch: divides the sum, for any ``reduction``. A number, or a tensor of any
             shape with equal elements. 0 is accepted if every label is -100.

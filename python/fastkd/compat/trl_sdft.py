@@ -15,7 +15,7 @@ def compute_full_logit_self_distillation_loss(
     """Compute a KL or Jensen-Shannon divergence of each token, ``(...)``, at temperature 1.
 
     Args:
-        student_logits, teacher_logits: ``(..., C)``.
+        student_logits, teacher_logits: ``(..., C)``, with C classes.
         distillation_alpha: the ``beta`` of :func:`fastkd.compat.trl.generalized_jsd_loss`: 0 is
             forward KL, 1 reverse KL.
 
@@ -46,7 +46,7 @@ def compute_topk_self_distillation_loss(
     """Compute a divergence of each token, ``(...)``, on the student's most probable classes.
 
     Args:
-        student_logits, teacher_logits: ``(..., C)``.
+        student_logits, teacher_logits: ``(..., C)``, with C classes.
         distillation_topk: the number of classes.
         distillation_alpha: as in :func:`compute_full_logit_self_distillation_loss`; a
             :class:`fastkd.TopK` must support the divergence.

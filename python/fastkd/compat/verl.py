@@ -22,13 +22,14 @@ def compute_forward_kl_topk(
     """Compute the loss of each token, and the probability of its list for student and teacher.
 
     Args:
-        student_logits: ``(1, tokens, C)``, divided by the temperature already.
+        student_logits: ``(1, tokens, C)``, with C classes, divided by the temperature already.
         teacher_topk_log_probs, teacher_topk_ids: nested tensors ``(batch, length, k)``, or
             ``(1, tokens, k)``. A list belongs to the logits at its position.
         config, data_format: have no effect.
         tail: how classes that are not listed enter, as in :class:`fastkd.TopK`. ``"ignore"``
-            (default) is verl's sum of p log(p / q) over the list, which may be negative; verl then
-            clamps it at 0. ``"ghost"`` is a KL, which is at least 0.
+            (default) is verl's sum over the list of p log(p / q), with the teacher's p and the
+            student's q. This sum may be negative; verl then clamps it at 0. ``"ghost"`` is a KL,
+            which is at least 0.
 
     Returns:
         ``"distillation_losses"``, ``"student_mass"`` and ``"teacher_mass"``, each ``(1, tokens)``.

@@ -66,18 +66,20 @@ def export(
     max_batch: int = 32,
     dim: int = -1,
 ) -> Exported:
-    """Write ``student`` as a program that runs without its Python code, and compare both.
+    """Write ``student`` as a program without Python code, and compare the logits of both.
 
-    The program takes batches of any size, and returns the logits. The file is written under another
-    name, loaded, compared with the student, and renamed, so ``path`` never is an incomplete or
-    wrong file. The student is copied, and not changed.
+    The program takes batches of any size, and returns the logits. The file is written under a
+    temporary name, loaded, compared with the student, and renamed, so ``path`` never is an
+    incomplete or wrong file. The student is copied, and not changed.
 
     With ``quantize="int8"``, weights and activations have 8 bits, by static quantization: ONNX
-    Runtime's for ``"onnx"``, PT2E with ExecuTorch's ``XNNPACKQuantizer`` for other formats. A
-    quantized ``"torch"`` program is small, but PyTorch does not run it faster by itself.
+    Runtime's for ``"onnx"``, PT2E with ExecuTorch's ``XNNPACKQuantizer`` for ``"executorch"`` and
+    ``"torch"``. A quantized ``"torch"`` program is small, but PyTorch does not run it faster by
+    itself.
 
     Args:
-        student: module that returns logits ``(B, ..., C)``, or an output that has ``.logits``.
+        student: module that returns logits ``(B, ..., C)`` of B samples and C classes, or an output
+            that has ``.logits``.
         example: inputs of the student: a tensor, a tuple of tensors, or a mapping of keyword
             arguments, each ``(B, ...)``. With ``quantize`` the inputs also calibrate the
             ranges of the activations: give some hundred training samples.

@@ -80,7 +80,7 @@ class DeployedModel(nn.Module):
         self._run, self._batch, self._is_fixed = run, batch, is_fixed
 
     def forward(self, *positional: Any, **keywords: Any) -> Tensor:
-        """Return the logits of a batch, in several calls if the program takes fewer samples."""
+        """Return the logits of a batch, by several calls if the program's batch is smaller."""
         inputs: Any = keywords or positional
         size = batches.size(inputs, None)
         if self._batch is None or size == self._batch:
@@ -157,7 +157,7 @@ def load(model: Any) -> nn.Module:
     Raises:
         ImportError: if the runtime's package is missing; the message names the extra.
         TypeError: if ``model`` has an unsupported type.
-        ValueError: if the file does not exist, or has another suffix.
+        ValueError: if the file does not exist, or has a suffix other than these three.
     """
     if isinstance(model, nn.Module):
         return model

@@ -19,9 +19,9 @@ from fastkd.losses import KDLoss, loss
 def causal_labels(batch: Mapping[str, Any]) -> Tensor | None:
     """Return the labels of a causal language model's batch, shifted to align with the logits.
 
-    The logits at position i predict token i + 1, so labels ``(B, L)`` are shifted left by one, and
-    the last position gets -100. If the batch has ``shift_labels``, these shifted labels are
-    returned unchanged. Pass this function to :class:`fastkd.Trainer` as ``labels=``.
+    The logits at position i predict token i + 1, so labels ``(batch, length)`` are shifted left by
+    one, and the last position gets -100. If the batch has ``shift_labels``, these shifted labels
+    are returned unchanged. Pass this function to :class:`fastkd.Trainer` as ``labels=``.
 
     Example:
         >>> import torch

@@ -31,7 +31,8 @@ The trainers differ from TRL's in these points:
 - If all tokens of an optimizer step are ignored, the loss of TRL's ``GKDTrainer`` is 0 / 0; here
   the loss is 0.
 - Logits of 16-bit hidden states are rounded to 16 bits, as by the models themselves. TRL's
-  ``DistillationTrainer`` computes such logits in float32. Later arithmetic is float32 in both.
+  ``DistillationTrainer`` computes such logits in float32. Both libraries continue
+  in float32.
 - If the teacher's head has more classes than the student's, TRL's ``DistillationTrainer`` drops
   the extra classes without renormalizing. Here different numbers of classes are an error.
 
@@ -168,7 +169,7 @@ class _Distillation:
     """
 
     def _compute_loss(self, *arguments: Any) -> Any:
-        """Run TRL's method with another ``_chunked_divergence_loss`` among its globals.
+        """Run TRL's method with fastkd's loss as its global ``_chunked_divergence_loss``.
 
         TRL's module is not changed, so TRL's own trainers keep their loss.
         """
@@ -187,7 +188,7 @@ class _GKD:
     Later, all logits exist only if evaluation asks for them, for instance by ``compute_metrics``.
 
     Raises:
-        ValueError: in the first step, if a model computes its logits in another way.
+        ValueError: in the first step, if the logits of a model are not this product.
 
     Example:
         >>> def distill(student, teacher, args, data, tokenizer):
@@ -305,7 +306,7 @@ def _check_head(model: Any, tokens: Mapping[str, Tensor]) -> None:
     arguments = _make_head_arguments(model, "any").values()
     with _gather(head.weight, head.bias):
         logits = _make_head(hidden, *arguments).logits().to(expected.dtype)
-    tolerance = 0.01 * expected.abs().max().item()  # far above rounding, also in bfloat16
+    tolerance = 0.01 * expected.abs().max().item()  # above rounding errors, also those of bfloat16
     if logits.shape != expected.shape or not torch.allclose(logits, expected, 0.0, tolerance):
         raise ValueError(
             f"the logits of {name} are not its last hidden state times its output embeddings, with "

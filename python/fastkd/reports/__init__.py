@@ -33,7 +33,7 @@ class Model(NamedTuple):
     size: measure.Size
     answers: measure.Answers
     latency: dict[str, dict[int, measure.Latency]]
-    """By device, then by batch size."""
+    """Latencies by device, then by batch size."""
     peak_memory: int | None = None
     """Growth of CPU memory in bytes when the model is loaded and called; None if unknown."""
 
@@ -48,7 +48,7 @@ class Report(NamedTuple):
     models: tuple[Model, ...]
     environment: dict[str, str]
     warnings: tuple[str, ...] = ()
-    """Sentences on latencies that cannot be trusted, and on ratios withheld for that reason."""
+    """Sentences on latencies that cannot be trusted, and on the ratios that are withheld."""
 
     def __str__(self) -> str:
         """Return a table for the terminal."""
@@ -139,13 +139,14 @@ def report(
     - **Answers**, over all rows of the loader that are not ignored: accuracy with its 95 % Wilson
       interval, cross entropy in nats, agreement (the share of rows on which the model's most
       probable class is the teacher's) and the expected calibration error,
-      ``sum_b n_b / n |accuracy_b - confidence_b|`` over 15 equal bins of confidence (Guo et al.,
-      "On Calibration of Modern Neural Networks", 2017). Each model runs on its own device.
+      ``sum_b n_b / n |accuracy_b - confidence_b|`` over 15 equal bins b of confidence, with n_b of
+      the n rows (Guo et al., "On Calibration of Modern Neural Networks", 2017). Each model runs on
+      its own device.
     - **Latency** of a forward pass on each device, on the loader's first inputs: median and 95th
       percentile. Models take turns, so that changes of the machine's speed affect all of them.
       Throughput is the largest batch divided by its median. A ratio to the teacher's latency is
-      withheld if two estimates of the ratio differ by more than 1.5x, or if, on Linux, other
-      programs used the processors meanwhile; ``warnings`` says so.
+      withheld if two estimates of the ratio differ by more than 1.5x, or if, on Linux, the
+      process often waited for a processor; ``warnings`` says so.
 
     The models run without gradients in evaluation mode. Their modes are restored, and the models
     are not changed otherwise. On another device than the model's, a copy of the model is measured.
@@ -153,7 +154,8 @@ def report(
     teacher.
 
     Args:
-        teacher: model that returns logits ``(B, ..., C)``, or an output that has ``.logits``.
+        teacher: model that returns logits ``(B, ..., C)`` of B samples and C classes, or an output
+            that has ``.logits``.
         students: one model, or several by name, such as
             ``{"alone": module, "int8": "student.onnx"}``.
         loader: held-out batches in a form that :mod:`fastkd.batches` lists, with labels
@@ -175,9 +177,9 @@ def report(
         TypeError: for models of unsupported types, names or a title that are not text, or
             ``devices`` or ``batch_sizes`` that are not a list or tuple.
         ValueError: for no student, a file that does not exist, a program with a device
-            other than the CPU, a loader without rows, models whose logits differ in rows,
-            labels that do not fit the logits, a student named ``teacher``, or logits or a cross
-            entropy that are not finite.
+            other than the CPU, a loader without rows, models whose logits differ in their number
+            of rows, labels that do not fit the logits, a student named ``teacher``, or logits or a
+            cross entropy that are not finite.
 
     Example:
         >>> import torch, fastkd

@@ -71,7 +71,7 @@ class Latency(NamedTuple):
 
 
 class Turn(NamedTuple):
-    """Hold each model's durations in one turn, and the share of processor time in that turn."""
+    """Hold one turn: each model's durations, and the process's share of processor time."""
 
     share: float
     times: dict[str, list[float]]
@@ -97,7 +97,7 @@ class _Tally:
         self.bins = torch.zeros(3, BINS, dtype=torch.float64)  # rows, confidence, correct
 
     def add(self, logits: Tensor, teacher: Tensor, labels: Tensor | None) -> None:
-        """Add rows: logits ``[rows, C]``, the teacher's most probable classes, and labels."""
+        """Add rows: logits ``[rows, classes]``, the teacher's most probable classes, and labels."""
         # The argmax of log_p may differ: rounding makes log_p equal where logits hardly differ.
         predicted = logits.argmax(-1)
         log_p = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
@@ -182,7 +182,7 @@ def _move(inputs: Any, model: nn.Module) -> Any:
 def _select_rows(
     name: str, logits: Tensor, labels: Tensor | None, ignore_index: int
 ) -> tuple[Tensor, Tensor | None]:
-    """Return the logits of the rows that are not ignored, ``[rows, C]``, and their labels."""
+    """Return the logits ``[rows, classes]`` and labels of the rows that are not ignored."""
     if labels is None:
         return logits.flatten(0, -2), None
     labels = labels.to(logits.device)
@@ -253,7 +253,7 @@ def summarize_turns(turns: Sequence[Turn], batch_size: int) -> tuple[dict[str, L
 
     The speedup is the median over turns of the ratio of the fastest calls, because a call that
     another program interrupts is not the fastest. The speedup is withheld if it differs much from
-    the ratio of the medians, or if other programs used the processors in most turns.
+    the ratio of the medians, or if the process waited for processors in most turns.
     """
     quiet = [turn for turn in turns if turn.share >= QUIET]
     is_quiet = 2 * len(quiet) >= len(turns)

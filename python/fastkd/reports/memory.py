@@ -19,14 +19,15 @@ _PROCESS = pathlib.Path("/proc/self")
 
 
 def measure_peak_memory(model: nn.Module, inputs: Any) -> int | None:
-    """Return the most bytes by which resident memory grows while a copy is made and called.
+    """Return the peak growth of resident memory while a copy of ``model`` is made and called.
 
     The copy of a module duplicates its weights; a program is loaded again. The first copy warms up
     libraries and caches, and the second is measured. Memory is counted in whole pages, some of
-    which the process already holds. For linear layers, results were within 0.1 MB of their size.
+    which the process already holds.
 
     Returns:
-        The bytes, or None if the model cannot be copied (a program in memory) or there is no Linux.
+        The bytes, or None if the model cannot be copied (a program in memory) or the system is not
+        Linux.
     """
     if isinstance(model, deployment.DeployedModel) and not model.is_file:
         return None
@@ -34,7 +35,7 @@ def measure_peak_memory(model: nn.Module, inputs: Any) -> int | None:
     for _ in range(2):
         gc.collect()
         with contextlib.suppress(OSError, AttributeError):
-            ctypes.CDLL(None).malloc_trim(0)  # or the copy would reuse freed memory
+            ctypes.CDLL(None).malloc_trim(0)  # so that the copy reuses no freed memory
         try:
             (_PROCESS / "clear_refs").write_text("5")  # set the peak to the current size
             before = _read_status("VmRSS")

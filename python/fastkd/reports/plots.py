@@ -125,7 +125,8 @@ def _shorten(name: str, width: float) -> str:
 def _label_points(axes: Any, points: list[tuple[float, float, str, str]], width: float) -> None:
     """Write the names in a column right of the axes, each with a line to its point (y, x).
 
-    The names are in the order of the points' heights, at least 1/12 of the axes apart.
+    The names are in the order of the points' heights. Two names are at least 1/12 of the axes
+    apart, or less if there are more than 12 names.
     """
     points.sort()
     heights = [axes.transLimits.transform((0, y))[1] for y, *_ in points]
@@ -181,8 +182,8 @@ def render_png(figure: Any) -> bytes:
 def render_svg(figure: Any, salt: str, kind: str) -> str:
     """Render a figure as an ``<svg>`` whose text and lines have the color of the page.
 
-    ``kind``: the CSS class of the ``<svg>``. ``salt`` makes the element's ids
-    different from those of the page's other figures.
+    ``kind`` is the CSS class of the ``<svg>``. ``salt`` makes the element's ids different from
+    those of the page's other figures.
     """
     buffer = io.StringIO()
     with extras.load("matplotlib", "report").rc_context(

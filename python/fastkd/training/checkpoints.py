@@ -1,6 +1,6 @@
 """Write checkpoints atomically, and check their files before reading them.
 
-A checkpoint is a folder ``step-00000042``. The folder is written under another name, synchronized
+A checkpoint is a folder ``step-00000042``. The folder is written as ``.incomplete``, synchronized
 to the disk and renamed, so the previous checkpoint survives if the process is killed. An older
 checkpoint of the same step is ``step-00000042.replaced`` until the new checkpoint is renamed. No
 file can execute code when it is read. ``files.json`` has the CRC-32 of every other file.
@@ -28,7 +28,7 @@ _INCOMPLETE, _DISCARDED = ".incomplete", ".discarded"
 
 
 def list_complete(folder: pathlib.Path) -> list[pathlib.Path]:
-    """Return the complete checkpoints in a folder, oldest first; ignore all other names."""
+    """Return the complete checkpoints in a folder, oldest first."""
     complete = [
         (int(name[1]), name[2] is None, path)
         for path in folder.glob("step-*")
@@ -162,7 +162,7 @@ def _open(file: pathlib.Path) -> BinaryIO:
 def check_no_code(folder: pathlib.Path) -> None:
     """Raise ValueError for files that Accelerate would unpickle without restrictions.
 
-    Accelerate writes such files for registered objects and for FSDP's sharded state.
+    Accelerate writes registered objects and FSDP's sharded state as pickles.
     """
     for file in itertools.chain(folder.glob("custom_checkpoint_*.pkl"), folder.rglob(".metadata")):
         raise ValueError(

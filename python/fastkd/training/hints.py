@@ -20,10 +20,11 @@ from fastkd import batches, validation
 class Hint:
     """Compare the output of a module of the student with that of a module of the teacher.
 
-    A feature is ``(B, C)``, ``(B, L, C)``, or ``(B, C, d1, d2, ...)`` as Conv2d and Conv3d return
-    it. If a module returns a tuple, the feature is the first item. A 3-D feature is ``(B, L, C)``,
-    channels last. Transpose the ``(B, C, L)`` output of a Conv1d first, in a module that the hint
-    names. Each loss is a mean over the entries of a sample, then over samples, in float32 or wider:
+    A feature has B samples and C channels, and may have positions: ``(B, C)``, ``(B, L, C)``, or
+    ``(B, C, d1, d2, ...)`` as Conv2d and Conv3d return it. If a module returns a tuple, the feature
+    is the first item. A 3-D feature is ``(B, L, C)``, channels last. Transpose the ``(B, C, L)``
+    output of a Conv1d first, in a module that the hint names. Each loss is a mean over the entries
+    of a sample, then over samples, in float32 or wider:
 
     - ``"mse"``: (student - teacher)^2, after Romero et al., "FitNets: Hints for Thin Deep Nets"
       (2015);

@@ -74,7 +74,7 @@ class LoaderState:
             yield batch
 
     def _set(self, states: dict[str, Any]) -> None:
-        """Set the random states; between two passes the loader may have other generators."""
+        """Set the random states; between two passes the loader's generators may change."""
         saved, current = len(states["loader"]), len(self._generators)
         if self.batches and saved != current:
             raise ValueError(

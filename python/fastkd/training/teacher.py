@@ -30,7 +30,7 @@ class TeacherOutputs(NamedTuple):
     """Hold the outputs of a teacher for a batch."""
 
     logits: Any
-    """A tensor ``(..., C)``, a list of tensors, or a function that takes the student's logits."""
+    """A tensor ``(..., classes)``, a list of tensors, or a function of the student's logits."""
     features: list[Tensor]
 
 
@@ -108,7 +108,7 @@ class CachedTeacher:
             values = batches.to(self._cache.lookup(ids, tuple(shape[1:-1])), self._device)
             if isinstance(values, TopK):
                 return values
-            # log_probs * T are logits, up to a constant in each row.
+            # Log-probabilities times temperature are logits, up to a constant in each row.
             return (values.float() * self._cache.temperature).movedim(-1, self._dim)
 
         return look_up

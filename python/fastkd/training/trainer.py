@@ -32,9 +32,9 @@ class Step(NamedTuple):
     """Hold an optimizer step's 0-d values over all processes, not synchronized with the host."""
 
     number: int
-    """Counted from 1, over resumed runs too."""
+    """Number of the step, counted from 1, also over resumed runs."""
     epoch: int
-    """Counted from 0."""
+    """Number of the epoch, counted from 0."""
     loss: Tensor
     hard: Tensor
     soft: Tensor
@@ -256,7 +256,7 @@ class Trainer:
         self._loader_state.reset()
 
     def _take_step(self, window: list[Any]) -> Step:
-        """Take an optimizer step on some batches."""
+        """Take an optimizer step on the batches of ``window``."""
         window = [batches.to(batch, self.accelerator.device) for batch in window]
         self._optimizer.zero_grad()  # gradients may remain from an interrupted step
         denominators = self._count_rows_and_samples(window)
@@ -418,7 +418,7 @@ class Trainer:
     # ---- loaders
 
     def _prepare(self, loader: Iterable[Any], *, even: bool = True) -> Any:
-        """Return the loader of this process; ``even``: repeat samples to fill the last batches."""
+        """Return this process's loader; if ``even``, repeat samples to fill the last batches."""
         arguments.check_loader("loader", loader)
         if not isinstance(loader, DataLoader):
             return loader
