@@ -222,8 +222,9 @@ FASTKD_HOST_DEVICE bool has_no_inverse(double squares) {
 }
 
 // Inverse norms of a row for Cosine, 1 / |z| and 1 / |w|, from sums of squares. A student row of
-// zeros has the inverse t, so that the row's gradient is the derivative by z / t. A row of zeros
-// counts as orthogonal to every row. 1/2 |u - v|^2 then lacks 1/2 for each row of zeros.
+// zeros has the inverse t, so that the row's gradient is the derivative with respect to z / t. A
+// row of zeros counts as orthogonal to every row. 1/2 |u - v|^2 then lacks 1/2 for each row of
+// zeros.
 template <class T>
 struct Inverses {
   T student, teacher;

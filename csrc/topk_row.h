@@ -88,9 +88,9 @@ struct Summary {
 };
 
 // Return an estimate of KL(q || p) from a sampled class with d = log p - log q, and the slope of
-// the estimate: the derivative by log q. The slope of k1 is that of the policy gradient, whose
-// expected value is the gradient of KL(q || p) (Schulman 2020). If the student masks the class, the
-// estimate is infinite and the slope 0.
+// the estimate: the derivative with respect to log q. The slope of k1 is that of the policy
+// gradient, whose expected value is the gradient of KL(q || p) (Schulman 2020). If the student
+// masks the class, the estimate is infinite and the slope 0.
 FASTKD_HOST_DEVICE Evaluated<double> estimate(Estimator estimator, double d) {
   if (d == -kMinusInfinity)
     return {estimator == Estimator::kK1 ? kMinusInfinity : -kMinusInfinity, 0};
@@ -112,7 +112,7 @@ struct Soft {
   double rest = 0;  // gradient = rest * e for a class of the rest
 };
 
-// Sums over the listed classes, and later the ghost.
+// Sums over the listed classes, to which include_rest() adds the ghost.
 struct SoftSums {
   double value = 0;
   double slope = 0;    // S of divergences.h

@@ -29,7 +29,7 @@ TEXTS = ("", "nan", "inf", "-1", "1e999", "[]", "[-1]", "[0]", "[3]", "9" * 25, 
 
 
 def split(data: bytes) -> tuple[Any, bytes]:
-    """Split a file into header and body; raise ValueError if it has no header."""
+    """Split a safetensors file into header and body; raise ValueError if it has no header."""
     if len(data) < 8:
         raise ValueError("too short")
     (size,) = struct.unpack("<Q", data[:8])
@@ -37,7 +37,7 @@ def split(data: bytes) -> tuple[Any, bytes]:
 
 
 def join(header: Any, body: bytes) -> bytes:
-    """Return the file of a header and a body."""
+    """Return the bytes of a safetensors file with this header and body."""
     text = json.dumps(header).encode()
     return struct.pack("<Q", len(text)) + text + body
 

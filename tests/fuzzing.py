@@ -127,7 +127,7 @@ def lacks_inverse(lengths: Tensor, dtype: torch.dtype) -> bool:
 
 @contextmanager
 def execution_settings(isa: str, threads: int, *, in_python: bool) -> Iterator[None]:
-    """Set the instruction set, thread count and autograd language within the context."""
+    """Use an instruction set, a thread count, and autograd in C++ or Python within the context."""
     before, count = _C.isa(), torch.get_num_threads()
     _C.use_isa(isa)
     torch.set_num_threads(threads)

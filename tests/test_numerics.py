@@ -154,7 +154,8 @@ def test_dkd_is_exact_near_the_teacher(device, classes, kl):
     # times the floor in November 2026, and 29 times in December.
     torch.testing.assert_close(rows.detach().double(), exact.loss, rtol=4e-6, atol=30 * floor)
     rows.sum().backward()
-    # The normalizers of probabilities may be off by a unit in the last place, as for the KL.
+    # The gradient's error is the rounding of the normalizers of probabilities: a unit in the last
+    # place of the probabilities.
     others = teacher.double().softmax(-1)
     share = 1 - others.gather(-1, labels.unsqueeze(-1))
     others = others.scatter(-1, labels.unsqueeze(-1), 0) / share

@@ -22,7 +22,7 @@ def make(device, dtype=FP64):
 
 
 def value_and_gradient(d, estimator):
-    """Compute Schulman's estimates and their derivatives by log q; d = log p - log q."""
+    """Return Schulman's estimate and its derivative with respect to log q; d = log p - log q."""
     if estimator == "k1":
         return -d, -d
     if estimator == "k2":

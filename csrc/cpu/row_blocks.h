@@ -96,7 +96,7 @@ Vectors<S> target(void* grad, DType dtype, int64_t count, S* result, bool non_te
   if (grad == nullptr || dtype != kStorage<S> || non_temporal) return {result};
   return {static_cast<S*>(grad), result, full_steps<S>(count)};
 }
-// Copy the results that the loops have written to `result` to `grad`.
+// Copy to `grad` the results that the loops have written to `result`.
 template <class S>
 void put_result(const Vectors<S>& target, const S* result, void* grad, DType dtype, int64_t count,
                 bool non_temporal) {

@@ -311,7 +311,7 @@ bool has_equal_alignment(const Args& args) {
          (args.grad == nullptr || !differs(args.grad, args.grad_stride));
 }
 
-// Call fn with the view of a call's rows, as a type.
+// Call fn with TypeOf<Row>, where Row is the view type that fits the call's dtypes and layout.
 template <bool kStrided, class Args, class Fn>
 cudaError_t with_row(const Args& args, Fn&& fn) {
   if (computes_in_double(args.student_dtype, args.teacher_dtype))

@@ -14,7 +14,7 @@ namespace fastkd::glue {
 namespace {
 
 // Return the least number of rows for which another thread pays off. The work per row, besides its
-// classes, takes as long as some classes of a long row, at about 0.6 ns each.
+// classes, takes as long as some classes of a long row.
 int64_t grain_rows(int64_t classes) {
   constexpr int64_t kGrain = 16384;
   return std::max<int64_t>(1, kGrain / std::min(classes + 160, 5 * classes / 2 + 12));

@@ -140,8 +140,8 @@ bool is_writable(const Tensor& tensor) {
   return (tensor.key_set() | kDense) == kDense && !c10::impl::TorchDispatchModeTLS::any_modes_set();
 }
 
-// Return true if `tensor` is a batch of gradients (is_grads_batched=True), and under any transform
-// of torch.func, such as vmap.
+// Return true if `tensor` is a batch of gradients (is_grads_batched=True), or if any transform of
+// torch.func, such as vmap, is active.
 bool is_batch(const Tensor& tensor) {
   return tensor.key_set().has(c10::DispatchKey::Batched) ||
          c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::FuncTorchDynamicLayerFrontMode);

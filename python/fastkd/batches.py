@@ -150,7 +150,7 @@ def check_ids(ids: object) -> Tensor:
 
 
 def logits(model: nn.Module, inputs: Any) -> Tensor:
-    """Call ``model`` with :func:`outputs`, and return its logits with :func:`logits_of`."""
+    """Call ``model`` on a batch's inputs, and return the logits that its output holds."""
     return logits_of(outputs(model, inputs), model)
 
 

@@ -28,7 +28,7 @@ std::vector<Real> log_softmax(const std::vector<Real>& x, Real t) {
 
 struct Soft {
   Real value = 0;
-  std::vector<Real> grad;  // derivative by z / t
+  std::vector<Real> grad;  // derivative with respect to z / t
   Real size = 1;           // magnitude of the slopes
 };
 

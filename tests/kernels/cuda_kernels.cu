@@ -162,7 +162,8 @@ void decoupled(bool brief) {
       const auto with = [&](const char* name, auto&& change) {
         Case c;
         c.divergence = Divergence::kDecoupled, c.classes = classes, c.rows = 9;
-        c.mix = 8, c.soft_weight = 0.05;  // gradients are rounded at the size of this product
+        // The weight is small, because rounding errors of the gradient grow with mix * soft_weight.
+        c.mix = 8, c.soft_weight = 0.05;
         c.student_pixels = c.teacher_pixels = pixels;
         c.terms = true, c.ignored = c.bad_label = false;
         c.student = c.teacher = kEach[turn++ % 3];

@@ -62,7 +62,7 @@ double x_log_ratio(double x, double log_a, double log_b) {
 }
 
 struct Term {
-  double value, slope;  // slope: q times the derivative by q
+  double value, slope;  // slope: q times the derivative with respect to q
 };
 // Return value and slope of the divergences and estimators at one class, as the papers write them.
 Term term_of(const Case& c, double log_p, double log_q) {
@@ -189,8 +189,8 @@ Reference reference_row(const Case& c, Row row) {
   return r;
 }
 
-// Test one case: the loss and its gradient, a second run with the same bits, and backward in its
-// three forms.
+// Test one case: the loss and its gradient, a second run with the same bits, and three forms of
+// backward: a filled gradient, a recomputed gradient, and one grad_output for each row.
 struct Runner {
   const Case& c;
   bool wide;

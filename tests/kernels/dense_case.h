@@ -124,7 +124,8 @@ Reference reference_row(const Case& c, const std::vector<double>& z, const std::
   return r;
 }
 
-// Test one case: forward, a second forward with the same bits, then backward in its three forms.
+// Test one case: forward, a second forward with the same bits, and three forms of backward: a
+// filled gradient, a recomputed gradient, and one grad_output for each row.
 struct Runner {
   const Case& c;
   int64_t group;

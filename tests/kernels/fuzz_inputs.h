@@ -78,7 +78,7 @@ struct Matrix {
         } else if (dtype == DType::kFloat32) {
           const float x = static_cast<float>(word) / 1e9f - 2;
           std::memcpy(to, &x, 4);
-        } else {  // sign, an exponent near zero, some mantissa: fp16 and bf16 differ only in scale
+        } else {  // random sign and low bits of the mantissa: magnitudes in [1, 2)
           const uint16_t one = dtype == DType::kFloat16 ? 0x3c00 : 0x3f80;
           const uint16_t x = static_cast<uint16_t>((word & 0x80ff) | one);
           std::memcpy(to, &x, 2);

@@ -13,7 +13,7 @@ using Real = long double;
 
 struct Divergence {
   Real value = 0;
-  std::vector<Real> grad;  // derivative of the value by z / t
+  std::vector<Real> grad;  // derivative of the value with respect to z / t
   Real inverse = 0;        // inverse of the student's norm, for the cosine
 };
 

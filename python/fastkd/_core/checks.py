@@ -213,7 +213,7 @@ def check_no_gradient(name: str, value: Tensor) -> None:
 
 
 def is_differentiated(value: Tensor) -> bool:
-    """Return True if a reverse-mode or forward-mode derivative by ``value`` may be asked for."""
+    """Return True if ``value`` requires grad, or has a tangent of forward-mode AD."""
     forward = torch.autograd.forward_ad
     if value.requires_grad or forward._current_level < 0:
         return value.requires_grad

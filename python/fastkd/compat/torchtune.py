@@ -1,4 +1,4 @@
-"""Compute torchtune's losses of tokens that labels mask, at temperature 1, without hard term."""
+"""Compute torchtune's losses of tokens that labels select, at temperature 1, without hard term."""
 
 from __future__ import annotations
 

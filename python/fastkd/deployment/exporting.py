@@ -147,7 +147,7 @@ def _check_arguments(
     quantize: str | None,
     max_batch: int,
 ) -> pathlib.Path:
-    """Return the path, or raise if an argument other than the inputs does not fit."""
+    """Return the path to write; raise if an argument other than the inputs is invalid."""
     if not isinstance(student, nn.Module):
         raise TypeError(f"student must be a module; got {type(student).__name__}")
     validation.check_one_of("format", format, tuple(writing.SUFFIXES))
@@ -183,7 +183,7 @@ def check_path(path: str | os.PathLike[str], format: str) -> pathlib.Path:
 
 
 def _check_inputs(name: str, inputs: Any, student: nn.Module) -> Any:
-    """Return inputs on the CPU in the student's dtype; raise if their form does not fit."""
+    """Return inputs on the CPU in the student's dtype; raise if ``inputs`` are invalid."""
     values: Any = inputs.values() if isinstance(inputs, Mapping) else inputs
     values = [inputs] if isinstance(inputs, Tensor) else values
     values = list(values) if isinstance(values, (tuple, list, type({}.values()))) else []

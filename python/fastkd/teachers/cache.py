@@ -154,7 +154,7 @@ class TeacherCache:
                 those that the teacher got. Omit ``batch`` if inputs are augmented at random.
 
         Raises:
-            ValueError: if an argument does not fit.
+            ValueError: if the cache does not fit an argument.
         """
         if classes is not None and classes != self.classes:
             raise ValueError(

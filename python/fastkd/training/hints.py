@@ -1,4 +1,4 @@
-"""Train the student's inner features to match the teacher's: feature hints (FitNets)."""
+"""Train the student's intermediate features to match the teacher's: feature hints (FitNets)."""
 
 from __future__ import annotations
 

@@ -74,7 +74,7 @@ class Trainer:
         loss: the distillation loss, with ``reduction="mean"``, without ``normalizer`` and
             ``class_weight``. Default ``KDLoss()``. Batches without labels need ``alpha=0.0`` or
             ``hard_weight=0.0``.
-        hints: pairs of inner features to match.
+        hints: pairs of intermediate features to match.
         scheduler: a learning rate schedule, stepped after each optimizer step.
         accumulate: number of batches of each process in an optimizer step; fewer at the end of an
             epoch. Default 1.

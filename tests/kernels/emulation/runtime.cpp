@@ -1,4 +1,5 @@
-// Calls of the CUDA runtime, with the launches that a MIG slice of an H100 would accept and refuse.
+// Functions of the CUDA runtime, for the emulator. Launches are accepted or refused as by a MIG
+// slice of an H100.
 #include <cstdlib>
 #include <map>
 
