@@ -282,7 +282,8 @@ def check(case: Case, device: torch.device) -> None:
     if bool(usual.all()):
         count = 1 if case.reduction == "none" else rows
         check_close(value.detach(), want.loss, 8 * eps, 16 * slope * eps * count, "loss")
-        if bool(want.loss.isnan().any()):
+        is_unweighted = case.divergence == "cosine" and options.get("soft_weight") == 0
+        if is_unweighted and bool(want.loss.isnan().any()):
             return  # a NaN row of weight 0 has a gradient of NaN in the kernels, of 0 in exact()
         gains = {"student_hidden": largest_of(before["student_weight"]), "student_bias": rows}
         gains |= {"student_weight": largest_of(tame["student_hidden"]) * rows}

@@ -287,7 +287,7 @@ LONG_WIDTHS = {
 @pytest.mark.parametrize("dtype", [FP32, BF16], ids=name_of)
 @pytest.mark.parametrize("classes", LONG_WIDTHS, ids=str)
 def test_long_rows_equal_the_truth(device, classes, dtype):
-    # Of three rows, two or more threads compute both complete rows and parts of a row.
+    # With two threads, each thread computes one row, and both share the third row by segments.
     check(*make((3, classes), dtype, device=device, ignored=0.0), against_eager=dtype == FP32)
 
 
