@@ -4,6 +4,8 @@ VENV ?= .venv
 # The torch that a new environment gets. Any torch >= 2.10 works, also one with CUDA: make demo TORCH=torch
 TORCH ?= torch==2.13.0
 RUN := $(VENV)/bin/python
+# Python compiles a module when a program first imports it. pip would compile all modules of torch, for half a minute.
+INSTALL := $(RUN) -m pip install --quiet --no-compile
 SOURCES := $(wildcard csrc/*.h csrc/*/*) CMakeLists.txt pyproject.toml
 CUDA_BUILD := build/cuda
 CTEST := $(VENV)/bin/ctest --output-on-failure --parallel $(shell nproc)
@@ -19,21 +21,21 @@ help:  ## list the targets
 
 $(VENV)/created:
 	$(PYTHON) -m venv $(VENV)
-	$(RUN) -m pip install --quiet --upgrade pip
-	$(RUN) -m pip install --quiet "$(TORCH)" numpy
-	$(RUN) -m pip install --quiet "scikit-build-core>=0.11" "pybind11>=2.13" "cmake>=3.25" "ninja>=1.11"
+	$(INSTALL) --upgrade pip
+	$(INSTALL) "$(TORCH)" numpy
+	$(INSTALL) "scikit-build-core>=0.11" "pybind11>=2.13" "cmake>=3.25" "ninja>=1.11"
 	touch $@
 
 $(VENV)/installed: $(VENV)/created $(SOURCES)
-	$(RUN) -m pip install --quiet --no-build-isolation -e ".[demo,bench]"
+	$(INSTALL) --no-build-isolation -e ".[demo,bench]"
 	touch $@
 
 # Developers also need linters, and the libraries of tests and examples. fastkd.compat is tested against the group
 # `peers`. The dependencies of these libraries take gigabytes, and the tests do not use them.
 $(VENV)/complete: $(VENV)/installed
-	$(RUN) -m pip install --quiet --no-build-isolation -e ".[train,report,deploy,examples,test,dev]"
-	$(RUN) -m pip install --quiet --no-deps --group peers
-	$(RUN) -m pip install --quiet --group stacks
+	$(INSTALL) --no-build-isolation -e ".[train,report,deploy,examples,test,dev]"
+	$(INSTALL) --no-deps --group peers
+	$(INSTALL) --group stacks
 	touch $@
 
 install: $(VENV)/installed  ## create .venv, build fastkd and install it there
@@ -111,25 +113,25 @@ libfuzzer: $(VENV)/created  ## fuzz the kernels' C interface by libFuzzer, which
 	build/libfuzzer/cpu_fuzz -max_total_time=60 -max_len=600 -print_final_stats=1
 
 fuzz-caches: $(VENV)/complete  ## fuzz the reader of teachers' caches by libFuzzer: make fuzz-caches SECONDS=600
-	$(RUN) -m pip install --quiet --group fuzz
+	$(INSTALL) --group fuzz
 	$(RUN) -m reliability.caches $(SECONDS)
 
 soak: $(VENV)/complete  ## make 100,000 calls of each kind, and check that memory does not grow
 	$(RUN) -m reliability.soak
 
 versions: $(VENV)/complete  ## run core tests on other Pythons and torches: downloads gigabytes the first time
-	$(RUN) -m pip install --quiet --group package
+	$(INSTALL) --group package
 	$(RUN) -m reliability.versions $(PAIRS)
 
 package: $(VENV)/complete  ## test sdist, auditwheel and cibuildwheel, as far as this machine allows
-	$(RUN) -m pip install --quiet --group package
+	$(INSTALL) --group package
 	$(RUN) -m reliability.package
 
 # -W -n: a dead link, or a docstring's reference to an unknown name, is an error. The doctest builder runs the examples
 # in docstrings.
 SPHINX := $(RUN) -m sphinx -W --keep-going -n -q -c docs -d build/doctrees
 docs: $(VENV)/complete  ## build the documentation site in build/docs, and check its links and examples
-	$(RUN) -m pip install --quiet --group docs
+	$(INSTALL) --group docs
 	$(SPHINX) . build/docs
 	$(SPHINX) -b doctest . build/docs-doctest
 	@echo "the site is in build/docs/index.html"
