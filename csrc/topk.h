@@ -16,6 +16,10 @@ enum class Estimator : int32_t { kNone = 0, kK1 = 1, kK2 = 2, kK3 = 3 };
 // Return true if the sparse loss supports the divergence, which must compare probabilities.
 constexpr bool is_sparse_divergence(Divergence id) { return id <= Divergence::kTotalVariation; }
 
+// The rows of the sparse loss's `terms`: those of Term, then the probabilities that student and
+// teacher give to the listed classes together.
+enum TopkTerm : int { kStudentMass = kTerms, kTeacherMass, kTopkTerms };
+
 // A call of the sparse loss. `teacher` is acc [rows, k], contiguous: log-probabilities, which are
 // used unchanged. `teacher_stride` is unused, and the teacher's temperature is not read.
 struct TopkArgs : Inputs {
@@ -27,6 +31,7 @@ struct TopkArgs : Inputs {
   Estimator estimator = Estimator::kNone;  // a value but kNone needs k = 1, and no tail
 
   void* loss = nullptr;   // acc [rows], weighted, not yet divided by any denominator; or null
+  void* terms = nullptr;  // acc [kTopkTerms, rows], unweighted, or null
   void* stats = nullptr;  // on CUDA acc [kStats, rows], then the scale, which alone is written
   void* grad = nullptr;   // [rows, classes] in the student's dtype, or null; not the student itself
   RowStrides grad_stride;

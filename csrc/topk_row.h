@@ -19,10 +19,14 @@ struct Comparison {
   // Least teacher probability of the ghost, which is the rest as one class. Rounding of the list
   // can leave the rest a probability of 0, which would make the reverse KL infinite.
   double least_rest = 0;
+  bool wants_entropy = false;  // the teacher's entropy
 
   Comparison() = default;
   FASTKD_HOST_DEVICE explicit Comparison(const TopkArgs& args)
-      : divergence(args.divergence), tail(args.tail), estimator(args.estimator) {
+      : divergence(args.divergence),
+        tail(args.tail),
+        estimator(args.estimator),
+        wants_entropy(args.divergence == Divergence::kSoftCrossEntropy || args.terms != nullptr) {
     const bool may_be_infinite = divergence == Divergence::kReverseKL ||
                                  (divergence == Divergence::kSymmetricKL && args.mix < 1);
     const bool in_double = computes_in_double(args.student_dtype, args.teacher_dtype);
@@ -35,6 +39,7 @@ struct Comparison {
 namespace {
 
 constexpr double kMinusInfinity = -__builtin_huge_val();  // the maximum of no logits
+constexpr double kUnknown = __builtin_nan("");
 
 // The sums of exp((z - max) / t) and of exp(z - max) over some of a row's classes.
 struct RelativeSums {
@@ -55,7 +60,7 @@ FASTKD_HOST_DEVICE double rescaling_of(double from, double to, double temperatur
 struct RowOptions {
   double temperature, hard_weight, soft_weight, label_smoothing;
   double classes;
-  bool hard;  // true if the hard term counts
+  bool hard;  // true if the hard term is computed
 };
 
 // The sums of a row over the rest, the listed classes, and all classes.
@@ -116,7 +121,7 @@ struct Soft {
 struct SoftSums {
   double value = 0;
   double slope = 0;    // S of divergences.h
-  double entropy = 0;  // entropy of the teacher, for the soft cross entropy alone
+  double entropy = 0;  // entropy of the teacher, if Comparison::wants_entropy
 
   FASTKD_HOST_DEVICE void add(const Evaluated<double>& term) {
     value += term.value;
@@ -220,10 +225,9 @@ FASTKD_HOST_DEVICE double label_gradient(const RowOptions& row, const Summary& s
          gains.onehot;
 }
 
-// Return the row's loss.
-FASTKD_HOST_DEVICE double row_loss(const Comparison& comparison, const RowOptions& row,
-                                   const Summary& summary, const Soft& soft, const SoftSums& sums,
-                                   double label_logit) {
+// Return the divergence of a row, or the estimate.
+FASTKD_HOST_DEVICE double soft_term(const Comparison& comparison, const Soft& soft,
+                                    const SoftSums& sums) {
   double value = sums.value;
   if (comparison.divergence == Divergence::kSoftCrossEntropy) value += sums.entropy;
   // In a valid row, NaN comes only from 0 * inf, for a class that the student masks and whose
@@ -232,14 +236,41 @@ FASTKD_HOST_DEVICE double row_loss(const Comparison& comparison, const RowOption
   // The sum with Tail::kIgnore is not a divergence, nor is the estimate k1. Both values may be
   // negative.
   if (!comparison.estimates() && !comparison.is_cut_off()) value = at_least_0(value);
-  if (!soft.is_present) value = 0;
-  const double t = row.temperature;
-  const double loss = weighted(row.soft_weight * t * t, value);
-  if (!row.hard) return loss;
+  return soft.is_present ? value : 0;
+}
+
+// Return the cross entropy of a row with its label, or 0 if the hard term is not computed.
+FASTKD_HOST_DEVICE double hard_term(const RowOptions& row, const Summary& summary,
+                                    double label_logit) {
+  if (!row.hard) return 0;
   const double smoothing = row.label_smoothing;
   double target = weighted(1 - smoothing, label_logit - summary.all.max);
   if (smoothing != 0) target += smoothing / row.classes * summary.offsets;
-  return loss + weighted(row.hard_weight, std::log(summary.all.hard) - target);
+  return std::log(summary.all.hard) - target;
+}
+
+FASTKD_HOST_DEVICE double row_loss(const RowOptions& row, double hard, double soft) {
+  return weighted(row.soft_weight * row.temperature * row.temperature, soft) +
+         weighted(row.hard_weight, hard);
+}
+
+// Call put(term, value) for the terms of a row. `offsets`: the sum of exp((z - m) / t) (z - m) over
+// all classes for m = summary.all.max. `agrees`: true if one class is the greatest of both student
+// and teacher. One sampled class determines neither the teacher's entropy nor its greatest class.
+template <class Put>
+FASTKD_HOST_DEVICE void for_terms(const Comparison& comparison, const RowOptions& row,
+                                  const Summary& summary, const SoftSums& sums, double hard,
+                                  double soft, double offsets, bool agrees, Put&& put) {
+  const RelativeSums &all = summary.all, &list = summary.list;
+  const bool is_known = !comparison.estimates();
+  const bool has_list = list.max > kMinusInfinity;
+  put(kHard, hard);
+  put(kSoft, soft);
+  put(kStudentEntropy, std::log(all.tempered) - offsets / (all.tempered * row.temperature));
+  put(kTeacherEntropy, is_known ? sums.entropy : kUnknown);
+  put(kAgreement, is_known ? double(agrees) : kUnknown);
+  put(kStudentMass, has_list ? std::exp(summary.log_q(row, list.max, list.tempered)) : 0.0);
+  put(kTeacherMass, summary.teacher);
 }
 
 }  // namespace

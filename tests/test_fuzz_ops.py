@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from support import BF16, FP16, FP32, FP64
 from torch import Tensor
 
-from fastkd import _C
+from fastkd import _C, reference
 from fastkd._core import shapes, topk
 from fastkd._core.arguments import SPARSE_DIVERGENCES
 
@@ -366,7 +366,8 @@ def expected_shapes(case: Case, arguments: dict[str, Any]) -> list[tuple[int, ..
     if case.op.endswith("_backward_"):
         return []
     rows = student.numel() // student.shape[-1]
-    out: list[int] = [shapes.TERMS] if arguments.get("with_terms") else []
+    terms = shapes.TERMS if case.op.startswith("loss") else len(reference.Terms._fields)
+    out: list[int] = [terms] if arguments.get("with_terms") else []
     out += [rows] if arguments["reduction"] == 0 else []
     if case.op != "loss_into":
         return [tuple(out)]

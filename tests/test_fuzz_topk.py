@@ -171,8 +171,8 @@ def row_weight(case: Case, student: Tensor) -> float | Tensor:
     return weight.view(student.shape[:-1]).to(student.device)
 
 
-def exact(case: Case, problem: Problem, reduction: str) -> tuple[Tensor, Tensor]:
-    """Compute (loss, gradient) by the definition, in float64."""
+def exact(case: Case, problem: Problem, reduction: str) -> tuple[fastkd.Terms, Tensor]:
+    """Compute (terms, gradient) by the definition, in float64."""
     student, indices, log_probs, labels = problem
     leaf = student.detach().double().requires_grad_()
     hard, soft = (0.0, 1.0) if labels is None else case.weights
@@ -192,8 +192,8 @@ def exact(case: Case, problem: Problem, reduction: str) -> tuple[Tensor, Tensor]
         reduction=reduction,
         label_smoothing=smoothing,
         normalizer=case.normalizer,
-    ).loss
-    return out.detach(), torch.autograd.grad(out.sum(), leaf)[0]
+    )
+    return out, torch.autograd.grad(out.loss.sum(), leaf)[0]
 
 
 def check(case: Case, device: torch.device) -> None:
@@ -215,19 +215,20 @@ def check(case: Case, device: torch.device) -> None:
     if case.estimator is not None:
         teacher = Sampled(log_probs[..., 0], indices[..., 0], case.estimator)
     before = [None if x is None else x.clone() for x in problem]
-    compute = (lambda *a, **k: fastkd.terms(*a, **k).loss) if case.with_terms else fastkd.loss
+    compute = fastkd.terms if case.with_terms else fastkd.loss
     if is_refused(problem) and device.type == "cpu":
         with pytest.raises(ValueError, match=r"^teacher\.(indices|tokens|log_probs) must"):
             compute(leaf, teacher, labels, **options)
         return
-    value = compute(leaf, teacher, labels, **options)
+    terms = compute(leaf, teacher, labels, **options)
+    value = terms.loss if isinstance(terms, fastkd.Terms) else terms
     value.backward(torch.full_like(value, case.grad_output))
     grad, value = leaf.grad, value.detach()
     for tensor, copy in zip(problem, before, strict=True):
         assert tensor is None or has_equal_bits(tensor, copy), "an input was written"
-    want, gradient = exact(case, problem, case.reduction)
-    gradient = gradient * case.grad_output
-    rows, _ = exact(case, problem, "none")
+    exact_terms, gradient = exact(case, problem, case.reduction)
+    want, gradient = exact_terms.loss.detach(), gradient * case.grad_output
+    rows = exact(case, problem, "none")[0].loss.detach()
 
     acc = compute_dtype(student, log_probs)
     eps, t = torch.finfo(acc).eps, case.temperature
@@ -248,6 +249,14 @@ def check(case: Case, device: torch.device) -> None:
     check_close(
         value.flatten(), want.flatten(), relative, 64 * eps * size * max(1, len(rows)), "loss"
     )
+    if isinstance(terms, fastkd.Terms):
+        for name, ours, theirs in zip(terms._fields[1:], terms[1:], exact_terms[1:], strict=True):
+            # Float64 log-probabilities, whose maximum decides agreement, round more than logits.
+            if name == "agreement" and FP64 in case.dtypes:
+                continue
+            size = (1 + largest / min(t, 1.0)) / (case.normalizer or 1.0)
+            bound = 64 * eps * size * max(1, len(rows))
+            check_close(ours.flatten(), theirs.flatten(), relative, bound, name)
     # A loss that overflows, such as k3 of a token with a student probability of 1e-90, has no
     # gradient to compare.
     is_finite = rows.abs() < torch.finfo(acc).max / 2

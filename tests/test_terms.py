@@ -13,6 +13,7 @@ from support import (
     assert_grad,
     compute_dtype,
     make,
+    make_topk,
     name_of,
     pairwise,
     truth,
@@ -20,7 +21,7 @@ from support import (
 from torch import Tensor
 
 import fastkd
-from fastkd import _C
+from fastkd import _C, reference
 
 RELATIVE = {FP32: 2e-6, FP64: 1e-13}
 # The bound is absolute, since entropies and divergences are differences of log-probabilities.
@@ -190,3 +191,86 @@ def test_masked_classes_have_no_entropy(device):
 def test_bfloat16_terms_are_float32(device):
     got = fastkd.terms(*make((4, 10), BF16, device=device))
     assert {term.dtype for term in got} == {FP32}
+
+
+# ---- sparse teachers
+
+
+@pytest.mark.parametrize(
+    ("dtype", "reduction", "shape", "teacher", "options"),
+    pairwise(
+        DTYPES,
+        ["mean", "sum", "none"],
+        [(6, 10), (2, 3, 170), (4, 3001), (3, _C.segment + 5)],
+        ["ghost", "renormalize", "ignore", "k1", "k3"],
+        [
+            {"hard_weight": 0.0, "soft_weight": 0.5},
+            {"hard_weight": 2.0, "soft_weight": 0.0, "label_smoothing": 0.2},
+            {"alpha": 0.3, "temperature": 2.0},
+            {"alpha": 0.3, "temperature": 0.7, "divergence": "jsd"},
+        ],
+    ),
+    ids=str,
+)
+@pytest.mark.usefixtures("each_autograd")
+def test_every_field_of_a_sparse_teacher_equals_the_reference(
+    device, shape, reduction, dtype, teacher, options
+):
+    student, indices, log_probs, labels = make_topk(shape, 5, dtype, device=device)
+    sampled = teacher in ("k1", "k3")
+    options = {"temperature": 1.0, **options}
+    if sampled or teacher == "ignore":
+        options = {name: value for name, value in options.items() if name != "divergence"}
+    if sampled:
+        indices, log_probs = indices[..., :1], log_probs[..., :1]
+        lists = fastkd.Sampled(log_probs[..., 0], indices[..., 0], estimator=teacher)
+    else:
+        lists = fastkd.TopK(log_probs, indices, tail=teacher)
+    weights = {name: options[name] for name in options if name != "alpha"}
+    if "alpha" in options:
+        weights |= {"hard_weight": 0.3, "soft_weight": 0.7}
+    if "divergence" in options:
+        weights["mix"] = reference.DIVERGENCES[options["divergence"]].mix
+    exact = reference.topk.terms(
+        student.double(),
+        log_probs.double(),
+        indices,
+        labels,
+        tail="ghost" if sampled else teacher,
+        estimator=teacher if sampled else None,
+        reduction=reduction,
+        **weights,
+    )
+    leaf, alone = student.clone().requires_grad_(), student.clone().requires_grad_()
+    got = fastkd.terms(leaf, lists, labels, reduction=reduction, **options)
+    acc = compute_dtype(student, log_probs)
+    for name, ours, theirs in zip(got._fields, got, exact, strict=True):
+        assert ours.dtype == acc and ours.shape == theirs.shape, name
+        torch.testing.assert_close(
+            ours.detach().double(),
+            theirs.detach(),
+            rtol=RELATIVE[acc],
+            atol=ABSOLUTE[acc] * 10,
+            equal_nan=True,
+            msg=lambda m, n=name: f"{n}: {m}",
+        )
+    loss = fastkd.loss(alone, lists, labels, reduction=reduction, **options)
+    got.loss.sum().backward()
+    loss.sum().backward()
+    assert torch.equal(got.loss, loss) and torch.equal(leaf.grad, alone.grad)
+
+
+def test_terms_of_a_sparse_teacher_are_right_at_the_ends_of_the_range(isa):
+    log_probs, indices = torch.tensor([[-0.5, -1.5], [-0.5, -1.5]]), torch.tensor([[0, 1], [2, 3]])
+    student = torch.full((2, 70), -math.inf)
+    student[0, 0], student[1, 2], student[1, 5] = 3e38, -2.0, -2.0
+    got = fastkd.terms(student, fastkd.TopK(log_probs, indices), reduction="none")
+    torch.testing.assert_close(got.student_entropy, torch.tensor([0.0, math.log(2)]))
+    torch.testing.assert_close(got.student_mass, torch.tensor([1.0, 0.5]))
+    assert got.agreement.tolist() == [1, 1]
+
+
+def test_rows_without_labels_have_a_hard_term_of_0_with_a_sparse_teacher(device):
+    student, indices, log_probs, _ = make_topk((4, 50), 5, device=device, labels=False)
+    got = fastkd.terms(student, fastkd.TopK(log_probs, indices))
+    assert got.hard.item() == 0 and got.soft.item() > 0

@@ -119,7 +119,7 @@ def test_gradients_are_computed_only_for_leaves():
 @pytest.mark.usefixtures("each_autograd")
 def test_opcheck_passes_for_lists(dtype, reduction, requires_grad):
     problem = make_topk((4, 50), 5, dtype)
-    settings = (None, None, 2.0, 0.5, 0.5, 0.1, -100, 0, 0.5, 0, 0, reduction, 0.0)
+    settings = (None, None, 2.0, 0.5, 0.5, 0.1, -100, 0, 0.5, 0, 0, reduction, 0.0, reduction == 1)
     leaf = problem.student.clone().requires_grad_(requires_grad)
     torch.library.opcheck(torch.ops.fastkd.topk_loss.default, (leaf, *problem[1:], *settings))
     if reduction > 0:

@@ -70,7 +70,7 @@ SoftSums sum_listed(const Comparison& comparison, const RowOptions& row, const S
   const double origin = topk::origin(summary.list), inverse_temperature = 1 / row.temperature;
   const Exponential<double> student(kLog2E / row.temperature, origin, soft.student_scale);
   const Exponential<double> teacher(kLog2E, 0, soft.teacher_scale);
-  const bool wants_entropy = comparison.divergence == Divergence::kSoftCrossEntropy;
+  const bool wants_entropy = comparison.wants_entropy;
   double value = 0, slope = 0, entropy = 0;
 #pragma omp simd reduction(+ : value, slope, entropy)
   for (int64_t i = 0; i < list.count; ++i) {
@@ -101,7 +101,7 @@ struct TopkRow {
       : args(args),
         index(index),
         listed(listed),
-        row(make_row<T>(args, index, false)),
+        row(make_row<T>(args, index, args.terms != nullptr)),
         options{row.temperature,
                 row.hard_weight,
                 row.soft_weight,
@@ -319,9 +319,52 @@ struct TopkRow {
     }
   }
 
+  void put_term(int term, T value) const {
+    static_cast<T*>(args.terms)[term * args.rows + index] = value;
+  }
+
   void put_constant(T value) const {
     fill(value);
     if (args.loss != nullptr) static_cast<T*>(args.loss)[index] = value;
+    for (int i = 0; i < kTopkTerms && args.terms != nullptr; ++i) put_term(i, value);
+  }
+
+  // Return the sum of exp((z - max z) / t) (z - max z) over all classes.
+  double sum_weighted_offsets(double max) const {
+    alignas(64) S buffer[kLongest];
+    alignas(64) const S zeros[kLongest] = {};
+    const Exponential<T> tempered(row.factor, static_cast<T>(max), 1);
+    double sum = 0;
+    for_blocks(0, args.classes, -1, [&](int64_t at, int64_t count) {
+      // A log ratio to logits of 0 is the offset z - max z.
+      sum += sum_exponentials<ExpSource::kNone, LogRatioSum::kUnbounded>(
+                 fetch(student, at, count, buffer), count, tempered, tempered, 0,
+                 static_cast<T*>(nullptr), CacheLevel::kL1, Vectors<const S>{zeros})
+                 .log_ratios;
+    });
+    return sum;
+  }
+
+  // Return true if a class is the greatest of both student and teacher.
+  bool agrees(double max) const {
+    const List& list = scratch.list;
+    double most = kMinusInfinity;
+    for (int64_t i = 0; i < list.count; ++i) most = list.log_p[i] > most ? list.log_p[i] : most;
+    for (int64_t i = 0; i < list.count; ++i)
+      if (list.log_p[i] == most && list.z[i] == max) return true;
+    return false;
+  }
+
+  void write_results(const Summary& summary, const Soft& softened, const SoftSums& sums) const {
+    const double soft = topk::soft_term(scratch.comparison, softened, sums);
+    const double hard = topk::hard_term(options, summary, options.hard ? logit(row.label) : 0.0);
+    if (args.loss != nullptr)
+      static_cast<T*>(args.loss)[index] = static_cast<T>(topk::row_loss(options, hard, soft));
+    if (args.terms == nullptr) return;
+    const double max = summary.all.max;
+    topk::for_terms(scratch.comparison, options, summary, sums, hard, soft,
+                    sum_weighted_offsets(max), agrees(max),
+                    [&](int term, double value) { put_term(term, static_cast<T>(value)); });
   }
 
   // Compute a row after read_list(). Return false if the list does not hold log-probabilities.
@@ -347,11 +390,7 @@ struct TopkRow {
       write_label(summary, g);
       write_list(summary, sums, g);
     }
-    if (args.loss != nullptr) {
-      const double label_logit = options.hard ? logit(row.label) : 0.0;
-      static_cast<T*>(args.loss)[index] = static_cast<T>(
-          topk::row_loss(scratch.comparison, options, summary, soft, sums, label_logit));
-    }
+    write_results(summary, soft, sums);
     return true;
   }
 };

@@ -90,7 +90,7 @@ cudaError_t launch_scale(ForwardCall& call, const void* denominator, cudaStream_
 
 cudaError_t launch_finish(const ForwardCall& call, int64_t ctas, int rows_at_once,
                           cudaStream_t stream) {
-  const unsigned quantities = call.args.terms == nullptr ? 1 : 1 + kTerms;
+  const auto quantities = static_cast<unsigned>(call.quantities());
   return launch(in_double(call) ? finish_kernel<double> : finish_kernel<float>, dim3(quantities),
                 kThreads, 0, stream, call, ctas, rows_at_once);
 }

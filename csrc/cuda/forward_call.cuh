@@ -14,9 +14,13 @@ enum class ScaleSource : int32_t { kArgument, kDenominator, kCount, kStats };
 struct ForwardCall {
   ForwardArgs args;
   const void* denominator = nullptr;  // acc, one number
-  void* total = nullptr;              // acc [1] or [1 + kTerms], or null
+  void* total = nullptr;              // acc [quantities()], or null
   ScaleSource scale_source = ScaleSource::kArgument;
   Constants constants;  // constants of the divergence
+  int terms = kTerms;   // rows of args.terms
+
+  // Return the number of results of each row: the loss, and the terms if the call has terms.
+  FASTKD_HOST_DEVICE int quantities() const { return args.terms == nullptr ? 1 : 1 + terms; }
 };
 
 // Return true if the sweeps sum more than loss and gradient need.
@@ -135,8 +139,7 @@ __device__ __forceinline__ void add_up_rows(const ForwardCall& call, int rows_at
   __syncthreads();  // wait until the results of all rows are written
   const int64_t first = static_cast<int64_t>(blockIdx.x) * rows_at_once;
   const int64_t step = static_cast<int64_t>(gridDim.x) * rows_at_once;
-  const int quantities = call.args.terms == nullptr ? 1 : 1 + kTerms;
-  for (int quantity = 0; quantity < quantities; quantity++) {
+  for (int quantity = 0; quantity < call.quantities(); quantity++) {
     A* const values = values_of<A>(call.args, quantity);
     double sum = 0;
     for (unsigned k = threadIdx.x;; k += blockDim.x) {

@@ -75,6 +75,11 @@ struct Solution {
   RestWriter<A> rest;
 };
 
+// Return the maximum over the threads of a CTA. All threads must call this function.
+__device__ __forceinline__ double max_of_cta(WarpExchange& exchange, double x) {
+  return lanes_max(exchange.share(lanes_max(x), static_cast<double>(topk::kMinusInfinity)));
+}
+
 // Return the number of words of the map, and one word more, because bits_of() reads two words.
 FASTKD_HOST_DEVICE int64_t map_words(int64_t classes) {
   return (classes < kMapBits ? classes : kMapBits) / 32 + 2;
@@ -89,9 +94,12 @@ __device__ __forceinline__ topk::RowOptions options_of(const ForwardArgs& args, 
                : static_cast<double>(setting_of<A>(args, which, index, otherwise));
   };
   const double hard = number(kHardWeight, args.hard_weight);
-  return {number(kTemperature, args.temperature), hard,
-          number(kSoftWeight, args.soft_weight),  args.label_smoothing,
-          static_cast<double>(args.classes),      args.labels != nullptr && hard != 0};
+  return {number(kTemperature, args.temperature),
+          hard,
+          number(kSoftWeight, args.soft_weight),
+          args.label_smoothing,
+          static_cast<double>(args.classes),
+          args.labels != nullptr && (hard != 0 || args.terms != nullptr)};
 }
 
 template <class A>
@@ -206,7 +214,7 @@ __device__ __forceinline__ topk::SoftSums sum_listed(const Row& row,
   topk::SoftSums sums;
   list.for_each([&](int64_t id, double log_p) {
     sums.add(evaluate(call, s, static_cast<double>(row.student_at(id)), log_p));
-    if (call.comparison.divergence == Divergence::kSoftCrossEntropy)
+    if (call.comparison.wants_entropy)
       sums.entropy -=
           times_log(s.soft.teacher_scale * exp(log_p), log_p + s.soft.teacher_log_scale);
   });
@@ -246,18 +254,69 @@ __device__ __forceinline__ void write_list(const Row& row, const List<typename R
   });
 }
 
+// Write the loss and the terms of a row that is ignored (0) or invalid (NaN).
 template <class A>
-__device__ __forceinline__ void put_loss(const ForwardArgs& args, int64_t index, A loss) {
-  if (threadIdx.x == 0 && args.loss != nullptr) static_cast<A*>(args.loss)[index] = loss;
+__device__ __forceinline__ void put_constant(const ForwardArgs& args, int64_t index, A value) {
+  if (threadIdx.x != 0) return;
+  if (args.loss != nullptr) static_cast<A*>(args.loss)[index] = value;
+  for (int i = 0; i < kTopkTerms && args.terms != nullptr; i++)
+    static_cast<A*>(args.terms)[i * args.rows + index] = value;
 }
 
-// Run the second sweep. Then overwrite the gradients of the listed classes and of the label, and
-// write the loss.
+// Write the loss, and the terms if the call has terms. All threads of the CTA must call this
+// function, which has barriers.
 template <class Row>
-__device__ __forceinline__ void write_row(const Row& row, const List<typename Row::A>& list,
-                                          const TopkCall& call, int64_t label,
-                                          const Temperature<typename Row::A>& t,
-                                          const Solution<typename Row::A>& s) {
+__device__ __forceinline__ void write_results(const Row& row, const List<typename Row::A>& list,
+                                              const TopkCall& call, int64_t label,
+                                              const Temperature<typename Row::A>& t,
+                                              const Solution<typename Row::A>& s,
+                                              WarpExchange& exchange) {
+  using A = typename Row::A;
+  const ForwardArgs& args = call.forward.args;
+  const bool has_terms = args.terms != nullptr;
+  double offsets = 0, agreements = 0;
+  if (has_terms) {
+    // The exponentials are relative to `origin`, which may be a little below the maximum (scan()).
+    const A origin = static_cast<A>(s.summary.all.max);
+    A sum = 0, top = A(-INFINITY);
+    row.template for_chunks<true, 4>([&](const auto& chunk) {
+      // The lower bound prevents 0 * -inf.
+      chunk.for_each(-1, [&](A z, A, int) {
+        top = max_of(top, z);
+        const A offset = max_of(z - origin, kLowest<A>);
+        sum = fma_of(exp2_of(mul_of(offset, t.slope)), offset, sum);
+      });
+    });
+    double most = topk::kMinusInfinity;
+    list.for_each([&](int64_t, double log_p) { most = max_of(most, log_p); });
+    most = max_of_cta(exchange, most);
+    const double max = max_of_cta(exchange, static_cast<double>(top));
+    list.for_each([&](int64_t id, double log_p) {
+      if (log_p == most && static_cast<double>(row.student_at(id)) == max) agreements = 1;
+    });
+    offsets = exchange.sum(static_cast<double>(sum));
+    agreements = exchange.sum(agreements);
+  }
+  if (threadIdx.x != 0) return;
+  const double soft = topk::soft_term(call.comparison, s.soft, s.sums);
+  const double hard = topk::hard_term(
+      s.row, s.summary, s.row.hard ? static_cast<double>(row.student_at(label)) : 0.0);
+  if (args.loss != nullptr)
+    static_cast<A*>(args.loss)[list.index] = static_cast<A>(topk::row_loss(s.row, hard, soft));
+  if (!has_terms) return;
+  topk::for_terms(call.comparison, s.row, s.summary, s.sums, hard, soft, offsets, agreements > 0,
+                  [&](int term, double value) {
+                    static_cast<A*>(args.terms)[term * args.rows + list.index] =
+                        static_cast<A>(value);
+                  });
+}
+
+// Run the second sweep. Then overwrite the gradients of the listed classes and of the label.
+template <class Row>
+__device__ __forceinline__ void write_gradient(const Row& row, const List<typename Row::A>& list,
+                                               const TopkCall& call, int64_t label,
+                                               const Temperature<typename Row::A>& t,
+                                               const Solution<typename Row::A>& s) {
   using A = typename Row::A;
   if (call.forward.args.grad != nullptr) {
     row.template for_chunks<true, 4>([&](const auto& chunk) {
@@ -266,17 +325,12 @@ __device__ __forceinline__ void write_row(const Row& row, const List<typename Ro
       row.store(chunk, g);
     });
     __syncthreads();
-    if (threadIdx.x == 0 && s.row.hard && !s.label_is_listed)
+    if (threadIdx.x == 0 && s.gains.onehot != 0 && !s.label_is_listed)
       row.store_at(
           label, static_cast<A>(topk::label_gradient(s.row, s.summary, s.gains,
                                                      static_cast<double>(row.student_at(label)))));
     write_list(row, list, s, call, label);
   }
-  if (threadIdx.x != 0) return;
-  const double label_logit = s.row.hard ? static_cast<double>(row.student_at(label)) : 0.0;
-  put_loss(call.forward.args, list.index,
-           static_cast<A>(
-               topk::row_loss(call.comparison, s.row, s.summary, s.soft, s.sums, label_logit)));
 }
 
 template <class Row>
@@ -293,8 +347,7 @@ __device__ __forceinline__ void run_row(const Row& row, const ForwardArgs& logit
   list.for_each([&](int64_t id, double) {
     if (id < args.classes) greatest = max_of(greatest, static_cast<double>(row.student_at(id)));
   });
-  greatest =
-      lanes_max(exchange.share(lanes_max(greatest), static_cast<double>(topk::kMinusInfinity)));
+  greatest = max_of_cta(exchange, greatest);
   Rest<A> rest;
   const bool good = scan_rest<Row>(logits, index, row.place, list, map, rest, t);
   ListSums sums = sum_list(row, list, greatest, label, 1 / options_of<A>(args, index).temperature);
@@ -315,10 +368,11 @@ __device__ __forceinline__ void run_row(const Row& row, const ForwardArgs& logit
                                    exchange.sum(mine.entropy)};
     if (threadIdx.x == 0) solve(solution, call, rest, listed, gain_of(call, index, scale));
     __syncthreads();
-    return write_row(row, list, call, label, t, solution);
+    write_results(row, list, call, label, t, solution, exchange);
+    return write_gradient(row, list, call, label, t, solution);
   }
   row.fill(static_cast<A>(fill_value(RowKind::kBad)));
-  put_loss(args, index, static_cast<A>(fill_value(RowKind::kBad)));
+  put_constant(args, index, static_cast<A>(fill_value(RowKind::kBad)));
 }
 
 // Return `args` with the student as the teacher, because views need a teacher. The sparse loss does
@@ -358,7 +412,7 @@ __global__ void __launch_bounds__(kTopkThreads, 2)
       continue;
     }
     row.fill(static_cast<A>(fill_value(kind)));
-    put_loss(args, index, static_cast<A>(fill_value(kind)));
+    put_constant(args, index, static_cast<A>(fill_value(kind)));
   }
   add_up_rows<A>(call.forward, 1, exchange);
 }
@@ -395,10 +449,11 @@ cudaError_t launch_topk(TopkCall& call, const void* denominator, cudaStream_t st
 
 TopkCall call_of(const TopkArgs& args) {
   TopkCall call = {};
+  call.forward.terms = kTopkTerms;
   ForwardArgs& forward = call.forward.args;
   static_cast<Inputs&>(forward) = args;
   if (forward.group_rows <= 0) forward.group_rows = args.rows > 0 ? args.rows : 1;
-  forward.loss = args.loss, forward.stats = args.stats;
+  forward.loss = args.loss, forward.terms = args.terms, forward.stats = args.stats;
   forward.grad = args.grad, forward.grad_stride = args.grad_stride;
   forward.reduction = args.reduction, forward.scale = args.scale;
   call.log_probs = args.teacher, call.indices = args.indices, call.k = args.k;

@@ -192,8 +192,9 @@ struct FusedLoss : torch::autograd::Function<T> {
     const variable_list saved = ctx->get_saved_variables();
     const auto numbers = ctx->saved_data["numbers"].toTupleRef().elements().asArrayRef();
     Tensor factor = grad_outputs[0];
-    // With terms, only the loss, the first entry of the result, has a gradient.
-    if (ops.has_stats && numbers.back().toBool()) factor = factor.select(0, 0);
+    // With terms, only the loss, the first entry of the result, has a gradient. `with_terms` is the
+    // last argument of each loss.
+    if (numbers.back().toBool()) factor = factor.select(0, 0);
     return {gradient(ops, saved, numbers, factor, &ctx->saved_data["grad"]), Tensor()};
   }
 

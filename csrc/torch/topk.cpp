@@ -21,6 +21,7 @@ struct TopkArguments {
   Inputs settings;
   int64_t tail, estimator;
   Reducing reducing;
+  bool with_terms;
 
   explicit TopkArguments(ArgumentReader* in)
       : student(in->take<Tensor>()), indices(in->take<Tensor>()), log_probs(in->take<Tensor>()) {
@@ -29,6 +30,7 @@ struct TopkArguments {
     in->take_settings(&settings);
     in->take(&tail, &estimator);
     reducing.take_from(in);
+    in->take(&with_terms);
   }
 
   TopkCall prepare_call(const Tensor* grad) const {
@@ -65,7 +67,10 @@ Tensor forward(const TopkArguments& arguments, const Tensor* grad) {
   const Reducing& reducing = arguments.reducing;
   TopkCall topk = arguments.prepare_call(grad);
   check_reducing(reducing, topk.call, grad != nullptr);
-  const Outputs outputs = set_outputs(topk.call, reducing, 1, grad, &topk.args);
+  const int64_t fields = arguments.with_terms ? 1 + kTopkTerms : 1;
+  const Outputs outputs = set_outputs(topk.call, reducing, fields, grad, &topk.args);
+  if (arguments.with_terms)
+    topk.args.terms = static_cast<char*>(topk.args.loss) + topk.args.rows * acc_bytes(topk.args);
   backend_of(topk.call.student).topk(topk.call, topk.args, reducing, outputs);
   return outputs.out;
 }
@@ -101,11 +106,12 @@ void topk_loss_backward_(StableIValue* stack, uint64_t, uint64_t) {
   "Tensor student, Tensor indices, Tensor log_probs, Tensor? labels, Tensor? row_settings, " \
   "Tensor? denominator, float temperature, float hard_weight, float soft_weight, float "     \
   "label_smoothing, int ignore_index, int divergence, float mix, int tail, int estimator, "  \
-  "int reduction, float normalizer"
+  "int reduction, float normalizer, bool with_terms"
 
 // indices: int64 [..., k]. log_probs: acc [..., k]. row_settings: as in library.cpp, with two equal
-// temperatures for each row. The result is acc [] or [rows]. The ops are like those of library.cpp,
-// but have no stats: the backward pass reads the logits again.
+// temperatures for each row. The result is acc [] or [rows], or with terms [1 + kTopkTerms] or
+// [1 + kTopkTerms, rows]. The ops are like those of library.cpp, but have no stats: the backward
+// pass reads the logits again.
 STABLE_TORCH_LIBRARY_FRAGMENT(fastkd, m) {
   m.def("topk_loss(" FASTKD_TOPK ") -> Tensor");
   m.def("topk_loss_into(Tensor(a!) grad, " FASTKD_TOPK ") -> Tensor");

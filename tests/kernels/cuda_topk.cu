@@ -46,7 +46,7 @@ struct Row {
   bool ignored = false;
 };
 struct Reference {
-  double loss = 0;
+  double loss = 0, terms[kTopkTerms] = {};
   std::vector<double> grad;
 };
 
@@ -138,6 +138,7 @@ Reference reference_row(const Case& c, Row row) {
   const double all = log_sum(tempered);
   if (poisoned || all == -kInfinity) {
     r.loss = NAN;
+    for (double& term : r.terms) term = NAN;
     for (double& g : r.grad) g = NAN;
     return r;
   }
@@ -156,7 +157,22 @@ Reference reference_row(const Case& c, Row row) {
   const double teacher_of = adds_up ? 0 : std::log(P / (1 - p_rest));
   const bool soft = estimates ? !listed.empty() : adds_up || P > 0;
   Term sums = {0, 0};
+  double entropy = x_log_ratio(p_rest, 0, std::log(p_rest)), most = -kInfinity;
   std::vector<double> slopes(row.z.size());
+  for (size_t i = 0; i < row.ids.size(); i++)
+    if (row.ids[i] >= 0) most = std::fmax(most, row.log_p[i]);
+  for (size_t i = 0; i < row.ids.size(); i++) {
+    if (row.ids[i] < 0) continue;
+    const double log_p = row.log_p[i] - teacher_of;
+    entropy -= std::exp(log_p) * log_p;
+    if (row.log_p[i] == most && row.z[row.ids[i]] == 0) r.terms[kAgreement] = 1;
+  }
+  r.terms[kTeacherEntropy] = estimates ? NAN : entropy;
+  if (estimates) r.terms[kAgreement] = NAN;
+  for (const double z : tempered)
+    r.terms[kStudentEntropy] -= x_log_ratio(std::exp(z - all), z - all, 0);
+  if (!listed.empty()) r.terms[kStudentMass] = std::exp(log_sum(listed) - all);
+  r.terms[kTeacherMass] = P;
   for (size_t i = 0; i < row.ids.size() && soft; i++) {
     const int64_t id = row.ids[i];
     if (id < 0) continue;
@@ -175,13 +191,16 @@ Reference reference_row(const Case& c, Row row) {
     const double slope = in_rest ? share * of_rest.slope : slopes[j];
     r.grad[j] = c.soft_weight * t * (slope - (in_rest && renormalize ? 0 : q * sums.slope));
   }
+  r.terms[kSoft] = value;
   r.loss = c.soft_weight == 0 ? 0 : c.soft_weight * t * t * value;
-  if (!c.labels || c.hard_weight == 0) return r;
+  if (!c.labels) return r;
   const double lse = log_sum(row.z);
   double mean = 0;
   for (const double z : row.z) mean += (z - lse) / static_cast<double>(c.classes);
-  r.loss += c.hard_weight * ((c.smoothing == 1 ? 0 : (1 - c.smoothing) * (lse - row.z[row.label])) -
-                             (c.smoothing == 0 ? 0 : c.smoothing * mean));
+  r.terms[kHard] = (c.smoothing == 1 ? 0 : (1 - c.smoothing) * (lse - row.z[row.label])) -
+                   (c.smoothing == 0 ? 0 : c.smoothing * mean);
+  if (c.hard_weight == 0) return r;
+  r.loss += c.hard_weight * r.terms[kHard];
   for (int64_t j = 0; j < c.classes; j++)
     r.grad[j] +=
         c.hard_weight * (std::exp(row.z[j] - lse) - c.smoothing / static_cast<double>(c.classes) -
@@ -301,7 +320,8 @@ void Runner::run() {
   Buffer student(extent(student_stride) * es, c.student_offset * es);
   Buffer grad(extent(grad_stride) * es, c.grad_offset * es);
   Buffer ids(c.rows * k * 8), log_probs(c.rows * k * ea), labels(c.rows * 8), loss(c.rows * ea);
-  Buffer stats((c.rows * kStats + 1) * ea), total(ea), grad_output(c.rows * ea);
+  Buffer stats((c.rows * kStats + 1) * ea), grad_output(c.rows * ea);
+  Buffer terms(kTopkTerms * c.rows * ea), total((1 + kTopkTerms) * ea);
   Random random{static_cast<uint64_t>(c.classes * 1000003 + c.rows)};
   std::vector<Reference> want;
   int64_t counted = 0;
@@ -350,13 +370,13 @@ void Runner::run() {
   args.row_settings = c.row_settings ? settings.at() : nullptr;
   args.loss = loss.at(), args.stats = stats.at();
   args.grad = c.gradient ? grad.at() : nullptr, args.grad_stride = grad_stride;
-  // With a total, the losses of the rows are scratch memory: get the losses by a
-  // call without a total.
+  // With a total, losses and terms of the rows are scratch memory: get them by a call without a
+  // total.
   TopkArgs each_row = args;
-  each_row.reduction = Reduction::kNone, each_row.grad = nullptr;
+  each_row.reduction = Reduction::kNone, each_row.grad = nullptr, each_row.terms = terms.at();
   check(cuda::topk(each_row, nullptr, nullptr, nullptr), c.name.c_str());
   check(cudaDeviceSynchronize(), c.name.c_str());
-  loss.down();
+  loss.down(), terms.down();
   void* sum_at = c.reduction == Reduction::kNone ? nullptr : total.at();
   check(cuda::topk(args, sum_at, nullptr, nullptr), c.name.c_str());
   check(cudaDeviceSynchronize(), c.name.c_str());
@@ -377,9 +397,16 @@ void Runner::run() {
           return fail(what, r, i, g, w);
       }
   };
-  double sum = 0;
+  double sum = 0, term_sums[kTopkTerms] = {};
   for (int64_t r = 0; r < c.rows; r++) {
     sum += want[r].loss;
+    for (int i = 0; i < kTopkTerms; i++) {
+      term_sums[i] += want[r].terms[i];
+      // The accuracy of the soft term is tested by the loss.
+      const double got = load(terms.host.data(), acc, i * c.rows + r), truth = want[r].terms[i];
+      if (!close(got, truth, wide ? 1e-12 : 2e-6, wide ? 1e-11 : 5e-6))
+        fail("term", r, i, got, truth);
+    }
     const double got = load(loss.host.data(), acc, r);
     // Rounding errors of the student's probabilities change a divergence D in proportion to
     // sqrt(D), the size of its gradient. The loss of a near student is small and must still be
@@ -392,6 +419,17 @@ void Runner::run() {
   }
   if (sum_at != nullptr && !close(load(total.host.data(), acc, 0), sum * scale, 1e-6, 1e-5))
     fail("total", 0, 0, load(total.host.data(), acc, 0), sum * scale);
+  if (sum_at != nullptr) {
+    TopkArgs with_terms = args;
+    with_terms.terms = terms.at();
+    check(cuda::topk(with_terms, sum_at, nullptr, nullptr), "terms");
+    total.down();
+    for (int i = 0; i < kTopkTerms; i++) {
+      const double got = load(total.host.data(), acc, 1 + i);
+      if (!close(got, term_sums[i] * scale, 2e-6, 1e-5))
+        fail("total of a term", 0, i, got, term_sums[i] * scale);
+    }
+  }
   if (!c.gradient) return;
   check_grad(first, 1, "grad");
   check(cuda::topk(args, sum_at, nullptr, nullptr), "again");

@@ -78,6 +78,17 @@ inline void require_topk(bool ok, const char* what, const char* isa, const TopkC
   std::abort();
 }
 
+inline double number_at(const uint8_t* numbers, int64_t index, DType dtype) {
+  double value = 0;
+  float narrow = 0;
+  if (dtype == DType::kFloat64) {
+    std::memcpy(&value, numbers + index * 8, sizeof value);
+    return value;
+  }
+  std::memcpy(&narrow, numbers + index * 4, sizeof narrow);
+  return static_cast<double>(narrow);
+}
+
 inline void check_topk(Bytes& in) {
   TopkCall call(in);
   const Matrix grad(in, call.args.rows, call.args.classes, call.args.group_rows,
@@ -91,32 +102,32 @@ inline void check_topk(Bytes& in) {
     const size_t words = static_cast<size_t>(cpu::bitmap_words(call.args.classes));
     std::unique_ptr<uint64_t[]> listed(new uint64_t[words]());
     std::unique_ptr<uint8_t[]> loss(new uint8_t[bytes]()), again(new uint8_t[bytes]());
+    std::unique_ptr<uint8_t[]> terms(new uint8_t[bytes * kTopkTerms]());
     std::memset(grad.memory.get(), kGuard, static_cast<size_t>(grad.bytes));
     TopkArgs args = call.args;
-    args.loss = loss.get(), args.grad = grad.base(), args.grad_stride = grad.stride;
+    args.loss = loss.get(), args.terms = terms.get();
+    args.grad = grad.base(), args.grad_stride = grad.stride;
     const int64_t wrong = k.topk(args, 0, rows, listed.get());
     require(wrong >= -1 && wrong < rows, "the reported row does not exist");
     require(std::all_of(listed.get(), listed.get() + words, [](uint64_t w) { return w == 0; }),
             "the bitmap is not zeros");
     require(padding_is_whole(grad), "padding of the gradient was written");
     require(call.student->copy() == student && call.lists->copy() == lists, "an input was written");
-    args.grad = nullptr, args.loss = again.get();
+    args.grad = args.terms = nullptr, args.loss = again.get();
     k.topk(args, 0, rows / 2, listed.get());
     k.topk(args, rows / 2, rows, listed.get());
     require(same_numbers(loss.get(), again.get(), rows, call.acc),
-            "without a gradient the loss is another");
+            "without gradient and terms the loss is another");
     for (int64_t row = 0; row < rows; ++row) {
-      double value = 0;
-      float narrow = 0;
-      if (call.acc == DType::kFloat64) {
-        std::memcpy(&value, &loss[static_cast<size_t>(row * acc_size)], sizeof value);
-      } else {
-        std::memcpy(&narrow, &loss[static_cast<size_t>(row * acc_size)], sizeof narrow);
-        value = narrow;
-      }
+      const double value = number_at(loss.get(), row, call.acc);
       const bool ignored = call.args.labels != nullptr && call.args.labels[row] == -100;
       require(!ignored || value == 0, "the loss of an ignored row");
       require(row != wrong || std::isnan(value), "a list that is none has a loss");
+      for (int64_t term = 0; term < kTopkTerms; ++term) {
+        const double of_term = number_at(terms.get(), term * rows + row, call.acc);
+        require(!ignored || of_term == 0, "a term of an ignored row");
+        require(row != wrong || std::isnan(of_term), "a list that is none has a term");
+      }
     }
   }
 }

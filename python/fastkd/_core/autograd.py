@@ -206,8 +206,9 @@ class _FusedLoss(torch.autograd.Function):
     def backward(ctx: Any, grad_output: Tensor) -> Any:
         student, stats, *tensors = ctx.saved_tensors
         ops, grad, may_write = ctx.ops, ctx.grad, is_writable(grad_output)
-        # With terms, only the loss has a gradient; it is the first term.
-        if ops.has_stats and ctx.numbers[-1]:
+        # With terms, only the loss, the first term, has a gradient. ``with_terms`` is the last
+        # argument of each loss.
+        if ctx.numbers[-1]:
             grad_output = grad_output[0]
         uses_formula = is_formula_needed(grad_output)
         if grad is not None and not uses_formula:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fastkd import reference
-from fastkd._core import checks, dense, shapes, topk
+from fastkd._core import checks, dense, topk
 from fastkd._core.arguments import Call
 from fastkd._core.autograd import is_transformed
 from fastkd._core.dense import DIVERGENCES, KERNEL_DEVICES, MOST_TEACHERS_ON_CUDA
@@ -89,39 +89,10 @@ def compute(call: Call, with_terms: bool) -> Tensor:
 
 def _compute_sparse(call: Call, with_terms: bool) -> Tensor:
     """Compute the loss with a sparse teacher, or all its terms stacked."""
-    o, listed = call.objective, call.listed
-    assert listed is not None
-    if not topk.is_fused(call.student, o):
+    if not topk.is_fused(call.student, call.objective):
         terms = topk.compute_by_operations(call)
         return terms.stacked() if with_terms else terms.loss
-    loss = topk.compute(call)
-    if not with_terms:
-        return loss
-    with torch.no_grad():
-        student = call.student.detach()
-        # The dense op returns the cross entropy and the student's entropy. The student serves as
-        # its own teacher, because neither depends on the teacher.
-        dtype, divisor = shapes.accumulator(student), o.normalizer
-        self_only = o._replace(
-            divergence="forward_kl",
-            mix=None,
-            hard_weight=1.0,
-            soft_weight=1.0,
-            normalizer=divisor.to(dtype) if isinstance(divisor, Tensor) else divisor,
-        )
-        self_call = Call(student, (student,), call.labels, self_only, dtype)
-        _, hard, _, student_entropy, _, _ = dense.compute(self_call, True).to(call.dtype)
-        soft_only = o._replace(hard_weight=0.0, soft_weight=o.temperature**-2)
-        soft = topk.compute(call._replace(objective=soft_only))
-        valid = None if call.labels is None else call.labels != o.ignore_index
-        indices, log_probs = topk.convert_lists(call)
-        indices = reference.topk.mark_padding(indices, log_probs)
-        log_q = (student / reference.column(o.temperature)).to(call.dtype).log_softmax(-1)
-        per_row = reference.topk.describe(
-            log_q, indices, log_probs, listed.tail, listed.estimator is not None
-        )
-        rest = [reference.reduce(rows, valid, o.reduction, o.normalizer) for rows in per_row]
-    return torch.stack((loss, hard, soft, student_entropy, *rest))
+    return topk.compute(call, with_terms)
 
 
 def _compute_fused(call: Call, with_terms: bool) -> Tensor:

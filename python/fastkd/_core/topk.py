@@ -24,7 +24,7 @@ from fastkd._core.values import TAILS
 _topk_loss = torch.ops.fastkd.topk_loss.default
 _NUMBERS = (
     *("temperature", "hard_weight", "soft_weight", "label_smoothing", "ignore_index"),
-    *("divergence", "mix", "tail", "estimator", "reduction", "normalizer"),
+    *("divergence", "mix", "tail", "estimator", "reduction", "normalizer", "with_terms"),
 )
 
 
@@ -38,7 +38,9 @@ def is_fused(student: Tensor, objective: Objective) -> bool:
     return not (needs_gradient and torch.is_grad_enabled())
 
 
-def _encode_numbers(objective: Objective, tail: str, estimator: str | None) -> tuple[Any, ...]:
+def _encode_numbers(
+    objective: Objective, tail: str, estimator: str | None, with_terms: bool
+) -> tuple[Any, ...]:
     """Return the op's denominator (None if the normalizer is a number) and numbers."""
     o = objective
     is_tensor = isinstance(o.normalizer, Tensor)
@@ -54,6 +56,7 @@ def _encode_numbers(objective: Objective, tail: str, estimator: str | None) -> t
         0 if estimator is None else 1 + reference.topk.ESTIMATORS.index(estimator),
         shapes.REDUCTIONS.index(o.reduction),
         0.0 if is_tensor else o.normalizer or 0.0,
+        with_terms,
     )
 
 
@@ -64,21 +67,23 @@ def convert_lists(call: Call) -> tuple[Tensor, Tensor]:
     return to_savable(indices.long()), to_savable(log_probs.detach().to(call.dtype))
 
 
-def _make_arguments(call: Call) -> tuple[Any, ...]:
+def _make_arguments(call: Call, with_terms: bool) -> tuple[Any, ...]:
     """Return the arguments of the op (csrc/torch/topk.cpp)."""
     assert call.listed is not None
     o = call.objective
     _, row_settings = make_row_numbers(
         call, (o.temperature, o.temperature, o.hard_weight, o.soft_weight)
     )
-    numbers = _encode_numbers(o, call.listed.tail, call.listed.estimator)
+    numbers = _encode_numbers(o, call.listed.tail, call.listed.estimator, with_terms)
     return (call.student, *convert_lists(call), call.labels, row_settings, *numbers)
 
 
-def compute(call: Call) -> Tensor:
-    """Compute the loss of a checked call whose teacher is sparse, by the kernels."""
-    out: Tensor = _topk_loss(*_make_arguments(call))
-    return out.reshape(call.student.shape[:-1]) if call.objective.reduction == "none" else out
+def compute(call: Call, with_terms: bool) -> Tensor:
+    """Compute the loss with a sparse teacher, or all terms stacked, by one pass of the kernels."""
+    out: Tensor = _topk_loss(*_make_arguments(call, with_terms))
+    if call.objective.reduction == "none":
+        out = out.reshape((*out.shape[:-1], *call.student.shape[:-1]))
+    return out
 
 
 def compute_by_operations(call: Call) -> reference.Terms:
@@ -115,6 +120,7 @@ def _compute_op_by_operations(
 ) -> Tensor:
     """Compute the op's loss by differentiable PyTorch operations."""
     options = dict(zip(_NUMBERS, numbers, strict=True))
+    del options["with_terms"]
     if row_settings is not None:
         rows = row_settings.reshape(4, *student.shape[:-1])
         options.update(temperature=rows[0], hard_weight=rows[2], soft_weight=rows[3])
@@ -133,7 +139,7 @@ def prepare_call(objective: Objective, tail: str) -> Callable[..., Tensor]:
 
     No option may be a tensor.
     """
-    arguments = (None, None, None, None, None, *_encode_numbers(objective, tail, None))
+    arguments = (None, None, None, None, None, *_encode_numbers(objective, tail, None, False))
     return autograd.prepare_call("topk_loss", arguments, [0, 1, 2, 3])
 
 
@@ -143,22 +149,25 @@ autograd.register("topk_loss", strided=False, formula=_compute_op_by_operations)
 # ---- fake kernels
 
 
-def _make_fake_out(student: Tensor, log_probs: Tensor, reduction: int) -> Tensor:
+def _make_fake_out(
+    student: Tensor, log_probs: Tensor, reduction: int, _: float, with_terms: bool
+) -> Tensor:
     per_row = shapes.REDUCTIONS[reduction] == "none"
-    shape = [student.numel() // student.shape[-1]] if per_row else []
+    shape = [len(reference.Terms._fields)] if with_terms else []
+    shape += [student.numel() // student.shape[-1]] if per_row else []
     return student.new_empty(shape, dtype=torch.promote_types(log_probs.dtype, torch.float32))
 
 
 @torch.library.register_fake("fastkd::topk_loss")  # type: ignore[untyped-decorator]
 def _(student: Tensor, indices: Tensor, log_probs: Tensor, *arguments: Any) -> Tensor:
     shapes.check_devices(student, indices, log_probs, *arguments)
-    return _make_fake_out(student, log_probs, arguments[-2])
+    return _make_fake_out(student, log_probs, *arguments[-3:])
 
 
 @torch.library.register_fake("fastkd::topk_loss_into")  # type: ignore[untyped-decorator]
 def _(grad: Tensor, student: Tensor, indices: Tensor, log_probs: Tensor, *arguments: Any) -> Tensor:
     shapes.check_devices(grad, student, indices, log_probs, *arguments)
-    return _make_fake_out(student, log_probs, arguments[-2])
+    return _make_fake_out(student, log_probs, *arguments[-3:])
 
 
 @torch.library.register_fake("fastkd::topk_loss_backward_")  # type: ignore[untyped-decorator]

@@ -145,13 +145,18 @@ def entropy(log_p: Tensor) -> Tensor:
     return -log_ratio_sum(log_p.exp(), log_p, torch.zeros_like(log_p))
 
 
-def describe(
-    log_q: Tensor, indices: Tensor, log_probs: Tensor, tail: str, is_sampled: bool
+def _describe(
+    log_q: Tensor,
+    indices: Tensor,
+    log_probs: Tensor,
+    tail: str,
+    is_sampled: bool,
+    has_floor: bool,
 ) -> tuple[Tensor, ...]:
     """Return teacher_entropy, agreement, student_mass and teacher_mass of Terms for each row.
 
-    If ``is_sampled``, ``teacher_entropy`` and ``agreement`` are NaN: one class does not determine
-    them.
+    The first is the entropy of the distribution that the divergence compares. If ``is_sampled``,
+    ``teacher_entropy`` and ``agreement`` are NaN: one class does not determine them.
     """
     log_p = log_probs.masked_fill(indices < 0, -math.inf)
     places = indices.clamp(0, log_q.shape[-1] - 1)
@@ -160,12 +165,9 @@ def describe(
     if is_sampled:
         unknown = torch.full_like(teacher_mass, math.nan)
         return unknown, unknown, student_mass, teacher_mass
-    best = places.gather(-1, log_p.argmax(-1, keepdim=True))
-    agrees = log_q.gather(-1, best).squeeze(-1) == log_q.amax(-1)
-    agrees = agrees & (log_p > -math.inf).any(-1)
-    if tail != "ignore":
-        rest = (1 - teacher_mass).clamp(min=0).unsqueeze(-1)
-        log_p = _complete_teacher(log_p, rest if tail == "ghost" else torch.zeros_like(rest), tail)
+    is_best = (log_p == log_p.amax(-1, keepdim=True)) & (log_p > -math.inf)
+    agrees = (is_best & (log_q.gather(-1, places) == log_q.amax(-1, keepdim=True))).any(-1)
+    log_p, _ = distributions(log_q, indices, log_probs, tail, has_floor)
     return entropy(log_p), agrees.to(log_probs.dtype), student_mass, teacher_mass
 
 
@@ -190,8 +192,8 @@ def terms(
     """Compute the loss and its terms by differentiable PyTorch operations.
 
     Arguments are those of :func:`fastkd.loss`, and the fields of a :class:`fastkd.TopK` or
-    :class:`fastkd.Sampled`. Options that are tensors must have the dtype of ``log_probs``. The loss
-    of a row with an invalid label or list is NaN.
+    :class:`fastkd.Sampled`. Options that are tensors must have the dtype of ``log_probs``. All
+    fields of a row with an invalid label or list are NaN.
     """
     logits = student.to(log_probs.dtype)
     indices = mark_padding(indices, log_probs)
@@ -218,10 +220,15 @@ def terms(
         hard = cross_entropy(logits, index, None, label_smoothing)
         loss = loss + weighted(hard_weight, hard)
         is_valid = is_valid & in_range
-    loss = loss * torch.ones_like(loss).masked_fill(valid & ~is_valid, math.nan)
+    one_or_nan = torch.ones_like(loss).masked_fill(valid & ~is_valid, math.nan)
+    loss = loss * one_or_nan
     with torch.no_grad():
-        fields = (
-            *(loss, hard.detach(), soft.detach(), entropy(log_q)),
-            *describe(log_q, indices, log_probs, tail, estimator is not None),
+        unweighted = (
+            *(hard.detach(), soft.detach(), entropy(log_q)),
+            *_describe(
+                *(log_q, indices, log_probs, tail, estimator is not None),
+                is_infinite_without_rest(divergence, mix),
+            ),
         )
+        fields = (loss, *(field * one_or_nan for field in unweighted))
     return Terms(*(reduce(field, valid, reduction, normalizer) for field in fields))
