@@ -17,7 +17,6 @@ constexpr int kTopkThreads = 256;
 // in pieces of kMapBits classes.
 constexpr int64_t kMapBits = 1 << 18;
 
-// The kernel's arguments of a call of the sparse loss.
 struct TopkCall {
   ForwardCall forward;
   const void* log_probs;    // acc [rows, k]
@@ -75,7 +74,7 @@ struct Solution {
   RestWriter<A> rest;
 };
 
-// Return the number of words of the map, and one word more, because bits_of() reads two words.
+// Return the number of 32-bit words of the map, and one more, because bits_of() reads two words.
 FASTKD_HOST_DEVICE int64_t map_words(int64_t classes) {
   return (classes < kMapBits ? classes : kMapBits) / 32 + 2;
 }
@@ -168,7 +167,7 @@ __device__ __forceinline__ ListSums sum_list(const Row& row, const List<typename
 }
 
 // Sum up the row, and set the scales of the row's probabilities. Only one thread calls this
-// function. Each step stores its result in shared memory, because registers would spill.
+// function. Each step stores its result in `s`, in shared memory, because registers would spill.
 template <class A>
 __device__ __forceinline__ void soften(Solution<A>& s, const TopkCall& call, int64_t index,
                                        const Rest<A>& rest, const ListSums& list, double greatest) {
@@ -182,8 +181,8 @@ __device__ __forceinline__ void soften(Solution<A>& s, const TopkCall& call, int
   s.soft = topk::soften(call.comparison, s.row, s.summary);
 }
 
-// Evaluate the divergence, or the estimator, at a listed class with the logit `z`. The function is
-// not inlined, because the function is called twice and is most of the kernel's code.
+// Evaluate the divergence, or the estimator, at a listed class with the logit `z`. The function has
+// two callers and most of the kernel's code, so it is not inlined.
 template <class A>
 __device__ __attribute__((noinline)) Evaluated<double> evaluate(const TopkCall& call,
                                                                 const Solution<A>& s, double z,
@@ -228,7 +227,6 @@ __device__ __forceinline__ void solve(Solution<A>& s, const TopkCall& call, cons
   s.rest = RestWriter<A>(s.gains, rest);
 }
 
-// Write the listed classes' gradients.
 template <class Row>
 __device__ __forceinline__ void write_list(const Row& row, const List<typename Row::A>& list,
                                            const Solution<typename Row::A>& s, const TopkCall& call,
@@ -251,8 +249,8 @@ __device__ __forceinline__ void put_loss(const ForwardArgs& args, int64_t index,
   if (threadIdx.x == 0 && args.loss != nullptr) static_cast<A*>(args.loss)[index] = loss;
 }
 
-// Run the second sweep. Then overwrite the gradients of the listed classes and of the label, and
-// write the loss.
+// Run the second sweep, overwrite the gradients of the listed classes and of the label, and write
+// the loss.
 template <class Row>
 __device__ __forceinline__ void write_row(const Row& row, const List<typename Row::A>& list,
                                           const TopkCall& call, int64_t label,
@@ -365,7 +363,6 @@ __global__ void __launch_bounds__(kTopkThreads, 2)
 
 namespace {
 
-// Compute the rows, and the total over the rows if the call has one.
 template <class Row>
 cudaError_t launch_view(const TopkCall& call, cudaStream_t stream) {
   const ForwardArgs& args = call.forward.args;

@@ -1,9 +1,8 @@
 // Conversion of logits between the stored dtype and the compute type: single elements, and vectors
-// of 16 bytes. Vectors are the widest loads of a thread. The formulas of docs/maths.md (sections 2,
-// 3 and 10) are in writer.cuh and general.cuh.
+// of 16 bytes, the widest loads of a thread.
 //
-// At most 7 elements lie before a row's first aligned vector, and at most 7 after the last. Each of
-// these elements is computed alone, by one thread.
+// At most 7 elements lie before a row's first aligned vector, and at most 7 after the last vector.
+// One thread computes each of these elements.
 #pragma once
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -101,7 +100,6 @@ __device__ __forceinline__ void with_dtype(DType dtype, Fn&& fn) {
       return fn(float());
   }
 }
-// Load one element of any dtype.
 template <class A>
 __device__ __forceinline__ A load_any(const void* p, DType dtype, int64_t i) {
   A x;
