@@ -51,8 +51,8 @@ enum Stat : int {
   // teacher if the row is well separated (cpu/row.h), else 0.
   kMeanLogRatio = kClassCount,
 };
-// The sums of kDecoupled leave the label out. Maximum and scales are 0 if the label is the only
-// class.
+// The sums of kDecoupled leave the label out. Maximum and scales are 0 if all other classes are
+// masked.
 
 // Strides of rows, which come in groups of `group_rows`: rows of a group are `row` elements apart,
 // and groups are `group` elements apart. Most tensors have one group. logits[:, :-1] of a batch of
@@ -84,7 +84,7 @@ struct Inputs {
   RowStrides teacher_stride;
   DType teacher_dtype = DType::kFloat32;
 
-  const int64_t* labels = nullptr;  // [rows], or null: no hard term and no masked rows
+  const int64_t* labels = nullptr;  // [rows], or null: no hard term and no ignored rows
 
   // Settings of each row, acc [kRowSettings, rows], which replace the four numbers below; or null.
   // If the two temperatures below are equal, the two temperatures of each row must be equal as
@@ -100,7 +100,7 @@ struct Inputs {
   Divergence divergence = Divergence::kForwardKL;
   double mix = 0.5;  // parameter of some divergences
 };
-// Without labels, rows of kDecoupled have the results of rows whose labels are out of range.
+// Without labels, kDecoupled gives NaN, as for labels out of range.
 
 // A forward call with its outputs. A label out of range makes the row's loss and gradient NaN.
 struct ForwardArgs : Inputs {
@@ -137,16 +137,16 @@ struct MixtureArgs;  // mixture.h
 
 namespace cpu {
 
-// Most classes of a segment. Longer rows are divided into segments, whose sums are merged in order.
-// Several threads can then share one row, and the result does not depend on the number of threads
-// (docs/maths.md, section 9).
+// Greatest number of classes of a segment. Longer rows are divided into segments, whose sums are
+// merged in order. Several threads can then share one row, and the result does not depend on the
+// number of threads (docs/maths.md, section 9).
 constexpr int64_t kSegment = 32768;
 
-// Most classes of a row that uses the transposed layout, one row per SIMD lane. A row whose classes
-// are not adjacent uses that layout at any length, and a row computed in fp64 never. The layout
-// saves each row's padded last step and separate logarithms, but several rows of many classes do
-// not fit in L1. That layout saves 11 % of the time at 128 classes, and costs 6 % at 160 (Zen 4,
-// 2026-11-28).
+// Greatest number of classes of a row that uses the transposed layout, one row per SIMD lane. Rows
+// whose classes are not adjacent always use that layout, and rows computed in fp64 never. The
+// layout saves each row's padded last step and separate logarithms, but many classes of several
+// rows do not fit in L1. The layout saves 11 % of the time at 128 classes, and costs 6 % at 160
+// (Zen 4, 2026-11-28).
 constexpr int64_t kNarrow = 144;
 
 FASTKD_HOST_DEVICE bool has_apart_classes(const Inputs& in) {
@@ -216,8 +216,8 @@ struct Kernels {
 // is that of forward(), so that the bits are equal.
 Sums total(const Sums* of_segments, int64_t segments);
 
-// Return the best kernels that this processor can run, or the kernels that FASTKD_CPU_CAPABILITY
-// names.
+// Return the kernels that select() or FASTKD_CPU_CAPABILITY named, or else the best kernels that
+// this processor can run.
 const Kernels& kernels();
 // Return the kernels that this processor can run, best first, null-terminated.
 const Kernels* const* available();
@@ -243,8 +243,8 @@ int forward(const ForwardArgs& args, void* total, const void* denominator, void*
 
 // Compute backward. `filled`: args.grad already holds the gradient for grad_output = 1, as forward
 // wrote it. The kernel reads grad_output and returns at once if grad_output is 1. Otherwise 16-bit
-// gradients are recomputed from the logits. The second rounding of scaling is then avoided, and so
-// is fp16 underflow before a loss scale is applied. fp32 and fp64 gradients are scaled, and so are
+// gradients are recomputed from the logits, so that they are rounded once, and do not underflow in
+// fp16 before a loss scale is applied. fp32 and fp64 gradients are scaled in place, and so are
 // gradients that overwrote the student (args.grad == args.student).
 int backward(const BackwardArgs& args, bool filled, void* stream);
 

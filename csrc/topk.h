@@ -34,7 +34,7 @@ struct TopkArgs : Inputs {
   double scale = 1.0;
   const void* grad_output =
       nullptr;  // acc, one number, or [rows] when `grad_output_per_row`; null: 1
-  bool grad_output_per_row = false;  // true if grad_output has one number for each row
+  bool grad_output_per_row = false;
 };
 
 // Greatest valid sum of a row's listed probabilities. Rounding 16-bit log-probabilities changes the

@@ -92,8 +92,7 @@ struct Exponential {
   T least;  // least logit - max: below, the result is 0, because the exponent would wrap around
   T coefficient[P::kCoefficients];
 
-  // Set the constants. `scale` must be at least 0. A scale above 1 is allowed only for exponents of
-  // at most 0.
+  // `scale` must be at least 0, and at most 1 unless all exponents are at most 0.
   Exponential(T factor, T max, double scale)
       : factor(factor),
         max(max),

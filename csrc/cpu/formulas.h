@@ -18,7 +18,6 @@ FASTKD_HOST_DEVICE auto finite(V x) {
   return x - x == V{};
 }
 
-// Return x rounded to T.
 template <class T, class V>
 FASTKD_HOST_DEVICE V rounded(V x) {
   return static_cast<V>(static_cast<T>(x));
@@ -54,7 +53,6 @@ struct Scales {
            finite(student_mean) & finite(teacher_mean);
   }
 
-  // Convert to numbers of type W.
   template <class W>
   Scales<W> as() const {
     const auto to = [](V x) { return static_cast<W>(x); };
@@ -126,7 +124,7 @@ FASTKD_HOST_DEVICE auto are_apart(V student_max, V teacher_max, V temperature) {
 // Constants from which the sweeps after the first form d = log p - log q of a class:
 //   d = ((w - teacher_base) * temperature_ratio - (z - student_base)) * inverse_temperature
 //       - log_ratio
-// For divergences that compare logits, d is the logits' difference, and log_ratio is 0.
+// For divergences that compare logits, d is the difference of the tempered logits: log_ratio is 0.
 template <class V>
 struct LogRatio {
   V inverse_temperature;                  // reciprocal of the temperature of the student
@@ -185,7 +183,6 @@ FASTKD_HOST_DEVICE RowGains<V> gains_of(const Inputs& in, const Settings<V>& row
           hard * smoothing / static_cast<Scalar<V>>(in.classes)};
 }
 
-// The loss and the terms of a row.
 template <class V>
 struct Results {
   V loss, terms[kTerms];

@@ -37,9 +37,9 @@ struct Row : Settings<double> {
   State state = State::kNormal;
   int64_t label = -1;
   int64_t left_out = -1;  // the label, if the sums are over the other classes (kDecoupled); else -1
-  ExpSource hard = ExpSource::kNone;  // the hard term's source in the sums
+  ExpSource hard = ExpSource::kNone;  // source of exp(z) in the sums
   ExpSource gradient_hard =
-      ExpSource::kNone;     // the source in the gradient: kNone if hard_weight is 0
+      ExpSource::kNone;     // source of exp(z) in the gradient; kNone if hard_weight is 0
   bool unit = false;        // the divergence is of unit vectors (kCosine)
   bool centered = false;    // the divergence is of centered logits (kCenteredSquaredError)
   bool of_logits = false;   // the divergence compares logits and takes no softmax
@@ -141,7 +141,6 @@ double moved_log_ratios(const Row<T>& row, const Statistics& sums, double studen
          row.teacher_rescale(sums.teacher_max, teacher_max);
 }
 
-// Add the statistics of `other` to `result`.
 template <class T>
 void merge(const Row<T>& row, const Statistics& other, Statistics* result) {
   const double student_top = std::fmax(result->student_max, other.student_max);

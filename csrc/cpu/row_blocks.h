@@ -54,7 +54,7 @@ constexpr int64_t padded(int64_t count) {
   return (count + kStep<S> - 1) / kStep<S> * kStep<S>;
 }
 
-// Read a block into `buffer`, and pad it.
+// Read a block into `buffer`, and pad the buffer with -inf.
 template <class T>
 __attribute__((noinline)) void copy_block(const Logits& logits, int64_t begin, int64_t count,
                                           T* buffer) {

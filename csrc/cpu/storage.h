@@ -120,7 +120,6 @@ int64_t convert_vectors(const From*, int64_t, To*) {
   return 0;
 }
 
-// Read `count` numbers of any type.
 template <class T>
 void read(const void* from, DType dtype, int64_t count, T* to) {
   with_type(dtype, [=](auto type) {
