@@ -98,11 +98,11 @@ struct Call {
   std::optional<Tensor> labels, row_settings;
   const MixtureArgs* mixture = nullptr;  // replaces the teacher; on CPUs, its `mixed` is set later
 
-  // Use row_settings, if there are any, for the temperatures and weights of each row.
+  // Use `settings`, if given, as the temperatures and weights of each row.
   void take_row_settings(const std::optional<Tensor>& settings);
   // Return a new contiguous tensor of acc on the student's device, of at most two dimensions.
   Tensor empty(std::initializer_list<int64_t> shape) const;
-  // Return memory for the results: `fields` numbers, each for every row or for all rows.
+  // Return memory for `fields` numbers of each row, or for `fields` totals.
   Tensor empty_out(int64_t fields, bool per_row) const;
   Tensor empty_stats() const { return empty({kStats * inputs.rows + 1}); }
 };

@@ -1,5 +1,5 @@
 // The strides of the rows of tensors, which decide whether kernels read a tensor in place or a
-// copy. docs/maths.md has no section about layouts.
+// copy.
 #pragma once
 #include <torch/csrc/stable/tensor.h>
 
