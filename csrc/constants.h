@@ -49,7 +49,6 @@ struct ConstantsOf {
   T value[kIsDouble ? 14 : 6] = {};
   T log[kIsDouble ? 14 : 5] = {};
 };
-// The constants in both compute types.
 struct Constants {
   ConstantsOf<double> wide;
   ConstantsOf<float> narrow;

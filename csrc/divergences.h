@@ -22,9 +22,9 @@ namespace fastkd {
 enum class SlopeCentering {
   kNone,     // the slope itself: S is 0
   kStudent,  // slope - q * S
-  // slope / n, and (slope - S / n) / n, where n counts the classes that student and teacher do not
-  // both mask. Classes that both mask have a value and slope of NaN, and a gradient of 0. The
-  // divergences with kMean read only the difference of two logits.
+  // kMean: slope / n. kCentered: (slope - S / n) / n. n counts the classes that student and teacher
+  // do not both mask. Classes that both mask have a value and slope of NaN, and a gradient of 0.
+  // The divergences with kMean read only the difference of two logits.
   kMean,
   kCentered,
   // (slope - u D) / |z| for Cosine, where u is the student's unit vector and D the divergence.

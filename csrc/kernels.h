@@ -208,7 +208,6 @@ struct Kernels {
   // if a class is out of range or listed twice, or if numbers are no log-probabilities. The row's
   // loss and gradient are then NaN.
   int64_t (*topk)(const TopkArgs&, int64_t begin, int64_t end, uint64_t* listed);
-  // Compute rows [begin, end) of a mixture of teachers.
   void (*mixture)(const MixtureArgs&, int64_t begin, int64_t end);
 };
 

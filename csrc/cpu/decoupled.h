@@ -42,7 +42,7 @@ FASTKD_HOST_DEVICE V mix_of(const Inputs& in, const Scales<V>& s) {
   return s.teacher_scale > 0 ? broadcast<V>(static_cast<Scalar<V>>(in.mix)) : V{};
 }
 
-// The gains of a row whose sums leave the label out.
+// Factors of the gradient of a row whose sums leave the label out.
 template <class V>
 struct LabelGains {
   V soft, rest;  // factors of slopes and of q, for classes other than the label

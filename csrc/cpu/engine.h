@@ -36,7 +36,6 @@ struct Engine : FirstSweep<T> {
     return r;
   }
 
-  // Read a block's student logits, unless the block already has them.
   template <class S>
   void read_student(const ActiveRow<T>& r, RowBlock<T, S>* b, S* buffer) const {
     if (b->z.block != nullptr) return;

@@ -22,7 +22,6 @@
 namespace fastkd::cpu::FASTKD_ISA {
 namespace {
 
-// Floating-point format of a compute type.
 template <class T>
 struct Format;
 

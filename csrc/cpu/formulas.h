@@ -23,7 +23,6 @@ FASTKD_HOST_DEVICE V rounded(V x) {
   return static_cast<V>(static_cast<T>(x));
 }
 
-// The temperatures of a row, and the weights of its two terms.
 template <class V>
 struct Settings {
   V temperature = broadcast<V>(1), teacher_temperature = broadcast<V>(1);
@@ -150,8 +149,8 @@ FASTKD_HOST_DEVICE LogRatio<V> make_log_ratio(const Settings<V>& row, const Scal
   r.inverse_temperature = rounded<T, V>(1 / row.temperature);
   r.temperature_ratio = rounded<T, V>(row.temperature / row.teacher_temperature);
   if (of_logits) {
-    // With kCenteredSquaredError, subtract the means first, because differences of large logits
-    // would lose digits.
+    // With kCenteredSquaredError, subtract the means first, so that the variance of the differences
+    // does not cancel (docs/maths.md, section 10).
     r.student_base = s.student_mean, r.teacher_base = s.teacher_mean;
     r.shifted = r.inverse_temperature > 0;
     return r;
@@ -167,7 +166,7 @@ FASTKD_HOST_DEVICE LogRatio<V> make_log_ratio(const Settings<V>& row, const Scal
 }
 
 // Factors of slopes (`soft`) and of probabilities (`hard`) in the gradient of the weighted loss.
-// The target subtracts `onehot` from the label, and `uniform` from all classes.
+// The gradient of the label is less by `onehot`, and that of every class less by `uniform`.
 template <class V>
 struct RowGains {
   V soft, hard, onehot, uniform;

@@ -1,5 +1,5 @@
-// Explicit SIMD registers for the loops over classes, which decide the speed. Compilers would keep
-// sums over lanes in memory, and would not use a register as a lookup table
+// Explicit SIMD registers for the loops over classes, where most of the time is spent. Compilers
+// would keep sums over lanes in memory, and would not use a register as a lookup table
 // (docs/performance-log.md). Exponentials are computed as in docs/maths.md, section 4.
 #pragma once
 #include <cstdint>
@@ -123,7 +123,6 @@ FASTKD_HOST_DEVICE int64_t place_of(int64_t index, int64_t width) {
   return sizeof(S) == sizeof(BFloat16) ? index / 2 + index % 2 * (width / 2) : index;
 }
 
-// Load a step of numbers into registers, or store registers to a step.
 template <int64_t kWidth, class S, class T>
 FASTKD_HOST_DEVICE void load(const S* step, T otherwise, Register<T>* to) {
   FASTKD_UNROLL

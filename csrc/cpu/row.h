@@ -26,10 +26,9 @@ inline bool is_even_jsd(const Inputs& in) {
 inline bool may_be_well_separated(const Inputs& in) {
   return is_mean_log_ratio(in.divergence) || is_even_jsd(in);
 }
-// A row is well separated if its forward KL is at least kWellSeparated nats and at most kGreatest
-// nats. Masks make the forward KL larger, infinite or NaN. The forward KL is a sum of two parts
-// (mean_of()), and is also at least kShare of the second part, a logarithm, because rounding costs
-// up to 4e-7 of a part.
+// A row is well separated if its forward KL is at least kWellSeparated nats and below kGreatest
+// nats. The forward KL must also be at least kShare of the logarithm in mean_of(), because rounding
+// costs up to 4e-7 of that logarithm. Masks make the forward KL larger, infinite or NaN.
 constexpr double kWellSeparated = 0.05, kShare = 0.1, kGreatest = 1e4;
 
 template <class T>
@@ -44,9 +43,9 @@ struct Row : Settings<double> {
   bool centered = false;    // the divergence is of centered logits (kCenteredSquaredError)
   bool of_logits = false;   // the divergence compares logits and takes no softmax
   bool log_ratios = false;  // the first sweep sums log ratios to find well-separated rows
-  T factor = 0;             // factor of the student's tempered exponential
-  T teacher_factor = 0;     // factor of the teacher's tempered exponential
-  T hard_factor = 0;        // factor of the exponential exp(z)
+  T factor = 0;             // log2(e) / t, the factor of the student's exponents
+  T teacher_factor = 0;     // log2(e) over the teacher's temperature
+  T hard_factor = 0;        // log2(e), the factor of exponents at temperature 1
   int power = 0;            // exp(z) = exp(z / t)^power; 0 if kSeparate
 
   // Return the factor for a sum of exponentials, tempered or not, whose maximum changes from `from`
@@ -178,7 +177,7 @@ inline void add(const Sums& other, Sums* result) {
   result->agreement += other.agreement;
 }
 
-// Set the inverse norms. The function is not inlined, because most divergences need no norms.
+// The function is not inlined, because most divergences need no norms.
 template <class T>
 __attribute__((noinline)) void set_inverses(const Row<T>& row, const Statistics& sums,
                                             Scales<T>* s) {
@@ -188,7 +187,7 @@ __attribute__((noinline)) void set_inverses(const Row<T>& row, const Statistics&
   s->teacher_inverse = inverses.teacher;
   s->zero_row_value = inverses.zero_row_value;
 }
-// Set the means of the logits. The function is not inlined, because most divergences need no means.
+// The function is not inlined, because most divergences need no means.
 template <class T>
 __attribute__((noinline)) void set_means(const Statistics& sums, Scales<T>* s) {
   s->student_mean = static_cast<T>(sums.student_moment / sums.student_count);

@@ -232,7 +232,6 @@ void close_row(const ForwardArgs& args, int64_t index, const Statistics* of_row,
   finish(args, row, index, statistics, make_scales(row, statistics), &sums);
 }
 
-// Return the row engine's functions as the kernels of an instruction set.
 template <class T>
 Kernels row_kernels(const char* name) {
   Kernels kernels = {};

@@ -15,7 +15,6 @@
 namespace fastkd::cpu::FASTKD_ISA {
 namespace {
 
-// bf16, which is computed in fp32.
 struct BFloat16 {
   uint16_t bits;
 };
@@ -80,7 +79,6 @@ FASTKD_HOST_DEVICE S narrow(T x) {
   }
 }
 
-// Call fn with a value of the type that `dtype` names.
 template <class Fn>
 FASTKD_HOST_DEVICE void with_type(DType dtype, Fn&& fn) {
   switch (dtype) {

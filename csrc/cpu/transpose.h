@@ -173,7 +173,7 @@ struct TileRows {
           convert_rows<0>(rows, length, tile + c * kTileRows + lane);
           continue;
         }
-        // Each class is a memory stream, which are too many streams for hardware prefetchers.
+        // Each class is a memory stream: too many streams for hardware prefetchers.
         for (int64_t i = 0; i < kTileRows && !adjacent; i += 64 / static_cast<int64_t>(sizeof(S))) {
           __builtin_prefetch(rows + kTileRows + i);
         }

@@ -76,7 +76,7 @@ struct TransposedEngine {
   // element per row.
   int64_t first = 0, count = 0, lane = 0;
   Settings<V> settings;
-  V factor, teacher_factor;  // factors of the exponentials
+  V factor, teacher_factor;  // factors of the exponents, as in Row (row.h)
   V gain;
   Integer<V> label;  // the label's class, or -1
   Mask<V> computed;

@@ -1,8 +1,8 @@
-// The kernels of backward, which write the gradient for a grad_output. They recompute the gradient
-// from the row statistics that forward stored, to equal bits. If forward has written an fp32 or
-// fp64 gradient, or a gradient over the student, the kernels scale that gradient in place. If
-// forward has written the gradient and grad_output is 1, the kernels return at once. Derivations:
-// docs/maths.md, sections 2, 3, 7 and 8.
+// The kernels of backward, which write the gradient for a grad_output. The kernels recompute the
+// gradient from the row statistics that forward stored, to equal bits. If forward has written an
+// fp32 or fp64 gradient, or a gradient over the student, the kernels scale that gradient in place.
+// If forward has written the gradient and grad_output is 1, the kernels return at once.
+// Derivations: docs/maths.md, sections 2, 3, 7 and 8.
 #include "launch.h"
 #include "sweeps.cuh"
 

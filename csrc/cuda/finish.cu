@@ -7,8 +7,8 @@ namespace fastkd::cuda {
 namespace {
 
 constexpr int kThreads = 256;
-// Greatest number of labels for which every CTA of the rows' kernel counts all labels. Above this
-// number, count_kernel counts them.
+// Greatest number of labels for which every CTA of the rows' kernel counts all labels. If there are
+// more labels, count_kernel counts the labels.
 constexpr int64_t kCountInside = 2048;
 constexpr int kCountCtas = 64;
 

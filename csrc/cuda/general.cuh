@@ -211,9 +211,10 @@ struct alignas(16) GeneralWriter : Writer<A> {
     return divergence == Divergence::kDecoupled ? this->label : Base::at_label(g);
   }
 
-  // Add the label to `sums` and `log_sum`, which cover the other classes (kDecoupled). sums.value
-  // becomes the divergence, and `cross_entropy` that of the label. `z`: the label's logit, which
-  // the gradient may have overwritten in memory. Only one thread of a row calls this function.
+  // Add the label to `sums` and `log_sum`, which cover the other classes (kDecoupled). Set
+  // sums.value to the divergence, and `cross_entropy` to the label's cross entropy. `z`: the
+  // label's logit, which the gradient may have overwritten in memory. Only one thread of a row
+  // calls this function.
   __device__ __forceinline__ void include_label(const Inputs& in, int64_t row, A z, A& log_sum,
                                                 A& cross_entropy, Sums<A>& sums) const {
     if (divergence != Divergence::kDecoupled) return;

@@ -39,8 +39,8 @@ bool is_strided(const Args& args) {
 
 constexpr int kStridedThreads = 256;
 constexpr int64_t kMostRows = (int64_t(1) << 31) - 1;  // the greatest int
-// Return `error`, and clear the runtime's copy of it, so that later calls of the process do not
-// report the error again.
+// Return `error`, and clear the error that the runtime keeps, so that later calls of the process do
+// not report the error again.
 int clear_error(cudaError_t error);
 
 // Set `processors` to the number of streaming multiprocessors (SMs) of the current device.

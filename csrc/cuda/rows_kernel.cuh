@@ -164,7 +164,7 @@ template <class Row, class Fn>
 cudaError_t with_writer(const ForwardArgs& args, Fn&& fn) {
   using A = typename Row::A;
   if (!is_hot(args)) return fn(TypeOf<GeneralWriter<A>>(), std::true_type());
-  // Calls with AnyDtypes are rare, so their kernels always have these sums.
+  // Calls with AnyDtypes are rare, so their kernels always have the sums of add_extra().
   if constexpr (Row::kHot)
     if (!wants_extra(args)) return fn(TypeOf<Writer<A>>(), std::false_type());
   return fn(TypeOf<Writer<A>>(), std::true_type());

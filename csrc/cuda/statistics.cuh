@@ -32,10 +32,10 @@ __device__ __forceinline__ bool has_moments(const Inputs& in) {
   return is_unit(in) || is_centered(in);
 }
 
-// The temperatures of a row. `power`: softmax(z) is proportional to this power of softmax(z / t),
-// which saves the third exponential. The power is 1, 2 or 4, and 0 for other temperatures. A power
-// has t times the error of exp(z / t), so it is also 0 if the hard term is the greater part of the
-// gradient. Rows without labels have no hard term, and get the cheapest power, 1.
+// The temperatures of a row. softmax(z) is proportional to softmax(z / t) to the `power`, which
+// saves the hard term's exponential. `power` is 1, 2 or 4, and 0 for other temperatures. `power` is
+// also 0 if the hard term is the greater part of the gradient, because the error of exp(z / t)
+// grows t times. Rows without labels have no hard term, and get the cheapest power, 1.
 template <class A>
 struct Temperature {
   A t, inverse;
@@ -80,8 +80,8 @@ struct Temperature {
 };
 
 // Value of the template argument kPower in loops that read Temperature::power at run time. The
-// values 0, 1, 2 and 4 make copies of the hot loops. A copy without the third exponential takes
-// 42.7 instead of 50.5 issue slots a class in bf16 (SASS of sm_90, 2026-12-01).
+// values 0, 1, 2 and 4 make copies of the hot loops. A copy without the hard term's exponential
+// takes 42.7 instead of 50.5 issue slots a class in bf16 (SASS of sm_90, 2026-12-01).
 constexpr int kAtRunTime = -1;
 
 // Return 2^x_times_log2e: a power of e = 2^(slope * x), or an exponential if the power is 0.

@@ -1,8 +1,8 @@
 // The sparse loss, computed by one CTA for each row. The first sweep sums the exponentials of the
 // classes that the teacher does not list (the rest). One thread then computes the row's constants
 // from the sums, in double. The second sweep writes the gradient of the rest to all classes. The
-// gradients of the listed classes and of the label are computed in double and overwrite that
-// result.
+// gradients of the listed classes and of the label, computed in double, then overwrite the gradient
+// of the rest.
 //
 // One kernel runs both sweeps, so that the student is read from memory once: the second sweep finds
 // the student in L2. docs/maths.md, section 13, derives the formulas, which are in csrc/topk_row.h.
@@ -13,8 +13,8 @@ namespace fastkd::cuda {
 namespace {
 
 constexpr int kTopkThreads = 256;
-// Most bits of the map of listed classes, which has one bit for each class. Longer rows are scanned
-// in pieces of kMapBits classes.
+// Greatest number of bits of the map of listed classes, which has one bit for each class. Longer
+// rows are scanned in pieces of kMapBits classes.
 constexpr int64_t kMapBits = 1 << 18;
 
 struct TopkCall {
@@ -28,7 +28,7 @@ struct TopkCall {
   int64_t k;
 };
 
-// The list of one row, divided among the threads of a CTA.
+// The teacher's list of one row, divided among the threads of a CTA.
 template <class A>
 struct List {
   const TopkCall& call;
@@ -47,7 +47,6 @@ struct List {
   }
 };
 
-// Sums over the listed classes of a row.
 struct ListSums {
   double tempered = 0, hard = 0, teacher = 0;
   double count = 0;   // number of classes

@@ -70,9 +70,9 @@ struct Vector {
 
 // The division of a row into vectors, which are aligned in memory. Short rows may have no vector.
 struct RowLayout {
-  int begin;        // first class in a vector, and number of classes before
-  int64_t vectors;  // number of vectors
-  int tail;         // number of classes after the last vector
+  int begin;  // first class in a vector, and number of classes before
+  int64_t vectors;
+  int tail;  // number of classes after the last vector
 };
 
 template <class T>
@@ -85,7 +85,6 @@ __device__ __forceinline__ RowLayout row_layout(const T* row, int64_t classes) {
   return {begin, vectors, static_cast<int>(classes - begin - vectors * kElements)};
 }
 
-// Call fn with a value of the type that `dtype` names.
 template <class Fn>
 __device__ __forceinline__ void with_dtype(DType dtype, Fn&& fn) {
   switch (dtype) {

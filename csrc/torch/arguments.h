@@ -59,13 +59,11 @@ void return_results(StableIValue* stack, const Results&... results) {
   ((*stack++ = torch::stable::detail::from(results)), ...);
 }
 
-// The reduction of the losses of rows.
 struct Reducing {
   Reduction reduction;
   double normalizer;                  // divisor of the mean, if positive
   std::optional<Tensor> denominator;  // divisor of the mean: acc, one number on the inputs' device
 
-  // Read the arguments `reduction` and `normalizer`.
   void take_from(ArgumentReader* reader) {
     reduction = checked_enum(reader->take<int64_t>(), Reduction::kMean, "reduction");
     normalizer = reader->take<double>();

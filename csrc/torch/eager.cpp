@@ -38,7 +38,6 @@ c10::OperatorHandle find_op(const std::string& name) {
   return c10::Dispatcher::singleton().findSchemaOrThrow(("fastkd::" + name).c_str(), "");
 }
 
-// A loss and the ops of its gradient.
 struct Ops {
   enum class Kind { kNumber, kNumbers, kTensor, kTensors };
 

@@ -11,7 +11,6 @@ namespace fastkd::glue {
 
 using torch::stable::Tensor;
 
-// The strides of the rows of student, teacher and gradient.
 struct Layout {
   int64_t group_rows = 1;
   RowStrides student, teacher, grad;

@@ -311,8 +311,8 @@ void pixels(bool brief) {
     with(", terms and smoothing", [](Case& c) {
       c.student_pad = 3, c.teacher_pad = 1, c.student_offset = 1, c.terms = true, c.smoothing = 0.1;
     });
-    // With one class the gradient is the rounding error of the weights, which these settings make
-    // many times larger.
+    // With one class the gradient is the rounding error of the weights, which row_settings would
+    // make many times larger.
     with(", bad label, settings of rows",
          [](Case& c) { c.bad_label = true, c.row_settings = c.classes > 1; });
     with(", in place", [](Case& c) { c.in_place = true, c.student_pad = 5; });

@@ -26,7 +26,7 @@ inline Real x_log(Real x, Real y, Real z) {
 // other classes.
 struct Decoupled {
   Real odds;
-  std::vector<Real> log;  // no entry for the label
+  std::vector<Real> log;  // -inf for the label
 
   Decoupled(const std::vector<double>& logits, Real t, int64_t label) {
     const Real infinity = HUGE_VALL;
