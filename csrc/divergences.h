@@ -325,8 +325,8 @@ FASTKD_HOST_DEVICE bool is_one_sweep(Divergence id) {
          id == Divergence::kDecoupled;
 }
 
-// Return true for the reverse KL, whose value is the sum of its slopes. Near 0, where the slopes
-// cancel, the classes' values are summed in the sweep that writes the gradient.
+// Return true for the reverse KL, whose value is the sum of its slopes. If the sum is near 0, the
+// slopes cancel, and the CPU kernels sum the classes' values while they write the gradient.
 FASTKD_HOST_DEVICE bool is_reverse(Divergence id) { return id == Divergence::kReverseKL; }
 
 FASTKD_HOST_DEVICE SlopeCentering centering_of(Divergence id) {

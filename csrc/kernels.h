@@ -28,8 +28,8 @@ enum Term : int { kHard, kSoft, kStudentEntropy, kTeacherEntropy, kAgreement, kT
 enum RowSetting : int { kTemperature, kTeacherTemperature, kHardWeight, kSoftWeight, kRowSettings };
 
 // The rows of `stats`: the numbers of a row from which backward recomputes the gradient, bit for
-// bit. z and w are the student's and the teacher's logits, and t is the temperature of the logits
-// it divides.
+// bit. z and w are the student's and the teacher's logits. t is the student's temperature under z,
+// and the teacher's under w.
 enum Stat : int {
   kStudentMax,    // max z
   kStudentScale,  // 1 / sum exp((z - max z) / t)
@@ -51,8 +51,8 @@ enum Stat : int {
   // teacher if the row is well separated (cpu/row.h), else 0.
   kMeanLogRatio = kClassCount,
 };
-// The sums of kDecoupled leave the label out. Maximum and scales are 0 if all other classes are
-// masked.
+// With kDecoupled the sums leave the label out. Maximum and scales are 0 if all classes but the
+// label are masked.
 
 // Strides of rows, which come in groups of `group_rows`: rows of a group are `row` elements apart,
 // and groups are `group` elements apart. Most tensors have one group. logits[:, :-1] of a batch of
@@ -164,7 +164,7 @@ struct Statistics {
   // else 0.
   double student_label = 0, teacher_label = 0;
   // kCosine: the sums of z^2 and w^2. kCenteredSquaredError: the sums of z and w over the classes
-  // that are not masked, and the numbers of these classes. All divergences but these two: 0.
+  // that are not masked, and the numbers of these classes. Other divergences: 0.
   double student_moment = 0, teacher_moment = 0;
   double student_count = 0, teacher_count = 0;
   // The sum over classes of exp((w - max w) / t) times the difference (w - max w) - (z - max z).

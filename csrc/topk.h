@@ -27,7 +27,7 @@ struct TopkArgs : Inputs {
   Estimator estimator = Estimator::kNone;  // a value but kNone needs k = 1, and no tail
 
   void* loss = nullptr;   // acc [rows], weighted, not yet divided by any denominator; or null
-  void* stats = nullptr;  // on CUDA acc [kStats, rows], then the scale, which alone is written
+  void* stats = nullptr;  // CUDA only: acc [kStats, rows], not written, then the scale
   void* grad = nullptr;   // [rows, classes] in the student's dtype, or null; not the student itself
   RowStrides grad_stride;
   Reduction reduction = Reduction::kMean;  // `reduction` and `scale` are as in ForwardArgs
@@ -37,8 +37,8 @@ struct TopkArgs : Inputs {
   bool grad_output_per_row = false;
 };
 
-// Greatest valid sum of a row's listed probabilities. Rounding 16-bit log-probabilities changes the
-// sum by several percent.
+// Greatest valid sum of a row's listed probabilities. Rounding log-probabilities to 16 bits changes
+// the sum by several percent.
 constexpr double kMostMass = 1.1;
 
 namespace cpu {

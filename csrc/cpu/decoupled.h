@@ -88,7 +88,8 @@ FASTKD_HOST_DEVICE V log_sum(const Scales<V>& s, V others) {
   return (odds.log > 0 ? label : others) + log1p_of(odds.minor);
 }
 
-// Add the label to `sums`, which cover the other classes. sums->value becomes the divergence.
+// Add the label to `sums`, which cover the classes other than the label. sums->value becomes the
+// divergence.
 template <class V, class Sums>
 FASTKD_HOST_DEVICE void include_label(const Inputs& in, const Settings<V>& row, const Scales<V>& s,
                                       const LogRatio<V>& ratio, Sums* sums) {

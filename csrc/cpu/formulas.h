@@ -1,6 +1,6 @@
-// The formulas that are computed once per row, between the sweeps over the classes. These formulas
-// give the scales, the constants of log(p / q), the factors of the gradient's terms, and loss and
-// terms (docs/maths.md, sections 1 to 3, 7 and 10).
+// The formulas that are computed once per row, between the sweeps over the classes: scales,
+// constants of log(p / q), factors of the gradient's terms, loss and terms (docs/maths.md, sections
+// 1 to 3, 7 and 10).
 //
 // The row engine (rows.h) and the transposed engine (transposed_engine.h) share the formulas. In
 // the row engine V is double, and results are rounded to the compute type T. In the transposed

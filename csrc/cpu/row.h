@@ -109,8 +109,8 @@ Row<T> make_row(const Inputs& in, int64_t index, bool terms) {
   if (decoupled && row.state == State::kNormal) row.left_out = row.label;
   if (row.hard_weight == 0 && !terms) return row;
   row.hard = ExpSource::kSeparate;
-  // A power has t times the error of exp(z / t), which is too great in fp64, and also if the hard
-  // term is the greater part of the gradient.
+  // A power multiplies the error of exp(z / t) by t. This error is too great in fp64, and if the
+  // hard term is the greater part of the gradient.
   const double t = row.temperature;
   const bool precise = row.hard_weight <= row.soft_weight * t || t == 1;
   if (sizeof(T) == sizeof(float) && precise && (t == 1 || t == 2 || t == 4)) {
@@ -209,8 +209,8 @@ T mean_of(const Row<T>& row, const Statistics& sums) {
   return is_separated ? static_cast<T>(mean) : T(0);
 }
 
-// Return the scales of a row. The function is not inlined: GCC 12 vectorizes the callers'
-// conversions to fp32 and back, and drops the rounding between. Backward reads rounded numbers.
+// Return the scales of a row. The function is not inlined, because GCC 12 vectorizes the callers'
+// conversions to fp32 and back, and then omits the rounding. Backward reads rounded numbers.
 template <class T>
 __attribute__((noinline)) Scales<T> make_scales(const Row<T>& row, const Statistics& sums) {
   Scales<T> s = scales_of<T>(sums, row.hard != ExpSource::kNone, row.left_out >= 0);
@@ -229,8 +229,8 @@ LogRatio<T> make_log_ratio(const Row<T>& row, const Scales<T>& s) {
 }
 
 // Return true if reverse_of() can form the reverse KL from the sum of its slopes: the sum is well
-// above 0, and d is unshifted. The sum has the rounding of log_ratio, which all d have in common;
-// reverse_of() subtracts that rounding.
+// above 0, and d is unshifted. The sum contains the rounding error of log_ratio, which reverse_of()
+// subtracts.
 template <class T>
 bool is_sum_of_slopes(const LogRatio<T>& ratio, T slope) {
   return !ratio.shifted && slope >= static_cast<T>(kWellSeparated);

@@ -3,7 +3,7 @@
 //
 // The engine evaluates formulas.h, decoupled.h and divergences.h with registers as numbers
 // (docs/maths.md, sections 1 to 3, 7 and 10). In the row engine, a row of ten classes would fill
-// less than one vector, and three logarithms, scales and factors per row would take most of the
+// less than one vector. The formulas of each row, with three logarithms, would take most of the
 // time.
 //
 // A tile of rows is copied to the transposed layout (transpose.h), where all sweeps find the tile

@@ -34,8 +34,8 @@ __device__ __forceinline__ bool has_moments(const Inputs& in) {
 
 // The temperatures of a row. softmax(z) is proportional to softmax(z / t) to the `power`, which
 // saves the hard term's exponential. `power` is 1, 2 or 4, and 0 for other temperatures. `power` is
-// also 0 if the hard term is the greater part of the gradient, because the error of exp(z / t)
-// grows t times. Rows without labels have no hard term, and get the cheapest power, 1.
+// also 0 if the hard term is the greater part of the gradient, because the power multiplies the
+// error of exp(z / t) by t. Rows without labels have no hard term, and get the cheapest power, 1.
 template <class A>
 struct Temperature {
   A t, inverse;

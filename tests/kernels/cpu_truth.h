@@ -74,7 +74,8 @@ Soft decoupled(const std::vector<Real>& log_p, const std::vector<Real>& log_q, s
   return soft;
 }
 
-// Compute 1 minus the cosine of the tempered logits, without classes that student and teacher mask.
+// Compute 1 minus the cosine of the tempered logits, without the classes that student and teacher
+// both mask.
 Soft cosine(std::vector<Real> w, std::vector<Real> z) {
   Real dot = 0, student = 0, teacher = 0;
   for (size_t i = 0; i < z.size(); ++i) {

@@ -172,7 +172,7 @@ void decoupled(bool brief) {
         change(c);
         test(c, name);
       };
-      // The data types alternate, and the options below change with them.
+      // `turn` alternates data types and options.
       for (const auto& above : pairs)
         with("dkd, far label", [&](Case& c) {
           c.above = above[0], c.teacher_above = above[1];
