@@ -47,7 +47,7 @@ struct Engine : FirstSweep<T> {
     b->w = fetch(teacher_of(in, r.index), b->at, b->classes, buffer, r.row.left_out);
   }
 
-  // Return true if the sweep after the first sums more than the divergence.
+  // Return true if add_extras() has sums to add.
   bool has_extras() const {
     return terms || in.label_smoothing != 0 || in.divergence == Divergence::kSoftCrossEntropy;
   }

@@ -13,8 +13,8 @@
 namespace fastkd::glue {
 namespace {
 
-// Return the least number of rows that a thread should compute. A row has costs besides its
-// classes, which count as up to 160 classes.
+// Return the least number of rows that a thread should compute. The formula counts a row's costs
+// besides its classes as up to 160 more classes.
 int64_t grain_rows(int64_t classes) {
   constexpr int64_t kGrain = 16384;
   return std::max<int64_t>(1, kGrain / std::min(classes + 160, 5 * classes / 2 + 12));

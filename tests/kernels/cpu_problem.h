@@ -205,7 +205,7 @@ void check_stats(Data& data, const std::vector<Truth>& truths) {
     for (int64_t i = 0; i < data.problem.classes; ++i) {
       if (counts(i)) max = std::max(max, static_cast<Real>(data.teacher.get(r, i)));
     }
-    if (max == -kInf) max = 0;  // the label is the only class
+    if (max == -kInf) max = 0;  // all classes but the label are masked
     for (int64_t i = 0; i < data.problem.classes; ++i) {
       if (counts(i)) sum += std::exp((data.teacher.get(r, i) - max) / data.temperature_of(r));
     }
