@@ -139,7 +139,7 @@ void write(const T* from, DType dtype, int64_t count, void* to) {
   });
 }
 
-// Copy a bf16 block: bf16 blocks hold bf16 tensors only.
+// bf16 blocks need no conversion: they hold bf16 tensors only.
 inline void read(const void* from, DType, int64_t count, BFloat16* to) {
   std::memcpy(to, from, static_cast<size_t>(count) * sizeof(BFloat16));
 }

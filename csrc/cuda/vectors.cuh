@@ -70,7 +70,7 @@ struct Vector {
 
 // The division of a row into vectors, which are aligned in memory. Short rows may have no vector.
 struct RowLayout {
-  int begin;  // first class in a vector, and number of classes before
+  int begin;  // number of classes before the first vector
   int64_t vectors;
   int tail;  // number of classes after the last vector
 };
