@@ -88,7 +88,7 @@ struct Exponential {
   using P = Polynomial<T>;
   T factor;
   T max;
-  T least;  // if logit - max is below, the result is 0: the exponent would wrap around
+  T least;  // if logit - max < least, the result is 0, because the exponent would wrap around
   T coefficient[P::kCoefficients];
 
   // `scale` must be at least 0, and at most 1 unless all exponents are at most 0.

@@ -112,7 +112,8 @@ struct Call {
 Call prepare(const Tensor& student, const Tensor& teacher, const std::optional<Tensor>& labels,
              const Inputs& settings, bool strided, const Tensor* grad);
 
-// The result `out`, and `rows`, the losses of all rows. With reduction none, both are one tensor.
+// The op's result `out`, and the losses and terms of all rows, `rows`. With reduction none, `out`
+// and `rows` are one tensor.
 struct Outputs {
   Tensor out, rows;
 };

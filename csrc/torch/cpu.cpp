@@ -106,8 +106,8 @@ void add_up(const Inputs& inputs, const Outputs& outputs, double scale) {
   in_double(inputs) ? of_type(0.0) : of_type(0.0f);
 }
 
-// Greatest number of logits in a thread's buffer for a mixture of teachers, which should stay in
-// L2. If a row has more logits, the buffer holds one row.
+// Greatest number of mixed logits in a thread's buffer, which should stay in L2. The buffer holds
+// at least one row.
 constexpr int64_t kMixedClasses = 65536;
 constexpr int64_t kTile = 64;  // number of rows: a multiple of the transposed engine's tiles
 
