@@ -117,8 +117,7 @@ struct ForwardArgs : Inputs {
   // CUDA takes the factor from `denominator`, or counts the rows that are not ignored.
   Reduction reduction = Reduction::kMean;
   double scale = 1.0;
-  // A factor of the gradient besides `scale`, on the CPU only: the grad_output that backward would
-  // be called with.
+  // CPU only: the grad_output of backward, as a factor of the gradient besides `scale`.
   double grad_output = 1.0;
 };
 

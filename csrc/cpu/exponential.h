@@ -30,8 +30,8 @@ struct Format<float> {
   using Bits = uint32_t;
   static constexpr int kMantissa = 23;
   static constexpr float kMinExponent = -126.0f;
-  // Adding this number leaves the nearest integer in the low bits. The x86 baseline lacks a
-  // rounding instruction.
+  // Adding this number rounds to the nearest integer, which is then in the low bits. The x86
+  // baseline lacks a rounding instruction.
   static constexpr float kRound = 12582912.0f;  // 1.5 * 2^23
 };
 
