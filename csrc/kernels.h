@@ -28,8 +28,8 @@ enum Term : int { kHard, kSoft, kStudentEntropy, kTeacherEntropy, kAgreement, kT
 enum RowSetting : int { kTemperature, kTeacherTemperature, kHardWeight, kSoftWeight, kRowSettings };
 
 // The rows of `stats`: the numbers of a row from which backward recomputes the gradient, bit for
-// bit. z and w are the student's and the teacher's logits. t is the student's temperature under z,
-// and the teacher's under w.
+// bit. z and w are the student's and the teacher's logits. t is the student's temperature for z,
+// and the teacher's temperature for w.
 enum Stat : int {
   kStudentMax,    // max z
   kStudentScale,  // 1 / sum exp((z - max z) / t)
