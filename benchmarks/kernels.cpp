@@ -27,7 +27,7 @@ struct Way {
   const char* name;
   Divergence divergence;
   bool gradient, half;
-  double noise;  // of the student's logits, beside the teacher's
+  double noise;  // standard deviation of student - teacher
 };
 
 constexpr Shape kShapes[] = {{64, 128}, {32, 200}, {8, 1000}, {4, 4096}, {2, 32000}, {16, 128256}};
@@ -42,7 +42,7 @@ constexpr Way kWays[] = {
 };
 constexpr double kT = 4.0, kAlpha = 0.1, kSeconds = 0.15;
 
-// Truncate numbers to bf16: return the upper half of each.
+// Return the numbers truncated to bf16.
 std::vector<uint16_t> halves(const std::vector<float>& values) {
   std::vector<uint16_t> result(values.size());
   for (size_t i = 0; i < values.size(); ++i) {

@@ -1,6 +1,5 @@
-// The names of the divergences, and the constants of the formulas in divergences.h. The constants
-// are computed once a call, because all rows share the constants (docs/maths.md, sections 3 and
-// 10).
+// The names of the divergences, and the constants of the formulas in divergences.h. All rows of a
+// call share the constants, so a call computes them once (docs/maths.md, sections 3 and 10).
 #pragma once
 #include <cmath>
 #include <cstdint>
@@ -37,7 +36,7 @@ constexpr const char* kDivergenceNames[kDivergences] = {"forward_kl",
                                                         "dkd",
                                                         "cosine"};
 
-// Constants of a divergence, in the compute type T. All classes share the constants.
+// Constants of a divergence, in the compute type T.
 template <class T>
 struct ConstantsOf {
   static constexpr bool kIsDouble = sizeof(T) == sizeof(double);
@@ -50,7 +49,6 @@ struct ConstantsOf {
   T value[kIsDouble ? 14 : 6] = {};
   T log[kIsDouble ? 14 : 5] = {};
 };
-// Constants for both compute types; made once a call.
 struct Constants {
   ConstantsOf<double> wide;
   ConstantsOf<float> narrow;

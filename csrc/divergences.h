@@ -22,9 +22,9 @@ namespace fastkd {
 enum class SlopeCentering {
   kNone,     // the slope itself: S is 0
   kStudent,  // slope - q * S
-  // slope / n, and (slope - S / n) / n, where n counts the classes that student and teacher do not
-  // both mask. Classes that both mask have a value and slope of NaN, and a gradient of 0. The
-  // divergences with kMean read only the difference of two logits.
+  // kMean: slope / n. kCentered: (slope - S / n) / n. n counts the classes that student and teacher
+  // do not both mask. Classes that both mask have a value and slope of NaN, and a gradient of 0.
+  // The divergences with kMean read only the difference of two logits.
   kMean,
   kCentered,
   // (slope - u D) / |z| for Cosine, where u is the student's unit vector and D the divergence.
@@ -325,8 +325,8 @@ FASTKD_HOST_DEVICE bool is_one_sweep(Divergence id) {
          id == Divergence::kDecoupled;
 }
 
-// Return true for the reverse KL, whose value is the sum of its slopes. Near 0, where the slopes
-// cancel, the classes' values are summed in the sweep that writes the gradient.
+// Return true for the reverse KL, whose value is the sum of its slopes. If the sum is near 0, the
+// slopes cancel, and the CPU kernels sum the classes' values while they write the gradient.
 FASTKD_HOST_DEVICE bool is_reverse(Divergence id) { return id == Divergence::kReverseKL; }
 
 FASTKD_HOST_DEVICE SlopeCentering centering_of(Divergence id) {

@@ -28,8 +28,8 @@ enum Term : int { kHard, kSoft, kStudentEntropy, kTeacherEntropy, kAgreement, kT
 enum RowSetting : int { kTemperature, kTeacherTemperature, kHardWeight, kSoftWeight, kRowSettings };
 
 // The rows of `stats`: the numbers of a row from which backward recomputes the gradient, bit for
-// bit. z and w are the student's and the teacher's logits, and t is the temperature of the logits
-// it divides.
+// bit. z and w are the student's and the teacher's logits. t is the student's temperature for z,
+// and the teacher's temperature for w.
 enum Stat : int {
   kStudentMax,    // max z
   kStudentScale,  // 1 / sum exp((z - max z) / t)
@@ -51,8 +51,8 @@ enum Stat : int {
   // teacher if the row is well separated (cpu/row.h), else 0.
   kMeanLogRatio = kClassCount,
 };
-// The sums of kDecoupled leave the label out. Maximum and scales are 0 if the label is the only
-// class.
+// With kDecoupled the sums leave the label out. Maximum and scales are 0 if all classes but the
+// label are masked.
 
 // Strides of rows, which come in groups of `group_rows`: rows of a group are `row` elements apart,
 // and groups are `group` elements apart. Most tensors have one group. logits[:, :-1] of a batch of
@@ -84,7 +84,7 @@ struct Inputs {
   RowStrides teacher_stride;
   DType teacher_dtype = DType::kFloat32;
 
-  const int64_t* labels = nullptr;  // [rows], or null: no hard term and no masked rows
+  const int64_t* labels = nullptr;  // [rows], or null: no hard term and no ignored rows
 
   // Settings of each row, acc [kRowSettings, rows], which replace the four numbers below; or null.
   // If the two temperatures below are equal, the two temperatures of each row must be equal as
@@ -100,7 +100,7 @@ struct Inputs {
   Divergence divergence = Divergence::kForwardKL;
   double mix = 0.5;  // parameter of some divergences
 };
-// Without labels, rows of kDecoupled have the results of rows whose labels are out of range.
+// Without labels, kDecoupled gives NaN, as for labels out of range.
 
 // A forward call with its outputs. A label out of range makes the row's loss and gradient NaN.
 struct ForwardArgs : Inputs {
@@ -117,8 +117,7 @@ struct ForwardArgs : Inputs {
   // CUDA takes the factor from `denominator`, or counts the rows that are not ignored.
   Reduction reduction = Reduction::kMean;
   double scale = 1.0;
-  // A factor of the gradient besides `scale`, on the CPU only: the grad_output that backward would
-  // be called with.
+  // CPU only: the grad_output of backward, as a factor of the gradient besides `scale`.
   double grad_output = 1.0;
 };
 
@@ -137,16 +136,16 @@ struct MixtureArgs;  // mixture.h
 
 namespace cpu {
 
-// Most classes of a segment. Longer rows are divided into segments, whose sums are merged in order.
-// Several threads can then share one row, and the result does not depend on the number of threads
-// (docs/maths.md, section 9).
+// Greatest number of classes of a segment. Longer rows are divided into segments, whose sums are
+// merged in order. Several threads can then share one row, and the result does not depend on the
+// number of threads (docs/maths.md, section 9).
 constexpr int64_t kSegment = 32768;
 
-// Most classes of a row that uses the transposed layout, one row per SIMD lane. A row whose classes
-// are not adjacent uses that layout at any length, and a row computed in fp64 never. The layout
-// saves each row's padded last step and separate logarithms, but several rows of many classes do
-// not fit in L1. That layout saves 11 % of the time at 128 classes, and costs 6 % at 160 (Zen 4,
-// 2026-11-28).
+// Greatest number of classes of a row that uses the transposed layout, one row per SIMD lane. Rows
+// whose classes are not adjacent always use that layout, and rows computed in fp64 never. The
+// layout saves each row's padded last step and separate logarithms, but many classes of several
+// rows do not fit in L1. The layout saves 11 % of the time at 128 classes, and costs 6 % at 160
+// (Zen 4, 2026-11-28).
 constexpr int64_t kNarrow = 144;
 
 FASTKD_HOST_DEVICE bool has_apart_classes(const Inputs& in) {
@@ -164,7 +163,7 @@ struct Statistics {
   // else 0.
   double student_label = 0, teacher_label = 0;
   // kCosine: the sums of z^2 and w^2. kCenteredSquaredError: the sums of z and w over the classes
-  // that are not masked, and the numbers of these classes. All divergences but these two: 0.
+  // that are not masked, and the numbers of these classes. Other divergences: 0.
   double student_moment = 0, teacher_moment = 0;
   double student_count = 0, teacher_count = 0;
   // The sum over classes of exp((w - max w) / t) times the difference (w - max w) - (z - max z).
@@ -208,7 +207,6 @@ struct Kernels {
   // if a class is out of range or listed twice, or if numbers are no log-probabilities. The row's
   // loss and gradient are then NaN.
   int64_t (*topk)(const TopkArgs&, int64_t begin, int64_t end, uint64_t* listed);
-  // Compute rows [begin, end) of a mixture of teachers.
   void (*mixture)(const MixtureArgs&, int64_t begin, int64_t end);
 };
 
@@ -216,8 +214,8 @@ struct Kernels {
 // is that of forward(), so that the bits are equal.
 Sums total(const Sums* of_segments, int64_t segments);
 
-// Return the best kernels that this processor can run, or the kernels that FASTKD_CPU_CAPABILITY
-// names.
+// Return the kernels that select() or FASTKD_CPU_CAPABILITY named, or else the best kernels that
+// this processor can run.
 const Kernels& kernels();
 // Return the kernels that this processor can run, best first, null-terminated.
 const Kernels* const* available();
@@ -243,8 +241,8 @@ int forward(const ForwardArgs& args, void* total, const void* denominator, void*
 
 // Compute backward. `filled`: args.grad already holds the gradient for grad_output = 1, as forward
 // wrote it. The kernel reads grad_output and returns at once if grad_output is 1. Otherwise 16-bit
-// gradients are recomputed from the logits. The second rounding of scaling is then avoided, and so
-// is fp16 underflow before a loss scale is applied. fp32 and fp64 gradients are scaled, and so are
+// gradients are recomputed from the logits, so that they are rounded once, and do not underflow in
+// fp16 before a loss scale is applied. fp32 and fp64 gradients are scaled in place, and so are
 // gradients that overwrote the student (args.grad == args.student).
 int backward(const BackwardArgs& args, bool filled, void* stream);
 

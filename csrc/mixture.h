@@ -17,9 +17,10 @@ struct MixedTeacher {
 };
 
 // A mixture of teachers, as logits w. With kProbs, softmax(w / temperature) is the mixture of
-// softmax(logits / teacher_temperature). If one of several teachers then has NaN, +inf or no
-// unmasked class in a row, the row becomes NaN. With kLogits, w / temperature is the weighted mean
-// of logits / teacher_temperature. Probabilities are converted to logits by the logarithm.
+// softmax(logits / teacher_temperature). With kProbs and several teachers, a row of w is NaN if the
+// row of a teacher has NaN, +inf or no unmasked class. With kLogits, w / temperature is the
+// weighted mean of logits / teacher_temperature. Probabilities are converted to logits by the
+// logarithm.
 struct MixtureArgs {
   int64_t rows = 0;
   int64_t classes = 0;

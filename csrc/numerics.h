@@ -1,5 +1,5 @@
-// The scalar arithmetic that the CPU and the CUDA engines share: f(d) = d + expm1(-d) and q - p
-// without cancellation, and logarithms. Derivations: docs/maths.md, section 3.
+// The arithmetic that the CPU and the CUDA engines share: f(d) = d + expm1(-d) and q - p without
+// cancellation, and logarithms. Derivations: docs/maths.md, section 3.
 //
 // Letters here and in all kernels:
 //   z, w   student and teacher logits of one row        q = softmax(z / t), p = softmax(w / t)

@@ -32,18 +32,18 @@ struct TopkArgs : Inputs {
 
   void* loss = nullptr;   // acc [rows], weighted, not yet divided by any denominator; or null
   void* terms = nullptr;  // acc [kTopkTerms, rows], unweighted, or null
-  void* stats = nullptr;  // on CUDA acc [kStats, rows], then the scale, which alone is written
+  void* stats = nullptr;  // CUDA only: acc [kStats, rows], not written, then the scale
   void* grad = nullptr;   // [rows, classes] in the student's dtype, or null; not the student itself
   RowStrides grad_stride;
   Reduction reduction = Reduction::kMean;  // `reduction` and `scale` are as in ForwardArgs
   double scale = 1.0;
   const void* grad_output =
       nullptr;  // acc, one number, or [rows] when `grad_output_per_row`; null: 1
-  bool grad_output_per_row = false;  // true if grad_output has one number for each row
+  bool grad_output_per_row = false;
 };
 
-// Greatest valid sum of a row's listed probabilities. Rounding 16-bit log-probabilities changes the
-// sum by several percent.
+// Greatest valid sum of a row's listed probabilities. Rounding log-probabilities to 16 bits changes
+// the sum by several percent.
 constexpr double kMostMass = 1.1;
 
 namespace cpu {

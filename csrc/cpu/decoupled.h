@@ -42,7 +42,7 @@ FASTKD_HOST_DEVICE V mix_of(const Inputs& in, const Scales<V>& s) {
   return s.teacher_scale > 0 ? broadcast<V>(static_cast<Scalar<V>>(in.mix)) : V{};
 }
 
-// The gains of a row whose sums leave the label out.
+// Factors of the gradient of a row whose sums leave the label out.
 template <class V>
 struct LabelGains {
   V soft, rest;  // factors of slopes and of q, for classes other than the label
@@ -63,8 +63,8 @@ FASTKD_HOST_DEVICE LabelGains<V> label_gains(const Inputs& in, const Settings<V>
   return {soft, -diff, s.student_scale > 0 ? rest : V{}, diff + gains.hard * over_target};
 }
 
-// Set the label's part of a row's gradient, and the change of the other classes' gradient. The
-// function is not inlined, because only kDecoupled calls the function.
+// Set the label's gradient, and the factors of the other classes' gradient. The function is not
+// inlined, because only kDecoupled calls it.
 template <class T>
 __attribute__((noinline)) void decouple(const Inputs& in, const Row<T>& row, const Scales<T>& s,
                                         double gain, Coefficients<T>* c) {
@@ -88,13 +88,14 @@ FASTKD_HOST_DEVICE V log_sum(const Scales<V>& s, V others) {
   return (odds.log > 0 ? label : others) + log1p_of(odds.minor);
 }
 
-// Add the label to `sums`, which cover the other classes. sums->value becomes the divergence.
+// Add the label to `sums`, which cover the classes other than the label. sums->value becomes the
+// divergence.
 template <class V, class Sums>
 FASTKD_HOST_DEVICE void include_label(const Inputs& in, const Settings<V>& row, const Scales<V>& s,
                                       const LogRatio<V>& ratio, Sums* sums) {
   const LabelOdds<V> odds = label_odds(row, s, ratio);
-  // The exact sum of q - p is 0. The computed sum shows the rounding error of the sums of
-  // exponentials, and so of the odds.
+  // The exact sum of q - p is 0: the computed sum is the rounding error of the odds (docs/maths.md,
+  // section 10).
   const V difference = odds.difference + log1p_of(sums->slope);
   // NaN comes from 0 * inf, and means an infinite divergence, as in results_of() (formulas.h).
   const V within = sums->value == sums->value ? sums->value : broadcast<V>(kInfinity<Scalar<V>>);

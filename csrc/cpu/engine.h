@@ -21,7 +21,7 @@ struct Engine : FirstSweep<T> {
   using FirstSweep<T>::with_storage;
 
   bool one_sweep() const { return is_one_sweep(in.divergence); }
-  // Return true if the sweep that sums slopes caches them for the sweep that centers them.
+  // Return true if the sweep that sums slopes caches the slopes for the sweep that centers slopes.
   bool caches_slopes() const { return !one_sweep() && !is_reverse(in.divergence); }
 
   // Return true if the first sweep has computed the row's value, so that the gradient is q - p
@@ -36,7 +36,6 @@ struct Engine : FirstSweep<T> {
     return r;
   }
 
-  // Read a block's student logits, unless the block already has them.
   template <class S>
   void read_student(const ActiveRow<T>& r, RowBlock<T, S>* b, S* buffer) const {
     if (b->z.block != nullptr) return;
@@ -48,11 +47,11 @@ struct Engine : FirstSweep<T> {
     b->w = fetch(teacher_of(in, r.index), b->at, b->classes, buffer, r.row.left_out);
   }
 
-  // Return true if the sweep after the first sums more than the divergence.
+  // Return true if add_extras() has sums to add.
   bool has_extras() const {
     return terms || in.label_smoothing != 0 || in.divergence == Divergence::kSoftCrossEntropy;
   }
-  // Add the label's logit, for the hard term.
+  // Add the label's part of Sums::student_logits (kernels.h), if this segment holds the label.
   void add_label_logit(const ActiveRow<T>& r, int64_t segment, Sums* sums) const {
     const int64_t begin = segment * kSegment, label = r.row.label;
     if (r.row.hard == ExpSource::kNone || !holds(begin, end_of(segment) - begin, label)) return;

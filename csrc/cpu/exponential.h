@@ -22,7 +22,6 @@
 namespace fastkd::cpu::FASTKD_ISA {
 namespace {
 
-// Floating-point format of a compute type.
 template <class T>
 struct Format;
 
@@ -31,8 +30,8 @@ struct Format<float> {
   using Bits = uint32_t;
   static constexpr int kMantissa = 23;
   static constexpr float kMinExponent = -126.0f;
-  // Adding this number leaves the nearest integer in the low bits. The x86 baseline lacks a
-  // rounding instruction.
+  // Adding this number rounds to the nearest integer, which is then in the low bits. The x86
+  // baseline lacks a rounding instruction.
   static constexpr float kRound = 12582912.0f;  // 1.5 * 2^23
 };
 
@@ -89,11 +88,10 @@ struct Exponential {
   using P = Polynomial<T>;
   T factor;
   T max;
-  T least;  // least logit - max: below, the result is 0, because the exponent would wrap around
+  T least;  // if logit - max < least, the result is 0, because the exponent would wrap around
   T coefficient[P::kCoefficients];
 
-  // Set the constants. `scale` must be at least 0. A scale above 1 is allowed only for exponents of
-  // at most 0.
+  // `scale` must be at least 0, and at most 1 unless all exponents are at most 0.
   Exponential(T factor, T max, double scale)
       : factor(factor),
         max(max),

@@ -1,6 +1,6 @@
-// The first sweep over a row: maxima and sums of exponentials, and the exponentials that later
-// sweeps use again (docs/maths.md, sections 3 and 4). This file also gives access to the logits and
-// the gradient.
+// The first sweep over a row: maxima, sums of exponentials, and a cache of the exponentials for the
+// later sweeps (docs/maths.md, sections 3 and 4). FirstSweep also accesses the logits and the
+// gradient.
 #pragma once
 #include "blocks.h"
 #include "row_blocks.h"
@@ -141,8 +141,8 @@ struct FirstSweep {
       if (row.unit || row.centered) {
         add_moments(RowBlock<T, S>{at, count, nullptr, nullptr, z, w}, row.unit, &result);
       }
-      // If the first classes are not well separated, the log ratios of the remaining classes are
-      // not worth computing.
+      // If the first block is not well separated, the row probably is not either. The sweep then
+      // sums no more log ratios.
       if (log_ratios && at == begin && at + count < end && mean_of(row, result) == 0) {
         log_ratios = false;
         result.log_ratio_sum = kNaN<double>;
@@ -166,7 +166,7 @@ struct FirstSweep {
     return result;
   }
 
-  // Write the maxima that the blocks' exponentials are relative to, as scan() does.
+  // Compute the maxima that scan_blocks() would store in a cache, for a segment without a cache.
   template <class S>
   __attribute__((noinline)) void find_maxima(const Row<T>& row, int64_t index, int64_t begin,
                                              int64_t end, double* student_max,

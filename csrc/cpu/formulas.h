@@ -1,6 +1,6 @@
-// The formulas that are computed once per row, between the sweeps over the classes. These formulas
-// give the scales, the constants of log(p / q), the factors of the gradient's terms, and loss and
-// terms (docs/maths.md, sections 1 to 3, 7 and 10).
+// The formulas that are computed once per row, between the sweeps over the classes: scales,
+// constants of log(p / q), factors of the gradient's terms, loss and terms (docs/maths.md, sections
+// 1 to 3, 7 and 10).
 //
 // The row engine (rows.h) and the transposed engine (transposed_engine.h) share the formulas. In
 // the row engine V is double, and results are rounded to the compute type T. In the transposed
@@ -18,13 +18,11 @@ FASTKD_HOST_DEVICE auto finite(V x) {
   return x - x == V{};
 }
 
-// Return x rounded to T.
 template <class T, class V>
 FASTKD_HOST_DEVICE V rounded(V x) {
   return static_cast<V>(static_cast<T>(x));
 }
 
-// The temperatures of a row, and the weights of its two terms.
 template <class V>
 struct Settings {
   V temperature = broadcast<V>(1), teacher_temperature = broadcast<V>(1);
@@ -54,7 +52,6 @@ struct Scales {
            finite(student_mean) & finite(teacher_mean);
   }
 
-  // Convert to numbers of type W.
   template <class W>
   Scales<W> as() const {
     const auto to = [](V x) { return static_cast<W>(x); };
@@ -126,7 +123,7 @@ FASTKD_HOST_DEVICE auto are_apart(V student_max, V teacher_max, V temperature) {
 // Constants from which the sweeps after the first form d = log p - log q of a class:
 //   d = ((w - teacher_base) * temperature_ratio - (z - student_base)) * inverse_temperature
 //       - log_ratio
-// For divergences that compare logits, d is the logits' difference, and log_ratio is 0.
+// For divergences that compare logits, d is the difference of the tempered logits: log_ratio is 0.
 template <class V>
 struct LogRatio {
   V inverse_temperature;                  // reciprocal of the temperature of the student
@@ -152,8 +149,8 @@ FASTKD_HOST_DEVICE LogRatio<V> make_log_ratio(const Settings<V>& row, const Scal
   r.inverse_temperature = rounded<T, V>(1 / row.temperature);
   r.temperature_ratio = rounded<T, V>(row.temperature / row.teacher_temperature);
   if (of_logits) {
-    // With kCenteredSquaredError, subtract the means first, because differences of large logits
-    // would lose digits.
+    // With kCenteredSquaredError, subtract the means first, so that the variance of the differences
+    // does not cancel (docs/maths.md, section 10).
     r.student_base = s.student_mean, r.teacher_base = s.teacher_mean;
     r.shifted = r.inverse_temperature > 0;
     return r;
@@ -169,7 +166,7 @@ FASTKD_HOST_DEVICE LogRatio<V> make_log_ratio(const Settings<V>& row, const Scal
 }
 
 // Factors of slopes (`soft`) and of probabilities (`hard`) in the gradient of the weighted loss.
-// The target subtracts `onehot` from the label, and `uniform` from all classes.
+// The gradient of the label is less by `onehot`, and that of every class less by `uniform`.
 template <class V>
 struct RowGains {
   V soft, hard, onehot, uniform;
@@ -185,7 +182,6 @@ FASTKD_HOST_DEVICE RowGains<V> gains_of(const Inputs& in, const Settings<V>& row
           hard * smoothing / static_cast<Scalar<V>>(in.classes)};
 }
 
-// The loss and the terms of a row.
 template <class V>
 struct Results {
   V loss, terms[kTerms];

@@ -1,6 +1,5 @@
-// fp64 rows whose classes are not adjacent. The row engine computes these rows from contiguous
-// copies, row by row. The transposed engine computes all rows of that layout that are not fp64. No
-// code of this file depends on the formulas of docs/maths.md.
+// Contiguous copies of fp64 rows whose classes are not adjacent, for the row engine. The transposed
+// engine computes rows of other dtypes whose classes are not adjacent.
 #pragma once
 #include <cstring>
 #include <vector>

@@ -48,10 +48,10 @@ struct WideSum {
 };
 
 // Return the sums of a block relative to the block's maximum. The powers 2^n and the parts 2^n (2^f
-// - 1) are summed separately. Powers are rounded only if they differ by a factor of 2^24, and the
-// parts are small. Runs of kRun classes are short, because the rounding of powers has a bias: half
-// a unit is mostly rounded down, and less than half a unit is lost. A logit of -inf counts as the
-// least power of two.
+// - 1) are summed separately: a sum of powers rounds only if the powers differ by a factor of 2^24,
+// and the parts are small. A run has only kRun classes, because rounding biases the sum of powers:
+// less than half a unit is lost, and half a unit is mostly rounded down. A logit of -inf counts as
+// the least power of two.
 template <ExpSource kSource>
 __attribute__((noinline)) ExponentialSums sum_precisely(const Vectors<const float>& logits,
                                                         int64_t count,

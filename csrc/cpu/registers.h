@@ -1,5 +1,5 @@
-// Explicit SIMD registers for the loops over classes, which decide the speed. Compilers would keep
-// sums over lanes in memory, and would not use a register as a lookup table
+// Explicit SIMD registers for the loops over classes, where most of the time is spent. Compilers
+// would keep sums over lanes in memory, and would not use a register as a lookup table
 // (docs/performance-log.md). Exponentials are computed as in docs/maths.md, section 4.
 #pragma once
 #include <cstdint>
@@ -91,8 +91,9 @@ FASTKD_HOST_DEVICE Register<T> splat(T x) {
 }
 
 // Return register `index` of a step of kWidth numbers; lanes beyond these numbers are `otherwise`.
-// 16-bit numbers come in pairs: all first elements, then all second elements. One shift or mask
-// extracts an element of each pair, and restoring the order would cost a permutation.
+// For 16-bit numbers, registers hold all first elements of adjacent pairs, then all second
+// elements: one shift or mask extracts the elements, and their order in memory would cost a
+// permutation.
 template <int64_t kWidth, class T>
 FASTKD_HOST_DEVICE Register<T> load_register(const T* step, int64_t index, T otherwise) {
   Register<T> numbers = splat(otherwise);
@@ -122,7 +123,6 @@ FASTKD_HOST_DEVICE int64_t place_of(int64_t index, int64_t width) {
   return sizeof(S) == sizeof(BFloat16) ? index / 2 + index % 2 * (width / 2) : index;
 }
 
-// Load a step of numbers into registers, or store registers to a step.
 template <int64_t kWidth, class S, class T>
 FASTKD_HOST_DEVICE void load(const S* step, T otherwise, Register<T>* to) {
   FASTKD_UNROLL
@@ -179,7 +179,7 @@ FASTKD_HOST_DEVICE Register<float> max(Register<float> a, Register<float> b) {
 }
 #endif
 
-// Exponential with scale 1, for a register of numbers at a time.
+// The exponential with scale 1, of a register of numbers at a time.
 template <class T>
 struct Exponentials {
   Exponential<T> one;
@@ -187,7 +187,7 @@ struct Exponentials {
 
   explicit Exponentials(const Exponential<T>& one)
       : one(one), factor(splat(one.factor)), max(splat(one.max)), least(splat(one.least)) {}
-  // Set the constants. `factor`: a factor for each lane.
+  // Set a factor for each lane, and the maximum 0.
   explicit Exponentials(Register<T> factor)
       : one(1, 0, 1), factor(factor), max{}, least(Format<T>::kMinExponent / factor) {}
 

@@ -26,10 +26,9 @@ inline bool is_even_jsd(const Inputs& in) {
 inline bool may_be_well_separated(const Inputs& in) {
   return is_mean_log_ratio(in.divergence) || is_even_jsd(in);
 }
-// A row is well separated if its forward KL is at least kWellSeparated nats and at most kGreatest
-// nats. Masks make the forward KL larger, infinite or NaN. The forward KL is a sum of two parts
-// (mean_of()), and is also at least kShare of the second part, a logarithm, because rounding costs
-// up to 4e-7 of a part.
+// A row is well separated if its forward KL is at least kWellSeparated nats and below kGreatest
+// nats. The forward KL must also be at least kShare of the logarithm in mean_of(), because rounding
+// costs up to 4e-7 of that logarithm. Masks make the forward KL larger, infinite or NaN.
 constexpr double kWellSeparated = 0.05, kShare = 0.1, kGreatest = 1e4;
 
 template <class T>
@@ -37,16 +36,16 @@ struct Row : Settings<double> {
   State state = State::kNormal;
   int64_t label = -1;
   int64_t left_out = -1;  // the label, if the sums are over the other classes (kDecoupled); else -1
-  ExpSource hard = ExpSource::kNone;  // the hard term's source in the sums
+  ExpSource hard = ExpSource::kNone;  // source of exp(z) in the sums
   ExpSource gradient_hard =
-      ExpSource::kNone;     // the source in the gradient: kNone if hard_weight is 0
+      ExpSource::kNone;     // source of exp(z) in the gradient; kNone if hard_weight is 0
   bool unit = false;        // the divergence is of unit vectors (kCosine)
   bool centered = false;    // the divergence is of centered logits (kCenteredSquaredError)
   bool of_logits = false;   // the divergence compares logits and takes no softmax
   bool log_ratios = false;  // the first sweep sums log ratios to find well-separated rows
-  T factor = 0;             // factor of the student's tempered exponential
-  T teacher_factor = 0;     // factor of the teacher's tempered exponential
-  T hard_factor = 0;        // factor of the exponential exp(z)
+  T factor = 0;             // log2(e) / t, the factor of the student's exponents
+  T teacher_factor = 0;     // log2(e) over the teacher's temperature
+  T hard_factor = 0;        // log2(e), the factor of exponents at temperature 1
   int power = 0;            // exp(z) = exp(z / t)^power; 0 if kSeparate
 
   // Return the factor for a sum of exponentials, tempered or not, whose maximum changes from `from`
@@ -110,8 +109,8 @@ Row<T> make_row(const Inputs& in, int64_t index, bool terms) {
   if (decoupled && row.state == State::kNormal) row.left_out = row.label;
   if (row.hard_weight == 0 && !terms) return row;
   row.hard = ExpSource::kSeparate;
-  // A power has t times the error of exp(z / t), which is too great in fp64, and also if the hard
-  // term is the greater part of the gradient.
+  // A power multiplies the error of exp(z / t) by t. This error is too great in fp64, and if the
+  // hard term is the greater part of the gradient.
   const double t = row.temperature;
   const bool precise = row.hard_weight <= row.soft_weight * t || t == 1;
   if (sizeof(T) == sizeof(float) && precise && (t == 1 || t == 2 || t == 4)) {
@@ -141,7 +140,6 @@ double moved_log_ratios(const Row<T>& row, const Statistics& sums, double studen
          row.teacher_rescale(sums.teacher_max, teacher_max);
 }
 
-// Add the statistics of `other` to `result`.
 template <class T>
 void merge(const Row<T>& row, const Statistics& other, Statistics* result) {
   const double student_top = std::fmax(result->student_max, other.student_max);
@@ -179,7 +177,7 @@ inline void add(const Sums& other, Sums* result) {
   result->agreement += other.agreement;
 }
 
-// Set the inverse norms. The function is not inlined, because most divergences need no norms.
+// The function is not inlined, because most divergences need no norms.
 template <class T>
 __attribute__((noinline)) void set_inverses(const Row<T>& row, const Statistics& sums,
                                             Scales<T>* s) {
@@ -189,7 +187,7 @@ __attribute__((noinline)) void set_inverses(const Row<T>& row, const Statistics&
   s->teacher_inverse = inverses.teacher;
   s->zero_row_value = inverses.zero_row_value;
 }
-// Set the means of the logits. The function is not inlined, because most divergences need no means.
+// The function is not inlined, because most divergences need no means.
 template <class T>
 __attribute__((noinline)) void set_means(const Statistics& sums, Scales<T>* s) {
   s->student_mean = static_cast<T>(sums.student_moment / sums.student_count);
@@ -211,8 +209,8 @@ T mean_of(const Row<T>& row, const Statistics& sums) {
   return is_separated ? static_cast<T>(mean) : T(0);
 }
 
-// Return the scales of a row. The function is not inlined: GCC 12 vectorizes the callers'
-// conversions to fp32 and back, and drops the rounding between. Backward reads rounded numbers.
+// Return the scales of a row. The function is not inlined, because GCC 12 vectorizes the callers'
+// conversions to fp32 and back, and then omits the rounding. Backward reads rounded numbers.
 template <class T>
 __attribute__((noinline)) Scales<T> make_scales(const Row<T>& row, const Statistics& sums) {
   Scales<T> s = scales_of<T>(sums, row.hard != ExpSource::kNone, row.left_out >= 0);
@@ -231,8 +229,8 @@ LogRatio<T> make_log_ratio(const Row<T>& row, const Scales<T>& s) {
 }
 
 // Return true if reverse_of() can form the reverse KL from the sum of its slopes: the sum is well
-// above 0, and d is unshifted. The sum has the rounding of log_ratio, which all d have in common;
-// reverse_of() subtracts that rounding.
+// above 0, and d is unshifted. The sum contains the rounding error of log_ratio, which reverse_of()
+// subtracts.
 template <class T>
 bool is_sum_of_slopes(const LogRatio<T>& ratio, T slope) {
   return !ratio.shifted && slope >= static_cast<T>(kWellSeparated);

@@ -1,6 +1,6 @@
-// The operands of a row, divided into blocks. The loops of scan.h and blocks.h read and write these
-// blocks. This file also has the cache of exponentials from the first sweep to the second. The
-// boundaries of blocks fix the order of sums (docs/maths.md, section 9).
+// The student, teacher and gradient of a row, divided into blocks, which the loops of scan.h and
+// blocks.h read and write. This file also has the cache of exponentials from the first sweep to the
+// second. The boundaries of blocks fix the order of sums (docs/maths.md, section 9).
 #pragma once
 #include <memory>
 #include <new>
@@ -25,7 +25,6 @@ FASTKD_HOST_DEVICE auto with_source(ExpSource source, Fn&& fn) {
   return fn(constant<ExpSource::kNone>);
 }
 
-// The student's or the teacher's logits of one row.
 struct Logits {
   const void* base;  // [classes]
   DType dtype;
@@ -54,7 +53,7 @@ constexpr int64_t padded(int64_t count) {
   return (count + kStep<S> - 1) / kStep<S> * kStep<S>;
 }
 
-// Read a block into `buffer`, and pad it.
+// Read a block into `buffer`, and pad the buffer with -inf.
 template <class T>
 __attribute__((noinline)) void copy_block(const Logits& logits, int64_t begin, int64_t count,
                                           T* buffer) {
@@ -122,10 +121,10 @@ FASTKD_HOST_DEVICE void for_blocks(int64_t begin, int64_t end, int64_t left_out,
   }
 }
 
-// The exponentials of both operands of a segment, cached by the first sweep for the second sweep.
-// The exponentials are relative to the greatest logit of the segment up to the end of the block.
-// The cache is empty if no memory is available, or if another call ran the first sweep. The second
-// sweep then recomputes the exponentials block by block, to equal bits.
+// The exponentials of student and teacher in a segment, cached by the first sweep for the second
+// sweep. The exponentials are relative to the greatest logit of the segment up to the end of the
+// block. The cache is empty if no memory is available, or if another call ran the first sweep. The
+// second sweep then recomputes the exponentials block by block, to equal bits.
 template <class T>
 struct SegmentCache {
   static constexpr int64_t kBlocks =

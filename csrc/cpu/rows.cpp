@@ -27,7 +27,6 @@ void backward(const BackwardArgs& args, int64_t begin, int64_t end) {
   (is_transposed(args) ? backward_transposed : row_engine(args).backward)(args, begin, end);
 }
 
-// Call the function kStep of the row engine.
 template <auto kStep, class... Rest>
 void step(const ForwardArgs& args, Rest... rest) {
   (row_engine(args).*kStep)(args, rest...);

@@ -1,7 +1,7 @@
 // The row engine: two or three sweeps over each row of student and teacher logits.
 //
-// Sweep 1 finds the maxima and the sums of exponentials, and caches the exponentials. The last
-// sweep writes the gradient. For some divergences a sweep before the last sums the slopes. The
+// The first sweep finds the maxima and the sums of exponentials, and caches the exponentials. The
+// last sweep writes the gradient. For some divergences a sweep before the last sums the slopes. The
 // later sweeps find logits and exponentials in the cache, so that they cost no further memory
 // traffic (engine.h). All sweeps work on blocks in L1 (scan.h, blocks.h). Rows are divided into
 // segments whose results are merged in a fixed order: the bits do not depend on how segments are
@@ -103,7 +103,8 @@ void write_segment(const Engine<T>& engine, ActiveRow<T>* r, int64_t segment,
   engine.fill(r->index, segment * kSegment, engine.end_of(segment), value);
 }
 
-// Return the gain, with the bits that backward_row() computes from the output of put_stats().
+// Return the gradient's factor, with the bits that backward_row() computes from put_stats()'s
+// output.
 template <class T>
 double gain_of(const ForwardArgs& args) {
   return static_cast<double>(static_cast<T>(args.scale)) * args.grad_output;
@@ -231,7 +232,6 @@ void close_row(const ForwardArgs& args, int64_t index, const Statistics* of_row,
   finish(args, row, index, statistics, make_scales(row, statistics), &sums);
 }
 
-// Return the row engine's functions as the kernels of an instruction set.
 template <class T>
 Kernels row_kernels(const char* name) {
   Kernels kernels = {};

@@ -61,10 +61,10 @@ struct ExponentialSums {
 };
 
 // The cache level of a prefetch. The loop over exponentials is bound by arithmetic, and prefetches
-// for the maximum of the next block, which is bound by memory. Each store of a gradient prefetches
-// as well. A row's last block prefetches logits that are read only after the row's second sweep.
-// The data of the second sweep fill L1, so these logits go to L2, unless logits have 16 bits. A
-// prefetch beyond the row is harmless.
+// the next block's logits for maximum(), which is bound by memory. Each store of a gradient
+// prefetches as well. A row's last block prefetches the next row's logits. The second sweep fills
+// L1 before these logits are read, so fp32 and fp64 logits go to L2. A prefetch beyond the last row
+// is harmless.
 enum class CacheLevel { kL1, kL2 };
 template <class S>
 FASTKD_HOST_DEVICE CacheLevel next_of(int64_t at, int64_t classes) {

@@ -15,7 +15,6 @@
 namespace fastkd::cpu::FASTKD_ISA {
 namespace {
 
-// bf16, which is computed in fp32.
 struct BFloat16 {
   uint16_t bits;
 };
@@ -80,7 +79,6 @@ FASTKD_HOST_DEVICE S narrow(T x) {
   }
 }
 
-// Call fn with a value of the type that `dtype` names.
 template <class Fn>
 FASTKD_HOST_DEVICE void with_type(DType dtype, Fn&& fn) {
   switch (dtype) {
@@ -120,7 +118,6 @@ int64_t convert_vectors(const From*, int64_t, To*) {
   return 0;
 }
 
-// Read `count` numbers of any type.
 template <class T>
 void read(const void* from, DType dtype, int64_t count, T* to) {
   with_type(dtype, [=](auto type) {
@@ -142,7 +139,7 @@ void write(const T* from, DType dtype, int64_t count, void* to) {
   });
 }
 
-// Copy a bf16 block: bf16 blocks hold bf16 tensors only.
+// bf16 blocks need no conversion: they hold bf16 tensors only.
 inline void read(const void* from, DType, int64_t count, BFloat16* to) {
   std::memcpy(to, from, static_cast<size_t>(count) * sizeof(BFloat16));
 }

@@ -1,9 +1,8 @@
-// The transposed layout, with the numbers of a few rows side by side, class after class. This file
-// copies tensors to that layout and back. transposed_engine.h has the arithmetic, and docs/maths.md
-// has no section about layouts.
+// The transposed layout: for each class, the numbers of 32 rows side by side. This file copies
+// tensors to that layout and back. transposed_engine.h has the arithmetic.
 //
-// If the classes of a row are adjacent, (..., C), the copy is a transposition. If rows are
-// adjacent, (N, C, H, W), the logits of 32 pixels already lie side by side.
+// If the classes of a row are adjacent, (..., C), the copy is a transposition. In (N, C, H, W), the
+// numbers of 32 rows already lie side by side.
 #pragma once
 #include <cstring>
 #include <memory>
@@ -174,7 +173,7 @@ struct TileRows {
           convert_rows<0>(rows, length, tile + c * kTileRows + lane);
           continue;
         }
-        // Each class is a separate memory stream, and hardware prefetchers follow fewer streams.
+        // Each class is a memory stream: too many streams for hardware prefetchers.
         for (int64_t i = 0; i < kTileRows && !adjacent; i += 64 / static_cast<int64_t>(sizeof(S))) {
           __builtin_prefetch(rows + kTileRows + i);
         }

@@ -2,9 +2,9 @@
 // engine computes rows of few classes, and rows whose classes are not adjacent.
 //
 // The engine evaluates formulas.h, decoupled.h and divergences.h with registers as numbers
-// (docs/maths.md, sections 1 to 3, 7 and 10). A row of ten classes fills less than one vector, and
-// the work per row (three logarithms, scales, factors) would take most of the time. The pixels of
-// (N, C, H, W) logits are adjacent, and their classes are not.
+// (docs/maths.md, sections 1 to 3, 7 and 10). In the row engine, a row of ten classes would fill
+// less than one vector. The formulas of each row, with three logarithms, would take most of the
+// time.
 //
 // A tile of rows is copied to the transposed layout (transpose.h), where all sweeps find the tile
 // in L1. scan() computes maxima and sums of exponentials, sweep() values and slopes, and center()
@@ -68,7 +68,7 @@ struct TransposedEngine {
   const bool
       decoupled;  // the sums are over the classes other than the label (kDecoupled; decoupled.h)
   const Constants constants;
-  Row<float> shared;  // settings of rows without separate settings
+  Row<float> shared;  // the settings of all rows, if the call has no row_settings
   Tile tile;
   Ahead ahead[3];  // the next tile's logits, and this tile's gradient
 
@@ -76,7 +76,7 @@ struct TransposedEngine {
   // element per row.
   int64_t first = 0, count = 0, lane = 0;
   Settings<V> settings;
-  V factor, teacher_factor;  // factors of the exponentials
+  V factor, teacher_factor;  // factors of the exponents, as in Row (row.h)
   V gain;
   Integer<V> label;  // the label's class, or -1
   Mask<V> computed;
@@ -204,7 +204,8 @@ struct TransposedEngine {
     value = slope = classes = student_entropy = teacher_entropy = agreement = V{};
   }
 
-  // Call fn(row, index of its label in the student's and teacher's logits) for rows with a label.
+  // Call fn(row, index) for the rows with a label. `index`: position of the label's logits in the
+  // tile.
   template <class Fn>
   void for_labels(Fn&& fn) const {
     for (int64_t i = 0; i < count; ++i) {
@@ -212,7 +213,7 @@ struct TransposedEngine {
     }
   }
 
-  // Return the logits of one class.
+  // Return the group's logits of class `c`.
   FASTKD_HOST_DEVICE float* student_at(int64_t c) const {
     return tile.student + c * kTileRows + lane;
   }
@@ -220,8 +221,7 @@ struct TransposedEngine {
     return tile.teacher + c * kTileRows + lane;
   }
 
-  // Compute the exponentials, given the maxima. With kSummed, add these exponentials to the member
-  // `exponentials`.
+  // Compute the exponentials from the maxima. With kSummed, also sum the exponentials.
   template <bool kSummed>
   void exponentiate(const Block& b) {
     with_source(shared.hard,
@@ -281,7 +281,7 @@ struct TransposedEngine {
     if (unit || centered) set_moments();
   }
 
-  // Add z - max z over all classes.
+  // Add z - max z over the classes of a block.
   void add_offsets(const Block& b) {
     V sum{};
     for (int64_t c = b.begin; c < b.end; ++c) {

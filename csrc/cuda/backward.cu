@@ -1,8 +1,8 @@
-// The gradient for the grad_output that backward receives. The kernels recompute the gradient, to
-// equal bits, from the row statistics that forward has stored. The stored gradient is scaled in
-// place instead if a second rounding does no harm, or if the gradient has overwritten the student.
-// Most calls have the gradient in place and a grad_output of 1: the kernels then return at once,
-// and memory is passed over once. Derivations: docs/maths.md, sections 2, 3, 7 and 8.
+// The kernels of backward, which write the gradient for a grad_output. The kernels recompute the
+// gradient from the row statistics that forward stored, to equal bits. If forward has written an
+// fp32 or fp64 gradient, or a gradient over the student, the kernels scale that gradient in place.
+// If forward has written the gradient and grad_output is 1, the kernels return at once.
+// Derivations: docs/maths.md, sections 2, 3, 7 and 8.
 #include "launch.h"
 #include "sweeps.cuh"
 
@@ -10,15 +10,14 @@ namespace fastkd::cuda {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int64_t kClassesOfPiece =
-    4096;  // least number of classes of a row's piece, if several CTAs share a row
+constexpr int64_t kClassesOfPiece = 4096;  // least classes of a CTA, if several CTAs share a row
 constexpr int64_t kMostPieces = 32768;
 
 struct BackwardCall {
   BackwardArgs args;
   bool filled;  // grad holds the gradient for grad_output = 1
-  int lanes;    // threads of a CTA that share a row: 1 or all; blockIdx.y is the piece of the row
-  Constants constants;  // constants of the divergence
+  int lanes;    // threads of a CTA that share a row: 1 or all of them
+  Constants constants;
 };
 
 template <class A>
@@ -69,8 +68,8 @@ __global__ void __launch_bounds__(kThreads, (sizeof(typename Row::A) == 8 ? 1 : 
   });
 }
 
-// Compute grad *= grad_output. Skip ignored and invalid rows, whose gradients of 0 and NaN do not
-// change.
+// Multiply grad by grad_output. Rows whose label is ignored or out of range keep the gradient 0 or
+// NaN, even if grad_output is infinite.
 template <class A>
 __global__ void __launch_bounds__(kThreads)
     rescale_kernel(const __grid_constant__ BackwardCall call) {
@@ -98,7 +97,6 @@ cudaError_t launch_pieces(void (*kernel)(BackwardCall), BackwardCall call, cudaS
   return launch(kernel, grid, kThreads, 0, stream, call);
 }
 
-// Scale the gradient in place.
 cudaError_t launch_rescale(const BackwardArgs& args, cudaStream_t stream) {
   const BackwardCall call = {args, true, 1, {}};
   return launch_pieces(computes_in_double(args.student_dtype, args.teacher_dtype)

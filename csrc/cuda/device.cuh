@@ -33,9 +33,8 @@ __device__ __forceinline__ double mul_of(double a, double b) { return __dmul_rn(
 __device__ __forceinline__ float add_of(float a, float b) { return __fadd_rn(a, b); }
 __device__ __forceinline__ double add_of(double a, double b) { return __dadd_rn(a, b); }
 __device__ __forceinline__ double reciprocal_of(double x) { return 1.0 / x; }
-// Return a / b, rounded to half a unit in the last place except in rare cases. b must be neither 0
-// nor near the ends of the range. The exact division calls a subroutine, around which registers
-// spill.
+// Return a / b, correctly rounded except in rare cases. b must be neither 0 nor near the ends of
+// float's range. An exact division would call a subroutine, around which registers spill.
 __device__ __forceinline__ float quotient_of(float a, float b) {
   float r = reciprocal_of(b);
   r = fmaf(fmaf(-b, r, 1.0f), r, r);
@@ -48,8 +47,7 @@ __device__ __forceinline__ double max_of(double a, double b) { return fmax(a, b)
 __device__ __forceinline__ float magnitude_of(float x) { return fabsf(x); }
 __device__ __forceinline__ double magnitude_of(double x) { return fabs(x); }
 
-// Return the maximum, or the sum, over each group of `kLanes` adjacent lanes. The order of a sum is
-// fixed, so that the bits do not change from run to run.
+// Return the maximum, or the sum in a fixed order, over each group of `kLanes` adjacent lanes.
 template <int kLanes = 32, class A>
 __device__ __forceinline__ A lanes_max(A x) {
 #pragma unroll
@@ -86,9 +84,8 @@ struct WarpExchange {
   __device__ __forceinline__ double sum(double x) { return lanes_sum(share(lanes_sum(x))); }
 };
 
-// Return row_offset(), computed by a 32-bit division. A 64-bit division is a call, around which
-// registers spill. 32 bits suffice, because all functions that launch kernels reject 2^31 rows or
-// more.
+// Return row_offset() by a 32-bit division, because a 64-bit division is a call, around which
+// registers spill. 32 bits hold every row below kMostRows (launch.h).
 __device__ __forceinline__ int64_t offset_of(int64_t row, int64_t group_rows, RowStrides stride) {
   if (row < group_rows) return row * stride.row;
   const uint32_t group = static_cast<uint32_t>(row) / static_cast<uint32_t>(group_rows);

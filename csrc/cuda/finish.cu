@@ -1,15 +1,14 @@
-// Kernels before and after the kernel of the rows. count_kernel and scale_kernel compute the scale
-// from the number of labels that are not ignored. finish_kernel adds up the total (docs/maths.md,
-// section 6). These kernels are separate, because the CTAs of one kernel cannot wait for each
-// other.
+// Kernels for the scale and the total of a call (docs/maths.md, section 6). count_kernel and
+// scale_kernel run before the rows' kernel, and finish_kernel runs after the rows' kernel. The
+// kernels are separate, because the CTAs of one kernel cannot wait for each other.
 #include "launch.h"
 
 namespace fastkd::cuda {
 namespace {
 
 constexpr int kThreads = 256;
-// Most labels that every CTA of the rows' kernel counts. If there are more labels, count_kernel
-// counts them.
+// Greatest number of labels for which every CTA of the rows' kernel counts all labels. If there are
+// more labels, count_kernel counts the labels.
 constexpr int64_t kCountInside = 2048;
 constexpr int kCountCtas = 64;
 

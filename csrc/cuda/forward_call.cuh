@@ -1,7 +1,7 @@
-// The arguments of the forward kernels, and the steps besides the sweeps. These steps choose the
-// rows that count, compute the scale, write a row's loss, terms and statistics, and sum the total.
-// Kernels for all layouts share these steps. Derivations: docs/maths.md, sections 1, 5 and 6.
-// numerics.h defines the letters.
+// The arguments of the forward kernels, and the functions besides the sweeps that kernels of all
+// layouts share. These functions classify rows, compute the scale, write a row's loss, terms and
+// statistics, and sum the total. Derivations: docs/maths.md, sections 1, 5 and 6. numerics.h
+// defines the letters.
 #pragma once
 #include "general.cuh"
 
@@ -10,20 +10,20 @@ namespace fastkd::cuda {
 // The source of the scale that is folded into the gradient and the total.
 enum class ScaleSource : int32_t { kArgument, kDenominator, kCount, kStats };
 
-// The kernels' arguments of a forward call.
 struct ForwardCall {
   ForwardArgs args;
   const void* denominator = nullptr;  // acc, one number
   void* total = nullptr;              // acc [quantities()], or null
   ScaleSource scale_source = ScaleSource::kArgument;
-  Constants constants;  // constants of the divergence
-  int terms = kTerms;   // rows of args.terms
+  Constants constants;
+  int terms = kTerms;  // rows of args.terms
 
   // Return the number of results of each row: the loss, and the terms if the call has terms.
   FASTKD_HOST_DEVICE int quantities() const { return args.terms == nullptr ? 1 : 1 + terms; }
 };
 
-// Return true if the sweeps sum more than loss and gradient need.
+// Return true if the sweeps also compute the sums of Writer::add_extra(), for `terms`, label
+// smoothing or the soft cross entropy.
 FASTKD_HOST_DEVICE bool wants_extra(const ForwardArgs& args) {
   return args.terms != nullptr || args.label_smoothing != 0 ||
          args.divergence == Divergence::kSoftCrossEntropy;
@@ -36,11 +36,12 @@ __device__ __forceinline__ RowKind kind_of(const Inputs& in, int64_t label) {
   if (label == in.ignore_index) return RowKind::kIgnored;
   return label < 0 || label >= in.classes ? RowKind::kBad : RowKind::kReal;
 }
-// Return the loss and gradient of a row that is ignored or invalid.
+// Return the value of loss and gradient in a row without valid results: 0 if the row is ignored,
+// else NaN.
 __device__ __forceinline__ float fill_value(RowKind kind) {
   return kind == RowKind::kIgnored ? 0.0f : NAN;
 }
-// Write the results of a row that is ignored (0) or invalid (NaN).
+// Write `value` as loss, terms and statistics of a row.
 template <class A>
 __device__ __forceinline__ void close_row_as(const ForwardArgs& args, int64_t row, A value) {
   static_cast<A*>(args.loss)[row] = value;
@@ -49,7 +50,7 @@ __device__ __forceinline__ void close_row_as(const ForwardArgs& args, int64_t ro
   for (int i = 0; i < kStats; i++) static_cast<A*>(args.stats)[i * args.rows + row] = value;
 }
 
-// Write the results of a row except the gradient. Only one thread calls this function.
+// Write a row's loss, terms and statistics. Only one thread of a row calls this function.
 template <class W, class A>
 __device__ __forceinline__ void close_row(const ForwardArgs& args, int64_t row, const W& writer,
                                           const typename W::Stats& stats, Sums<A> sums,
@@ -107,8 +108,8 @@ __device__ __forceinline__ A known_scale(const ForwardCall& call) {
     return static_cast<const A*>(call.args.stats)[kStats * call.args.rows];
   return static_cast<A>(call.args.scale);
 }
-// Return the scale, after storing the scale in `stats`. All threads of a CTA must call this
-// function.
+// Return the scale; one thread of the grid stores the scale in `stats`. All threads of a CTA must
+// call this function.
 template <class A>
 __device__ __forceinline__ A block_scale(const ForwardCall& call, WarpExchange& exchange) {
   A scale;
@@ -123,15 +124,15 @@ __device__ __forceinline__ A block_scale(const ForwardCall& call, WarpExchange& 
   return scale;
 }
 
-// Return one quantity of all rows: the losses, or one of the terms.
+// Return the losses of all rows (quantity 0), or one of the terms of all rows.
 template <class A>
 __device__ __forceinline__ A* values_of(const ForwardArgs& args, int quantity) {
   return quantity == 0 ? static_cast<A*>(args.loss)
                        : static_cast<A*>(args.terms) + (quantity - 1) * args.rows;
 }
-// Replace each value of this CTA's first row by the sum over the CTA's rows, if a total is wanted.
-// Many CTAs add up many rows faster than the single CTA of launch_finish(). The CTA computed
-// `rows_at_once` rows at a time. All threads of the CTA must call this function.
+// If a total is wanted, replace each value of this CTA's first row by the sum over the CTA's rows.
+// launch_finish() then adds the CTAs' sums. The CTA computed `rows_at_once` rows at a time. All
+// threads of the CTA must call this function.
 template <class A>
 __device__ __forceinline__ void add_up_rows(const ForwardCall& call, int rows_at_once,
                                             WarpExchange& exchange) {

@@ -1,9 +1,8 @@
 // The writer (writer.cuh) of the objectives that the hot kernels do not compute (is_hot(),
 // launch.h). The gradient of most of these objectives needs a sum of slopes. An additional sweep of
 // the same kernel computes the sum, because the row is then still in L1 or L2. The divergence is
-// selected at run time, once a chunk. One kernel for each divergence would be twenty times the
-// code, with twenty times the compile time. Derivations: docs/maths.md, sections 2 and 10.
-// numerics.h defines the letters.
+// selected at run time, once a chunk, because a kernel for each divergence would multiply code and
+// compile time. Derivations: docs/maths.md, sections 2 and 10. numerics.h defines the letters.
 #pragma once
 #include "vectors.cuh"
 #include "writer.cuh"
@@ -23,7 +22,7 @@ __device__ __attribute__((noinline)) BinaryKL<A> binary_kl_of(A teacher_log, A s
   return binary_kl(odds_of(teacher_log), odds_of(student_log), difference);
 }
 
-// The logits of a row's label; NaN if the row has no label.
+// The logits of a row's label; NaN if the row has no valid label.
 template <class A>
 struct LabelLogits {
   A student, teacher;
@@ -44,9 +43,10 @@ struct LabelLogits {
 // Statistics of a row from the general kernels' first sweep.
 template <class A>
 struct GeneralStats : RowStats<A> {
-  // 1 / |z| and 1 / |w| (kCosine), the means of z and w (kCenteredSquaredError), or the scales.
+  // 1 / |z| and 1 / |w| for kCosine, the means of z and w for kCenteredSquaredError, else the
+  // scales.
   A student_moment, teacher_moment;
-  A zero_row_value = 0;  // what a student or teacher of zeros adds to the divergence
+  A zero_row_value = 0;  // what rows of zeros add to the divergence (kCosine)
 
   GeneralStats() = default;
   __device__ __forceinline__ GeneralStats(const Inputs& in, int64_t row,
@@ -58,7 +58,7 @@ struct GeneralStats : RowStats<A> {
     if (is_centered(in)) set_means(moments);
   }
 
-  // Store the row's entry of `stats`. The moments take the place of the scales.
+  // Store the row's entry of `stats`, with the moments in place of the scales.
   __device__ __forceinline__ void store(A* stats, int64_t rows, int64_t row, A slope,
                                         A classes) const {
     RowStats<A> stored = *this;
@@ -89,8 +89,8 @@ struct GeneralStats : RowStats<A> {
   __device__ __forceinline__ void invalidate_unless(bool good) {
     if (!good) this->student_scale = student_moment = A(NAN);
   }
-  // Set maximum and scales to 0 if the sums are empty without the label. Invalidate the row if the
-  // label is then masked or not finite.
+  // Set maximum and scales to 0 if all classes but the label are masked. Invalidate the row if the
+  // label's logit is NaN or +inf, or if the label is masked as well.
   __device__ __forceinline__ void leave_out_label(const Inputs& in, int64_t row,
                                                   const Statistics<A>& statistics) {
     if (statistics.student_sum == A(0))
@@ -105,7 +105,7 @@ struct GeneralStats : RowStats<A> {
   }
 };
 
-// Call fn with the struct of a divergence, which may be Cosine.
+// Call fn as visit() (divergences.h) does, and with Cosine for kCosine.
 template <class Fn>
 __device__ __forceinline__ auto visit_general(Divergence id, Fn&& fn) {
   return id == Divergence::kCosine ? fn(Cosine{}) : visit(id, fn);
@@ -152,7 +152,7 @@ struct alignas(16) GeneralWriter : Writer<A> {
     return e;
   }
 
-  // Return value and slope of one class. For the cosine, p and q are elements of two unit vectors.
+  // Return value and slope of one class. Cosine takes elements of two unit vectors as p and q.
   template <class D>
   __device__ __forceinline__ Evaluated<A> evaluated(const Element<A>& e, A z, A w) const {
     if constexpr (D::kCentering == SlopeCentering::kUnit)
@@ -167,7 +167,7 @@ struct alignas(16) GeneralWriter : Writer<A> {
     A unused;
     const Element<A> e = element<D>(z, w, unused);
     const Evaluated<A> here = evaluated<D>(e, z, w);
-    // Classes that both sides mask count neither for a mean nor for a norm.
+    // Classes that student and teacher both mask count neither for a mean nor for a norm.
     const bool counts = !leaves_out_masked(D::kCentering) || here.slope == here.slope;
     const A summed = D::kCentering == SlopeCentering::kUnit ? here.value : here.slope;
     sums.value += counts ? here.value : A(0);
@@ -176,7 +176,7 @@ struct alignas(16) GeneralWriter : Writer<A> {
     if (extra) Base::add_extra(z, w, e.p, e.q, sums);
   }
 
-  // Set the factors that center the slopes, given the sums over all slopes. write_as() needs these
+  // Set the factors that center the slopes, from the sums over the row. write_as() needs these
   // factors.
   __device__ __forceinline__ void set_shares(const Stats& row, Sums<A>& sums) {
     sums.value += row.zero_row_value, sums.slope += row.zero_row_value;
@@ -211,9 +211,10 @@ struct alignas(16) GeneralWriter : Writer<A> {
     return divergence == Divergence::kDecoupled ? this->label : Base::at_label(g);
   }
 
-  // Add the label to `sums` and `log_sum`, which cover the other classes, and compute the label's
-  // cross entropy. sums.value becomes the divergence. `z`: the label's logit, which the gradient
-  // may have overwritten in memory. Only one thread calls this function.
+  // Add the label to `sums` and `log_sum`, which cover the other classes (kDecoupled). Set
+  // sums.value to the divergence, and `cross_entropy` to the label's cross entropy. `z`: the
+  // label's logit, which the gradient may have overwritten in memory. Only one thread of a row
+  // calls this function.
   __device__ __forceinline__ void include_label(const Inputs& in, int64_t row, A z, A& log_sum,
                                                 A& cross_entropy, Sums<A>& sums) const {
     if (divergence != Divergence::kDecoupled) return;
@@ -225,8 +226,8 @@ struct alignas(16) GeneralWriter : Writer<A> {
     sums.logits = fma_of(above, this->share, sums.logits);
 
     const A log = log_odds(z), teacher_log = teacher_log_odds(w);
-    // The exact sum of q - p is 0. The computed sum shows the rounding error of the sums of
-    // exponentials, and so of the odds.
+    // The exact sum of q - p is 0: the computed sum is the rounding error of the odds
+    // (docs/maths.md, section 10).
     const A apart = odds_difference(z, w) + log1p_of(sums.slope);
     // NaN comes from 0 * inf, and means an infinite divergence, as in close_row()
     // (forward_call.cuh).
@@ -245,9 +246,9 @@ struct alignas(16) GeneralWriter : Writer<A> {
   }
 
  private:
-  // Set the label's part of a row's gradient, and the change of the other classes' gradient.
+  // Set the label's gradient, and the factors of the other classes' gradient.
   __device__ __forceinline__ void decouple(const Inputs& in, int64_t row) {
-    // d is infinite if one side masks all classes other than the label.
+    // d is infinite if the student or the teacher masks all classes other than the label.
     if (this->stats.student_scale == A(0)) {
       this->shift = A(INFINITY);
     } else if (this->stats.teacher_scale == A(0)) {

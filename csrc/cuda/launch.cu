@@ -24,8 +24,8 @@ Args with_groups(Args args) {
   return args;
 }
 
-// Most bytes of each input in a row that one warp computes: four vectors for each lane. A CTA
-// computes longer rows.
+// Greatest size, in bytes, of a student's row that one warp computes: four vectors for each lane. A
+// CTA computes longer rows.
 constexpr int64_t kWarpBytes = 2048;
 
 cudaError_t forward_on(const ForwardArgs& args, void* total, const void* denominator,

@@ -9,14 +9,14 @@
 
 namespace fastkd::cuda {
 
-// Compute the rows of a call, and the call's total. launch_short_rows() lets some lanes of a warp
-// share a row, and launch_long_rows() a CTA. launch_strided() takes classes with any stride, and
-// one or eight threads for each row.
+// Compute the rows of a call, and the call's total. launch_short_rows() lets 8 or 32 lanes of a
+// warp share a row, and launch_long_rows() all threads of a CTA. launch_strided() accepts classes
+// of any stride, and lets one or eight threads share a row.
 cudaError_t launch_short_rows(const ForwardCall& call, cudaStream_t stream);
 cudaError_t launch_long_rows(const ForwardCall& call, cudaStream_t stream);
 cudaError_t launch_strided(const ForwardCall& call, cudaStream_t stream);
-// Choose where the kernels find the scale; count the labels in a separate kernel if there are too
-// many for every CTA to count.
+// Set where the kernels find the scale (ScaleSource). If there are too many labels for every CTA to
+// count, launch a kernel that counts the labels.
 cudaError_t launch_scale(ForwardCall& call, const void* denominator, cudaStream_t stream);
 // Write `total` from the scale in `stats` and the sums of `ctas` CTAs (add_up_rows()), each of
 // which computed `rows_at_once` rows at a time.
@@ -39,14 +39,13 @@ bool is_strided(const Args& args) {
 
 constexpr int kStridedThreads = 256;
 constexpr int64_t kMostRows = (int64_t(1) << 31) - 1;  // the greatest int
-// Return `error`, and clear the runtime's copy of it, so that later calls of the process do not
-// report the error again.
+// Return `error`, and clear the error that the runtime keeps, so that later calls of the process do
+// not report the error again.
 int clear_error(cudaError_t error);
 
 // Set `processors` to the number of streaming multiprocessors (SMs) of the current device.
 cudaError_t count_processors(int& processors);
 
-// Launch a kernel; the arguments must have exactly the types of the kernel's parameters.
 template <class... Parameters>
 cudaError_t launch(void (*kernel)(Parameters...), dim3 blocks, int threads, int shared_bytes,
                    cudaStream_t stream, const Parameters&... arguments) {

@@ -1,6 +1,6 @@
-// Kernels for long rows: a CTA for each row reads the row twice, or three times if slopes are
-// summed. The later reads hit L2 while all rows in flight fit in L2. Derivations: docs/maths.md,
-// sections 2, 3 and 10.
+// Kernels for long rows: one CTA reads a row once for each of two to four sweeps (rows_kernel.cuh).
+// The later sweeps hit L2 while all rows in flight fit in L2. Derivations: docs/maths.md, sections
+// 2, 3 and 10.
 #include "rows_kernel.cuh"
 
 namespace fastkd::cuda {

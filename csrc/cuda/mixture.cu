@@ -18,14 +18,16 @@ struct MixtureCall {
   MixedTeacher teachers[kMostTeachers];
 };
 
-// Call fn with the first class of each chunk of this thread: first, first + blockDim.x, ...
+// Call fn(first) for each chunk of this thread. A chunk has the classes first, first + blockDim.x,
+// ...
 template <class A, class Fn>
 __device__ __forceinline__ void for_chunks(int64_t classes, Fn&& fn) {
 #pragma unroll 1
   for (int64_t first = threadIdx.x; first < classes; first += kChunk<A> * blockDim.x) fn(first);
 }
 
-// Load a chunk of a teacher's logits, with -inf beyond the end of the row.
+// Load a chunk of a teacher's logits, or the logarithms of a teacher's probabilities. Classes
+// beyond the end of the row get -inf.
 template <class A>
 __device__ __forceinline__ void load_logits(const MixtureArgs& args, const MixedTeacher& teacher,
                                             int64_t row, int64_t first, A (&x)[kChunk<A>]) {
@@ -44,7 +46,8 @@ __device__ __forceinline__ void load_logits(const MixtureArgs& args, const Mixed
     if (first + i * blockDim.x < args.classes) x[i] = log_of(x[i]);
 }
 
-// The sum of exponentials, relative to the greatest logit so far. NaN makes the sum NaN.
+// A sum of exponentials, relative to the greatest logit so far. NaN among the logits makes the sum
+// NaN.
 template <class A>
 struct Sum {
   A max = kLowest<A>;
@@ -124,7 +127,7 @@ __device__ __forceinline__ void mix_chunk(const MixtureCall& call, int64_t row, 
     for (int i = 0; i < kChunk<A>; i++) {
       const A log = (x[i] - teacher.max) * factor + teacher.log_scale;
       const A top = max_of(greatest[i], log);
-      // If every teacher masks the class, its sum stays 0, and the logarithm becomes -inf.
+      // If every teacher masks the class, the class's sum stays 0, and its logarithm becomes -inf.
       const A base = top > A(-INFINITY) ? top : A(0);
       sums[i] = sums[i] * exp2_of(greatest[i] - base) + exp2_of(log - base);
       greatest[i] = top;

@@ -1,6 +1,6 @@
-// Instructions that have no CUDA C++ intrinsic: approximations of exponential and reciprocal. The
-// formulas of docs/maths.md, section 3, need exponentials of base 2 and reciprocals. Tests that run
-// the kernels on the CPU replace this file by tests/kernels/emulation/ptx.h.
+// Instructions that have no CUDA C++ intrinsic: approximations of 2^x and of reciprocals
+// (docs/maths.md, sections 3 and 4). Tests that run the kernels on the CPU replace this file by
+// tests/kernels/emulation/ptx.h.
 #pragma once
 #include <cuda_runtime.h>
 

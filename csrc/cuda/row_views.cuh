@@ -20,9 +20,8 @@ struct Constant {
   __device__ __forceinline__ constexpr operator int() const { return kCount; }
 };
 
-// The place of a thread in a CTA. The CTA computes `rows` rows at a time, and the thread works on
-// number `row`. The thread is number `part` of the `parts` threads that share the row. These
-// threads take the row's chunks in turn.
+// The place of a thread in a CTA, which computes `rows` rows at a time. The thread is number `part`
+// of the `parts` threads that share row number `row`. These threads take the row's chunks in turn.
 struct Place {
   int rows, row, part, parts;
 };
@@ -35,7 +34,7 @@ struct ChunkClasses {
   Count count;
   Step step;
 
-  // Return a class's position in the chunk, or -1. Rows have fewer than 2^31 classes.
+  // Return the label's position in the chunk, or -1. Rows have fewer than 2^31 classes.
   __device__ __forceinline__ int place_of(int64_t label) const {
     const int inside = static_cast<int>(label - first);
     if (static_cast<unsigned>(inside) >= static_cast<unsigned>(kMost * step)) return -1;
@@ -92,7 +91,7 @@ struct VectorRow {
   RowLayout layout;
   Place place;
 
-  // Set the view. `begin`, `count`: the classes of the row that the view covers.
+  // `begin`, `count`: the first class, and the number of classes, that the view covers.
   template <class Args>
   __device__ __forceinline__ VectorRow(const Args& args, int64_t row, const Place& at,
                                        int64_t begin, int64_t count)
@@ -110,7 +109,7 @@ struct VectorRow {
   __device__ __forceinline__ float student_at(int64_t i) const { return to_acc(student[i]); }
   __device__ __forceinline__ void store_at(int64_t i, float g) const { grad[i] = from_acc<T>(g); }
 
-  // Call fn with each chunk of this thread. kLast: no thread reads the classes again.
+  // Call fn with each chunk of this thread. kLast: no later sweep reads the classes.
   template <bool kLast, int kUnroll, class Fn>
   __device__ __forceinline__ void for_chunks(Fn&& fn) const {
     const auto* const students = reinterpret_cast<const uint4*>(student + layout.begin);
@@ -267,15 +266,13 @@ struct ElementRow {
     for (int64_t i = place.part; i < classes; i += place.parts) store_at(i, value);
   }
   __device__ __forceinline__ void clear() { classes = 0; }
-  // Compute grad *= factor.
   __device__ __forceinline__ void rescale(A factor) const {
     for (int64_t i = place.part; i < classes; i += place.parts)
       store_at(i, load_any<A>(grad.at(i), student_dtype, 0) * factor);
   }
 
  private:
-  // Load a chunk; classes beyond the row are 0. All loads are issued before the first value is
-  // used.
+  // Load a chunk; classes beyond the row are 0. All loads are issued before a value is used.
   template <bool kLast, class C>
   static __device__ __forceinline__ void load(const Strip& strip, DType dtype, const C& chunk,
                                               A (&x)[kChunk]) {
@@ -296,7 +293,7 @@ struct ElementRow {
 };
 
 // Return true if corresponding classes of student, teacher and gradient, all of one dtype, have
-// equal positions in vectors.
+// equal positions in 16-byte vectors.
 template <class Args>
 bool has_equal_alignment(const Args& args) {
   const auto differs = [&](const void* data, RowStrides stride) {

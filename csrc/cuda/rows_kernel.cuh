@@ -1,8 +1,8 @@
 // The forward kernel, which computes gradient, loss, terms and statistics of each row. The kernel
-// sweeps over a row twice, or three times if slopes must be summed first. The later sweeps find the
-// row in L1 or L2, so that the row is read from memory once. The kernel is a template over a view
-// of the row (row_views.cuh) and a team of threads that share the row. Derivations: docs/maths.md,
-// sections 2, 3 and 10.
+// sweeps over a row twice, and up to four times if the gradient needs a sum of slopes. The later
+// sweeps find the row in L1 or L2, so that the row is read from memory once. The kernel is a
+// template over a view of the row (row_views.cuh) and a team of threads that share the row.
+// Derivations: docs/maths.md, sections 2, 3 and 10.
 #pragma once
 #include <type_traits>
 
@@ -84,7 +84,7 @@ __device__ __forceinline__ void run_row(const ForwardCall& call, Team& team, Row
                                         typename Row::A scale) {
   using A = typename Row::A;
   const ForwardArgs& args = call.args;
-  // Compile a copy of the loops for each power, in kernels whose speed matters.
+  // Compile a copy of the loops for each power, but only in hot kernels.
   const auto with_power_of = [&](int power, auto&& fn) {
     if constexpr (Row::kHot && !W::kGeneral && !kExtra) {
       with_power(power, fn);
@@ -158,12 +158,13 @@ __global__ void __launch_bounds__(kThreads, kResident)
   add_up_rows<A>(call, team.place.rows, exchange);
 }
 
-// Call fn with the writer of a call, and with true if more than loss and gradient is summed.
+// Call fn with the writer of a call, and with std::true_type if the kernel has the sums of
+// add_extra().
 template <class Row, class Fn>
 cudaError_t with_writer(const ForwardArgs& args, Fn&& fn) {
   using A = typename Row::A;
   if (!is_hot(args)) return fn(TypeOf<GeneralWriter<A>>(), std::true_type());
-  // AnyDtypes is rare, so no kernel without the additional sums is compiled for AnyDtypes.
+  // Calls with AnyDtypes are rare, so their kernels always have the sums of add_extra().
   if constexpr (Row::kHot)
     if (!wants_extra(args)) return fn(TypeOf<Writer<A>>(), std::false_type());
   return fn(TypeOf<Writer<A>>(), std::true_type());
@@ -175,8 +176,7 @@ template <class Row, class Team, int kThreads>
 cudaError_t launch_team(const ForwardCall& call, int lanes, int threads, cudaStream_t stream) {
   return with_writer<Row>(call.args, [&](auto writer, auto extra) {
     using W = typename decltype(writer)::Type;
-    // fp64 needs twice the registers, and the sweep that sums slopes needs twice the registers as
-    // well.
+    // fp64 doubles the registers that a thread needs, and so does the sweep that sums slopes.
     constexpr bool kWide = sizeof(typename Row::A) == 8;
     constexpr int kMost = kWide || W::kGeneral ? 256 : kThreads;
     // kResident: the number of CTAs for which a multiprocessor has registers.

@@ -5,7 +5,8 @@
 namespace fastkd::cuda {
 
 cudaError_t launch_short_rows(const ForwardCall& call, cudaStream_t stream) {
-  // Rows of few classes have no full vectors, so each lane takes four classes of any dtypes.
+  // A row of few classes has few aligned vectors, so each of eight lanes loads four classes one by
+  // one.
   using Few = ElementRow<AnyDtypes<float>>;
   const bool wide = computes_in_double(call.args.student_dtype, call.args.teacher_dtype);
   if (call.args.classes <= 8 * Few::kChunk && !wide)

@@ -1,7 +1,7 @@
-// Statistics of the first sweep over a row: maxima, sums of exponentials and moments of student and
-// teacher. This file also has the row's temperatures. Maxima and sums come from one sweep, because
-// a sweep for the maxima alone would read the row once more. Derivations: docs/maths.md, sections 3
-// and 4. numerics.h defines the letters.
+// The temperatures of a row, and its statistics: maxima, sums of exponentials, and moments of
+// student and teacher. One sweep computes maxima and sums, because a sweep for the maxima alone
+// would read the row once more. Derivations: docs/maths.md, sections 3 and 4. numerics.h defines
+// the letters.
 #pragma once
 #include <type_traits>
 
@@ -32,17 +32,17 @@ __device__ __forceinline__ bool has_moments(const Inputs& in) {
   return is_unit(in) || is_centered(in);
 }
 
-// The temperatures of a row. `power`: softmax(z) is proportional to this power of softmax(z / t),
-// which saves the third exponential. The power is 0 if t is not 1, 2 or 4. Rows without labels have
-// no hard term, and get the cheapest power, 1. A power has t times the error of exp(z / t). The
-// power is therefore 0 if the hard term is the greater part of the gradient.
+// The temperatures of a row. softmax(z) is proportional to softmax(z / t) to the `power`, which
+// saves the hard term's exponential. `power` is 1, 2 or 4, and 0 for other temperatures. `power` is
+// also 0 if the hard term is the greater part of the gradient, because the power multiplies the
+// error of exp(z / t) by t. Rows without labels have no hard term, and get the cheapest power, 1.
 template <class A>
 struct Temperature {
   A t, inverse;
   A slope;  // log2(e) / t
   A teacher_inverse, teacher_slope;
   bool same;  // student and teacher have the same temperature
-  A margin;   // most that a logit may exceed a running maximum by: exponentials stay below 2^16
+  A margin;   // most that a logit may exceed a running maximum; keeps exponentials below 2^16
   int power;
 
   // Read the temperatures of a row. `two`: true if student and teacher may have different
@@ -79,12 +79,12 @@ struct Temperature {
   }
 };
 
-// Value of the template argument kPower in loops that read Temperature::power at run time. A value
-// of 0, 1, 2 or 4 makes a copy of the hot loops for that power. A copy without the third
-// exponential takes 42.7 instead of 50.5 issue slots a class in bf16 (SASS of sm_90, 2026-12-01).
+// Value of the template argument kPower in loops that read Temperature::power at run time. The
+// values 0, 1, 2 and 4 make copies of the hot loops. A copy without the hard term's exponential
+// takes 42.7 instead of 50.5 issue slots a class in bf16 (SASS of sm_90, 2026-12-01).
 constexpr int kAtRunTime = -1;
 
-// Return 2^(log2(e) x), as a power of e = 2^(slope * x) unless the power is 0.
+// Return 2^x_times_log2e: a power of e = 2^(slope * x), or an exponential if the power is 0.
 template <int kPower, class A>
 __device__ __forceinline__ A power_of(A e, A x_times_log2e, int power) {
   if (kPower == 0 || (kPower == kAtRunTime && power == 0)) return exp2_of(x_times_log2e);
@@ -107,8 +107,8 @@ __device__ __forceinline__ void with_power(int power, Fn&& fn) {
   }
 }
 
-// Running sums of the first sweep. The maxima begin at the least number, so that no exponent is inf
-// - inf. A row whose classes are all masked has the sum 0, and so NaN results.
+// Running sums of the first sweep. The maxima begin at kLowest, so that no exponent is inf - inf. A
+// row whose classes are all masked has the sum 0, and so NaN results.
 template <class A>
 constexpr A kLowest = sizeof(A) == 8 ? A(-1.7976931348623157e308) : A(-3.4028234663852886e38f);
 template <class A>
@@ -156,7 +156,7 @@ struct Statistics {
   }
 };
 
-// The moments of Statistics (kernels.h), in double because logits may be of any size.
+// The moments of cpu::Statistics (kernels.h), in double because logits may be of any size.
 struct Moments {
   double student = 0, teacher = 0;
   double student_count = 0, teacher_count = 0;
@@ -195,7 +195,7 @@ struct RowStats {
   A student_max, student_scale, hard_scale, teacher_max, teacher_scale;
 
   RowStats() = default;
-  // Compute the results. The unnamed arguments are those that GeneralStats (general.cuh) reads.
+  // Compute the results. GeneralStats (general.cuh) reads the unnamed arguments.
   __device__ __forceinline__ RowStats(const Inputs&, int64_t, const Statistics<A>& s,
                                       const Moments&)
       : student_max(s.student_max),

@@ -8,9 +8,9 @@
 namespace fastkd::cuda {
 
 // Return the statistics of this thread's classes. The maxima are raised only if a logit exceeds a
-// maximum by t.margin. Some lane of a warp has a new maximum in almost every vector, and rescaling
-// the sums costs as much as two classes. `left_out`: a function that returns the position in a
-// chunk of the class that the sums leave out, or -1.
+// maximum by t.margin. In almost every vector some lane of a warp has a new maximum, and rescaling
+// the sums costs as much as two classes. `left_out(chunk)`: the position of the class that the sums
+// leave out, or -1.
 template <int kPower, class Row, class LeftOut>
 __device__ __forceinline__ Statistics<typename Row::A> scan(const Row& row,
                                                             const Temperature<typename Row::A>& t,
@@ -61,7 +61,7 @@ __device__ __forceinline__ Sums<typename Row::A> sum(const Row& row, const W& wr
   return sums;
 }
 
-// Write the gradient of this thread's classes; with a Writer, also add the sums of the second
+// Write the gradient of this thread's classes. With a Writer, also add the sums of the second
 // sweep.
 template <int kPower, bool kExtra, bool kUniform, class Row, class W>
 __device__ __forceinline__ void write(const Row& row, const W& writer, int64_t label,

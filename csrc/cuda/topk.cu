@@ -1,8 +1,8 @@
 // The sparse loss, computed by one CTA for each row. The first sweep sums the exponentials of the
 // classes that the teacher does not list (the rest). One thread then computes the row's constants
 // from the sums, in double. The second sweep writes the gradient of the rest to all classes. The
-// gradients of the listed classes and of the label are computed in double and overwrite that
-// result.
+// gradients of the listed classes and of the label, computed in double, then overwrite the gradient
+// of the rest.
 //
 // One kernel runs both sweeps, so that the student is read from memory once: the second sweep finds
 // the student in L2. docs/maths.md, section 13, derives the formulas, which are in csrc/topk_row.h.
@@ -13,11 +13,10 @@ namespace fastkd::cuda {
 namespace {
 
 constexpr int kTopkThreads = 256;
-// Most bits of the map of listed classes, which has one bit for each class. Longer rows are scanned
-// in pieces of kMapBits classes.
+// Greatest number of bits of the map of listed classes, which has one bit for each class. Longer
+// rows are scanned in pieces of kMapBits classes.
 constexpr int64_t kMapBits = 1 << 18;
 
-// The kernel's arguments of a call of the sparse loss.
 struct TopkCall {
   ForwardCall forward;
   const void* log_probs;    // acc [rows, k]
@@ -29,7 +28,7 @@ struct TopkCall {
   int64_t k;
 };
 
-// The list of one row, divided among the threads of a CTA.
+// The teacher's list of one row, divided among the threads of a CTA.
 template <class A>
 struct List {
   const TopkCall& call;
@@ -48,7 +47,6 @@ struct List {
   }
 };
 
-// Sums over the listed classes of a row.
 struct ListSums {
   double tempered = 0, hard = 0, teacher = 0;
   double count = 0;   // number of classes
@@ -80,7 +78,7 @@ __device__ __forceinline__ double max_of_cta(WarpExchange& exchange, double x) {
   return lanes_max(exchange.share(lanes_max(x), static_cast<double>(topk::kMinusInfinity)));
 }
 
-// Return the number of words of the map, and one word more, because bits_of() reads two words.
+// Return the number of 32-bit words of the map, and one more, because bits_of() reads two words.
 FASTKD_HOST_DEVICE int64_t map_words(int64_t classes) {
   return (classes < kMapBits ? classes : kMapBits) / 32 + 2;
 }
@@ -176,7 +174,7 @@ __device__ __forceinline__ ListSums sum_list(const Row& row, const List<typename
 }
 
 // Sum up the row, and set the scales of the row's probabilities. Only one thread calls this
-// function. Each step stores its result in shared memory, because registers would spill.
+// function. Each step stores its result in `s`, in shared memory, because registers would spill.
 template <class A>
 __device__ __forceinline__ void soften(Solution<A>& s, const TopkCall& call, int64_t index,
                                        const Rest<A>& rest, const ListSums& list, double greatest) {
@@ -190,8 +188,8 @@ __device__ __forceinline__ void soften(Solution<A>& s, const TopkCall& call, int
   s.soft = topk::soften(call.comparison, s.row, s.summary);
 }
 
-// Evaluate the divergence, or the estimator, at a listed class with the logit `z`. The function is
-// not inlined, because the function is called twice and is most of the kernel's code.
+// Evaluate the divergence, or the estimator, at a listed class with the logit `z`. The function has
+// two callers and most of the kernel's code, so it is not inlined.
 template <class A>
 __device__ __attribute__((noinline)) Evaluated<double> evaluate(const TopkCall& call,
                                                                 const Solution<A>& s, double z,
@@ -236,7 +234,6 @@ __device__ __forceinline__ void solve(Solution<A>& s, const TopkCall& call, cons
   s.rest = RestWriter<A>(s.gains, rest);
 }
 
-// Write the listed classes' gradients.
 template <class Row>
 __device__ __forceinline__ void write_list(const Row& row, const List<typename Row::A>& list,
                                            const Solution<typename Row::A>& s, const TopkCall& call,
@@ -419,7 +416,6 @@ __global__ void __launch_bounds__(kTopkThreads, 2)
 
 namespace {
 
-// Compute the rows, and the total over the rows if the call has one.
 template <class Row>
 cudaError_t launch_view(const TopkCall& call, cudaStream_t stream) {
   const ForwardArgs& args = call.forward.args;

@@ -11,7 +11,7 @@ namespace fastkd::cuda {
 // Sums over the classes that are not listed: statistics of the student alone.
 template <class A>
 struct Rest : Statistics<A> {
-  double logits = 0;  // sum of all logits, also of listed classes; for label smoothing alone
+  double logits = 0;  // sum of all logits, listed classes included; 0 without label smoothing
 
   // Add a chunk without the listed classes, which have a 1 in `bits`. The maximum is raised as in
   // scan().
@@ -43,7 +43,7 @@ struct Rest : Statistics<A> {
   }
 };
 
-// Compute the gradient of a class that is neither listed nor the label.
+// The gradient of classes that are neither listed nor the label.
 template <class A>
 struct RestWriter {
   A max, soft, hard, uniform;

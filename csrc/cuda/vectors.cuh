@@ -1,9 +1,8 @@
 // Conversion of logits between the stored dtype and the compute type: single elements, and vectors
-// of 16 bytes. Vectors are the widest loads of a thread. The formulas of docs/maths.md (sections 2,
-// 3 and 10) are in writer.cuh and general.cuh.
+// of 16 bytes, the widest loads of a thread.
 //
-// At most 7 elements lie before a row's first aligned vector, and at most 7 after the last. Each of
-// these elements is computed alone, by one thread.
+// At most 7 elements lie before a row's first aligned vector, and at most 7 after the last vector.
+// One thread computes each of these elements.
 #pragma once
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -71,9 +70,9 @@ struct Vector {
 
 // The division of a row into vectors, which are aligned in memory. Short rows may have no vector.
 struct RowLayout {
-  int begin;        // first class in a vector, and number of classes before
-  int64_t vectors;  // number of vectors
-  int tail;         // number of classes after the last vector
+  int begin;  // number of classes before the first vector
+  int64_t vectors;
+  int tail;  // number of classes after the last vector
 };
 
 template <class T>
@@ -86,7 +85,6 @@ __device__ __forceinline__ RowLayout row_layout(const T* row, int64_t classes) {
   return {begin, vectors, static_cast<int>(classes - begin - vectors * kElements)};
 }
 
-// Call fn with a value of the type that `dtype` names.
 template <class Fn>
 __device__ __forceinline__ void with_dtype(DType dtype, Fn&& fn) {
   switch (dtype) {
@@ -101,7 +99,6 @@ __device__ __forceinline__ void with_dtype(DType dtype, Fn&& fn) {
       return fn(float());
   }
 }
-// Load one element of any dtype.
 template <class A>
 __device__ __forceinline__ A load_any(const void* p, DType dtype, int64_t i) {
   A x;

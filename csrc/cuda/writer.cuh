@@ -51,7 +51,7 @@ __device__ __forceinline__ Element<float> device_element(float p, float q, float
   const float f = mul_of(mul_of(d, d), s), direct = add_of(q, -p);
   const bool small = magnitude_of(d) < 0.125f;
   const float diff = small ? mul_of(p, add_of(f, -d)) : direct;
-  // -1e30 also replaces a NaN d, so that p d = 0 if p is masked.
+  // -1e30 also replaces a NaN d, so that p d = 0 if the teacher masks the class.
   const float excess = small ? mul_of(p, f) : fma_of(p, max_of(d, -1e30f), direct);
   return {p, q, d, diff, excess};
 }
@@ -59,9 +59,9 @@ __device__ __forceinline__ Element<double> device_element(double p, double q, do
   return element(p, q, d);
 }
 
-// Greatest distances of the two maxima, divided by t and in logits, at which d is formed from w - z
-// directly. Beyond these distances w - z would lose digits, so logits are first taken relative to
-// the maxima (docs/maths.md, section 3).
+// Greatest distances of the two maxima, divided by t and in logits, at which d is formed from w -
+// z. Beyond these distances w - z would lose digits, so logits are first taken relative to the
+// maxima (docs/maths.md, section 3).
 constexpr float kLargestDistance = 11;
 constexpr float kApart = 32;
 
@@ -111,9 +111,8 @@ struct alignas(16) Writer {
                   : mul_of(weight, quotient_of(smoothing, static_cast<A>(in.classes)));
     label = mul_of(weight, A(1) - smoothing);
 
-    // d must match p and q as element() forms p and q. The error of the sum of p d + q - p is then
-    // of second order. The logarithm of a quotient does not cancel if the sums of student and
-    // teacher are close.
+    // d must match p and q as element() rounds them: the error of the sum of p d + q - p is then of
+    // second order. `rest` corrects the rounding of the quotient.
     const A quotient = mul_of(stats.teacher_scale, reciprocal_of(stats.student_scale));
     const A rest = fma_of(-quotient, stats.student_scale, stats.teacher_scale);
     const A log_ratio = fma_of(rest, reciprocal_of(stats.teacher_scale), log_of(quotient));

@@ -32,7 +32,7 @@ void check_device(const Tensor& tensor, const Tensor& like, const char* name) {
                   " must be on the device of the student logits");
 }
 
-// Throw unless all elements of `tensor` lie inside its storage. FSDP, for one, releases storages
+// Throw unless all elements of `tensor` lie inside its storage. For example, FSDP releases storages
 // of tensors that still exist.
 void check_storage(const Tensor& tensor, const char* name) {
   if (tensor.numel() == 0) return;

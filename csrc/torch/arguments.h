@@ -59,13 +59,11 @@ void return_results(StableIValue* stack, const Results&... results) {
   ((*stack++ = torch::stable::detail::from(results)), ...);
 }
 
-// The reduction of the losses of rows.
 struct Reducing {
   Reduction reduction;
   double normalizer;                  // divisor of the mean, if positive
   std::optional<Tensor> denominator;  // divisor of the mean: acc, one number on the inputs' device
 
-  // Read the arguments `reduction` and `normalizer`.
   void take_from(ArgumentReader* reader) {
     reduction = checked_enum(reader->take<int64_t>(), Reduction::kMean, "reduction");
     normalizer = reader->take<double>();
@@ -98,11 +96,11 @@ struct Call {
   std::optional<Tensor> labels, row_settings;
   const MixtureArgs* mixture = nullptr;  // replaces the teacher; on CPUs, its `mixed` is set later
 
-  // Use row_settings, if there are any, for the temperatures and weights of each row.
+  // Use `settings`, if given, as the temperatures and weights of each row.
   void take_row_settings(const std::optional<Tensor>& settings);
   // Return a new contiguous tensor of acc on the student's device, of at most two dimensions.
   Tensor empty(std::initializer_list<int64_t> shape) const;
-  // Return memory for the results: `fields` numbers, each for every row or for all rows.
+  // Return memory for `fields` numbers of each row, or for `fields` totals.
   Tensor empty_out(int64_t fields, bool per_row) const;
   Tensor empty_stats() const { return empty({kStats * inputs.rows + 1}); }
 };
@@ -114,7 +112,8 @@ struct Call {
 Call prepare(const Tensor& student, const Tensor& teacher, const std::optional<Tensor>& labels,
              const Inputs& settings, bool strided, const Tensor* grad);
 
-// The result `out`, and `rows`, the losses of all rows. With reduction none, both are one tensor.
+// The op's result `out`, and the losses and terms of all rows, `rows`. With reduction none, `out`
+// and `rows` are one tensor.
 struct Outputs {
   Tensor out, rows;
 };

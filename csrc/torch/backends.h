@@ -15,7 +15,6 @@ struct Backend {
   // Compute the gradient. `filled`: true if `grad` already holds the gradient for grad_output = 1.
   virtual void backward(const Call& call, const BackwardArgs& args, const Reducing& reducing,
                         const Tensor& grad_output, const Tensor& grad, bool filled) const = 0;
-  // Compute the sparse loss.
   virtual void topk(const Call& call, TopkArgs args, const Reducing& reducing,
                     const Outputs& outputs) const = 0;
   virtual void topk_backward(const Call& call, TopkArgs args, const Reducing& reducing,

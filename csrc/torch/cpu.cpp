@@ -13,8 +13,8 @@
 namespace fastkd::glue {
 namespace {
 
-// Return the least number of rows for which another thread pays off. The work per row, besides its
-// classes, takes as long as some classes of a long row.
+// Return the least number of rows that a thread should compute. The formula counts a row's costs
+// besides its classes as up to 160 more classes.
 int64_t grain_rows(int64_t classes) {
   constexpr int64_t kGrain = 16384;
   return std::max<int64_t>(1, kGrain / std::min(classes + 160, 5 * classes / 2 + 12));
@@ -74,8 +74,8 @@ double scale_of(const Reducing& reducing, int64_t count) {
 }
 
 // Multiply `grad`, the gradient for grad_output = 1, by grad_output, and return true. Return false,
-// with `grad` unchanged, if recomputing the gradient is more accurate and possible. Recomputing is
-// impossible if `grad` has overwritten the student's logits.
+// with `grad` unchanged, if recomputing the gradient is more accurate. A gradient that has
+// overwritten the student's logits cannot be recomputed.
 bool scale_filled(const Inputs& inputs, const Tensor& grad_output, const Tensor& grad) {
   const double factor = value_of(grad_output);
   if (factor == 1.0) return true;
@@ -91,7 +91,7 @@ bool scale_filled(const Inputs& inputs, const Tensor& grad_output, const Tensor&
   return true;
 }
 
-// Write the sums over rows of each of the outputs' fields, times `scale`.
+// Write, for each field of the outputs, the sum over rows times `scale`.
 void add_up(const Inputs& inputs, const Outputs& outputs, double scale) {
   const auto of_type = [&](auto zero) {
     using T = decltype(zero);
@@ -106,8 +106,8 @@ void add_up(const Inputs& inputs, const Outputs& outputs, double scale) {
   in_double(inputs) ? of_type(0.0) : of_type(0.0f);
 }
 
-// Most logits in a thread's buffer for a mixture of teachers. If a row has more logits, the buffer
-// holds one row. The buffer is written and read a few rows at a time, and should stay in L2.
+// Greatest number of mixed logits in a thread's buffer, which should stay in L2. The buffer holds
+// at least one row.
 constexpr int64_t kMixedClasses = 65536;
 constexpr int64_t kTile = 64;  // number of rows: a multiple of the transposed engine's tiles
 

@@ -38,7 +38,6 @@ c10::OperatorHandle find_op(const std::string& name) {
   return c10::Dispatcher::singleton().findSchemaOrThrow(("fastkd::" + name).c_str(), "");
 }
 
-// A loss and the ops of its gradient.
 struct Ops {
   enum class Kind { kNumber, kNumbers, kTensor, kTensors };
 
@@ -219,8 +218,8 @@ struct FusedLoss : torch::autograd::Function<T> {
     const bool is_unshared = is_writable(factor) && grad.defined() && grad.use_count() == 1;
     if (grad.defined() && !is_unshared) {
       if (student.scalar_type() != at::kHalf) return grad.mul(factor).to(student.scalar_type());
-      // Write an fp16 gradient again: `factor` may be a loss scale, which cannot restore numbers
-      // that have underflowed.
+      // Recompute an fp16 gradient: `factor` may be a loss scale, which cannot restore numbers that
+      // have underflowed.
       grad = Tensor();
     }
     const bool filled = grad.defined();  // false in a second backward pass (retain_graph=True)

@@ -3,8 +3,8 @@
 //
 // Allocators return large blocks to the system, and the page faults of a new block cost more than
 // computing the gradient that fills it (docs/performance-log.md). At most one block is cached.
-// Gradients of fewer than kLeastBytes, which allocators keep themselves, or of more than kMostBytes
-// use torch's own allocator.
+// Gradients of fewer than kLeastBytes, which allocators cache, or of more than kMostBytes use
+// torch's own allocator.
 #pragma once
 #include <ATen/EmptyTensor.h>
 #include <ATen/core/Tensor.h>

@@ -1,6 +1,6 @@
 // The strides of a new gradient: the student's order of dimensions if the kernels support that
 // order, so that no copy is needed. This file is free of torch, because both _C (row_strides.cpp)
-// and _eager include the file. docs/maths.md has no section about layouts.
+// and _eager include the file.
 #pragma once
 #include <algorithm>
 #include <cstdint>

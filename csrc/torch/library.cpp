@@ -134,8 +134,8 @@ void empty_gradient(StableIValue* stack, uint64_t, uint64_t) {
 // (..., C), all of one shape. If `shares` is empty, there is one teacher. If `shares` is not empty,
 // the CPU kernels mix the teachers, a few rows at a time. row_temperatures: acc [2, rows], replaces
 // mixture_temperature and teachers_temperature. row_settings: acc [4, rows], replaces temperature,
-// teacher_temperature, hard_weight and soft_weight. denominator: acc, one number; a mean divides by
-// this number instead of the number of rows.
+// teacher_temperature, hard_weight and soft_weight. denominator: acc, one number; divisor of a
+// mean, instead of the number of rows that are not ignored.
 #define FASTKD_LOSS                                                                              \
   "Tensor student, Tensor[] teachers, Tensor? row_temperatures, float[] shares, bool "           \
   "probabilities, int ensemble, float mixture_temperature, float teachers_temperature, Tensor? " \

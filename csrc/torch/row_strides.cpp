@@ -66,7 +66,8 @@ std::optional<Layout> find_layout(const Tensor& student, const Tensor& teacher,
     if (!adjacent && (!strided || (count > 0 && merged[0].strides[i] != 1))) return std::nullopt;
     rows[i] = {merged[0].strides[i], merged[1].strides[i], adjacent ? 1 : classes[i]};
   }
-  // The kernels for adjacent logits write adjacent gradients (has_apart_classes() in kernels.h).
+  // The kernels for logits with adjacent classes write gradients with adjacent classes
+  // (has_apart_classes() in kernels.h).
   if (rows[0].classes == 1 && rows[1].classes == 1 && rows[2].classes != 1) return std::nullopt;
   return Layout{merged[0].size, rows[0], rows[1], rows[2]};
 }

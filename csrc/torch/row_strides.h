@@ -1,5 +1,5 @@
 // The strides of the rows of tensors, which decide whether kernels read a tensor in place or a
-// copy. docs/maths.md has no section about layouts.
+// copy.
 #pragma once
 #include <torch/csrc/stable/tensor.h>
 
@@ -11,7 +11,6 @@ namespace fastkd::glue {
 
 using torch::stable::Tensor;
 
-// The strides of the rows of student, teacher and gradient.
 struct Layout {
   int64_t group_rows = 1;
   RowStrides student, teacher, grad;

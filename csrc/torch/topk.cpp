@@ -1,7 +1,7 @@
-// The ops of the sparse loss (docs/maths.md, section 13): schemas and checks. The kernels are
-// called by cpu.cpp and cuda.cpp. The autograd kernel is in eager.cpp or
-// python/fastkd/_core/autograd.py. Shapes for tracing, the differentiable gradient, and the formula
-// for devices without these kernels are in python/fastkd/_core/topk.py.
+// The ops of the sparse loss (docs/maths.md, section 13): schemas and checks. cpu.cpp and cuda.cpp
+// call the kernels. The autograd kernel is in eager.cpp or python/fastkd/_core/autograd.py. Shapes
+// for tracing, the differentiable gradient, and the formula for devices without these kernels are
+// in python/fastkd/_core/topk.py.
 #include "backends.h"
 
 namespace fastkd::glue {

@@ -40,9 +40,8 @@ void test_widths(const cpu::Kernels& k) {
   }
 }
 
-// Test gradients that are written by non-temporal stores, in rows that begin at any address. Rows
-// have one segment, or three segments whose exponentials are cached in the gradients of the last
-// rows.
+// Test gradients that are written by non-temporal stores, in rows that begin at any address and
+// have one or three segments.
 void test_large_gradients(const cpu::Kernels& k) {
   Problem p;
   p.rows = 1537, p.classes = 2049, p.misalignment = 1, p.padding = 3;
@@ -126,8 +125,9 @@ void test_infinities(const cpu::Kernels& k) {
   }
 }
 
-// Test adjacent pixels: fewer than a tile, full tiles and more, in groups whose boundaries lie
-// inside tiles; and classes of one block, of several, and of more than a tile holds.
+// Test the layout (N, C, L): fewer rows than a tile (csrc/cpu/transpose.h), full tiles and more,
+// and groups whose boundaries lie inside tiles. Classes fill one block, several blocks, or more
+// than a tile's memory on the stack.
 void test_pixels(const cpu::Kernels& k) {
   for (DType type : kTypes) {
     for (int64_t classes : {int64_t{1}, int64_t{2}, int64_t{19}, cpu::kNarrow - 1, cpu::kNarrow,
@@ -175,7 +175,7 @@ void test_temperatures(const cpu::Kernels& k) {
   }
 }
 
-// Test a class that the student masks and whose teacher probability underflows. The loss is
+// Test a class that the student masks and whose teacher probability underflows: the loss is
 // infinite.
 void test_underflow(const cpu::Kernels& k) {
   Problem p;
@@ -190,7 +190,7 @@ void test_underflow(const cpu::Kernels& k) {
   check(data.grad.get(0, 4) == 0, "grad", data.grad.get(0, 4), 0);
 }
 
-// Test small values, such as a KL of 5e-7, in which fp32 log-probabilities would cancel.
+// Test students near the teacher, where fp32 log-probabilities would cancel.
 void test_cancellation(const cpu::Kernels& k) {
   for (double noise : {4e-3, 1e-1}) {
     Problem p;
@@ -217,8 +217,8 @@ void test_cancellation(const cpu::Kernels& k) {
   }
 }
 
-// Test that the error of a 16-bit gradient is hardly above that of rounding the exact gradient
-// once.
+// Test that the error of a 16-bit gradient is at most 1 % above that of rounding the exact
+// gradient.
 void test_rounding(const cpu::Kernels& k) {
   for (DType type : {DType::kFloat16, DType::kBFloat16}) {
     Problem p;

@@ -95,7 +95,7 @@ struct Data {
     return decode(v.data() + i * size_of(acc_type()), acc_type());
   }
 
-  // The pointers point into this object, so they are invalid after a copy.
+  // Set `args`, whose pointers point into this object.
   void refresh() {
     const Problem& p = problem;
     args.rows = p.rows, args.classes = p.classes, args.group_rows = student.group_rows;
@@ -136,8 +136,8 @@ bool agrees(double got, Real want, double relative, double absolute) {
   return std::fabs(got - expected) <= relative * std::fabs(expected) + absolute;
 }
 
-// Mode `cpu_kernels memory`: test only memory accesses, and that all paths give the same bits.
-// Under valgrind, long double is slow and has the precision of double.
+// True in the mode `cpu_kernels memory`: test only memory accesses, and that all paths give the
+// same bits. Under valgrind, long double is slow and has the precision of double.
 bool memory_only = false;
 
 // Return true if the reference is more precise than the result, and has a wider range. Where
@@ -179,8 +179,8 @@ void check_row(Data& data, const std::vector<Truth>& truths, int64_t r, bool ter
       continue;
     }
     const Real exact = truth.grad[static_cast<size_t>(i)];
-    // The error is at most half a unit in the last place of the stored type, and the error of the
-    // compute type relative to the probabilities.
+    // The error is at most half a unit in the last place of the stored type, plus the compute
+    // type's error at the size of the probabilities.
     const double slack = (fp64 ? 1e-14 : 1.5e-6) * size;
     const double half = fp64 && p.student == DType::kFloat64
                             ? 0
@@ -205,7 +205,7 @@ void check_stats(Data& data, const std::vector<Truth>& truths) {
     for (int64_t i = 0; i < data.problem.classes; ++i) {
       if (counts(i)) max = std::max(max, static_cast<Real>(data.teacher.get(r, i)));
     }
-    if (max == -kInf) max = 0;  // the label is the only class
+    if (max == -kInf) max = 0;  // all classes but the label are masked
     for (int64_t i = 0; i < data.problem.classes; ++i) {
       if (counts(i)) sum += std::exp((data.teacher.get(r, i) - max) / data.temperature_of(r));
     }
@@ -213,15 +213,15 @@ void check_stats(Data& data, const std::vector<Truth>& truths) {
     const double got_max = data.acc(data.stats, kTeacherMax * data.problem.rows + r);
     const double got = data.acc(data.stats, kTeacherScale * data.problem.rows + r);
     check(got_max == static_cast<double>(max), "teacher max", got_max, static_cast<double>(max));
-    // The maximum over t is rounded before it is subtracted, which shifts all classes of the row
-    // alike.
+    // The bound allows a rounding of max / t, which would shift all classes of the row alike.
     const double shift = static_cast<double>(std::fabs(max)) / data.temperature_of(r);
     check(agrees(got, scale, 1e-6 + 1e-7 * shift, 0), "teacher scale", got,
           static_cast<double>(scale));
   }
 }
 
-// Check backward with grad_output 1, which gives forward's bits, and with 0.5, which gives half.
+// Check that backward with grad_output 1 gives forward's bits, and that 0.5 gives half the
+// gradient.
 void check_backward(const cpu::Kernels& k, Data& data) {
   if (data.problem.in_place) return;
   BackwardArgs args;
@@ -305,11 +305,12 @@ void run(const cpu::Kernels& k, const Problem& p, bool terms, Edit&& edit, unsig
   for (int64_t r = 0; r < p.rows; ++r) check_row(data, truths, r, terms);
   if (!memory_only) check_stats(data, truths);
   check_backward(k, data);
-  // Callers divide neither rows of the transposed layout nor rows whose classes are not adjacent.
+  // The transposed layout has no segments, and callers do not divide rows whose classes are not
+  // adjacent.
   const bool is_unsplit = cpu::is_transposed(data.args) || cpu::has_apart_classes(data.args);
   if (!is_unsplit) check_split(k, p, data, seed, terms);
 
-  // Without a gradient, the loss has equal bits.
+  // Check that the loss has equal bits without a gradient.
   const std::vector<unsigned char> loss = data.loss;
   if (p.in_place) return;
   data.args.grad = nullptr;

@@ -5,7 +5,7 @@
 
 namespace {
 
-#if !defined(FASTKD_TRUTH)  // a caller may choose a faster type
+#if !defined(FASTKD_TRUTH)  // a file that includes this header may choose a faster type
 #define FASTKD_TRUTH long double
 #endif
 using Real = FASTKD_TRUTH;
@@ -47,8 +47,8 @@ std::vector<Real> over(std::vector<Real> logits, Real t) {
   return logits;
 }
 
-// Compute decoupled distillation: the forward KL of (label, rest), and mix times the forward KL
-// among the classes besides the label.
+// Compute decoupled distillation: the forward KL of the label against all other classes, plus mix
+// times the forward KL among the other classes.
 Soft decoupled(const std::vector<Real>& log_p, const std::vector<Real>& log_q, size_t label,
                Real mix) {
   const auto parts = [=](std::vector<Real> logs, Real* of_label, Real* of_rest) {
@@ -74,7 +74,8 @@ Soft decoupled(const std::vector<Real>& log_p, const std::vector<Real>& log_q, s
   return soft;
 }
 
-// Compute 1 minus the cosine of the tempered logits, without classes that both sides mask.
+// Compute 1 minus the cosine of the tempered logits, without the classes that student and teacher
+// both mask.
 Soft cosine(std::vector<Real> w, std::vector<Real> z) {
   Real dot = 0, student = 0, teacher = 0;
   for (size_t i = 0; i < z.size(); ++i) {

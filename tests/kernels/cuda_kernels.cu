@@ -76,7 +76,7 @@ void options() {
     d = c, d.infinities = true, d.rows = 9, test(d, "infinities");
     d.student = d.teacher = DType::kFloat32, test(d, "infinities fp32");
     d = c, d.nan = true, d.rows = 9, d.ignored = false, test(d, "nan");
-    int turn = 0;  // pairs every type and offset with one of the temperatures, in turn
+    int turn = 0;  // selects the temperatures in turn
     for (const DType dtype : {DType::kFloat32, DType::kBFloat16, DType::kFloat64})
       for (const double base : {30.0, -100.0, 1e4, -3e6, 1e38}) {
         const double temperatures[] = {1.0, 1.5, 2.0};
@@ -141,7 +141,8 @@ void divergences(bool brief) {
         c.outlier = 0, c.student_base = 1000, c.noise = 1e-2;
         test(c, (std::string(kDivergenceNames[static_cast<int>(id)]) + ", offset").c_str());
       }
-  // If one side masks a class, some divergences are infinite. Only finite losses are tested.
+  // Some divergences are infinite if only student or teacher masks a class. This loop tests the
+  // finite divergences.
   for (const Divergence id : kFiniteIfMasked)
     for (const int64_t classes : {100, 1003}) {
       Case c;
@@ -162,7 +163,8 @@ void decoupled(bool brief) {
       const auto with = [&](const char* name, auto&& change) {
         Case c;
         c.divergence = Divergence::kDecoupled, c.classes = classes, c.rows = 9;
-        // The weight is small, because rounding errors of the gradient grow with mix * soft_weight.
+        // soft_weight is small, because the rounding errors of the gradient grow with mix *
+        // soft_weight.
         c.mix = 8, c.soft_weight = 0.05;
         c.student_pixels = c.teacher_pixels = pixels;
         c.terms = true, c.ignored = c.bad_label = false;
@@ -170,7 +172,7 @@ void decoupled(bool brief) {
         change(c);
         test(c, name);
       };
-      // Every pair has one set of options; the types alternate.
+      // `turn` alternates data types and options.
       for (const auto& above : pairs)
         with("dkd, far label", [&](Case& c) {
           c.above = above[0], c.teacher_above = above[1];
@@ -214,7 +216,6 @@ void lengths(bool brief) {
       turn++;
     }
 }
-// Test random combinations of options.
 void random_cases(int64_t count, uint64_t seed) {
   Random random{seed};
   const auto below = [&](int64_t n) { return static_cast<int64_t>(random.uniform() * n); };
@@ -286,9 +287,9 @@ void far_pixels() {
   }
   total_cases++;
 }
-// Test classes that are not adjacent: pixels.
+// Test the layout (N, C, H, W), in which the classes of a pixel are not adjacent.
 void pixels(bool brief) {
-  for (const int64_t classes : {3, 19}) {  // more tiles than the device holds at a time
+  for (const int64_t classes : {3, 19}) {  // more rows than the device computes at a time
     Case c;
     c.student_pixels = c.teacher_pixels = true, c.rows = 2500, c.group_rows = 700;
     c.classes = classes, test(c, "many pixels");
@@ -310,8 +311,8 @@ void pixels(bool brief) {
     with(", terms and smoothing", [](Case& c) {
       c.student_pad = 3, c.teacher_pad = 1, c.student_offset = 1, c.terms = true, c.smoothing = 0.1;
     });
-    // With one class the gradient is the rounding error of the weights, which these settings make
-    // many times larger.
+    // With one class the gradient is the rounding error of the weights, which row_settings would
+    // make many times larger.
     with(", bad label, settings of rows",
          [](Case& c) { c.bad_label = true, c.row_settings = c.classes > 1; });
     with(", in place", [](Case& c) { c.in_place = true, c.student_pad = 5; });
@@ -358,7 +359,7 @@ void many_rows() {
     total_failures++, std::printf("FAIL no rows\n");
 }
 
-// Test the kernels that run before and after the rows.
+// Test the kernels that run before and after the rows' kernel.
 void totals() {
   for (const DType acc : {DType::kFloat32, DType::kFloat64})
     for (const int64_t rows : {2049, 70001}) {

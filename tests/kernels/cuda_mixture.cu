@@ -1,7 +1,7 @@
-// Check the CUDA kernel that mixes teachers against its definition in double on the host, without
-// torch. The program prints one line per failed case and a summary; the exit status is the number
-// of failed cases. `cuda_mixture --short` runs a reduced set, for compute-sanitizer and for the
-// emulation.
+// Check the CUDA kernel of mixtures against the definition of a mixture in double on the host,
+// without torch. The program prints one line per failed case and a summary; the exit status is the
+// number of failed cases. `cuda_mixture --short` runs a reduced set, for compute-sanitizer and for
+// the emulation.
 #include <algorithm>
 #include <cstring>
 #include <memory>

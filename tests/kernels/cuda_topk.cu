@@ -29,13 +29,13 @@ struct Case {
   bool labels = true, ignored = true, bad_label = false;
   bool gradient = true;
   Reduction reduction = Reduction::kMean;
-  double noise = 1;      // of the student relative to the teacher
+  double noise = 1;      // standard deviation of student - teacher
   double base = 0;       // added to all logits of the student
   double gap = 0;        // added to the student's listed classes
-  double mass = 0;       // sum of the listed probabilities; 0: unchanged
-  double padding = 0.2;  // share of the list, up to all of it
+  double mass = 0;       // sum of the listed probabilities; 0 leaves the sum unchanged
+  double padding = 0.2;  // share of the list's entries that are padding, 0 to 1
   bool masked_rest = false, masked_list = false, impossible = false, nan = false;
-  Mistake mistake = Mistake::kNone;  // in every second row
+  Mistake mistake = Mistake::kNone;  // made in every second row
   std::string name;
 };
 
@@ -64,7 +64,7 @@ double x_log_ratio(double x, double log_a, double log_b) {
 struct Term {
   double value, slope;  // slope: q times the derivative with respect to q
 };
-// Return value and slope of the divergences and estimators at one class, as the papers write them.
+// Return value and slope of a divergence or an estimator at one class, by the papers' formulas.
 Term term_of(const Case& c, double log_p, double log_q) {
   const double p = std::exp(log_p), q = std::exp(log_q), d = log_p - log_q;
   if (c.estimator == Estimator::kK1) return {-d, -d};
@@ -185,7 +185,7 @@ Reference reference_row(const Case& c, Row row) {
   for (int64_t j = 0; j < c.classes && soft; j++) {
     const bool is_listed = rest[j] == -kInfinity && tempered[j] > -kInfinity;
     const double q = std::exp(tempered[j] - (is_listed ? student_of : all));
-    // An unlisted class has a share of the ghost's slope.
+    // With Tail::kGhost, the unlisted classes share one slope, in proportion to q.
     const double share = has_ghost ? std::exp(tempered[j] - all - log_q_rest) : 0;
     const bool in_rest = !is_listed && slopes[j] == 0;
     const double slope = in_rest ? share * of_rest.slope : slopes[j];
@@ -259,7 +259,7 @@ struct Runner {
     std::partial_sort(order.begin(), order.begin() + k, order.end());
     row.ids.resize(static_cast<size_t>(k)), row.log_p.resize(static_cast<size_t>(k));
     for (int64_t i = 0; i < k; i++) {
-      const int64_t to = (i * 7 + index) % k;  // k is no multiple of 7
+      const int64_t to = (i * 7 + index) % k;  // a permutation, since k is no multiple of 7
       row.ids[to] = order[i].second, row.log_p[to] = -order[i].first - all;
     }
     double mass = 0;
@@ -370,8 +370,8 @@ void Runner::run() {
   args.row_settings = c.row_settings ? settings.at() : nullptr;
   args.loss = loss.at(), args.stats = stats.at();
   args.grad = c.gradient ? grad.at() : nullptr, args.grad_stride = grad_stride;
-  // With a total, losses and terms of the rows are scratch memory: get them by a call without a
-  // total.
+  // With a total, losses and terms of the rows are scratch memory: a call without a total returns
+  // losses and terms.
   TopkArgs each_row = args;
   each_row.reduction = Reduction::kNone, each_row.grad = nullptr, each_row.terms = terms.at();
   check(cuda::topk(each_row, nullptr, nullptr, nullptr), c.name.c_str());
@@ -409,9 +409,8 @@ void Runner::run() {
     }
     const double got = load(loss.host.data(), acc, r);
     // Rounding errors of the student's probabilities change a divergence D in proportion to
-    // sqrt(D), the size of its gradient. The loss of a near student is small and must still be
-    // accurate. With Tail::kIgnore, D is a truncated sum, and less accurate, because the kernel
-    // adds up p - q.
+    // sqrt(D), the size of its gradient. For a student near the teacher, the loss is small and must
+    // still be accurate. With Tail::kIgnore, D is less accurate, because the kernel adds up p - q.
     const bool near = c.noise < 0.1 && c.tail != Tail::kIgnore;
     const double absolute = wide ? 1e-13 : near ? 1e-7 * std::sqrt(want[r].loss) : 1e-6;
     if (!close(got, want[r].loss, absolute, wide ? 1e-12 : near ? 1e-6 : 3e-6))
@@ -475,9 +474,8 @@ constexpr DType kHot[] = {DType::kBFloat16, DType::kFloat16, DType::kFloat32};
 constexpr DType kAll[] = {DType::kBFloat16, DType::kFloat16, DType::kFloat32, DType::kFloat64};
 constexpr Tail kTails[] = {Tail::kGhost, Tail::kRenormalize, Tail::kIgnore};
 
-// Test rows of one class; of fewer classes than a vector; of one and many vectors per thread; rows
-// that fit and do not fit in shared memory; and rows whose map of listed classes has several
-// pieces.
+// Test rows of one class; of fewer classes than a vector; of one and of many vectors per thread;
+// and rows whose map of listed classes has several pieces.
 void sizes(bool brief) {
   const std::vector<int64_t> all = {1,     2,     7,      33,     63,    64,   65,
                                     127,   255,   513,    1000,   1025,  4097, 8192,

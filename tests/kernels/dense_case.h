@@ -1,6 +1,6 @@
 // One case for the tests of the CUDA kernels: a call, and the comparison of its results with a
-// double-precision reference on the host. Results are value, gradient, terms, statistics, and the
-// backward pass in all its forms.
+// double-precision reference on the host. Results are loss, terms, scale, and the gradients of
+// forward and of all forms of backward.
 #pragma once
 #include <algorithm>
 #include <cmath>
@@ -28,7 +28,7 @@ struct Case {
   bool labels = true, ignored = true, bad_label = false, row_settings = false;
   bool terms = false, in_place = false, no_grad = false, infinities = false, nan = false;
   Reduction reduction = Reduction::kMean;
-  double noise = 1;                           // of the student relative to the teacher
+  double noise = 1;                           // standard deviation of student - teacher
   double student_base = 0, teacher_base = 0;  // added to all logits
   bool underflows =
       false;  // a class that the student masks and whose teacher probability underflows
@@ -47,10 +47,10 @@ struct Case {
 struct Reference {
   double loss = 0, terms[kTerms] = {};
   std::vector<double> grad;
-  double size = 1;  // of large numbers whose difference is the gradient
+  double size = 1;  // size of the numbers whose difference is the gradient
 };
 
-// Compute the soft term of any objective but the forward KL with one temperature.
+// Set the soft term of `r`, for any objective but the forward KL with one temperature.
 void general_row(const Case& c, const std::vector<double>& z, const std::vector<double>& w,
                  int64_t label, double t, double soft_weight, Reference& r) {
   const double teacher_t = c.teacher_temperature > 0 ? c.teacher_temperature : t;
@@ -258,8 +258,8 @@ void Runner::run() {
   args.grad = c.no_grad ? nullptr : c.in_place ? student.at() : grad.at();
   args.grad_stride = c.in_place ? student_stride : grad_stride;
   args.reduction = c.reduction;
-  // With a total, the losses and terms of the rows are scratch memory: get both by a call without a
-  // total.
+  // With a total, the losses and terms of the rows are scratch memory: a call without a total
+  // returns them.
   ForwardArgs each_row = args;
   each_row.reduction = Reduction::kNone, each_row.grad = nullptr;
   check(cuda::forward(each_row, nullptr, nullptr, nullptr), c.name.c_str());
@@ -322,7 +322,6 @@ void Runner::run() {
       if (!close(acc_of(total, 1 + k), term_sums[k] * scale, 1e-5, 1e-5))
         fail("total", 0, 1 + k, acc_of(total, 1 + k), term_sums[k] * scale);
   }
-  // Run the forward call a second time.
   if (c.in_place) {
     std::vector<char> keep = first;
   } else {
@@ -330,7 +329,6 @@ void Runner::run() {
     out.down();
     if (std::memcmp(first.data(), out.host.data(), first.size()) != 0) fail("repeat", 0, 0, 0, 0);
   }
-  // Run the backward pass.
   BackwardArgs back;
   static_cast<Inputs&>(back) = args;
   back.stats = stats.at(), back.grad = out.at(), back.grad_stride = out_stride;

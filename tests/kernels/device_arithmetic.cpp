@@ -52,8 +52,8 @@ void elements() {
 
 // ---- one row
 
-// Run the first sweep of `threads` threads, which take vectors of eight classes in turn, as scan()
-// of sweeps.cuh does.
+// Compute a row as `threads` threads do, which take vectors of eight classes in turn (scan() of
+// sweeps.cuh).
 template <class A>
 Answer answer_of(const Problem& in, int threads) {
   const int64_t classes = static_cast<int64_t>(in.z.size());
@@ -121,7 +121,7 @@ void compare(const Problem& in, double loss_error, double grad_error) {
                            (sizeof(A) == 8 ? ", double" : "") + ", threads " +
                            std::to_string(threads);
     const double floor = std::numeric_limits<A>::epsilon();
-    // p d and q - p are rounded at the size of p, and d at that of the difference of the maxima.
+    // p d and q - p are rounded at the size of p, and d at the size of the maxima's difference.
     const double noise = 0.5 + 0.1 * std::fmin(in.distance, 32);
     check(close(got.hard, want.hard, 2 * floor, loss_error), at + ", hard", got.hard, want.hard);
     check(close(got.soft, want.soft, noise * floor, loss_error), at + ", soft", got.soft,

@@ -53,7 +53,7 @@ void store(void* p, DType dtype, int64_t i, double x) {
   }
 }
 
-// Draw numbers that depend only on the seed.
+// A generator of numbers that depend only on the seed.
 struct Random {
   uint64_t state;
   double uniform() {
@@ -65,7 +65,7 @@ struct Random {
   }
 };
 
-// Host memory and its copy on the device, `offset` elements into an aligned block.
+// Host memory and its copy on the device, `offset` bytes into an allocation.
 struct Buffer {
   std::vector<char> host;
   char* device = nullptr;

@@ -232,7 +232,7 @@ int main(int count, char** arguments) {
   std::mt19937_64 random(static_cast<uint64_t>(seed));
   std::vector<uint8_t> input;
   for (long i = 0; i < cases; ++i) {
-    if (i % 4 == 0) {  // a new input; the next three change a few of its bytes
+    if (i % 4 == 0) {  // start a new input, of which the next three cases change a few bytes
       input.resize(200 + random() % 200);
       for (uint8_t& byte : input) byte = static_cast<uint8_t>(random());
     } else {

@@ -28,7 +28,7 @@ struct Bytes {
     }
     return value;
   }
-  // Return a number in [low, high].
+  // Return a number in [low, high], both ends included.
   int64_t between(int64_t low, int64_t high) {
     return low + take<uint32_t>() % static_cast<uint64_t>(high - low + 1);
   }
@@ -61,7 +61,7 @@ struct Matrix {
   uint8_t* base() const { return memory.get() + offset; }
   uint8_t* row(int64_t row) const { return base() + row_start(row) * size; }
 
-  // Fill with the input's bytes, repeated, or with numbers of moderate size.
+  // Fill the rows with the input's bytes, repeated, or with numbers of moderate size.
   void fill(Bytes& in, DType dtype, bool bits) {
     const int64_t remaining = in.end - in.at;
     std::mt19937 random(in.take<uint32_t>());
@@ -110,7 +110,7 @@ inline bool same_numbers(const uint8_t* a, const uint8_t* b, int64_t count, DTyp
   return true;
 }
 
-// Return true if nothing was written between the rows.
+// Return true if the bytes between the rows are unchanged.
 inline bool padding_is_whole(const Matrix& m) {
   std::vector<bool> in_row(static_cast<size_t>(m.bytes), false);
   for (int64_t r = 0; r < m.rows; ++r) {

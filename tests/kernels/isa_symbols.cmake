@@ -1,6 +1,6 @@
-# Fail if the linker could replace a function by its version for another instruction set. Of weak functions with one
-# name, the linker keeps one version, and if this version uses AVX-512, processors without AVX-512 cannot run it. So
-# every function must be local, or in the namespace of its instruction set.
+# Fail if the linker could replace a function by its version for another instruction set. The linker keeps one version
+# of weak functions with one name. If the kept version uses AVX-512, processors without AVX-512 cannot run it. So every
+# function must be local, or in the namespace of its instruction set.
 #   cmake -DNM=nm -DISA=avx2 "-DOBJECTS=a.o;b.o" -P isa_symbols.cmake
 foreach(OBJECT IN LISTS OBJECTS)
   execute_process(COMMAND ${NM} --demangle --defined-only --extern-only ${OBJECT}

@@ -1,5 +1,5 @@
-// Numbers of each type, converted by arithmetic and not by bits, and rows of numbers in memory, for
-// the tests of the CPU kernels.
+// For the tests of the CPU kernels: conversions between double and each type, independent of the
+// kernels' code, and matrices in memory.
 #pragma once
 #include <algorithm>
 #include <cmath>

@@ -1,7 +1,7 @@
 """Print a table of the kernels from the output of ``nvcc -Xptxas -v``; fail on spills.
 
-Kernels that also sum the terms may spill a little, since they are rarely called. The first boolean
-template argument of a kernel that sums the terms is true.
+Kernels that also sum the terms are rarely called, and may spill SPILLS_WITH_TERMS bytes. The first
+boolean template argument of such a kernel is true.
 
 Usage: python tests/kernels/ptxas_table.py BUILD_LOG
 """
@@ -27,7 +27,6 @@ class Kernel(NamedTuple):
 
 
 def parse(log: str) -> list[Kernel]:
-    """Return every kernel of the log, in order."""
     kernels = []
     name, arch, stack, spills = "", "", 0, 0
     for line in log.splitlines():

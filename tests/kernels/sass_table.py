@@ -1,9 +1,9 @@
 """Count the instructions per class of the kernels' sweeps, on the shortest path.
 
 A sweep is a loop. The shortest path loads student and teacher, computes two exponentials per class
-and, in the second sweep, stores the gradient. On this path, rows are aligned, T is 1, and maxima do
-not change. The table has the number of instructions, in all and of three pipes, and the time
-of each number in percent of the memory's time.
+and, in the second sweep, stores the gradient. On this path, rows are aligned, the temperature is 1,
+and maxima do not change. The table has the number of instructions, in all and of three pipes, and
+the time that each number takes, in percent of the time of the memory accesses.
 
 Usage: cuobjdump -sass -arch sm_90 build/cuda/libfastkd_cuda.a | python tests/kernels/sass_table.py
 """
@@ -35,7 +35,7 @@ EXPONENTIALS = 2  # per class
 
 
 class Need(NamedTuple):
-    """Hold the opcodes that a path must contain."""
+    """Hold the least numbers of exponentials, vector loads and vector stores on a path."""
 
     exponentials: int
     loads: int
@@ -50,7 +50,7 @@ class Instruction(NamedTuple):
 
 
 def kernels(text: str) -> dict[str, list[Instruction]]:
-    """Return each kernel's instructions, by its name."""
+    """Return the instructions of each kernel, by the kernel's name."""
     functions = re.split(r"\n\s*Function : ", text)[1:]
     mangled = "\n".join(function.partition("\n")[0].strip() for function in functions)
     names = subprocess.run(
@@ -154,7 +154,7 @@ def loops(code: list[Instruction]) -> list[list[Instruction]]:
 
 
 def sweep(code: list[Instruction], element: int, stores: bool) -> Counter | None:
-    """Return opcodes per class of the loop with the fewest opcodes, of one or two vectors."""
+    """Return the opcodes per class of the shortest loop that takes one or two vectors at a time."""
     best = None
     for body in loops(code):
         if len(body) > 2500:

@@ -34,8 +34,8 @@ using namespace fastkd;
 
 constexpr int kThreads = 4;
 
-// Run items on a fixed number of threads, which take items off a counter like those of
-// parallel_for.
+// Run work(item) for all items on kThreads threads, which take items off a counter, as the threads
+// of parallel_for do.
 void in_parallel(int64_t items, const std::function<void(int64_t)>& work) {
   std::atomic<int64_t> next{0};
   std::vector<std::thread> team;
@@ -64,7 +64,6 @@ struct Problem {
   }
 };
 
-// One call, with the memory of its results.
 struct Call {
   std::vector<float> loss, terms, stats, grad;
   ForwardArgs args;
@@ -185,7 +184,7 @@ void test(const cpu::Kernels& k, const Problem& p) {
   check(different == 0, "calls side by side", k, p);
 }
 
-// Test that kernels() always returns an available set, also while other threads select one.
+// Test that kernels() returns an available set while other threads select sets.
 void test_selection(const Problem& p) {
   int count = 0;
   while (cpu::available()[count] != nullptr) ++count;

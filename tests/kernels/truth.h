@@ -17,7 +17,7 @@ struct Divergence {
   Real inverse = 0;        // inverse of the student's norm, for the cosine
 };
 
-// x log(y / z), where x log 0 is 0 for x = 0.
+// Return x log(y / z); 0 if x is 0.
 inline Real x_log(Real x, Real y, Real z) {
   return x == 0 ? Real(0) : x * (std::log(y) - std::log(z));
 }
@@ -26,7 +26,7 @@ inline Real x_log(Real x, Real y, Real z) {
 // other classes.
 struct Decoupled {
   Real odds;
-  std::vector<Real> log;  // no entry for the label
+  std::vector<Real> log;  // -inf for the label
 
   Decoupled(const std::vector<double>& logits, Real t, int64_t label) {
     const Real infinity = HUGE_VALL;
@@ -41,7 +41,7 @@ struct Decoupled {
     odds = sum == 0 ? infinity : log[static_cast<size_t>(label)];
     log[static_cast<size_t>(label)] = -infinity;
   }
-  // Return the probability of the label, and of all other classes.
+  // Return the probability of the label, and of all other classes together.
   Real label() const { return 1 / (1 + std::exp(-odds)); }
   Real rest() const { return 1 / (1 + std::exp(odds)); }
 };

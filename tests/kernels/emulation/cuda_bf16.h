@@ -1,4 +1,4 @@
-// 16-bit floats of 8 exponent bits, for g++: the part of CUDA's header that the kernels use.
+// bf16 for g++: the part of CUDA's header that the kernels use.
 #pragma once
 #include "cuda_runtime.h"
 

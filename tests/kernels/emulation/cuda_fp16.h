@@ -1,4 +1,4 @@
-// 16-bit floats of 5 exponent bits, for g++: the part of CUDA's header that the kernels use.
+// fp16 for g++: the part of CUDA's header that the kernels use.
 #pragma once
 #include "cuda_runtime.h"
 

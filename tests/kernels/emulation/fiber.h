@@ -1,4 +1,5 @@
-// Fibers: threads of control that switch to each other explicitly, on one thread of the system.
+// Fibers: threads of control that switch to each other explicitly, on one thread of the operating
+// system.
 #pragma once
 #include <cstddef>
 

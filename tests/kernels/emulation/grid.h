@@ -73,7 +73,7 @@ extern Cta* in_place;            // the CTA whose shared memory the kernels see
 extern Thread* running;
 extern uint64_t events;  // incremented by every event that threads may wait for
 
-size_t draw(size_t below);  // return a random number
+size_t draw(size_t below);  // return a random number below `below`
 void wait_for(Wait wait);   // yield until the wait is over
 
 // shared.cpp

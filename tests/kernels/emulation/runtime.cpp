@@ -10,7 +10,7 @@ namespace {
 constexpr int kProcessors = 4;
 constexpr int kDefaultDynamicBytes = 48 * 1024;  // bytes of shared memory that need no attribute
 constexpr int kPortableCluster = 8, kLargestCluster = 16;
-constexpr unsigned kMaxGridY = 65535;  // CTAs of a grid
+constexpr unsigned kMaxGridY = 65535;  // CTAs of a grid along y
 
 struct Granted {
   int dynamic_bytes = kDefaultDynamicBytes;

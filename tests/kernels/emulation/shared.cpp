@@ -47,7 +47,8 @@ const Block& shared() {
   static const Block block = find_shared();
   return block;
 }
-// Call fn for the parts in use, without the unused end of the dynamic memory.
+// Call fn(begin, end) for the parts of the block in use: all but the unused end of the dynamic
+// memory.
 template <class Fn>
 void each_part(Fn&& fn) {
   const size_t dynamic = static_cast<size_t>(fastkd::cuda::dynamic - shared().begin);

@@ -28,7 +28,7 @@ uint64_t events = 0;
 namespace {
 
 constexpr size_t kStackBytes = 256 * 1024;  // a thread touches few pages
-constexpr int kIdleTurns = 200000;  // of threads that only sleep, until a deadlock is reported
+constexpr int kIdleTurns = 200000;          // turns without an event, until a deadlock is reported
 
 const std::function<void()>* kernel_of_threads = nullptr;
 Meeting cluster_meeting;
@@ -63,13 +63,13 @@ void end_turn(Warp& warp) {
   events++;
 }
 
-// Run a thread from beginning to end.
+// The entry of every thread's fiber.
 void run_thread() {
   (*kernel_of_threads)();
   Thread& self = *running;
   self.ended = true;
   self.warp->alive &= ~(1u << self.lane);
-  // No other thread waits for a thread that has ended.
+  // Complete the operations that waited only for this thread.
   end_turn(*self.warp);
   end_turn(self.cta->all, --self.cta->alive);
   end_turn(cluster_meeting, --cluster_alive);
@@ -160,7 +160,7 @@ void run_cluster() {
       if (barrier.bytes != 0) fail("a barrier still expects bytes at the end");
 }
 
-// Return the stack of a thread. Stacks are reused by later launches.
+// Return the stack of a thread, which later launches reuse.
 void* stack_of(size_t thread) {
   static std::vector<void*> stacks;
   while (stacks.size() <= thread) {
