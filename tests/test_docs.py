@@ -49,7 +49,7 @@ def test_python_of_a_page_runs(name, tmp_path, monkeypatch):
 
 
 class LanguageModel(nn.Module):
-    """Return an output that has logits, as language models of transformers do."""
+    """Return an output with ``logits``, as transformers' language models do."""
 
     def __init__(self):
         super().__init__()

@@ -164,7 +164,7 @@ def soft_term_options(case: Case) -> dict[str, Any]:
 
 
 def row_weight(case: Case, student: Tensor) -> float | Tensor:
-    """Return the soft term's weight, which may be one number for each row."""
+    """Return the soft term's weight: 1 or, with ``row_weights``, one number per row."""
     if not case.row_weights:
         return 1.0
     weight = torch.arange(student[..., 0].numel(), dtype=FP64) % 3 / 2
@@ -172,7 +172,7 @@ def row_weight(case: Case, student: Tensor) -> float | Tensor:
 
 
 def exact(case: Case, problem: Problem, reduction: str) -> tuple[Tensor, Tensor]:
-    """Compute (loss, gradient) by the definition, in float64."""
+    """Compute (loss, gradient) by fastkd.reference in float64."""
     student, indices, log_probs, labels = problem
     leaf = student.detach().double().requires_grad_()
     hard, soft = (0.0, 1.0) if labels is None else case.weights
