@@ -96,7 +96,7 @@ def assert_equal_losses(
     student: Tensor,
     tolerance: dict[str, float] = DOUBLE,
 ) -> None:
-    """Assert that two losses, and their gradients for the student, are equal up to the tolerance."""
+    """Assert that two losses, and their gradients for the student, are equal."""
     values, grads = [], []
     for function in (ours, theirs):
         leaf = student.clone().requires_grad_()

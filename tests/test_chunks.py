@@ -251,7 +251,6 @@ def test_a_bound_too_small_is_refused():
         ValueError, match=r"max_workspace=1048576 .* accumulate_dtype=torch.bfloat16"
     ):
         plan(4096, 128256, 2048, dtype=torch.bfloat16, max_workspace=MIB)
-    with pytest.raises(
-        ValueError, match=r"take [0-9]+ bytes$"
-    ):  # the message suggests no float16 sum
+    # The message does not suggest a float16 sum.
+    with pytest.raises(ValueError, match=r"take [0-9]+ bytes$"):
         plan(4096, 128256, 2048, dtype=FP16, max_workspace=MIB, chunk_by="rows")

@@ -243,7 +243,7 @@ def test_liger_tvd_has_finite_gradients_where_a_probability_is_zero():
 
 
 def test_liger_tvd_has_no_gradient_where_probabilities_are_equal():
-    # At equal probabilities, fastkd's gradient is 0, and Liger's is -1/2 (docs/compat.md).
+    # At equal probabilities, the gradient is 0, but -1/2 in old releases of Liger (docs/compat.md).
     p = torch.full((2, 4), 0.25, requires_grad=True)
     (grad,) = torch.autograd.grad(liger.LigerTVDLoss()(p, p.detach()), p)
     assert not grad.any()

@@ -338,7 +338,7 @@ def sensitivity(case: Case, problem: Problem) -> float:
     size = float(hard.max()) * (1 + largest) + float(soft.max()) * greatest**2 * in_exponent
     size /= exact.get("normalizer", 1.0)
     if case.class_weight:
-        size *= 10  # the hard term's mean divides by at least a tenth for each row
+        size *= 10  # class weights are at least 0.1, and the mean divides by their sum
     if reference.DIVERGENCES[case.divergence].compares == "logits":
         size *= in_exponent
     if case.divergence == "cosine":  # the cosine's gradient grows as the logits shrink

@@ -13,7 +13,7 @@ STEPS, CLASSES = 20, 10
 
 
 class Network(nn.Module):
-    """Define a small convolutional network with timm's attributes."""
+    """Define a small convolutional network with the attributes that timm reads."""
 
     num_classes, in_chans = CLASSES, 3
     pretrained_cfg = {"mean": (0.5, 0.5, 0.5), "std": (0.2, 0.2, 0.2)}  # noqa: RUF012

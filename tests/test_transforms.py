@@ -99,7 +99,6 @@ TRANSFORMS = {
     "name", [pytest.param(n, marks=pytest.mark.slow if i else ()) for i, n in enumerate(LOSSES)]
 )
 def test_compiled_transforms_equal_eager_ones(name, transform):
-    """Compiled derivatives are right for ops without a batching formula."""
     student, teacher, labels = problem64(torch.device("cpu"))
 
     def function(x: Tensor) -> Tensor:
