@@ -8,8 +8,8 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
-# OpenMP reads this when torch loads it. Spinning threads slow down small operations on shared
-# processors.
+# OpenMP reads OMP_WAIT_POLICY when torch loads OpenMP. Spinning threads slow down small operations
+# on shared processors.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import pytest

@@ -9,7 +9,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # `make fuzz` does not run conftest.py
+# conftest.py sets this variable for pytest, but `make fuzz` runs without pytest.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import hypothesis
 import torch
@@ -31,7 +32,7 @@ GRAD_OUTPUTS = st.sampled_from([1.0, 1.0, -1.0, -0.5, 2.0, 0.0])
 
 
 def special_values(tensors: int) -> st.SearchStrategy[tuple[tuple[int, int, int, float], ...]]:
-    """Draw at most 4 tuples (tensor index, row, column, value)."""
+    """Return a strategy for at most 4 tuples (tensor index, row, column, value)."""
     place = (st.integers(0, tensors - 1), st.integers(0, 4), st.integers(0, 2**14))
     return st.lists(st.tuples(*place, st.sampled_from(SPECIAL_VALUES)), max_size=4).map(tuple)
 
@@ -40,7 +41,9 @@ NARROW = {"int32": torch.int32, "int16": torch.int16, "uint8": torch.uint8}
 
 
 def narrow_labels(labels: Tensor, dtype: str, classes: int, ignore_index: int = -100) -> Tensor:
-    """Convert labels to a dtype given by name, as valid labels or the wrapped ``ignore_index``."""
+    """Convert labels to the dtype of a name; each result is a class or the wrapped
+    ``ignore_index``.
+    """
     if dtype not in NARROW:
         return labels
     largest = torch.iinfo(NARROW[dtype]).max
@@ -50,7 +53,7 @@ def narrow_labels(labels: Tensor, dtype: str, classes: int, ignore_index: int = 
 
 
 def draw_rarely(usual: Any, others: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
-    """Draw ``usual`` or, less often, a value of ``others``."""
+    """Return a strategy that draws ``usual`` or, less often, a value of ``others``."""
     return st.one_of(st.just(usual), st.just(usual), others)
 
 

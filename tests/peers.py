@@ -35,7 +35,7 @@ def compile_code(package: str, file: str, *names: str, **extra_globals: Any) -> 
     """
     path = find_package_folder(package) / file
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # invalid escapes in the libraries' docstrings
+        warnings.simplefilter("ignore")  # the libraries' docstrings have invalid escapes
         tree = ast.parse(path.read_text())
     definitions = {
         node.name: node
@@ -44,7 +44,8 @@ def compile_code(package: str, file: str, *names: str, **extra_globals: Any) -> 
     }
     missing = set(names) - set(definitions)
     assert not missing, f"{path} has no {missing} any more: the convention may have changed"
-    # With this import, annotations stay unevaluated: they may use names that the file imports.
+    # The __future__ import leaves annotations unevaluated; they may use names that the file
+    # imports.
     body: list[ast.stmt] = [
         ast.ImportFrom(module="__future__", names=[ast.alias(name="annotations")], level=0)
     ]

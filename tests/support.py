@@ -15,7 +15,7 @@ from fastkd import Head, TopK, reference
 FP64, FP32, BF16, FP16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
 DTYPES = (FP64, FP32, BF16, FP16)
 # Numbers of classes at which the CUDA launch changes. One kernel computes rows of up to 32 classes,
-# another rows of up to 512 (float32) or 1024 (16 bits). Blocks have more threads from 1024 and from
+# another rows of up to 512 (float32) or 1024 (16 bits). Thread blocks are larger from 1024 and from
 # 8192 classes on. The last number stands for the largest vocabularies.
 CUDA_SIZE_CLASSES = (32, 512, 1024, 8192, 425984)
 
@@ -130,7 +130,7 @@ def loss_in_chunks(
     chunks: dict[str, Any] | None = None,
     **options: Any,
 ) -> Tensor:
-    """Compute fastkd.loss, with ``chunks`` as the arguments of fastkd.chunks.plan if given."""
+    """Compute fastkd.loss; ``chunks``, if given, are arguments of fastkd.chunks.plan."""
     plan: Any = "auto"
     if chunks is not None:
         plan = fastkd.chunks.plan(student, teacher, labels, **chunks, **options)
@@ -290,8 +290,8 @@ def assert_grad(
 ) -> None:
     """Assert that the gradient's error is within bounds, in the norm and in each entry.
 
-    ``weight`` is the largest factor of a row's probabilities in the gradient. It bounds the
-    rounding error of rows whose probabilities are near 1. ``theirs`` is eager PyTorch's gradient.
+    ``weight`` is the largest factor of a row's probabilities in the gradient; the factor bounds the
+    rounding error of probabilities near 1. ``theirs`` is eager PyTorch's gradient.
     """
     assert grad is not None
     assert grad.shape == exact.shape

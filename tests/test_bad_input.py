@@ -1,5 +1,5 @@
 """Test that errors about invalid arguments name the argument, its value, and valid values."""
-# ruff: noqa: E501 - one mistake a line
+# ruff: noqa: E501 - one mistake per line
 
 import math
 import re
@@ -435,7 +435,7 @@ def test_arguments_of_another_type_are_named(function, arguments):
 
 def test_check_inputs_accepts_valid_arguments(device):
     student, teacher, labels = make((6, 40), device=device)
-    student[0], labels[0] = NAN, -100  # values of ignored rows are not checked
+    student[0], labels[0] = NAN, -100  # check_inputs does not check values of ignored rows
     teacher[1, :39] = -INF
     assert fastkd.check_inputs(student, teacher, labels) is None
     fastkd.check_inputs(student[1:], teacher[1:], temperature=torch.ones(5, device=device))

@@ -104,7 +104,7 @@ def test_a_loader_with_other_generators_is_refused_within_a_pass(tmp_path):
     ):
         losses(trainer, make_loader())
     losses(trainer, LOADERS["loader"](torch.Generator()), 10)
-    trainer = trainer_in(tmp_path)  # between passes, generators are not compared
+    trainer = trainer_in(tmp_path)  # between epochs, the trainer compares no generators
     trainer.resume()
     losses(trainer, make_loader())
 

@@ -58,7 +58,7 @@ def test_default_chunks_cover_all_rows(sizes):
 
 @given(HEADS, st.integers(1, 4096), st.sampled_from(["auto", "rows"]))
 def test_plans_fit_max_workspace(sizes, mib, chunk_by):
-    # The planner chooses the largest chunks that fit, and raises an error if none fits.
+    # The planner chooses the largest chunks that fit, and raises an error if no chunk fits.
     try:
         chosen = plan(**sizes, chunk_by=chunk_by, max_workspace=mib * MIB)
     except ValueError as error:
@@ -77,7 +77,7 @@ def test_plans_fit_max_workspace(sizes, mib, chunk_by):
 
 @given(HEADS, st.integers(1, 9000), st.booleans())
 def test_chunks_of_classes_cover_all_classes(sizes, largest, writes):
-    # Logits lie only in the part of the weight's gradient that is not yet written.
+    # Chunks inside the weight's gradient keep their logits in the part that is not yet written.
     rows, classes, width = sizes["rows"], sizes["classes"], sizes["student_width"]
     item = int(sizes["logits_per_row"]) * sizes["dtype"].itemsize
     grad_row = width * sizes["dtype"].itemsize * sizes["weight_grad"]
@@ -94,8 +94,8 @@ def test_chunks_of_classes_cover_all_classes(sizes, largest, writes):
     assert end == classes
 
 
-# Each target is ((rows, classes, width) of a Llama 3 or Qwen head, most memory in MiB without the
-# inputs, accumulate_dtype).
+# Each target is ((rows, classes, width) of a Llama 3 or Qwen head, the most memory in MiB besides
+# the inputs, accumulate_dtype).
 TARGETS = [
     ((4096, 128256, 2048), 2100, "auto"),
     ((8192, 151936, 1024), 2300, "auto"),

@@ -116,7 +116,7 @@ def test_a_configuration_runs_no_command(config_path, monkeypatch, capsys, comma
 
 @pytest.mark.parametrize("key", ["module", "config", "resume", "print_config"])
 def test_a_file_cannot_set_options_of_the_command_line(config_path, monkeypatch, capsys, key):
-    # A file that sets ``module`` or ``config`` could make more modules trusted.
+    # A file that sets ``module`` or ``config`` could make the command import more modules.
     config_path.write_text(f"{config_path.read_text()}\n{key}: os\n")
     error = run_refused_command(monkeypatch, capsys, "distill", "--config", config_path)
     assert f"fastkd distill: {config_path}: " in error and key in error
@@ -164,7 +164,7 @@ def test_modules_elsewhere_are_imported_only_if_named(
 def test_modules_in_the_configuration_s_folder_replace_no_other_module(
     config_path, monkeypatch, capsys
 ):
-    # The configuration's folder is the last entry of sys.path.
+    # The configuration's folder is last in sys.path, so modules in the folder replace no others.
     before = list(sys.path)
     (config_path.parent / "wave.py").write_text("raise ZeroDivisionError")
     change = ("--student=wave:open",)

@@ -70,7 +70,8 @@ def test_a_sweep_continues_where_it_stopped(config_path, monkeypatch):
     complete = file.read_text()
     lines = complete.splitlines(keepends=True)
     assert len(lines) == 1 + 2 * 2
-    file.write_text("".join(lines[:3]) + lines[3][:9])  # like a run killed within a line
+    # The results end within a line, as if the run was killed.
+    file.write_text("".join(lines[:3]) + lines[3][:9])
     trained = []
     fit = fastkd.Trainer.fit
     monkeypatch.setattr(

@@ -36,7 +36,7 @@ AXOLOTL = axolotl.LigerFusedLinearKLTopKLogprobLoss(0.0, 1.0, temperature=2.0, b
 
 
 def axolotl_loss(s, t, y):
-    """Compute the adapter's loss from logits, with an identity matrix as the head."""
+    """Compute the axolotl adapter's loss from logits, with an identity matrix as the head."""
     values, ids = t.log_softmax(-1).topk(3)
     mask, no_labels = (y != -100)[:, None].expand_as(ids), torch.full_like(y, -100)
     head = torch.eye(5, dtype=s.dtype, device=s.device)

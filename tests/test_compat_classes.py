@@ -205,7 +205,7 @@ def test_keras_distiller_trains_like_its_own(keras_package, weight, with_labels)
     )
     x, y = torch.randn(6, 3), torch.arange(6) % 5 if with_labels else None
     torch.testing.assert_close(ours.compute_loss(x, y), theirs.compute_loss(x, y), **SINGLE)
-    if with_labels or weight < 1:  # otherwise, the loss does not depend on the logits
+    if with_labels or weight < 1:  # at weight 1 without labels, the loss ignores the logits
         assert_equal_losses(
             lambda s: ours.compute_loss(x, y, s),
             lambda s: theirs.compute_loss(x, y, s),
@@ -215,7 +215,7 @@ def test_keras_distiller_trains_like_its_own(keras_package, weight, with_labels)
 
 
 def test_keras_distiller_sets_training_modes(keras_package):
-    # The teacher is frozen and in evaluation mode; a Keras student gets the training flag.
+    # The teacher is frozen and in evaluation mode; a Keras student gets the argument ``training``.
     torch.manual_seed(0)
     teacher = nn.Sequential(nn.Linear(3, 5), nn.BatchNorm1d(5), nn.Dropout())
     student = keras_package.Sequential(
@@ -287,7 +287,7 @@ def test_keras_refuses_unsupported_losses():
         keras.Distiller(teacher, student, [keras.LogitsDistillation()])
 
 
-# ---- DeiT and mdistiller have no packages, so their formulas are written out
+# ---- DeiT and mdistiller (no packages, so the test contains their formulas)
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0])

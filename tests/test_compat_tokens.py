@@ -170,8 +170,8 @@ def test_trl_refuses_unsupported_options():
                 trl.generalized_jsd_loss(student, teacher, labels, num_items_in_batch=count)
 
 
-# ---- Liger. Its modules are Triton kernels, which need a GPU, so the oracles are PyTorch code:
-# Liger's chunked JSD loss, torch's kl_div, and a total variation written out here.
+# ---- Liger (Triton kernels, which need a GPU)
+# The oracles are PyTorch code: Liger's chunked JSD loss, torch's kl_div, and a total variation.
 
 
 @pytest.mark.parametrize("beta", [0.0, 0.1, 0.5, 1.0])
@@ -340,7 +340,7 @@ def test_nemo_refuses_a_count_of_zero():
         nemo.KDLoss()(*draw((2, 4, 11)), 0)
 
 
-# ---- DistilBERT has no package, so its formula is written out
+# ---- DistilBERT (no package, so the test contains the formula)
 
 
 @pytest.mark.parametrize("restrict", [False, True])

@@ -77,7 +77,7 @@ def test_a_compiled_loss_equals_the_eager_one(device, call):
 
 @pytest.mark.parametrize("dtype", [BF16, FP16], ids=name_of)
 def test_compiled_16_bit_gradients_are_exact(device, dtype):
-    # A traced forward pass does not know the loss scale, which comes with backward.
+    # A traced forward pass does not know the loss scale, which only backward receives.
     student, teacher, labels = make((64, 8000), dtype, device=device, spread=1.0)
     compiled = torch.compile(
         lambda *a: fastkd.loss(*a, temperature=4.0, alpha=0.1), fullgraph=True, backend="aot_eager"

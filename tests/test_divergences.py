@@ -93,7 +93,7 @@ def test_the_gradient_of_dkd_is_its_formula(device):
 @pytest.mark.parametrize("per_row", [False, True])
 @pytest.mark.parametrize("name", NAMES)
 def test_learned_temperatures_get_their_gradient(device, name, per_row):
-    # The temperatures also change the factor temperature**2 and the teacher's probabilities.
+    # The temperatures also determine the factor temperature**2 and the teacher's probabilities.
     student, teacher, labels = make((ROWS, CLASSES), FP64, device=device, seed=3)
     shape = (ROWS,) if per_row else ()
     t = torch.full(shape, 2.0, dtype=FP64, device=device, requires_grad=True)
@@ -411,7 +411,8 @@ def test_centered_squared_error_is_infinite_where_the_student_alone_masks(
 
 
 def test_dkd_of_a_one_hot_teacher_is_cross_entropy(device):
-    # The teacher's probability is 0 for classes without the label, so dkd omits their term.
+    # The teacher gives classes without the label probability 0, so dkd omits the term of these
+    # classes.
     teacher = torch.tensor([[2.0, -INF, -INF]], device=device)
     student = torch.tensor([[1.0, 0.0, 0.5]], device=device, requires_grad=True)
     label = torch.tensor([0], device=device)

@@ -44,7 +44,7 @@ LOSSES: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
 }
 
 
-# `make test` exports and compiles these losses alone, and `make test-all` every loss.
+# `make test` exports and compiles only these losses, and `make test-all` all losses.
 QUICK = ("mean", "linear", "learned temperature")
 
 
@@ -125,7 +125,7 @@ def test_compiled_autograd_gives_the_gradients_of_autograd(name, backend):
     expected = gradients(lambda: module(x, teacher, labels), module)
     with compiled_autograd._enable(torch.compile(backend=backend, fullgraph=True)):
         value = 3 * module(x, teacher, labels)
-        for last in (False, True):  # saved tensors must be unchanged for the second pass
+        for last in (False, True):  # the first pass must not change saved tensors
             module.weight.grad = None
             value.backward(retain_graph=not last)
             assert module.weight.grad is not None

@@ -295,8 +295,8 @@ def check(case: Case, device: torch.device) -> None:
     in_value, in_gradient = torch.tensor(size * count), torch.tensor(size)
     hard = torch.as_tensor(exact.get("hard_weight", 0.0))
     if case.divergence in ("mse", "centered_mse") and is_fused(case) and not hard.any():
-        # Squared errors of small logits stay accurate beside large logits, so each entry has its
-        # bound.
+        # Squared errors of small logits stay accurate beside large logits, so entries have separate
+        # bounds.
         of_rows, in_gradient = roundings(case, problem)
         in_value = of_rows.sum().clamp(min=1e-30) * count
     check_close(value, want.detach(), 8 * eps, 64 * eps * in_value, "loss")

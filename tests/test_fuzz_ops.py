@@ -380,7 +380,8 @@ def call(case: Case, guard: int) -> tuple[str, list[Tensor]]:
     try:
         results = getattr(OPS, case.op)(*arguments.values())
     except ERRORS as error:
-        # An invalid list is detected when its row is computed, after earlier rows are written.
+        # The op detects an invalid list when it computes the row, after it has written earlier
+        # rows.
         late = "indices must be different" in str(error)
         memory.check(before, grad if late and isinstance(grad, Tensor) else None)
         return type(error).__name__, []
@@ -396,7 +397,7 @@ def call(case: Case, guard: int) -> tuple[str, list[Tensor]]:
     if case.op == "empty_gradient":
         return "", []
     if case.op == "loss_into":
-        del results[1]  # statistics of ignored rows are not written
+        del results[1]  # the op writes no statistics of ignored rows
     # Outputs on "meta" have no values to compare.
     return "", [each for each in results if each.device.type == "cpu"]
 
@@ -419,7 +420,7 @@ REGRESSIONS = [
     Case(op="loss_backward_", leading=(0,), reduction=0, flags=(False, False, True)),
     Case(op="topk_loss_backward_", leading=(0,), reduction=0, flags=(False, False, True)),
     Case(op="loss_backward_", reduction=0, flags=(False, False, True)),
-    # The number of a reduction lost its upper 32 bits before it was checked.
+    # The number of a reduction lost its upper 32 bits before the check.
     Case(changes=((19, "absent", 2**40),)),
     # With one tensor on "meta" the fake kernel returned uninitialized memory.
     Case(present=1, changes=((8, "on meta", 0),)),

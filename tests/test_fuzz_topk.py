@@ -284,7 +284,7 @@ REGRESSIONS = [
     # With logits as log_probs, the sum of exponentials overflowed float64 to a small number.
     Case(special=((1, 0, 0, 1e38),)),
     Case(special=((1, 1, 2, 3e4),), dtypes=(FP64, FP64), tail="ignore"),
-    # The bits of an exponential overflowed for a negative scale.
+    # The bits of the kernel's exponential overflowed for a negative grad_output.
     *(
         Case(
             (4,), 40, k=40, spread=300.0, reduction="none", grad_output=-0.5, ignored=0.0, tail=tail

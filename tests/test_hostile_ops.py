@@ -78,7 +78,7 @@ def test_the_dense_ops_refuse_invalid_arguments(case):
     grad = torch.full((ROWS, CLASSES), 7.0)
     with pytest.raises(RuntimeError):
         OPS.loss_into(grad, *wrong, True)
-    if "reduction" not in case and "denominator" not in case:  # the backward pass uses neither
+    if "reduction" not in case and "denominator" not in case:  # backward uses neither argument
         with pytest.raises(RuntimeError):
             OPS.loss_backward_(grad, grad_output, stats, *wrong, False)
     assert (grad == 7).all(), "a call that is refused writes nothing"

@@ -22,8 +22,8 @@ import fastkd
 from fastkd import reference
 from fastkd._core import dense, shapes
 
-# Shapes are (N, classes, pixels...). The CPU kernels read 32 pixels at a time, so shapes have fewer
-# pixels, a multiple of 32, or a remainder.
+# Shapes are (N, classes, pixels...). The CPU kernels read 32 pixels at a time, so the shapes have
+# fewer pixels, a multiple of 32 pixels, or a remainder.
 SHAPES = [(2, 19, 5, 7), (5, 3, 4), (2, 21, 8, 24), (1, 150, 33), (1, 1100, 40), (3, 1, 2, 2)]
 # Layouts that the kernels read in place come first.
 LAYOUTS = ["plain", "channels last", "fewer classes", "classes outside", "crop", "spread"]

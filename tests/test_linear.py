@@ -286,7 +286,7 @@ def test_memory_is_a_quarter_of_that_of_full_logits():
     assert ours <= theirs / 4
 
 
-# ---- teachers, labels, modules
+# ---- teachers, labels, KDLoss
 
 
 def test_a_teacher_may_be_logits(device):
@@ -385,7 +385,7 @@ def test_the_module_takes_heads(device):
 
 
 def test_plans_accept_labels_out_of_range(monkeypatch):
-    # On CUDA, such labels would be unchecked indices into the class weights.
+    # On CUDA, labels out of range would be unchecked indices into the class weights.
     heads = make_heads()._replace(labels=torch.full((ROWS,), CLASSES))
     monkeypatch.setattr(checks, "is_readable", lambda tensor: False)
     assert fastkd.chunks.plan(*heads, class_weight=torch.ones(CLASSES)).rows == ROWS
@@ -466,7 +466,7 @@ STUDENT = {
 
 @pytest.mark.parametrize(("wrong", "message"), STUDENT.values(), ids=STUDENT)
 def test_bad_heads_are_refused(wrong, message):
-    # A Head is checked when it is made, and again in a call.
+    # The constructor checks a Head, and each call checks the Head again.
     head = make_heads().student
     with pytest.raises((ValueError, TypeError), match=message):
         Head(**{**head._asdict(), **wrong})

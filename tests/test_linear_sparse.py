@@ -337,7 +337,7 @@ def test_a_compiled_loss_equals_the_eager_one(reduction):
     torch._dynamo.reset()
 
 
-# ---- the module, invalid arguments
+# ---- KDLoss, invalid arguments
 
 
 def test_the_module_takes_heads_and_lists(device):

@@ -50,7 +50,7 @@ def check(
         ).view(rows)
     exact = truth(student, teacher, labels, grad_output=grad_output, **options)
     theirs = (None, None)
-    if against_eager and acc == FP32:  # in float64, eager PyTorch equals the truth
+    if against_eager and acc == FP32:  # in float64, eager PyTorch is as exact as the truth
         theirs = eager(student, teacher, labels, grad_output=grad_output, **options)
     leaf = student.detach().requires_grad_()
     value = fastkd.loss(leaf, teacher, labels, **options)
@@ -442,7 +442,7 @@ def test_rows_far_apart_equal_the_truth(device):
     # A stride of 2^31 elements needs int64.
     if device.type == "cuda":
         pytest.skip("CUDA memory is not committed lazily; test_cuda has a case that is full")
-    base = torch.empty(2**31 + 64, dtype=torch.float16)  # mostly unwritten, so not resident
+    base = torch.empty(2**31 + 64, dtype=torch.float16)  # pages that are not written take no memory
     student = base.as_strided((2, 40), (2**31, 1))
     fresh, teacher, labels = make((2, 40), FP16, ignored=0.0)
     student.copy_(fresh)

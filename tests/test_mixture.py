@@ -119,7 +119,7 @@ def test_rows_of_any_stride_are_mixed(device):
 
 @pytest.mark.usefixtures("isa")
 def test_masked_classes_are_mixed(device):
-    # A class that one teacher masks has the share of the other teacher alone.
+    # If one teacher masks a class, the mixture has the share of the other teacher alone.
     first, second = teachers_of("logits", (3, 2100), FP32, 2, device)
     first[0, :1500] = -INF
     second[0, 1200:] = -INF
@@ -320,7 +320,7 @@ def test_second_passes_and_second_derivatives_are_right():
 
 @pytest.mark.parametrize("ensemble", ["probs", "logits"])
 def test_row_statistics_mix_teachers(ensemble):
-    # The linear loss computes row statistics and gradients by these two functions.
+    # The linear loss calls compute_statistics() and write_gradient_().
     student = torch.randn(3, 40, generator=torch.Generator().manual_seed(1))
     teachers = teachers_of("logits", (3, 40), FP32, 2)
     options = {"reduction": "none", "ensemble": ensemble}

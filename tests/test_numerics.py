@@ -92,7 +92,7 @@ def test_divergence_is_exact_by_either_formula(device, classes, temperature):
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.5, 4.0])
 @pytest.mark.parametrize("classes", [300, CLASSES])
 def test_reverse_kl_is_exact_by_either_formula(device, classes, temperature):
-    # Well-separated rows and rows near the teacher are computed by different formulas.
+    # The kernels use different formulas for well-separated rows and for rows near the teacher.
     options = {"divergence": "reverse_kl", "temperature": temperature, "reduction": "none"}
     for kl in (1e-5, 0.03, 0.05, 0.08, 0.3, 2.0):
         student, teacher = make_near(kl * temperature**2, device, rows=16, classes=classes)
@@ -299,7 +299,6 @@ def test_a_loss_scale_keeps_small_16_bit_gradients(device, scale, reduction, dty
     exact = truth(student, teacher, labels, **options).grad * scale
     if dtype is FP16 and reduction == "mean" and scale == 65536.0:
         lost = (exact / scale).to(FP16).double() * scale
-        # Without a loss scale, gradients underflow.
         assert distance(lost, exact) > 5 * distance(exact.to(FP16), exact)
     leaf = student.requires_grad_()
     value = fastkd.loss(leaf, teacher, labels, **options)

@@ -245,7 +245,7 @@ def test_class_weights_work_in_place_and_for_pixels(device):
     torch.testing.assert_close(results[0], (torch.stack(exact[:6]), leaf.grad))
 
 
-# ---- classes in another dimension, slices of padded classes
+# ---- classes in dim 1, slices of padded classes
 
 
 @pytest.mark.parametrize(

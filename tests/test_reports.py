@@ -99,7 +99,7 @@ def test_float64_is_kept():
 
 
 def test_wilson_interval_equals_its_definition():
-    # At each end of the interval, the normal test just rejects the share.
+    # At each end of the interval, a two-sided normal test at 5 % just rejects the share.
     for share, rows in ((0.9, 50), (0.5, 7), (0.0, 20), (1.0, 3)):
         for end in measure.compute_wilson_interval(share, rows):
             gap = abs(share - end)

@@ -1,4 +1,4 @@
-"""Test that training resumes exactly after SIGKILL in a save, and that two processes equal one."""
+"""Test that training resumes exactly after SIGKILL in a save, and in two processes."""
 
 import json
 import pathlib

@@ -1,5 +1,5 @@
 """Test routed teachers: each row has one of several teachers."""
-# ruff: noqa: E501 - one mistake a line
+# ruff: noqa: E501 - one mistake per line
 
 import pytest
 import torch
@@ -75,7 +75,7 @@ def test_heads_may_be_routed(device, labels, indices, options, with_labels):
     exact = select_rows([head.logits() for head in heads], indices)
     expected = fastkd.loss(hidden @ weight.T, exact, labels, **options)
     want = torch.autograd.grad(expected.sum(), (hidden, weight))
-    # Rows that belong to other teachers are not read, so NaN has no effect there.
+    # Rows that belong to other teachers are not read, so NaN has no effect in these rows.
     for i, head in enumerate(heads):
         head.hidden[indices != i] = float("nan")
     teacher = fastkd.Routed(heads, indices)

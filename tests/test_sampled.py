@@ -1,5 +1,5 @@
 """Test sampled teachers: estimates of KL(student || teacher) from one token per row."""
-# ruff: noqa: E501 - one mistake a line
+# ruff: noqa: E501 - one mistake per line
 
 import math
 

@@ -3,7 +3,7 @@
 tests/fixtures/vllm.json was recorded from a real server, whose version the file names. sglang.json
 was written by hand. Both files include the model's log-probabilities of every class.
 """
-# ruff: noqa: E501 - one mistake a line
+# ruff: noqa: E501 - one mistake per line
 
 import copy
 import dataclasses

@@ -31,7 +31,7 @@ class Network(nn.Module):
         )
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        # On a CPU, autocast would compute log_softmax in bfloat16, and change timm's loss by 1 %.
+        # On a CPU, autocast would compute log_softmax in bfloat16, which changes timm's loss.
         return self.layers(images).float()
 
 

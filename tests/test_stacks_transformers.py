@@ -279,7 +279,7 @@ def test_granite_gets_use_cache_by_its_base_model():
     assert packed.past_key_values is None and padded.past_key_values is None
 
 
-# ---- models with other outputs
+# ---- models that return tensors, mappings and tuples
 
 
 class Head(nn.Module):

@@ -180,8 +180,8 @@ def test_the_gkd_trainer_evaluates(compute_metrics, tmp_path):
 
 @pytest.mark.parametrize("return_outputs", [False, True])
 def test_the_gkd_trainer_scales_the_loss_by_the_processes(return_outputs, tmp_path, monkeypatch):
-    # DDP averages gradients, so a loss over the count of all processes is multiplied by their
-    # number.
+    # DDP averages gradients, so a loss divided by the count of all processes is multiplied by the
+    # number of processes.
     trainer = gkd_trainer(integration.GKDTrainer, tmp_path, prompted())
     batch = next(iter(trainer.get_train_dataloader()))
 

@@ -28,7 +28,7 @@ IMAGES, LABELS = digits(200, torch.float32).tensors
 DATA = numbered_digits()
 
 
-# ---- other teachers, other data, invalid arguments
+# ---- wrong teachers, wrong data, invalid arguments
 
 
 def test_another_teacher_is_refused(cache):

@@ -33,9 +33,8 @@ INF, NAN = math.inf, math.nan
 
 # ---- options and dtypes
 
-# Each value is (shape, k). Lists have 3 or 9 of 10 classes, one class, or more classes than the
-# kernel's chunk of 64. Rows end within a vector, a word of 64 bits, a block or a segment. Shapes
-# have several leading dimensions, or none.
+# Each value is (shape, k). Sizes lie around units of the kernel: chunks of 64 listed classes, words
+# of 64 bits, vectors, and segments of S classes.
 SHAPES = [
     *(((5, 10), 3), ((5, 10), 9), ((6, 2), 1), ((4, 1000), 64), ((3, 333), 130)),
     *(((2, 1025), 20), ((2, S + 65), 64), ((2, 3, 40), 5), ((7,), 2)),
@@ -294,7 +293,7 @@ def make_near_teacher(classes: int, k: int, spread: float, t: float) -> TopKProb
     [(500, 30, 1.5, 1.0), (500, 64, 3.0, 1.7), (5000, 64, 1.5, 1.7), (128256, 64, 3.0, 1.0)],
 )
 def test_rows_near_the_teacher_are_exact_in_float32(classes, k, spread, t, tail, name):
-    # An error of 1e-8 in the tail's mass would exceed these bounds.
+    # These bounds detect an error of 1e-8 in the tail's mass.
     problem = make_near_teacher(classes, k, spread, t)
     options = {"divergence": name, "temperature": t, "reduction": "none"}
     value, grad = run_topk(problem, tail, **options)
@@ -408,7 +407,8 @@ def test_narrow_dtypes_are_accepted(device, index_dtype, dtype):
 
 @pytest.mark.parametrize("tail", TAILS)
 def test_a_rounded_mass_above_1_is_accepted(device, tail):
-    # With a mass above 1, the gradient is exact, and the loss with a ghost class is at least 0.
+    # If the listed probabilities add up to more than 1, the gradient is exact, and a loss with a
+    # ghost class is at least 0.
     problem = make_topk((6, 40), 10, FP64, labels=False, padding=0.0, device=device)
     normal = problem.log_probs.log_softmax(-1) + math.log(1.05)
     problem = problem._replace(log_probs=normal)

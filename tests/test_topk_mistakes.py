@@ -1,5 +1,5 @@
 """Test messages about invalid arguments of calls with a sparse teacher."""
-# ruff: noqa: E501 - one mistake a line
+# ruff: noqa: E501 - one mistake per line
 
 import math
 import re

@@ -69,7 +69,7 @@ def test_forward_mode_equals_reverse_mode(device):
     torch.testing.assert_close(value.tangent, (exact.grad * tangent).sum(), **EXACT)
 
 
-# ---- compiled
+# ---- compiled transforms
 
 
 def topk(student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:

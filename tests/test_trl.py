@@ -127,7 +127,7 @@ def test_the_loss_of_a_close_teacher_is_exact():
 
 
 def test_heads_of_different_classes_are_refused():
-    # TRL's code drops the teacher's last classes instead.
+    # For heads of different classes, TRL drops the teacher's last classes.
     student, teacher, mask = draw()
     with pytest.raises(ValueError, match=r"must have the same classes; got \(11,\) and \(10,\)"):
         run(trl.chunked_divergence_loss, [student[0], student[1][:10]], teacher, mask, 0.0)

@@ -1,5 +1,5 @@
 """Test ``Head`` and ``TopK``: checks, code that moves tensors, and the loss of every pair."""
-# ruff: noqa: E501 - one mistake a line
+# ruff: noqa: E501 - one mistake per line
 
 import copy
 import inspect
@@ -331,7 +331,7 @@ def test_function_transforms_give_the_gradients(student, teacher):
     torch.testing.assert_close(rows, expected)
 
 
-# ---- options of every pair
+# ---- options of every pair of student and teacher
 
 
 @pytest.mark.parametrize("function", [fastkd.loss, fastkd.terms, fastkd.KDLoss.__init__])
@@ -390,7 +390,7 @@ def test_batchmean_is_refused_and_mean_named(function, student, teacher):
         fastkd.KDLoss(reduction="batchmean")
 
 
-# ---- terms of every pair
+# ---- terms of every pair of student and teacher
 
 
 @pytest.mark.parametrize("fused", [True, False])

@@ -132,7 +132,7 @@ def sharding_accelerator() -> Accelerator:
 
 
 def die_in_save(number: int) -> None:
-    """Kill this process before renaming ``number`` (odd), or when .pt file ``number`` is saved
+    """Kill this process before the ``number``-th renaming (odd), or at the ``number``-th .pt file
     (even).
     """
     written = 0
