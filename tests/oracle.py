@@ -121,7 +121,7 @@ def cross_entropy(logits: Array, labels: Array, weight: Array | None, smoothing:
 
 
 class Parts(NamedTuple):
-    """Hold each row's contributions to the loss and fields of Terms, and the divisors of the mean."""
+    """Hold each row's parts of the loss and fields of Terms, and the divisors of the mean."""
 
     hard: Array
     soft: Array

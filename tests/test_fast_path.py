@@ -31,7 +31,7 @@ each_loss = pytest.mark.parametrize("name", LOSSES)
 
 
 def assert_near(gradient: Tensor, expected: Tensor) -> None:
-    """Assert that gradients are equal up to rounding, since a gradient may be scaled or recomputed."""
+    """Assert that gradients are equal up to the rounding of scaling or recomputing a gradient."""
     rtol = 1e-2 if expected.dtype == BF16 else 1e-5
     torch.testing.assert_close(gradient, expected, rtol=rtol, atol=1e-7)
 

@@ -246,7 +246,7 @@ def test_no_gradient_is_computed_under_no_grad(device):
 
 
 def test_all_rows_are_computed_while_a_graph_is_captured(device, monkeypatch):
-    # Graph capture forbids synchronization, so there find_counted_rows() returns None.
+    # Graph capture forbids synchronization, so find_counted_rows() returns None under capture.
     heads = make_heads(device=device)
     expected = run(heads, chunks={"chunk_size": 8})
     monkeypatch.setattr(linear_loss, "find_counted_rows", lambda labels, ignore_index: None)

@@ -1,4 +1,4 @@
-"""Test that calls do not leak memory, and raise torch's OutOfMemoryError."""
+"""Test that calls do not leak memory, and that torch's error is raised if memory runs out."""
 
 import json
 import pathlib

@@ -263,7 +263,7 @@ def test_gradient_errors_are_at_most_eagers(device, options, dtype):
         assert error <= ROUNDING * distance(exact.to(dtype), exact)
     else:
         assert_grad(leaf.grad, exact, dtype)
-    if dtype is FP32:  # eager's error plus less than a unit in the last place
+    if dtype is FP32:  # the bound is eager's error plus a unit in the last place
         _, theirs = eager(*problem, **options)
         assert error <= distance(theirs, exact) + FLOOR[dtype] * float(exact.norm())
 

@@ -1,4 +1,4 @@
-"""Test that TRL's GKD, distillation and SFT trainers log the losses of fastkd's trainers."""
+"""Test that fastkd's trainers log the losses of TRL's GKD, distillation and SFT trainers."""
 
 import json
 import os
@@ -369,7 +369,7 @@ def test_packing_gives_the_loss_of_padding(tmp_path):
     assert packed == pytest.approx(padded, rel=1e-6)
 
 
-if __name__ == "__main__":  # run by one of the two processes
+if __name__ == "__main__":  # each of the two processes runs this
     log = train_two_steps(pathlib.Path(sys.argv[1]).parent, 2)
     if os.environ["RANK"] == "0":
         pathlib.Path(sys.argv[1]).write_text(json.dumps(log))

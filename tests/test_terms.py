@@ -153,7 +153,7 @@ def test_agreement_counts_equal_greatest_classes(device, width, student, teacher
 
 
 def test_agreement_sees_every_segment(device):
-    # Threads share such rows by segments.
+    # Threads share a row of this width by segments.
     width = 3 * _C.segment + 7
     student, teacher = torch.zeros(5, width, device=device), torch.zeros(5, width, device=device)
     places = [0, _C.segment - 1, _C.segment, 2 * _C.segment + 3, width - 1]

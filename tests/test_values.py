@@ -1,4 +1,6 @@
-"""Test ``Head`` and ``TopK``: checks, code that moves tensors, and the loss of every pair."""
+"""Test ``Head`` and ``TopK``: checks, code that moves tensors, and every pair of student and
+teacher.
+"""
 # ruff: noqa: E501 - one mistake per line
 
 import copy
