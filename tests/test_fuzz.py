@@ -364,7 +364,7 @@ REGRESSIONS = [
     # A batch without rows and with invalid strides was refused by a message about inplace.
     Case(leading=(3, 5, 0), classes=35, layout="transposed", entry_point="python"),
     Case(leading=(0,), classes=127, layout="classes apart"),
-    # Empty tensors without memory counted as sharing the teacher's memory.
+    # Empty tensors were treated as if they shared the teacher's memory.
     Case(leading=(0,), classes=60, entry_point="inplace"),
     # The gradient was NaN (0 / 0) where the student's probability of a class is subnormal.
     Case((2,), 2049, spread=100.0, divergence="skewed_reverse_kl", temperature=1.0),

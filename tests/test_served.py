@@ -204,7 +204,7 @@ def test_a_probability_of_0_is_minus_infinity():
 def test_generated_tokens_are_scored(name, full):
     reply = choice(name)
     topk = served.from_openai(reply if full else reply["logprobs"], tokens=reply["token_ids"])
-    # A chat reply lists 3 tokens: the generated token and the 2 or 3 most probable tokens.
+    # A chat reply lists 3 tokens: the generated token and the most probable tokens, at least 2.
     is_chat = name == "chat"
     reference = (REPLIES["chat"] if is_chat else reply)["reference"]
     first = len(reference) + 1 - len(reply["token_ids"])
