@@ -8,7 +8,8 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
-# Set before torch loads OpenMP: spinning threads slow down small operations on shared processors.
+# OpenMP reads OMP_WAIT_POLICY when torch loads OpenMP. Spinning threads slow down small operations
+# on shared processors.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import pytest
@@ -19,7 +20,7 @@ from fastkd import _C
 from fastkd._core import autograd, native, topk
 
 FOLDER = pathlib.Path(__file__).parent
-# Under --import-mode=importlib this folder, which has support.py, is not on sys.path.
+# Tests import support.py, but --import-mode=importlib does not put this folder on sys.path.
 sys.path.insert(0, str(FOLDER))
 
 collect_ignore: list[str] = []
@@ -30,7 +31,7 @@ except ModuleNotFoundError:  # a GPU machine without network may lack hypothesis
         path.name for path in FOLDER.glob("test_*.py") if "from hypothesis" in path.read_text()
     )
 else:
-    # Each run draws the same cases, so a run's outcome depends on the code alone.
+    # ``derandomize`` draws the same cases in each run, so the outcome depends on the code alone.
     settings.register_profile(
         "fastkd",
         derandomize=True,
@@ -90,7 +91,7 @@ def isa(request: pytest.FixtureRequest) -> Iterator[str]:
 
 @pytest.fixture
 def threads() -> Iterator[None]:
-    """Restore the number of threads after the test."""
+    """Restore torch's number of threads after the test."""
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)
@@ -116,7 +117,7 @@ def formula(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def accelerate_state() -> Iterator[None]:
-    """Reset Accelerate's state, which holds the process's precision, after the test."""
+    """Reset Accelerate's process-wide state after the test."""
     import accelerate
 
     yield
@@ -142,7 +143,7 @@ def report(models) -> fastkd.Report:
 
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """Cache a teacher's four most probable classes of each sample in several files."""
+    """Write a cache of CountingTeacher's 4 most probable classes per sample, in several files."""
     from stacks import CountingTeacher, write_cache
 
     path = tmp_path_factory.mktemp("cache")
@@ -157,7 +158,7 @@ def restored_path(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def config_path(tmp_path, request) -> pathlib.Path:
-    """Write a configuration and a module of a unique name beside it."""
+    """Write a configuration, and a module of user code under a name unique to the test."""
     from stacks import COMMAND_CONFIG, USER_MODULE
 
     module = "parts_" + re.sub(r"\W", "_", request.node.name)[:80]

@@ -9,7 +9,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # `make fuzz` does not run conftest.py
+# conftest.py sets this variable for pytest, but `make fuzz` runs without pytest.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import hypothesis
 import torch
@@ -31,7 +32,7 @@ GRAD_OUTPUTS = st.sampled_from([1.0, 1.0, -1.0, -0.5, 2.0, 0.0])
 
 
 def special_values(tensors: int) -> st.SearchStrategy[tuple[tuple[int, int, int, float], ...]]:
-    """Draw (tensor index, row, column, value) for a few entries."""
+    """Return a strategy for at most 4 tuples (tensor index, row, column, value)."""
     place = (st.integers(0, tensors - 1), st.integers(0, 4), st.integers(0, 2**14))
     return st.lists(st.tuples(*place, st.sampled_from(SPECIAL_VALUES)), max_size=4).map(tuple)
 
@@ -40,7 +41,9 @@ NARROW = {"int32": torch.int32, "int16": torch.int16, "uint8": torch.uint8}
 
 
 def narrow_labels(labels: Tensor, dtype: str, classes: int, ignore_index: int = -100) -> Tensor:
-    """Convert labels to a dtype by name; unsigned dtypes wrap ``ignore_index``."""
+    """Convert labels to the dtype of a name; each result is a class or the wrapped
+    ``ignore_index``.
+    """
     if dtype not in NARROW:
         return labels
     largest = torch.iinfo(NARROW[dtype]).max
@@ -50,7 +53,7 @@ def narrow_labels(labels: Tensor, dtype: str, classes: int, ignore_index: int = 
 
 
 def draw_rarely(usual: Any, others: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
-    """Draw the usual value or, more rarely, a value of ``others``."""
+    """Return a strategy that draws ``usual`` or, less often, a value of ``others``."""
     return st.one_of(st.just(usual), st.just(usual), others)
 
 
@@ -65,7 +68,7 @@ def write_special_values(
 
 
 def copy_to_layout(values: Tensor, layout: str) -> Tensor:
-    """Copy a tensor into another memory layout, surrounded by NaN."""
+    """Copy a tensor into a layout of LAYOUTS; NaN fills gaps between the elements."""
     shape = values.shape
     if layout == "misaligned" and values.device.type == "cpu" and values.numel():
         size = values.element_size()
@@ -99,8 +102,8 @@ def has_equal_bits(a: Tensor, b: Tensor) -> bool:
 def check_close(
     got: Tensor, want: Tensor, relative: float, absolute: float | Tensor, name: str
 ) -> None:
-    """Raise an AssertionError if NaNs differ, or errors of entries in range exceed the bounds."""
-    # Entries beyond half the dtype's range may overflow, so any result is accepted for them.
+    """Raise AssertionError if an entry is off by more than ``relative * abs(want) + absolute``."""
+    # Entries above half the dtype's maximum may overflow, so every result of such an entry passes.
     largest = min(torch.finfo(got.dtype).max, torch.finfo(FP32).max) / 2
     huge = want.abs() > largest
     # Values up to half the dtype's least subnormal number round to 0.
@@ -127,7 +130,6 @@ def lacks_inverse(lengths: Tensor, dtype: torch.dtype) -> bool:
 
 @contextmanager
 def execution_settings(isa: str, threads: int, *, in_python: bool) -> Iterator[None]:
-    """Use an instruction set, a thread count, and autograd in C++ or Python within the context."""
     before, count = _C.isa(), torch.get_num_threads()
     _C.use_isa(isa)
     torch.set_num_threads(threads)
@@ -140,7 +142,7 @@ def execution_settings(isa: str, threads: int, *, in_python: bool) -> Iterator[N
 
 
 def program(cases: st.SearchStrategy[Any], run: Callable[[Any, torch.device], None]) -> None:
-    """Test batches of consecutive seeds, by the command ``FILE [CASES [SEED]]``; print failures."""
+    """Run a fuzzer by the command ``FILE [CASES [FIRST_SEED]]``; print failures."""
     count = int(sys.argv[1]) if len(sys.argv) > 1 else 20000
     first = int(sys.argv[2]) if len(sys.argv) > 2 else int(time.time())
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -1,7 +1,7 @@
-"""Compute the objectives in NumPy and float64, from probabilities, without fastkd.
+"""Compute fastkd's objectives in NumPy and float64, without fastkd's code.
 
-Logits have shape (R, C), for R rows of C classes, and labels have shape (R,) or (R, C). A
-temperature or weight is one number, or a number for each row.
+Logits have shape (R, C), for R rows of C classes. Labels have shape (R,) or (R, C). A temperature
+or weight is one number, or one number per row.
 """
 
 from typing import Any, NamedTuple
@@ -57,7 +57,7 @@ def centered(x: Array) -> Array:
 
 
 # Each function takes probabilities (p of the teacher, q of the student), logits divided by their
-# temperatures (w of the teacher, z of the student), labels y and mix.
+# temperatures (w of the teacher, z of the student), labels y and the option mix.
 DIVERGENCES: dict[str, Any] = {
     "forward_kl": lambda p, q, w, z, y, mix: kl(p, q),
     "reverse_kl": lambda p, q, w, z, y, mix: kl(q, p),
@@ -121,7 +121,7 @@ def cross_entropy(logits: Array, labels: Array, weight: Array | None, smoothing:
 
 
 class Parts(NamedTuple):
-    """Hold each row's hard loss, soft loss and fields, and the divisors of both terms."""
+    """Hold each row's parts of the loss and fields of Terms, and the divisors of the mean."""
 
     hard: Array
     soft: Array
@@ -151,7 +151,6 @@ def parts(
     ensemble: str = "probs",
     standardize: bool = False,
 ) -> Parts:
-    """Compute all fields of each row in float64."""
     raw, y, given_weight = double(student), double_labels(labels), double(class_weight)
     forms = [double(x) for x in (teachers if isinstance(teachers, (list, tuple)) else [teachers])]
     by_index = y is not None and y.ndim == 1
@@ -187,7 +186,6 @@ def parts(
 
 
 def terms(*arguments: Any, **options: Any) -> Fields:
-    """Compute every field of fastkd.Terms in float64."""
     rows = parts(*arguments, **options)
     if options.get("reduction") == "none":
         return Fields(rows.hard + rows.soft, *rows.fields)
@@ -203,9 +201,9 @@ def double_labels(labels: Any) -> Any:
 
 
 def gradient(student: torch.Tensor, *arguments: Any, step: float = 1e-3, **options: Any) -> Array:
-    """Differentiate the loss's sum by central differences of the fourth order.
+    """Differentiate the summed loss by fourth-order central differences.
 
-    Rows are independent, so one difference moves one class of all rows.
+    Rows are independent, so each step moves one class's logit in all rows.
     """
     base = double(student)
     grad = np.zeros_like(base)

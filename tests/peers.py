@@ -1,7 +1,7 @@
 """Compile other libraries' code as the oracle of fastkd.compat, and compare losses.
 
-Tests compile only the classes and functions that they need, from a library's installed source.
-Importing the library would also import its dependencies.
+compile_code compiles single classes and functions of an installed library. Importing the library
+would also import its dependencies.
 """
 
 import ast
@@ -35,7 +35,7 @@ def compile_code(package: str, file: str, *names: str, **extra_globals: Any) -> 
     """
     path = find_package_folder(package) / file
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # invalid escapes in the libraries' docstrings
+        warnings.simplefilter("ignore")  # the libraries' docstrings have invalid escapes
         tree = ast.parse(path.read_text())
     definitions = {
         node.name: node
@@ -44,7 +44,8 @@ def compile_code(package: str, file: str, *names: str, **extra_globals: Any) -> 
     }
     missing = set(names) - set(definitions)
     assert not missing, f"{path} has no {missing} any more: the convention may have changed"
-    # Annotations stay text, since some of them use names that the file imports.
+    # The __future__ import leaves annotations unevaluated; they may use names that the file
+    # imports.
     body: list[ast.stmt] = [
         ast.ImportFrom(module="__future__", names=[ast.alias(name="annotations")], level=0)
     ]
@@ -82,7 +83,6 @@ MASKS = ["all count", "some ignored"]
 
 
 def draw(shape: tuple[int, ...], mask: str = "all count", ignore_index: int = -100):
-    """Draw logits of student and teacher in float64, and labels."""
     generator = torch.Generator().manual_seed(math.prod(shape))
     student, teacher = torch.randn(2, *shape, generator=generator, dtype=torch.float64) * 3
     labels = torch.randint(shape[-1], shape[:-1], generator=generator)
@@ -97,7 +97,7 @@ def assert_equal_losses(
     student: Tensor,
     tolerance: dict[str, float] = DOUBLE,
 ) -> None:
-    """Assert that two losses have the same value and the same gradient for the student."""
+    """Assert that two losses, and their gradients for the student, are equal."""
     values, grads = [], []
     for function in (ours, theirs):
         leaf = student.clone().requires_grad_()
@@ -112,6 +112,6 @@ def assert_equal_losses(
 
 
 def kl_rows(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-    """Compute T^2 KL(teacher || student) of each row."""
+    """Compute temperature**2 * KL(teacher || student) for each row."""
     p, q = (teacher / temperature).softmax(-1), (student / temperature).softmax(-1)
     return temperature**2 * (p * (p / q).log()).sum(-1)

@@ -20,7 +20,6 @@ TEMPERATURE, ALPHA = 3.0, 0.3
 
 
 def llama(width: int, seed: int) -> Any:
-    """Return a randomly initialized Llama without dropout."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(seed)
@@ -42,7 +41,7 @@ def llama(width: int, seed: int) -> Any:
 
 
 def sentences(count: int = 32) -> list[dict[str, list[int]]]:
-    """Return token ids and labels of different lengths, so that batches differ in token count."""
+    """Return samples of different lengths, so that batches differ in their number of tokens."""
     generator = torch.Generator().manual_seed(3)
     samples = []
     for index in range(count):
@@ -55,8 +54,6 @@ def sentences(count: int = 32) -> list[dict[str, list[int]]]:
 
 
 def pad(samples: list[Mapping[str, list[int]]]) -> dict[str, Tensor]:
-    """Collate sentences into a padded batch."""
-
     def column(name: str, value: int) -> Tensor:
         rows = [torch.tensor(sample[name]) for sample in samples]
         return nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=value)
@@ -74,7 +71,7 @@ def loss_by_hand(
     count: Tensor | float | None = None,
     smoothing: float = 0.0,
 ) -> Tensor:
-    """Compute the loss by PyTorch's operations from labels aligned with the logits."""
+    """Compute the loss by PyTorch's operations; the labels are already shifted."""
     rows = labels != -100
     student, teacher = student[rows].float(), teacher[rows].float()
     hard = F.cross_entropy(student, labels[rows], reduction="sum", label_smoothing=smoothing)
@@ -84,7 +81,7 @@ def loss_by_hand(
 
 
 def losses(trainer: Any) -> list[float]:
-    """Return the losses that a transformers trainer has logged, one per step."""
+    """Return the losses that a transformers trainer has logged."""
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 
@@ -146,7 +143,6 @@ class WithPixels(nn.Module):
 
 
 def digit_loader() -> list[tuple[Tensor, Tensor]]:
-    """Return batches of 100 digits in float32."""
     images, labels = digits(1797, torch.float32).tensors
     return list(zip(images.split(100), labels.split(100), strict=True))
 
@@ -171,7 +167,7 @@ class CountingTeacher(nn.Module):
         torch.manual_seed(0)
         self.layers = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, classes))
         for parameter in self.layers[2].parameters():
-            parameter.data *= 8  # confident, like trained teachers
+            parameter.data *= 8  # makes the outputs confident, like a trained teacher's
         self.samples, self.fail_after = 0, fail_after
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
@@ -182,14 +178,12 @@ class CountingTeacher(nn.Module):
 
 
 def numbered_digits() -> Any:
-    """Return 200 digits with sample ids."""
     from fastkd.teachers import WithIds
 
     return WithIds(digits(200, torch.float32))
 
 
 def write_cache(teacher, path, *, loader=None, **options) -> Any:
-    """Cache a teacher's outputs, by default for 200 digits."""
     from fastkd.teachers import precompute
 
     loader = loader or DataLoader(numbered_digits(), batch_size=32)
@@ -197,7 +191,6 @@ def write_cache(teacher, path, *, loader=None, **options) -> Any:
 
 
 def lookup_tensors(cache: Any, ids: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """Return the cached tensors of some samples."""
     cached = cache.lookup(ids)
     return (cached,) if cache.top_k is None else cached[:2]
 

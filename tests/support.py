@@ -14,14 +14,14 @@ from fastkd import Head, TopK, reference
 
 FP64, FP32, BF16, FP16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
 DTYPES = (FP64, FP32, BF16, FP16)
-# Numbers of classes that tests exceed and undercut by one. The CUDA kernel changes above 32 classes
-# and above 512 (fp32) or 1024 (16 bits); a CTA has more threads from 1024 and from 8192 on. The
-# last number stands for the largest vocabularies.
+# Numbers of classes at which the CUDA launch changes. One kernel computes rows of up to 32 classes,
+# another rows of up to 512 (float32) or 1024 (16 bits). Thread blocks are larger from 1024 and from
+# 8192 classes on. The last number stands for the largest vocabularies.
 CUDA_SIZE_CLASSES = (32, 512, 1024, 8192, 425984)
 
 
 def pairwise(*factors: Iterable[Any]) -> list[tuple[Any, ...]]:
-    """Return rows with one value of each factor, such that every pair of values occurs."""
+    """Return test cases, one value per factor, that cover each pair of two factors' values."""
     lists = [list(factor) for factor in factors]
 
     def pairs(row: tuple[int, ...]) -> set[tuple[int, int, int, int]]:
@@ -60,9 +60,9 @@ def make(
     spread: float = 3.0,
     seed: int = 0,
 ) -> Problem:
-    """Draw logits, equal on every device, and labels of which a share is ignored."""
+    """Draw logits and labels on the CPU; a share ``ignored`` of the labels is -100."""
     generator = torch.Generator().manual_seed(seed)
-    # Drawing in float32 is faster than in float64. truth() computes from the rounded values.
+    # Drawing in float32 is faster than in float64.
     wide = FP64 if FP64 in (dtype, teacher_dtype) else FP32
     student = torch.randn(shape, generator=generator, dtype=wide).mul_(spread)
     teacher = torch.randn(shape, generator=generator, dtype=wide).mul_(spread)
@@ -80,8 +80,6 @@ WIDTH, TEACHER_WIDTH = 24, 40
 
 
 class Heads(NamedTuple):
-    """Hold a student head that requires grad, a teacher of any kind, and labels."""
-
     student: Head
     teacher: Any
     labels: Tensor | None
@@ -90,7 +88,7 @@ class Heads(NamedTuple):
         return self.student.hidden, self.student.weight, self.student.bias
 
     def with_options(self, softcap: Any = None, scale: Any = None) -> "Heads":
-        """Return these heads with soft caps and scales: a number for both heads, or a pair."""
+        """Return a copy with soft caps and scales, each one value or a pair (student, teacher)."""
         caps, scales = (x if isinstance(x, tuple) else (x, x) for x in (softcap, scale))
         student = self.student._replace(softcap=caps[0], scale=scales[0])
         if not isinstance(self.teacher, Head):
@@ -107,7 +105,6 @@ def make_heads(
     ignored: float = 0.3,
     seed: int = 0,
 ) -> Heads:
-    """Draw heads with biases, and labels of which a share is ignored."""
     generator = torch.Generator().manual_seed(seed)
 
     def draw(*shape: int, scale: float = 1.0) -> Tensor:
@@ -133,7 +130,7 @@ def loss_in_chunks(
     chunks: dict[str, Any] | None = None,
     **options: Any,
 ) -> Tensor:
-    """Compute fastkd.loss with a plan; ``chunks`` are options of fastkd.chunks.plan."""
+    """Compute fastkd.loss; ``chunks``, if given, are arguments of fastkd.chunks.plan."""
     plan: Any = "auto"
     if chunks is not None:
         plan = fastkd.chunks.plan(student, teacher, labels, **chunks, **options)
@@ -141,7 +138,7 @@ def loss_in_chunks(
 
 
 def weights(options: dict[str, Any], has_labels: bool) -> dict[str, Any]:
-    """Translate fastkd's options to the reference's: two weights instead of alpha."""
+    """Replace alpha by the two weights that fastkd.reference takes."""
     in_two_weights = dict(options)
     alpha = in_two_weights.pop("alpha", None)
     hard, soft = in_two_weights.pop("hard_weight", None), in_two_weights.pop("soft_weight", None)
@@ -160,7 +157,7 @@ class Answer(NamedTuple):
     loss: Tensor
     grad: Tensor
     noise: float
-    """Rounding error of the loss in float64: terms of opposite sign cancel in the KL divergence."""
+    """Bound the float64 loss's rounding error: the KL divergence has terms of opposite sign."""
 
 
 def truth(
@@ -171,7 +168,7 @@ def truth(
     grad_output: Tensor | None = None,
     **options: Any,
 ) -> Answer:
-    """Compute the reference's loss and gradient in float64."""
+    """Compute fastkd.reference's loss and gradient in float64."""
     leaf = student.detach().double().requires_grad_()
     terms = reference.terms(
         leaf, teacher.detach().double(), labels, **weights(options, labels is not None)
@@ -204,7 +201,7 @@ def eager(
     grad_output: Tensor | None = None,
     **options: Any,
 ) -> tuple[Tensor, Tensor]:
-    """Compute (loss, gradient) by torch's own functions in the student's dtype."""
+    """Compute (loss, gradient) by F.kl_div and F.cross_entropy."""
     in_two_weights = weights(options, labels is not None)
     leaf = student.detach().clone().requires_grad_()
     teacher = teacher.detach().to(torch.promote_types(student.dtype, teacher.dtype))
@@ -250,13 +247,14 @@ def compute_dtype(student: Tensor, teacher: Tensor) -> torch.dtype:
     return FP64 if FP64 in (student.dtype, teacher.dtype) else FP32
 
 
-# Bounds of relative errors. A loss is a sum of non-negative row terms, so its relative error is at
-# most that of a term. A term's error comes mainly from rounding the arguments of exponentials.
+# Bounds of relative errors. Row losses are non-negative, so their sum's relative error is at most
+# the largest relative error of a row.
 VALUE_BOUND = {FP32: 2e-6, FP64: 1e-14}
 GRAD_BOUND = {FP32: 2e-6, FP64: 1e-14}
-# Eager PyTorch's result may be exact by luck, so errors of the order of FLOOR are allowed.
+# Eager PyTorch's error may be 0 by chance, so comparisons with eager PyTorch allow an additional
+# relative error of 2 * FLOOR.
 FLOOR = {FP32: torch.finfo(FP32).eps, FP64: torch.finfo(FP64).eps}
-# A 16-bit gradient may have ROUNDING times the error of rounding the true gradient.
+# A 16-bit gradient's error may be ROUNDING times the error of rounding the exact gradient.
 ROUNDING = 1.5
 
 
@@ -267,12 +265,12 @@ def distance(value: Tensor, exact: Tensor) -> float:
 def assert_value(
     value: Tensor, truth: Answer, acc: torch.dtype, theirs: Tensor | None = None
 ) -> None:
-    """Assert that the loss is within the bound of its compute dtype, and no worse than eager's."""
+    """Assert that the loss's error is within bounds; ``theirs`` is eager PyTorch's loss."""
     exact = truth.loss
     assert value.dtype == acc
     assert value.shape == exact.shape
     error, size = distance(value.detach(), exact), float(exact.norm())
-    # A log-probability near 0 is a difference of logarithms of size 1, so its error is absolute.
+    # A log-probability near 0 is a small difference of larger numbers, so its error is absolute.
     noise = FLOOR[acc] * math.sqrt(exact.numel())
     noise += truth.noise if truth.noise < math.inf else 0.0
     limit = VALUE_BOUND[acc] * size + noise
@@ -290,14 +288,15 @@ def assert_grad(
     *,
     weight: float | None = None,
 ) -> None:
-    """Assert that the gradient's error is within its bounds, by norm and in each class.
+    """Assert that the gradient's error is within bounds, in the norm and in each entry.
 
-    ``weight`` bounds the factors of probabilities, for rows that have probabilities near 1.
+    ``weight`` is the largest factor of a row's probabilities in the gradient; the factor bounds the
+    rounding error of probabilities near 1. ``theirs`` is eager PyTorch's gradient.
     """
     assert grad is not None
     assert grad.shape == exact.shape
     error, size = distance(grad, exact), float(exact.norm())
-    # With one or two classes, the gradient is a small difference of probabilities near 1.
+    # With one or two classes, the gradient can be a small difference of probabilities near 1.
     cancellation = 2 * FLOOR[acc] * math.sqrt(exact.numel()) if exact.shape[-1] <= 2 else 0.0
     if weight is not None:
         cancellation = 2 * FLOOR[acc] * math.sqrt(exact.numel() / exact.shape[-1]) * weight
@@ -311,7 +310,7 @@ def assert_grad(
         assert error <= limit, f"off by {error:.2e} of {size:.2e}, eager and floor {limit:.2e}"
     if exact.numel() == 0:
         return
-    # The norm hides single classes, so each class has a bound, too.
+    # The norm hides an error in one entry, so each entry has a bound, too.
     info, largest = torch.finfo(grad.dtype), float(exact.abs().max())
     rounding = 0.51 * max(info.eps, torch.finfo(acc).eps) * exact.abs()
     allowed = (
@@ -327,7 +326,7 @@ def assert_grad(
 
 
 def assert_same(value: Tensor | None, expected: Tensor | None) -> None:
-    """Assert equal bits on the CPU, and equality up to rounding on CUDA."""
+    """Assert that tensors are equal: exactly on the CPU, up to rounding on CUDA."""
     assert value is not None and expected is not None
     if value.device.type == "cpu":
         assert torch.equal(value, expected)
@@ -338,7 +337,7 @@ def assert_same(value: Tensor | None, expected: Tensor | None) -> None:
 
 
 def peak_bytes(function: Callable[[], Any]) -> int:
-    """Return the CPU allocator's peak of live bytes, measured by the profiler."""
+    """Return the largest number of bytes that the CPU allocator holds during a call."""
     with torch.autograd.profiler.profile(profile_memory=True) as profile:
         function()
     events = [e for e in profile.kineto_results.events() if e.name() == "[memory]"]
@@ -350,8 +349,6 @@ def peak_bytes(function: Callable[[], Any]) -> int:
 
 
 class TopKProblem(NamedTuple):
-    """Hold student logits, the lists of a sparse teacher, and labels."""
-
     student: Tensor
     indices: Tensor
     log_probs: Tensor
@@ -373,7 +370,7 @@ def make_topk(
     temperature: float = 2.0,
     seed: int = 0,
 ) -> TopKProblem:
-    """Make a student near its teacher, with shuffled and padded lists and ignored rows."""
+    """Draw logits of a student near its teacher, shuffled top-k lists with padding, and labels."""
     generator = torch.Generator().manual_seed(seed)
     *rows, classes = shape
     wide = FP64 if dtype == FP64 else FP32
@@ -393,7 +390,7 @@ def make_topk(
 
 
 def topk_row_divergence(z: Tensor, indices: Tensor, log_probs: Tensor, tail: str) -> Tensor:
-    """Compute the divergence of one row from its listed classes and its tail, by torch's kl_div."""
+    """Compute one row's divergence, for a mode of the tail, by F.kl_div."""
     listed = indices >= 0
     ids, p = indices[listed], log_probs[listed].exp()
 
@@ -425,7 +422,7 @@ def topk_truth(
     normalizer: float | None = None,
     grad_output: Tensor | None = None,
 ) -> Answer:
-    """Compute the loss and its gradient by the definition, row by row in float64."""
+    """Compute the loss by topk_row_divergence and F.cross_entropy in float64, and its gradient."""
     student, indices, log_probs, labels = (x if x is None else x.cpu() for x in problem)
     leaf = student.detach().double().requires_grad_()
     classes = leaf.shape[-1]
@@ -462,9 +459,8 @@ def topk_truth(
 def run_topk(
     problem: TopKProblem, tail: str = "ghost", grad_output: Tensor | None = None, **options: Any
 ) -> tuple[Tensor, Tensor]:
-    """Compute (loss, gradient) at temperature 2 by default."""
     leaf = problem.student.detach().requires_grad_()
-    options = {"temperature": 2.0, **options}  # the lists of make_topk have temperature 2
+    options = {"temperature": 2.0, **options}  # make_topk's lists have temperature 2 by default
     value = fastkd.loss(leaf, problem.teacher(tail), problem.labels, **options)
     outgoing = torch.ones_like(value) if grad_output is None else grad_output.to(value)
     (grad,) = torch.autograd.grad(value, leaf, outgoing)
@@ -472,7 +468,7 @@ def run_topk(
 
 
 def check_topk(problem: TopKProblem, tail: str = "ghost", **options: Any) -> None:
-    """Assert that loss and gradient equal those of topk_truth, up to rounding."""
+    """Assert that the loss and the gradient equal those of topk_truth, up to rounding."""
     value, grad = run_topk(problem, tail, **options)
     exact = topk_truth(problem, tail, **options)
     acc = FP64 if FP64 in (problem.student.dtype, problem.log_probs.dtype) else FP32

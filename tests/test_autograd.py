@@ -1,4 +1,4 @@
-"""Test derivatives of the loss, of every order, by each of torch's autograd interfaces."""
+"""Test first and higher derivatives of the loss by torch's autograd interfaces."""
 
 import copy
 import io
@@ -109,7 +109,6 @@ def test_third_derivatives_of_terms_are_the_references(device):
 
 @pytest.mark.usefixtures("each_autograd")
 def test_a_gradient_penalty_trains_a_model(device):
-    """The second derivatives of a gradient penalty reach the model's parameters."""
     torch.manual_seed(0)
     model = torch.nn.Linear(6, 7, dtype=FP64, device=device)
     x = torch.randn(4, 6, dtype=FP64, device=device, requires_grad=True)
@@ -150,7 +149,6 @@ def test_grad_output_scales_the_gradient(device, scale, reduction, dtype):
     ("dtype", "reduction", "terms"), pairwise(DTYPES, REDUCTIONS, [False, True]), ids=str
 )
 def test_a_second_backward_pass_is_right(device, terms, reduction, dtype):
-    """With retain_graph, all gradients are right, and later calls do not change earlier results."""
     student, teacher, labels = make((6, 203), dtype, device=device)
     acc = compute_dtype(student, teacher)
     leaf = student.requires_grad_()
@@ -180,7 +178,7 @@ def test_a_second_backward_pass_is_right(device, terms, reduction, dtype):
 
 @pytest.mark.usefixtures("each_autograd")
 def test_changes_of_the_gradient_in_place_do_not_reach_a_second_pass(device):
-    """Changes of .grad in place, as by clip_grad_norm_, do not reach a second backward pass."""
+    # Functions such as clip_grad_norm_ change .grad in place.
     student, teacher, labels = make((6, 20), device=device)
     leaf = student.requires_grad_()
     value = fastkd.loss(leaf, teacher, labels)
@@ -206,7 +204,6 @@ def test_backward_after_the_graph_is_freed_raises(device):
 @pytest.mark.usefixtures("each_autograd")
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 def test_logits_changed_before_backward_raise(device, reduction):
-    """If logits change in place before backward, backward raises an error or is right."""
     student, teacher, labels = make((6, 20), device=device)
     hidden = student.requires_grad_() * 1.0
     value = fastkd.loss(hidden, teacher, labels, reduction=reduction).sum()
@@ -215,7 +212,7 @@ def test_logits_changed_before_backward_raise(device, reduction):
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):
             value.backward()
     else:
-        # Backward may return the gradient that the forward pass has computed.
+        # The forward pass has computed the gradient, so backward may return the gradient instead.
         try:
             value.backward()
         except RuntimeError as error:
@@ -228,7 +225,6 @@ def test_logits_changed_before_backward_raise(device, reduction):
 
 @pytest.mark.usefixtures("each_autograd")
 def test_gradients_are_right_in_a_larger_graph(device):
-    """Gradients are right for a non-leaf student, a sum of losses, and shared parameters."""
     torch.manual_seed(0)
     model = (
         torch.nn.Sequential(torch.nn.Linear(6, 8), torch.nn.ReLU(), torch.nn.Linear(8, 7))
@@ -262,7 +258,7 @@ def test_teacher_gets_no_gradient(device):
     with pytest.raises(ValueError, match=r"teacher requires grad.*\.detach\(\)"):
         fastkd.terms(student, teacher, labels)
     with torch.no_grad(), pytest.raises(ValueError, match="teacher requires grad"):
-        fastkd.loss(student, teacher, labels)  # also raised under no_grad
+        fastkd.loss(student, teacher, labels)
     for reduction in REDUCTIONS:
         value = fastkd.loss(student, teacher.detach(), labels, reduction=reduction)
         value.sum().backward()
@@ -276,7 +272,6 @@ def test_teacher_gets_no_gradient(device):
 @pytest.mark.parametrize(("inplace", "tensors"), [(False, 1.0), (True, 0.0)])
 @pytest.mark.parametrize("dtype", [FP32, BF16], ids=name_of)
 def test_memory_on_the_cpu_is_one_student_tensor(inplace, tensors, dtype):
-    """Forward and backward allocate at most one tensor of the student's size, and 8 KiB."""
     student, teacher, labels = make((16, 20000), dtype, ignored=0.0)
     leaf = student.requires_grad_()
     hidden = leaf * 1 if inplace else leaf
@@ -288,12 +283,11 @@ def test_memory_on_the_cpu_is_one_student_tensor(inplace, tensors, dtype):
     if inplace:
         tensors += 1.0  # memory of the product `leaf * 1`
     assert taken <= tensors * student.nbytes + 8192
-    assert taken >= tensors * student.nbytes  # the profiler recorded allocations
+    assert taken >= tensors * student.nbytes  # fails if the profiler recorded no allocations
 
 
 def test_a_gradient_in_use_is_not_written_over():
-    """The next call recycles a gradient's memory only after the gradient is freed."""
-
+    # The next call recycles a gradient's memory only after the gradient is freed.
     def gradient(seed: int) -> Tensor:
         student, teacher, labels = make((32, 20000), seed=seed)
         leaf = student.requires_grad_()
@@ -311,7 +305,7 @@ def test_a_gradient_in_use_is_not_written_over():
     assert torch.equal(again, alone[1])
     if native.EAGER is not None:
         assert again.data_ptr() in addresses
-    again.resize_(40, 20000)  # the memory may be a view of a larger buffer
+    again.resize_(40, 20000)  # the gradient may be a view of a larger buffer
     assert torch.equal(again[:32], alone[1])
 
 
@@ -319,7 +313,6 @@ def test_a_gradient_in_use_is_not_written_over():
 @pytest.mark.parametrize("dtype", [FP16, BF16], ids=name_of)
 @pytest.mark.parametrize("divergence", ["forward_kl", "jsd"])
 def test_gradients_do_not_depend_on_the_scales_of_other_calls(dtype, shape, divergence):
-    """16-bit gradients do not depend on the grad_output of an earlier call."""
     student, teacher, labels = make(shape, dtype)
 
     def gradients(factor: float) -> list[Tensor]:
@@ -366,7 +359,7 @@ OPTIONS = {
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 @pytest.mark.parametrize("labels", ["indices", "probabilities"])
 def test_inference_tensors_are_accepted(device, options, labels):
-    """Inference tensors are copied, since torch refuses to save them for backward."""
+    # Torch refuses to save inference tensors for backward, so fastkd copies them.
     student, teacher, indices = make((6, 20), device=device)
     inputs = indices if labels == "indices" else teacher.softmax(-1)
     options = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in options.items()}

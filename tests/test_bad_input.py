@@ -1,5 +1,5 @@
 """Test that errors about invalid arguments name the argument, its value, and valid values."""
-# ruff: noqa: E501 - one mistake a line
+# ruff: noqa: E501 - one mistake per line
 
 import math
 import re
@@ -25,7 +25,7 @@ def valid_arguments() -> dict[str, Any]:
 
 
 Z = torch.zeros
-# Each mistake has changes of a valid call, the error's type, and a part of the error's message.
+# Each mistake is (changes of a valid call's arguments, error type, part of the message).
 MISTAKES: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     # shapes and ranks
     "shapes differ": ({"teacher": Z(3, 6)}, ValueError, "student and teacher must have the same shape; got (3, 5) and (3, 6)"),
@@ -213,7 +213,6 @@ def test_a_refused_call_writes_nothing(mistake, grad, inplace):
 
 
 def test_the_table_changes_a_valid_call():
-    """The unchanged call is valid, and each changed argument is an argument of fastkd.loss."""
     assert fastkd.loss(**valid_arguments()).isfinite()
     for changed, _, _ in MISTAKES.values():
         assert set(changed) <= {*valid_arguments(), *Options._fields}
@@ -291,7 +290,7 @@ def test_temperatures_that_float32_cannot_square_or_invert_are_refused(value, dt
 
 @pytest.mark.parametrize("value", [1e-18, 1e18])
 def test_the_least_and_the_greatest_temperature_are_finite(value):
-    """Loss and gradient in float32 are finite at the least and at the greatest temperature."""
+    # The float32 loss and gradient are finite at the least and at the greatest temperature.
     for option in (value, torch.full((3,), value), torch.tensor(value, dtype=torch.float64)):
         student, teacher, labels = valid_arguments().values()
         leaf = student.requires_grad_()
@@ -308,7 +307,7 @@ def test_the_least_and_the_greatest_temperature_are_finite(value):
 
 
 def test_errors_name_no_path_of_the_machine_that_built_the_extension():
-    """Messages of native checks begin with a path relative to the repository."""
+    # Messages of native checks begin with a path relative to the repository.
     student, teacher = Z(3, 5), Z(3, 6)
     settings = (None, None, None, 1.0, 1.0, 0.5, 0.5, 0.0, -100, 0, 0.5, 2, 0.0, False)
     with pytest.raises(RuntimeError, match="must have the shape of the student") as caught:
@@ -361,7 +360,7 @@ def test_checks_of_data_need_tensors():
         fastkd.check_inputs(**valid_arguments(), ignore_index=2**63)
 
 
-# Each entry has a conversion to a layout that is refused, and the call that the message names.
+# Each entry is (conversion to an unsupported layout, call that the error message suggests).
 LAYOUTS = {
     "coo": (lambda value: value.to_sparse(), "to_dense()"),
     "csr": (lambda value: value.to_sparse_csr(), "to_dense()"),
@@ -388,7 +387,6 @@ LAYOUTS = {
     ],
 )
 def test_tensors_of_other_layouts_are_refused(function, name, layout):
-    """The message contains the call that makes the tensor dense."""
     make_other, advice = LAYOUTS[layout]
     arguments: dict[str, Any] = dict(valid_arguments(), labels=torch.rand(4, 7))
     if function == "TopK":
@@ -407,7 +405,7 @@ def test_tensors_of_other_layouts_are_refused(function, name, layout):
     arguments[name] = make_other(value)
     kind = getattr(fastkd, function)
     with pytest.raises(TypeError, match=f"{name} must be a dense tensor") as caught:
-        if function in ("TopK", "Head"):  # the constructor checks the layout
+        if function in ("TopK", "Head"):
             side = {"TopK": "teacher", "Head": "student"}[function]
             fields = {key: arguments.pop(key) for key in kind._fields if key in arguments}
             fastkd.loss(**{**arguments, side: kind(**fields)})
@@ -437,7 +435,7 @@ def test_arguments_of_another_type_are_named(function, arguments):
 
 def test_check_inputs_accepts_valid_arguments(device):
     student, teacher, labels = make((6, 40), device=device)
-    student[0], labels[0] = NAN, -100  # values of ignored rows are not checked
+    student[0], labels[0] = NAN, -100  # check_inputs does not check values of ignored rows
     teacher[1, :39] = -INF
     assert fastkd.check_inputs(student, teacher, labels) is None
     fastkd.check_inputs(student[1:], teacher[1:], temperature=torch.ones(5, device=device))
@@ -522,6 +520,6 @@ def test_check_logits_warns_about_probabilities(device, dtype):
 
 
 def test_probabilities_are_never_refused(device):
-    """Probabilities are valid logits, so only check_logits warns about them."""
+    # Probabilities are valid logits, so only check_logits warns about them.
     probabilities = make((6, 40), device=device).student.softmax(-1)
     assert fastkd.loss(probabilities, probabilities) == 0

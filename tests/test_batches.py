@@ -1,4 +1,4 @@
-"""Test batches: sample ids, the parts of a batch, and the logits of outputs."""
+"""Test sample ids, the splitting of batches into parts, and the logits of models' outputs."""
 
 import pytest
 import torch

@@ -33,7 +33,7 @@ def data() -> TensorDataset:
 
 
 def trainer_in(folder: pathlib.Path, **options) -> fastkd.Trainer:
-    """Make a trainer whose student has dropout, from equal random states in each call."""
+    """Make a trainer of a student with dropout from fixed seeds."""
     torch.manual_seed(0)
     random.seed(0)
     student = nn.Sequential(nn.Linear(8, 16), nn.Dropout(0.3), nn.Linear(16, 3))
@@ -49,7 +49,7 @@ def make_loader() -> DataLoader:
 
 
 def losses(trainer: fastkd.Trainer, loader, until: int = 15) -> list[float]:
-    """Train up to a step, with a checkpoint after each pass over the data; return the losses."""
+    """Train until a step, with a checkpoint after each epoch; return the losses."""
     drawn = []
     while trainer.step < until:
         for step in trainer.steps(loader):
@@ -83,8 +83,7 @@ LOADERS = {
 @pytest.mark.parametrize("stop", [5, 7, 10])
 @pytest.mark.parametrize("which", LOADERS)
 def test_a_generator_of_the_loader_is_restored(tmp_path, which, stop):
-    """The loader's generator is restored in the middle of a pass and between two passes."""
-
+    # An epoch has 5 steps, so step 7 is in the middle of an epoch.
     def loader():
         return LOADERS[which](torch.Generator().manual_seed(3))
 
@@ -105,14 +104,13 @@ def test_a_loader_with_other_generators_is_refused_within_a_pass(tmp_path):
     ):
         losses(trainer, make_loader())
     losses(trainer, LOADERS["loader"](torch.Generator()), 10)
-    trainer = trainer_in(tmp_path)  # between passes, generators are not compared
+    trainer = trainer_in(tmp_path)  # between epochs, the trainer compares no generators
     trainer.resume()
     losses(trainer, make_loader())
 
 
 @pytest.mark.parametrize("stop", [5, 7])
 def test_random_numbers_drawn_after_resume_change_nothing(tmp_path, stop):
-    """Numbers drawn between resume and training do not change the losses of the run."""
     straight = losses(trainer_in(tmp_path / "a"), make_loader())
     resumed = losses(trainer_in(tmp_path / "b"), make_loader(), stop)
     for until in (8, 15):
@@ -162,7 +160,6 @@ def test_saving_again_at_the_same_step_overwrites(tmp_path):
 
 @pytest.mark.parametrize("renamings", [1, 2])
 def test_an_interrupted_overwrite_leaves_a_complete_checkpoint(tmp_path, monkeypatch, renamings):
-    """An interrupted save leaves the old or the new checkpoint complete."""
     trainer = trainer_in(tmp_path)
     next(trainer.steps(make_loader()))
     trainer.save()
@@ -258,7 +255,7 @@ FILES = (
 
 
 def damages(file: pathlib.Path) -> dict[str, Callable[[], object]]:
-    """Return kinds of damage to a file, by name."""
+    """Return functions that damage a file, by name of the damage."""
     data = file.read_bytes()
     changes: dict[str, Callable[[], object]] = {
         f"cut to {size} bytes": lambda size=size: file.write_bytes(data[:size])
@@ -313,7 +310,6 @@ def state_of(trainer: fastkd.Trainer) -> list:
 
 
 def is_equal(first: object, second: object) -> bool:
-    """Return True if two nested states are equal."""
     if isinstance(first, torch.Tensor):
         return torch.equal(first, second)
     if isinstance(first, dict):
@@ -327,7 +323,7 @@ def is_equal(first: object, second: object) -> bool:
 
 @pytest.mark.parametrize("dangling", [False, True])
 def test_an_old_checkpoint_may_be_a_link(tmp_path, dangling):
-    """Deleting an old checkpoint deletes the link and keeps its target."""
+    # Deleting an old checkpoint that is a link keeps the link's target.
     folder, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
     trainer = trainer_in(folder)
     logged = losses(trainer, make_loader(), 5)

@@ -32,7 +32,8 @@ def test_the_sweep_writes_the_page(tmp_path):
     assert PART.sub("", written) == PART.sub("", PAGE.read_text()) and written != PAGE.read_text()
     assert all(text.count("\n") > 3 for name, text in PART.findall(written) if name != "run")
     assert "nan" not in written and page.with_suffix(".png").exists()
-    results.write_text("".join(lines[:-2]) + lines[-2][:100])  # as if killed while writing a line
+    # The results end within a line, as if the run was killed.
+    results.write_text("".join(lines[:-2]) + lines[-2][:100])
     subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
     again = results.read_text().splitlines(keepends=True)
     assert again[:-2] == lines[:-2] and len(again) == len(lines)

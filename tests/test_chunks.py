@@ -27,7 +27,7 @@ def plan(
     weight_grad: bool = True,
     **options: Any,
 ) -> Plan:
-    """Make a plan from sizes, for a teacher of the student's width."""
+    """Make a plan from sizes; the teacher has the student's width."""
     widths, dtypes = [student_width] * 2, [dtype, dtype, weight_dtype or dtype]
     sizes = Sizes(rows, classes, *widths, *dtypes, weight_grad, device, logits_per_row)
     return plan_sizes(sizes, **options)
@@ -48,7 +48,6 @@ HEADS = st.fixed_dictionaries(
 
 @given(HEADS)
 def test_default_chunks_cover_all_rows(sizes):
-    """Chunks cover all rows, and are large enough for fast matrix products."""
     chosen = plan(**sizes)
     rows = sizes["rows"]
     assert chosen.chunks * chosen.chunk >= rows
@@ -59,7 +58,7 @@ def test_default_chunks_cover_all_rows(sizes):
 
 @given(HEADS, st.integers(1, 4096), st.sampled_from(["auto", "rows"]))
 def test_plans_fit_max_workspace(sizes, mib, chunk_by):
-    """A plan fits max_workspace, or is refused; its chunks are as large as possible."""
+    # The planner chooses the largest chunks that fit, and raises an error if no chunk fits.
     try:
         chosen = plan(**sizes, chunk_by=chunk_by, max_workspace=mib * MIB)
     except ValueError as error:
@@ -78,7 +77,7 @@ def test_plans_fit_max_workspace(sizes, mib, chunk_by):
 
 @given(HEADS, st.integers(1, 9000), st.booleans())
 def test_chunks_of_classes_cover_all_classes(sizes, largest, writes):
-    """Chunks cover all classes; logits lie only in the unwritten part of the weight's gradient."""
+    # Chunks inside the weight's gradient keep their logits in the part that is not yet written.
     rows, classes, width = sizes["rows"], sizes["classes"], sizes["student_width"]
     item = int(sizes["logits_per_row"]) * sizes["dtype"].itemsize
     grad_row = width * sizes["dtype"].itemsize * sizes["weight_grad"]
@@ -95,8 +94,8 @@ def test_chunks_of_classes_cover_all_classes(sizes, largest, writes):
     assert end == classes
 
 
-# Each target has the (rows, classes, width) of a Llama 3 or Qwen head, a bound of the plan's memory
-# in MiB, without the inputs, and the dtype of the summed gradient.
+# Each target is ((rows, classes, width) of a Llama 3 or Qwen head, the most memory in MiB besides
+# the inputs, accumulate_dtype).
 TARGETS = [
     ((4096, 128256, 2048), 2100, "auto"),
     ((8192, 151936, 1024), 2300, "auto"),
@@ -114,10 +113,10 @@ def test_large_heads_fit_their_memory(sizes, mib, accumulate):
     assert chosen.chunk >= 768
 
 
-# The bounds are the memory of Liger's fused loss for these sizes (docs/linear.md).
+# The bounds, in MiB, are the memory of Liger's fused loss for these sizes (docs/linear.md).
 @pytest.mark.parametrize(("sizes", "mib"), [(TARGETS[0][0], 564), (TARGETS[1][0], 334)], ids=str)
 def test_the_least_memory_is_two_gradients(sizes, mib):
-    """Chunks of classes need little more memory than the weight's and hidden states' gradients."""
+    # Chunks of classes need little more memory than the gradients of weight and hidden states.
     chosen = plan(*sizes, dtype=BF16, device="cuda", max_workspace=mib * MIB - 1)
     rows, classes, width = sizes
     assert chosen.chunk_by == "classes" and chosen.accumulate is BF16
@@ -172,7 +171,7 @@ def test_bad_arguments_are_refused(wrong, message):
 
 
 def sizes(inputs: Any, **options: Any) -> Sizes:
-    """Return the sizes that a call's plan is made from."""
+    """Return the Sizes from which fastkd.chunks.plan makes a call's plan."""
     seen: list[Sizes] = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
@@ -210,8 +209,7 @@ def test_autocast_changes_the_sizes():
 
 
 def test_meta_tensors_are_planned_for_a_gpu():
-    """Meta tensors larger than any memory have a plan, since a plan needs no data."""
-
+    # A plan needs no data, so meta tensors may be larger than any memory.
     def head(width: int) -> Head:
         shapes = ((4096, width), (128256, width))
         return Head(*(torch.empty(s, dtype=BF16, device="meta") for s in shapes))
@@ -239,7 +237,6 @@ def test_a_plan_serves_fewer_rows():
 
 @given(HEADS, st.integers(1, 4096), st.integers(1, 4096), st.sampled_from(["auto", "rows"]))
 def test_plans_with_a_chunk_size_fit_max_workspace(sizes, mib, size, chunk_by):
-    """With a chunk_size, a plan that exceeds max_workspace is refused."""
     options = {**sizes, "chunk_by": chunk_by, "chunk_size": size}
     chosen = plan(**options)
     if chosen.peak_bytes <= mib * MIB:
@@ -254,5 +251,6 @@ def test_a_bound_too_small_is_refused():
         ValueError, match=r"max_workspace=1048576 .* accumulate_dtype=torch.bfloat16"
     ):
         plan(4096, 128256, 2048, dtype=torch.bfloat16, max_workspace=MIB)
-    with pytest.raises(ValueError, match=r"take [0-9]+ bytes$"):  # float16 sums are not advised
+    # The message does not suggest a float16 sum.
+    with pytest.raises(ValueError, match=r"take [0-9]+ bytes$"):
         plan(4096, 128256, 2048, dtype=FP16, max_workspace=MIB, chunk_by="rows")

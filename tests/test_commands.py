@@ -119,7 +119,7 @@ def test_a_resumed_run_extends_the_history(config_path, monkeypatch, capsys):
     arguments = (monkeypatch, "distill", "--config", config_path)
     run_command(*arguments, "--epochs", 1)
     run_command(*arguments, "--resume=true")
-    run_command(*arguments, "--resume=true")  # no epoch remains
+    run_command(*arguments, "--resume=true")  # no epoch remains to train
     history = json.loads((config_path.parent / "out" / "history.json").read_text())
     assert len(history) == 3 and history[2]["soft"] < history[1]["soft"] < history[0]["soft"]
     assert f"accuracy {100 * history[-1]['accuracy']:.1f} %" in capsys.readouterr().out
@@ -148,14 +148,13 @@ def test_a_cache_with_other_options_is_refused(config_path, monkeypatch, capsys,
 @pytest.mark.parametrize(
     "changes",
     [
-        ["train_options={first: 7, last: 400}"],  # extends the cache
+        ["train_options={first: 7, last: 400}"],  # would add samples to the cache
         ["train_options={first: 7, last: 214}", "teacher="],
         ["validation_options.first=250"],
         ["validation_options.first=250", "teacher="],
     ],
 )
 def test_a_cache_of_other_data_is_refused(config_path, monkeypatch, capsys, changes):
-    """A cache made from data that differ from the run's is refused, and gets no new file."""
     cache = config_path.parent / "cache"
     cached = ("distill", "--config", config_path, f"--teacher_cache={cache}")
     run_command(monkeypatch, *cached, "--checkpoints=false", "--train_options.last=207")
@@ -187,7 +186,7 @@ def test_a_cosine_schedule_needs_the_number_of_steps(config_path, monkeypatch, c
 
 @pytest.mark.slow
 def test_two_processes_share_the_teacher(config_path):
-    """Each process runs the teacher on half of the data; the schedule ends with the last step."""
+    # Each process runs the teacher on half of the data; the schedule ends with the last step.
     cache = config_path.parent / "cache"
     launch = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m")
     changes = (f"teacher_cache={cache}", "schedule=cosine")
@@ -241,7 +240,7 @@ def test_a_cached_teacher_gives_nearly_the_same_student(config_path, monkeypatch
 
 
 def test_a_cache_of_all_classes_gives_nearly_the_same_student(config_path, monkeypatch):
-    """A cache of all ten classes differs from the teacher only by float16 rounding."""
+    # A cache of all ten classes differs from the teacher only by float16 rounding.
     loss = "--loss={temperature: 2, alpha: 0.1}"
     arguments = (monkeypatch, "distill", "--config", config_path, loss)
     run_command(*arguments, "--output", config_path.parent / "live")

@@ -116,7 +116,7 @@ def test_a_configuration_runs_no_command(config_path, monkeypatch, capsys, comma
 
 @pytest.mark.parametrize("key", ["module", "config", "resume", "print_config"])
 def test_a_file_cannot_set_options_of_the_command_line(config_path, monkeypatch, capsys, key):
-    """A file cannot set these keys: ``module`` and ``config`` would let it trust more modules."""
+    # A file that sets ``module`` or ``config`` could make the command import more modules.
     config_path.write_text(f"{config_path.read_text()}\n{key}: os\n")
     error = run_refused_command(monkeypatch, capsys, "distill", "--config", config_path)
     assert f"fastkd distill: {config_path}: " in error and key in error
@@ -125,7 +125,7 @@ def test_a_file_cannot_set_options_of_the_command_line(config_path, monkeypatch,
 @pytest.mark.parametrize("key", ["student", "student_options", "loss", "epochs"])
 @pytest.mark.parametrize("nested", [False, True])
 def test_class_path_imports_nothing(config_path, monkeypatch, capsys, key, nested):
-    """A class_path in the file imports no module, though jsonargparse supports class_path."""
+    # jsonargparse supports class_path, but a file must not import a module by it.
     proof = config_path.parent / "imported"
     (config_path.parent / "evil.py").write_text(f"open({str(proof)!r}, 'w')\nclass Evil: pass\n")
     monkeypatch.syspath_prepend(config_path.parent)
@@ -143,7 +143,6 @@ def test_class_path_imports_nothing(config_path, monkeypatch, capsys, key, neste
 def test_modules_elsewhere_are_imported_only_if_named(
     config_path, monkeypatch, capsys, tmp_path_factory
 ):
-    """Only modules named by --module, and their submodules, are imported."""
     elsewhere = tmp_path_factory.mktemp("elsewhere")
     package = elsewhere / "distant_parts"
     package.mkdir()
@@ -165,7 +164,8 @@ def test_modules_elsewhere_are_imported_only_if_named(
 def test_modules_in_the_configuration_s_folder_replace_no_other_module(
     config_path, monkeypatch, capsys
 ):
-    """The configuration's folder is the last entry of sys.path."""
+    # The configuration's folder is last in sys.path, so modules in the folder hide no other
+    # modules.
     before = list(sys.path)
     (config_path.parent / "wave.py").write_text("raise ZeroDivisionError")
     change = ("--student=wave:open",)
@@ -209,7 +209,7 @@ def test_files_that_are_no_configuration_are_refused(tmp_path, monkeypatch, caps
 
 
 def test_numbers_and_null_of_a_file_are_read(config_path, monkeypatch):
-    """1e-3 is a number, though YAML 1.1 reads it as text; null stands for the default."""
+    # YAML 1.1 reads 1e-3 as text, but the command reads a number; null stands for the default.
     texts = ["clip: 1e-3", "ema: 5e-1", "seed: null", "loss: {alpha: 1e-1}", "optimizer: null"]
     trainings = []
     name = next(config_path.parent.glob("parts_*.py")).stem
@@ -223,7 +223,7 @@ def test_numbers_and_null_of_a_file_are_read(config_path, monkeypatch):
 
 
 def test_nested_aliases_are_refused_at_once(tmp_path):
-    """Aliases that stand for 9^10 values are refused within a minute."""
+    # The aliases stand for 9^10 values, too many to expand within the timeout of a minute.
     lines = ["a0: &a0 [1, 1, 1, 1, 1, 1, 1, 1, 1]"]
     lines += [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 10)]
     file = tmp_path / "config.yaml"
@@ -237,7 +237,6 @@ def test_nested_aliases_are_refused_at_once(tmp_path):
 
 @pytest.mark.slow
 def test_long_texts_are_read_in_linear_time(tmp_path):
-    """Parsing a number takes time proportional to the text's length."""
     file = tmp_path / "config.yaml"
     file.write_text(f"student: '{'1' * 500_000}'")
     assert "is missing" in command_in_another_process(file)
@@ -334,7 +333,7 @@ def test_weights_of_another_model_are_refused(config_path, monkeypatch, capsys):
     ("factory", "error"), [("broken", ZeroDivisionError), ("misled", ValueError)]
 )
 def test_the_user_s_own_errors_keep_their_traceback(config_path, monkeypatch, factory, error):
-    """Errors that fastkd raises in the user's factory keep their traceback, too."""
+    # The factory ``misled`` calls fastkd with a bad argument.
     name = next(config_path.parent.glob("parts_*.py")).stem
     with pytest.raises(error):
         run_command(monkeypatch, "distill", "--config", config_path, f"--student={name}:{factory}")
@@ -350,7 +349,6 @@ def test_the_user_s_own_errors_keep_their_traceback(config_path, monkeypatch, fa
 def test_options_that_do_not_fit_the_teacher_are_refused_first(
     config_path, monkeypatch, capsys, change, message
 ):
-    """The error is raised before anything is trained or written."""
     cached = f"--teacher_cache={config_path.parent / 'cache'}"
     error = run_refused_command(
         monkeypatch, capsys, "distill", "--config", config_path, cached, f"--{change}"
@@ -363,7 +361,6 @@ def test_options_that_do_not_fit_the_teacher_are_refused_first(
 
 
 def test_errors_while_models_run_keep_their_traceback(config_path, monkeypatch):
-    """Errors inside the user's models keep their traceback."""
     name = next(config_path.parent.glob("parts_*.py")).stem
     with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
         run_command(monkeypatch, "distill", "--config", config_path, f"--student={name}:misshapen")

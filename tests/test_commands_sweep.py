@@ -25,7 +25,6 @@ def read_sweep(config_path: pathlib.Path, output: str) -> dict[tuple, float]:
 
 
 def test_a_sweep_is_a_table_of_trainings(config_path, monkeypatch, capsys):
-    """A run has a Trainer's accuracy; the table has means, standard errors and differences."""
     run_command(
         *(monkeypatch, "sweep", "--config", config_path, "--alpha=[0.1]", "--divergence=[jsd]"),
         *("--temperature=[1,4]", "--share=[0.5,1]", "--seeds=2"),
@@ -71,7 +70,8 @@ def test_a_sweep_continues_where_it_stopped(config_path, monkeypatch):
     complete = file.read_text()
     lines = complete.splitlines(keepends=True)
     assert len(lines) == 1 + 2 * 2
-    file.write_text("".join(lines[:3]) + lines[3][:9])  # as if killed while writing a line
+    # The results end within a line, as if the run was killed.
+    file.write_text("".join(lines[:3]) + lines[3][:9])
     trained = []
     fit = fastkd.Trainer.fit
     monkeypatch.setattr(
@@ -79,7 +79,7 @@ def test_a_sweep_continues_where_it_stopped(config_path, monkeypatch):
     )
     run_command(*arguments, "--seeds=2")
     assert file.read_text() == complete and len(trained) == 2
-    run_command(*arguments, "--seeds=3")  # adds a third seed
+    run_command(*arguments, "--seeds=3")
     assert file.read_text().startswith(complete) and len(trained) == 4
 
 

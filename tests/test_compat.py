@@ -36,7 +36,7 @@ AXOLOTL = axolotl.LigerFusedLinearKLTopKLogprobLoss(0.0, 1.0, temperature=2.0, b
 
 
 def axolotl_loss(s, t, y):
-    """Compute the loss of logits, by a head that is the identity, where ``y`` is not -100."""
+    """Compute the axolotl adapter's loss from logits, with an identity matrix as the head."""
     values, ids = t.log_softmax(-1).topk(3)
     mask, no_labels = (y != -100)[:, None].expand_as(ids), torch.full_like(y, -100)
     head = torch.eye(5, dtype=s.dtype, device=s.device)
@@ -126,7 +126,6 @@ def test_cuda_agrees_with_the_cpu(name):
 
 
 def test_every_adapter_has_a_section():
-    """Each adapter has a section in docs/compat.md, whose import works."""
     imports = re.findall(r"^\+ (from .*)$", (ROOT / "docs" / "compat.md").read_text(), re.MULTILINE)
     assert [line.split()[1] for line in imports] == [f"fastkd.compat.{n}" for n in compat.__all__]
     for line in imports:

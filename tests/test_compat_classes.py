@@ -59,7 +59,6 @@ def test_torchdistill_gives_its_own_loss(name, reduction, options):
 
 @pytest.mark.parametrize("reduction", ["batchmean", "mean", "sum"])
 def test_torchdistill_accepts_pixels_and_soft_targets(reduction):
-    """The loss equals torchdistill's for pixels, and for probabilities as labels (mixup)."""
     ours = torchdistill.KDLoss(*PATHS, temperature=2.0, alpha=0.3, reduction=reduction)
     theirs = torchdistill_code().KDLoss(*PATHS, temperature=2.0, alpha=0.3, reduction=reduction)
     student, teacher, _ = draw((2, 5, 3, 4))
@@ -73,7 +72,7 @@ def test_torchdistill_accepts_pixels_and_soft_targets(reduction):
 
 
 def test_torchdistill_ignores_rows_in_both_terms():
-    """Ignored rows have no effect; torchdistill's soft term includes ignored rows (documented)."""
+    # torchdistill's soft term includes ignored rows, a difference that docs/compat.md states.
     student, teacher, labels = draw((6, 5), "some ignored")
     valid = labels != -100
     ours = torchdistill.KDLoss(*PATHS, temperature=2.0, alpha=0.3)
@@ -101,7 +100,7 @@ def test_torchdistill_refuses_unsupported_options():
 
 
 def models(classes: int = 5) -> tuple[nn.Module, nn.Module]:
-    """Make (teacher, student), linear models in float64 with timm's attributes."""
+    """Return (teacher, student): linear float64 models with the attributes that timm reads."""
     torch.manual_seed(0)
     made = nn.Linear(3, classes).double(), nn.Linear(3, classes).double()
     for model in made:
@@ -173,7 +172,6 @@ def keras_package(tmp_path_factory):
 
 
 def keras_loss(package, temperature: float):
-    """Return Keras' distillation loss with the KL as an instance, not as a name."""
     return package.distillation.LogitsDistillation(temperature, package.losses.KLDivergence())
 
 
@@ -207,7 +205,7 @@ def test_keras_distiller_trains_like_its_own(keras_package, weight, with_labels)
     )
     x, y = torch.randn(6, 3), torch.arange(6) % 5 if with_labels else None
     torch.testing.assert_close(ours.compute_loss(x, y), theirs.compute_loss(x, y), **SINGLE)
-    if with_labels or weight < 1:  # otherwise, the loss does not depend on y_pred, the logits
+    if with_labels or weight < 1:  # at weight 1 without labels, the loss ignores the logits
         assert_equal_losses(
             lambda s: ours.compute_loss(x, y, s),
             lambda s: theirs.compute_loss(x, y, s),
@@ -217,7 +215,7 @@ def test_keras_distiller_trains_like_its_own(keras_package, weight, with_labels)
 
 
 def test_keras_distiller_sets_training_modes(keras_package):
-    """The teacher is frozen and in evaluation mode; a Keras student gets the training flag."""
+    # The teacher is frozen and in evaluation mode; a Keras student gets the argument ``training``.
     torch.manual_seed(0)
     teacher = nn.Sequential(nn.Linear(3, 5), nn.BatchNorm1d(5), nn.Dropout())
     student = keras_package.Sequential(
@@ -240,7 +238,7 @@ def test_keras_distiller_sets_training_modes(keras_package):
 
 def test_the_keras_teacher_is_not_called_at_weight_1():
     logits, _, labels = draw((6, 5))
-    no_teacher = nn.Linear(1, 1)  # raises if it is called, since the inputs have width 5
+    no_teacher = nn.Linear(1, 1)  # a call would raise an error, since the inputs have width 5
     ours = keras.Distiller(
         no_teacher, nn.Identity(), keras.LogitsDistillation(), student_loss_weight=1.0
     )
@@ -250,7 +248,6 @@ def test_the_keras_teacher_is_not_called_at_weight_1():
 
 
 def test_signatures_are_those_of_the_libraries(keras_package):
-    """The adapters have the parameters of the libraries' signatures, in the same order."""
     pairs = [
         (timm.LogitDistillationTask, peers.timm_task()),
         (keras.Distiller, keras_package.distillation.Distiller),
@@ -290,7 +287,7 @@ def test_keras_refuses_unsupported_losses():
         keras.Distiller(teacher, student, [keras.LogitsDistillation()])
 
 
-# ---- DeiT and mdistiller have no packages, so their formulas are written out
+# ---- DeiT and mdistiller (no packages, so the test contains their formulas)
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0])

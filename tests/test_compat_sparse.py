@@ -78,7 +78,7 @@ def outputs(**arguments):
 
 
 def assert_same_loss(student, target, beta, temperature, **teacher):
-    """Assert that sums, gradients and token counts of fastkd and ms-swift are equal."""
+    """Assert that losses, gradients and token counts of fastkd and ms-swift are equal."""
     call = (target, beta, temperature)
     theirs = swift().TeacherOutput(**teacher)
     assert_equal_losses(
@@ -102,7 +102,7 @@ def test_ms_swift_gives_its_own_loss(beta, temperature, mask):
 @pytest.mark.parametrize("form", ["log-probabilities", "logits"])
 @pytest.mark.parametrize("beta", [0.0, 0.5, 1.0])
 def test_ms_swift_accepts_lists(form, temperature, beta):
-    """Lists of log-probabilities (from servers) and of logits (local teachers) are accepted."""
+    # Servers give lists of log-probabilities, and local teachers give lists of logits.
     student, teacher, labels = draw((2, 6, 11), "some ignored")
     values, indices = (teacher if form == "logits" else teacher.log_softmax(-1)).topk(4)
     values[0, 1] = -torch.inf  # a token that the server did not score has no soft term
@@ -122,7 +122,7 @@ def test_ms_swift_accepts_another_prompt_of_the_teacher(form):
 
 
 def test_ms_swift_accepts_padding_in_a_list():
-    """A padding entry lists no class; ms-swift's loss is NaN (documented difference)."""
+    # fastkd ignores a padding entry; ms-swift's loss is NaN (docs/compat.md).
     student, teacher, labels = draw((2, 6, 11))
     values, indices = teacher.log_softmax(-1).topk(4)
     padded = torch.cat([values, torch.full_like(values[..., :1], -torch.inf)], -1)
@@ -144,7 +144,7 @@ def test_ms_swift_refuses_unsupported_options():
         ms_swift.gkd_loss(student[..., :9], outputs(full_logits=teacher), labels, 0.0, 1.0)
 
 
-# ---------------------------------------------------------------------------- axolotl
+# ---- axolotl
 
 
 @functools.cache
@@ -161,13 +161,13 @@ def axolotl_code():
 
 
 def axolotl_losses(**options):
-    """Return the loss functions of fastkd and of axolotl."""
+    """Return (fastkd's loss, axolotl's loss)."""
     ours = axolotl.LigerFusedLinearKLTopKLogprobLoss(**options)
     return ours, axolotl_code()(**options, compiled=False, chunk_size=4)
 
 
 def axolotl_batch():
-    """Draw (hidden states, head, (normalized lists of 4 classes, mask, labels), bias)."""
+    """Draw (hidden states, head, (indices, normalized log-probabilities, mask, labels), bias)."""
     hidden, teacher, labels = draw((2, 6, 11), "some ignored")
     values, ids = teacher.log_softmax(-1).topk(4)
     mask = (labels != -100)[..., None].expand_as(ids).int()
@@ -212,7 +212,7 @@ def test_axolotl_without_cross_entropy():
 
 @pytest.mark.parametrize(("beta", "normalize"), AXOLOTL)
 def test_axolotl_at_another_temperature(beta, normalize):
-    """Documented difference: the gradient of axolotl's soft term lacks the factor T^2."""
+    # The gradient of axolotl's soft term lacks the factor temperature**2 (docs/compat.md).
     hidden, head, lists, _ = axolotl_batch()
     options = {"temperature": 3.0, "beta": beta, "normalize_topk": normalize}
     ours, theirs = axolotl_losses(weight_hard_loss=0.0, **options)
@@ -228,7 +228,7 @@ def test_axolotl_at_another_temperature(beta, normalize):
 
 @pytest.mark.parametrize(("mark", "log_prob"), [(0, -1e9), (1, -torch.inf)])
 def test_axolotl_with_padding_in_a_list(mark, log_prob):
-    """Documented difference: axolotl counts padding in the student's sum, or returns NaN."""
+    # axolotl counts padding in the student's sum, or returns NaN (docs/compat.md).
     hidden, head, (ids, values, listed, labels), _ = axolotl_batch()
     ours, theirs = axolotl_losses(weight_hard_loss=0.0, beta=0.0)
     padded = (
@@ -250,7 +250,7 @@ def test_axolotl_refuses_unsupported_options():
         axolotl.LigerFusedLinearKLTopKLogprobLoss(beta=0.5, normalize_topk=False)
 
 
-# ------------------------------------------------------------------------------- verl
+# ---- verl
 
 
 @functools.cache
@@ -266,7 +266,7 @@ def verl_config(**options):
 
 
 def nested(rows):
-    """Return the rows of two sequences, of 3 and 4 tokens, as verl's nested tensor."""
+    """Return rows as a nested tensor of two sequences, of 3 and 4 tokens, like verl's tensors."""
     return torch.nested.nested_tensor_from_jagged(rows, torch.tensor([0, 3, 7]))
 
 
@@ -291,7 +291,7 @@ def test_verl_gives_its_own_loss(k, chunked):
 
 
 def test_verl_where_a_position_has_no_list():
-    """The loss is 0 at the last position, for which verl's servers list k times token 0."""
+    # verl's servers list token 0 k times at the last position, where the loss is 0.
     student, teacher, _ = draw((1, 7, 11))
     values, ids = teacher.log_softmax(-1).topk(4)
     values[0, -1], ids[0, -1] = 0.0, 0
@@ -302,7 +302,7 @@ def test_verl_where_a_position_has_no_list():
 
 
 def test_verl_does_not_clamp_log_probabilities():
-    """Documented difference: verl's loss is constant below log_prob_min_clamp."""
+    # verl's loss is constant below log_prob_min_clamp, unlike fastkd's (docs/compat.md).
     student, teacher = torch.zeros(1, 1, 3), torch.tensor([[[0.5, 0.4]]]).log()
     ids, config = torch.tensor([[[0, 1]]]), verl_config(log_prob_min_clamp=-10.0)
     lists = [
@@ -320,7 +320,7 @@ def test_verl_does_not_clamp_log_probabilities():
 
 
 def test_verl_with_a_tail():
-    """The loss may be negative with tail="ignore" (verl clamps it), but not with tail="ghost"."""
+    # With tail="ignore" the loss may be negative, and verl clamps a negative loss.
     log_probs, ids = torch.tensor([[[0.5, 0.3]]]).log(), torch.tensor([[[0, 1]]])
     student = torch.tensor([[[0.6, 0.35, 0.05]]]).log()
     truncated, ghost = (
@@ -354,7 +354,6 @@ CLIP = Config(clip_ratio=0.2, clip_ratio_low=0.2, clip_ratio_high=0.2, global_ba
 
 @pytest.mark.parametrize("name", ["k1", "k2", "k3"])
 def test_verl_estimators_are_those_of_sampled(name):
-    """fastkd.Sampled gives the losses of verl's estimators, as docs/compat.md says."""
     student, teacher, tokens = draw((2, 4, 11))
     student, teacher = student / 6, teacher / 6  # keeps k3 below 10, where verl clamps it
     chosen = tokens[..., None]
@@ -374,7 +373,7 @@ def test_verl_estimators_are_those_of_sampled(name):
 
 
 def test_verl_policy_gradient_of_k3():
-    """Documented fault of verl: with k3 as an advantage, training also maximizes the forward KL."""
+    # With k3 as the advantage, verl's policy gradient also maximizes the forward KL.
     student, teacher, _ = draw((1, 5))
     student, teacher = student / 6, teacher / 6  # keeps k3 below 10, where verl clamps it
     log_p = teacher[0].log_softmax(-1)
@@ -382,7 +381,7 @@ def test_verl_policy_gradient_of_k3():
     def expected(logits):
         log_q = logits[0].log_softmax(-1)
         estimate = verl_estimators().kl_penalty(log_q, log_p, "k3").detach()
-        surrogate = (log_q.exp().detach() * estimate * log_q).sum()  # expectation over tokens
+        surrogate = (log_q.exp().detach() * estimate * log_q).sum()  # the expected loss over tokens
         return surrogate - surrogate.detach()
 
     def difference(logits):

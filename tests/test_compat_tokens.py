@@ -138,7 +138,7 @@ def test_trl_accepts_a_global_count(mask, count):
 
 @pytest.mark.parametrize("shape", [(), (1,), (2,), (2, 1)])
 def test_trl_accepts_a_count_for_every_gpu(shape):
-    """num_items_in_batch is averaged over the GPUs, as TRL's trainer averages its loss."""
+    # The loss is averaged over num_items_in_batch's entries, one per GPU, as in TRL's trainer.
     student, teacher, labels = draw((2, 4, 11), "some ignored")
     options = {"labels": labels, "num_items_in_batch": torch.full(shape, 5.0).double()}
     assert_equal_losses(
@@ -170,8 +170,8 @@ def test_trl_refuses_unsupported_options():
                 trl.generalized_jsd_loss(student, teacher, labels, num_items_in_batch=count)
 
 
-# ---- Liger's modules are Triton kernels, which need a GPU. The oracle of the JSD is the PyTorch
-# code of Liger's chunked losses. KL is torch's own function, and TVD is written out.
+# ---- Liger (Triton kernels, which need a GPU)
+# The oracles are PyTorch code: Liger's chunked JSD loss, torch's kl_div, and a total variation.
 
 
 @pytest.mark.parametrize("beta", [0.0, 0.1, 0.5, 1.0])
@@ -205,7 +205,7 @@ def test_liger_kl_gives_its_own_loss(reduction, log_target):
 
 
 def test_liger_kl_needs_no_eps():
-    """A target of 0, or below eps, contributes its exact value (documented difference)."""
+    # fastkd computes exact contributions of targets below Liger's eps (docs/compat.md).
     student, teacher, _ = draw((7, 11))
     teacher[:, 0], teacher[:, 1] = -math.inf, -60.0
     assert_equal_losses(
@@ -243,7 +243,7 @@ def test_liger_tvd_has_finite_gradients_where_a_probability_is_zero():
 
 
 def test_liger_tvd_has_no_gradient_where_probabilities_are_equal():
-    """The gradient is 0 at equal probabilities; Liger's subgradient is -1/2 (documented)."""
+    # At equal probabilities, the gradient is 0, but -1/2 in old releases of Liger (docs/compat.md).
     p = torch.full((2, 4), 0.25, requires_grad=True)
     (grad,) = torch.autograd.grad(liger.LigerTVDLoss()(p, p.detach()), p)
     assert not grad.any()
@@ -340,7 +340,7 @@ def test_nemo_refuses_a_count_of_zero():
         nemo.KDLoss()(*draw((2, 4, 11)), 0)
 
 
-# ---- DistilBERT has no package, so its formula is written out
+# ---- DistilBERT (no package, so the test contains the formula)
 
 
 @pytest.mark.parametrize("restrict", [False, True])

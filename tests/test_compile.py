@@ -32,7 +32,7 @@ def run(function, student, *rest):
 
 
 def recorder(graphs: list):
-    """Return a backend like aot_eager that appends the graphs of forward and backward to a list."""
+    """Return a backend like aot_eager that also appends each graph to ``graphs``."""
     from functorch.compile import make_boxed_func
     from torch._dynamo.backends.common import aot_autograd
 
@@ -57,7 +57,6 @@ CALLS = {
 
 @pytest.mark.parametrize("call", CALLS)
 def test_a_compiled_loss_equals_the_eager_one(device, call):
-    """Forward and backward are one graph each, which calls the op."""
     student, teacher, labels = make((3, 4, 50), device=device)
     graphs = []
     compiled = torch.compile(CALLS[call], fullgraph=True, backend=recorder(graphs))
@@ -78,7 +77,7 @@ def test_a_compiled_loss_equals_the_eager_one(device, call):
 
 @pytest.mark.parametrize("dtype", [BF16, FP16], ids=name_of)
 def test_compiled_16_bit_gradients_are_exact(device, dtype):
-    """Compiled 16-bit gradients have only rounding errors, though forward knows no loss scale."""
+    # A traced forward pass does not know the loss scale, which only backward receives.
     student, teacher, labels = make((64, 8000), dtype, device=device, spread=1.0)
     compiled = torch.compile(
         lambda *a: fastkd.loss(*a, temperature=4.0, alpha=0.1), fullgraph=True, backend="aot_eager"
@@ -91,7 +90,6 @@ def test_compiled_16_bit_gradients_are_exact(device, dtype):
 
 
 def test_dynamic_shapes_need_one_graph(device):
-    """One graph serves any number of rows and classes."""
     graphs = []
     compiled = torch.compile(CALLS["mean"], fullgraph=True, dynamic=True, backend=recorder(graphs))
     for shape in ((5, 50), (7, 33), (12, 130)):
@@ -103,7 +101,6 @@ def test_dynamic_shapes_need_one_graph(device):
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_inductor_gives_the_eager_gradient(device):
-    """Loss and gradient are right if the default backend fuses operations around the op."""
     student, teacher, labels = make((6, 50), device=device)
 
     def step(s, t, y):
@@ -185,7 +182,6 @@ EVERY_OPTION = {
 @pytest.mark.slow
 @pytest.mark.parametrize("name", EVERY_OPTION)
 def test_every_option_compiles(name):
-    """Every option compiles to one graph, including options without kernels."""
     student, teacher, labels = make((6, 50))
     labels, options = labels.clamp(max=39), EVERY_OPTION[name]
     student.requires_grad_()
@@ -278,7 +274,7 @@ CHECKS = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
 
 
 def arguments_of(teacher, labels, rows, reduction, *, smoothing=0.1, with_terms=False):
-    """Return the arguments of the op that follow the student."""
+    """Return the op's arguments after the student."""
     return tuple(Arguments(
         (teacher,), labels=labels, row_settings=rows, temperature=2.0, teacher_temperature=2.0,
         hard_weight=0.5, soft_weight=0.5, label_smoothing=smoothing,
@@ -286,7 +282,7 @@ def arguments_of(teacher, labels, rows, reduction, *, smoothing=0.1, with_terms=
     ))  # fmt: skip
 
 
-@pytest.mark.parametrize(  # every pair of values occurs
+@pytest.mark.parametrize(  # covers every pair of values
     ("labels", "reduction", "dtype"),
     [
         (True, "none", FP32),

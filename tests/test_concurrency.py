@@ -30,7 +30,6 @@ def step(student: Tensor, teacher: Tensor, labels: Tensor | None) -> tuple[Tenso
 
 @pytest.mark.parametrize("shape", [(40, 10), (300, 1000), (2, 3 * _C.segment + 5)], ids=str)
 def test_concurrent_threads_get_the_results_of_one_thread(device, each_autograd, shape):
-    """Each of several threads gets the result that its problem has in a single thread."""
     problems = [make(shape, device=device, seed=seed) for seed in range(TEAM)]
     alone = [step(*problem) for problem in problems]
     with ThreadPoolExecutor(TEAM) as pool:
@@ -40,7 +39,6 @@ def test_concurrent_threads_get_the_results_of_one_thread(device, each_autograd,
 
 
 def test_backward_passes_of_one_graph_share_no_buffer(device, each_autograd):
-    """Concurrent backward passes of one graph share no buffer."""
     for seed in range(20):
         student, teacher, labels = make((64, 300), FP32, device=device, seed=seed)
         leaf = student.requires_grad_()
@@ -101,7 +99,6 @@ print("equal")
     ["dense+topk", *(pytest.param(f"{n}+{n}", marks=pytest.mark.slow) for n in LOSSES)],
 )
 def test_forward_passes_of_one_leaf_do_not_deadlock(language, calls):
-    """Concurrent forward passes of one leaf do not deadlock."""
     command = [sys.executable, "-c", SHARED_LEAF, language, calls]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.stdout.strip() == "equal", done.stderr
@@ -165,7 +162,7 @@ print("finished")
 """
 
 
-@pytest.mark.parametrize(  # every pair of values occurs
+@pytest.mark.parametrize(  # covers every pair of values
     ("language", "retain", "loss"),
     [
         ("cpp", "free", "dense"),
@@ -175,11 +172,8 @@ print("finished")
     ],
 )
 def test_threads_run_backward_through_one_graph(language, retain, loss):
-    """Each thread gets a gradient of its own or, without retain_graph, torch's error.
-
-    Without retain_graph, two threads may both get the gradient, as from torch's own nodes. The
-    engine releases saved tensors some time after it computes the gradient.
-    """
+    # Without retain_graph, a thread gets the gradient or torch's error. Two threads may both get
+    # the gradient, since the engine releases saved tensors some time after computing the gradient.
     batches = "1" if retain == "retain" else "8"
     command = [sys.executable, "-c", ONE_GRAPH, language, loss, retain, batches]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
@@ -189,7 +183,7 @@ def test_threads_run_backward_through_one_graph(language, retain, loss):
 def is_gil_released_during(work: Callable[[], object]) -> bool:
     """Return True if another Python thread runs during ``work``.
 
-    The switch interval is too long for Python to hand over the GIL, so ``work`` must release the
+    Python does not hand over the GIL within the long switch interval, so ``work`` must release the
     GIL.
     """
     phase, seen, done = "before", set(), threading.Event()
@@ -220,7 +214,7 @@ def test_the_gil_is_released(each_autograd):
     leaf = student.requires_grad_()
     value = fastkd.loss(leaf, teacher, labels, reduction="none")
     assert not is_gil_released_during(lambda: sum(range(3_000_000))), "the watch would see anything"
-    # The calls are repeated, because the watching thread may get no processor in time.
+    # One call may end before the watching thread gets a processor, so the calls are repeated.
     assert any(
         is_gil_released_during(lambda: fastkd.loss(leaf, teacher, labels)) for _ in range(20)
     )
@@ -254,7 +248,7 @@ if __name__ == "__main__":
 
 @pytest.mark.parametrize("method", ["fork", pytest.param("spawn", marks=pytest.mark.slow)])
 def test_data_loader_workers_compute_the_loss(tmp_path, method):
-    """Forked and spawned workers compute the loss after the parent has used threads."""
+    # The parent has used OpenMP's threads, which a forked worker lacks.
     script = tmp_path / "dataset.py"
     script.write_text(DATASET)
     command = [sys.executable, str(script), method]
@@ -282,7 +276,6 @@ OPENMP = {
 
 @pytest.mark.slow
 def test_openmp_settings_change_no_bit():
-    """OpenMP settings change no bit of the losses in several Python threads."""
     answers = []
     for settings in OPENMP.values():
         environment = {**os.environ, "OMP_WAIT_POLICY": "passive", **settings}

@@ -1,4 +1,4 @@
-"""Test CUDA: no synchronization, graphs, streams, memory, more than 2^31 elements."""
+"""Test CUDA: synchronization, graphs, streams, peak memory, tensors of more than 2^31 elements."""
 
 import pytest
 import torch
@@ -23,7 +23,7 @@ from fastkd import TopK
 
 pytestmark = pytest.mark.cuda
 
-# These numbers of classes use 8 lanes of a warp, a warp, or a CTA for each row.
+# For these numbers of classes, the kernels use 8 lanes of a warp, a warp, or a CTA per row.
 WIDTHS = (10, 100, 500, 1000, 3000, 8193, 32000, 50257, 128256, 262145)
 CALLS = {
     "mean": lambda s, t, y: fastkd.loss(s, t, y, temperature=3.0, alpha=0.3),
@@ -127,7 +127,6 @@ def test_the_watch_detects_synchronization(no_synchronization):
 @pytest.mark.parametrize("classes", WIDTHS)
 @pytest.mark.parametrize("call", ["mean", "none", "terms"])
 def test_graphs_can_be_captured_and_replayed(call, classes):
-    """Forward and backward are captured once, and replayed on new data."""
     static = make((32, classes), BF16, device="cuda")
     leaf = static.student.requires_grad_()
 
@@ -155,7 +154,7 @@ def test_graphs_can_be_captured_and_replayed(call, classes):
 
 @pytest.mark.parametrize("classes", [10, 1000, 32000, 128256])
 def test_kernels_run_on_a_side_stream(classes):
-    """The kernels run on the current stream, on which the logits are copied late."""
+    # The side stream copies the logits late, so kernels on another stream would read zeros.
     problem = make((64, classes), BF16, device="cuda")
     expected = step(CALLS["mean"], problem)
     late = [torch.zeros_like(x) for x in problem]
@@ -218,7 +217,7 @@ def test_ignored_rows_do_not_change_other_rows(classes):
     value.backward()
     torch.testing.assert_close(value.detach(), expected[0], rtol=1e-6, atol=0)
     assert (leaf.grad[::2] == 0).all()
-    # Both calls divide by the same number of rows. The tolerance is one unit of bfloat16.
+    # The relative tolerance is bfloat16's eps.
     torch.testing.assert_close(leaf.grad[1::2], expected[1], rtol=2**-7, atol=1e-9)
 
 
@@ -263,7 +262,7 @@ def test_more_than_2_to_the_31_elements_are_supported(reduction):
 
 
 def test_pixels_beyond_2_to_the_31_elements_are_supported():
-    """Offsets of a pixel's last classes exceed 2^31."""
+    # Offsets of a pixel's last classes exceed 2^31.
     classes, pixels = 19, 2**27
     assert classes * pixels > 2**31
     if torch.cuda.mem_get_info()[0] < 24 * 2**30:
@@ -287,7 +286,7 @@ def test_pixels_beyond_2_to_the_31_elements_are_supported():
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 @pytest.mark.parametrize(("inplace", "tensors"), [(False, 1.0), (True, 0.0)])
 def test_peak_memory_of_pixels_is_one_gradient(inplace, tensors, dtype):
-    """Peak memory is at most one gradient and 100 bytes per pixel, without copies."""
+    # Beside the gradient, the call may take 100 bytes per pixel.
     student, teacher = (torch.randn(2, 150, 64, 64, device="cuda").to(dtype) for _ in range(2))
     labels = torch.randint(150, (2, 64, 64), device="cuda")
     hidden = student.requires_grad_() * 1

@@ -1,4 +1,7 @@
-"""Test that bits depend on neither run nor thread count, and ISAs differ by rounding only."""
+"""Test that bits depend on neither run nor thread count.
+
+Instruction sets may differ by rounding.
+"""
 
 import os
 import time
@@ -15,12 +18,12 @@ S = _C.segment
 SHAPES = [
     (64, 10),  # the calling thread computes all rows
     (300, 1000),  # each thread computes complete rows
-    (5, 3 * S + 1),  # complete rows, and one shared row
-    (1, 5 * S + 100),  # one row, whose segments are shared
+    (5, 3 * S + 1),  # complete rows, and one row that the threads share
+    (1, 5 * S + 100),  # one row, whose segments the threads share
     (2, 2 * S),
     (7, S + 1),
 ]
-# These divergences use every form of the kernels' sweeps, which are loops over a row.
+# Together, these divergences use every loop over a row that the kernels have.
 SWEEPS = ["forward_kl", "reverse_kl", "jsd", "dkd", "cosine"]
 
 
@@ -66,7 +69,6 @@ def test_bits_are_equal_for_any_number_of_threads(divergence, shape, reduction, 
 
 @pytest.mark.usefixtures("threads", "isa")
 def test_merged_sums_of_a_shared_row_equal_those_of_one_thread():
-    """Merged sums of two segments have the bits of one thread, in each of 60 rows."""
     for seed in range(60):
         student, teacher, _ = make((1, 2 * S - 3000), FP64, labels=False, seed=seed)
         student.requires_grad_()
@@ -81,7 +83,7 @@ def test_merged_sums_of_a_shared_row_equal_those_of_one_thread():
 @pytest.mark.usefixtures("threads")
 @pytest.mark.parametrize("shape", [(64, 8 * S), (1, 64 * S)], ids=["whole rows", "one row"])
 def test_several_threads_do_the_work(shape):
-    """The calling thread uses less than 3/4 of the process's CPU time."""
+    # time.thread_time() counts the calling thread alone.
     if len(os.sched_getaffinity(0)) < 2:
         pytest.skip("one processor")
     student, teacher, _ = make(shape, labels=False)
@@ -102,7 +104,6 @@ def test_several_threads_do_the_work(shape):
 @pytest.mark.parametrize("shape", [(16, 10), (8, 1000), (2, 20000)], ids=str)
 @pytest.mark.parametrize("divergence", ["forward_kl", "dkd"])
 def test_instruction_sets_agree(divergence, shape, dtype):
-    """Each instruction set differs from the best one by rounding only."""
     problem = make(shape, dtype)
     best, before = run(*problem, "mean", divergence), _C.isa()
     bound = 1e-13 if dtype is FP64 else 2e-6
@@ -143,7 +144,6 @@ def test_isa_can_be_forced_and_an_unknown_isa_is_refused():
 def test_a_gradient_recomputed_in_backward_has_the_bits_of_forward(
     device, divergence, dtype, classes
 ):
-    """Backward recomputes equal bits, with reduction="none" and in a second backward pass."""
     student, teacher, labels = make((24, classes), dtype, device=device)
     a, b = student.clone().requires_grad_(), student.clone().requires_grad_()
     total = fastkd.loss(a, teacher, labels, reduction="sum", divergence=divergence)

@@ -47,7 +47,8 @@ def test_gradients_equal_finite_differences(device, name, standardize):
     assert torch.autograd.gradgradcheck(function, (leaf, t))
 
 
-# Each function is the slope in docs/maths.md, section 10, of d = log p - log q, p, q and mix.
+# Each function is q times the divergence's derivative for q (docs/maths.md, section 10), from d =
+# log p - log q, p, q and the mix b.
 SLOPES = {
     "forward_kl": lambda d, p, q, b: -p,
     "reverse_kl": lambda d, p, q, b: q * (1 - d),
@@ -75,7 +76,7 @@ def test_gradient_follows_from_the_slopes(device, name):
 
 
 def test_the_gradient_of_dkd_is_its_formula(device):
-    """The gradient of dkd is that of docs/maths.md, section 10."""
+    # The formula is in docs/maths.md, section 10.
     student, teacher, labels = make((ROWS, CLASSES), FP64, device=device, ignored=0.0)
     leaf, t, mix = student.requires_grad_(), 1.7, 3.0
     weights = {"hard_weight": 0.0, "soft_weight": 1.0}
@@ -92,7 +93,7 @@ def test_the_gradient_of_dkd_is_its_formula(device):
 @pytest.mark.parametrize("per_row", [False, True])
 @pytest.mark.parametrize("name", NAMES)
 def test_learned_temperatures_get_their_gradient(device, name, per_row):
-    """A temperature's gradient includes those of the factor T^2 and the teacher's probabilities."""
+    # The temperatures also determine the factor temperature**2 and the teacher's probabilities.
     student, teacher, labels = make((ROWS, CLASSES), FP64, device=device, seed=3)
     shape = (ROWS,) if per_row else ()
     t = torch.full(shape, 2.0, dtype=FP64, device=device, requires_grad=True)
@@ -148,9 +149,10 @@ def test_module_learns_its_temperature(device):
 
 @pytest.mark.parametrize("name", [n for n in NAMES if n not in ("soft_cross_entropy", "mse")])
 def test_a_perfect_student_up_to_a_constant_has_no_loss(device, name):
-    """Divergences of probabilities, and of centered logits, ignore an added constant."""
+    # Softmax and centering remove an added constant.
     student, _, labels = make((ROWS, CLASSES), FP64, device=device, ignored=0.0)
-    # The cosine depends on the constant; the total variation's slope jumps where p rounds to q.
+    # The cosine depends on the constant; the total variation's gradient jumps where p and q differ
+    # by rounding alone.
     constant = 0.0 if name in ("cosine", "total_variation") else 3.0
     leaf = (student + constant).requires_grad_()
     options = {"divergence": name, "reduction": "none", "hard_weight": 0.0, "soft_weight": 1.0}
@@ -190,17 +192,17 @@ def test_standardized_logits_ignore_their_scale(device, name):
 
 
 def test_the_kl_has_its_high_temperature_limit(device):
-    """T^2 KL approaches half the centered squared error as T grows (Hinton et al. 2015, 2.1)."""
+    # temperature**2 * KL approaches half the centered squared error (Hinton et al. 2015, 2.1).
     student, teacher, _ = make((ROWS, CLASSES), FP64, device=device, labels=False)
     limit = fastkd.terms(student, teacher, divergence="centered_mse", temperature=1.0).soft / 2
     distances = [
         abs(float(fastkd.loss(student, teacher, temperature=t) - limit)) for t in (1e2, 1e3, 1e4)
     ]
     for before, after in itertools.pairwise(distances):
-        assert after < before / 8  # the distance is of order 1 / T
+        assert after < before / 8  # the distance is of order 1 / t
     assert distances[-1] < 1e-3 * float(limit)
     at_its_own = fastkd.loss(student, teacher, temperature=37.0, divergence="centered_mse")
-    torch.testing.assert_close(at_its_own / 2, limit)  # the loss multiplies by T^2
+    torch.testing.assert_close(at_its_own / 2, limit)  # the loss has the factor 37.0**2
 
 
 def test_divergences_keep_their_relations(device):
@@ -232,7 +234,6 @@ def test_divergences_keep_their_relations(device):
 
 
 def test_jsd_without_a_common_class_is_log_2(device):
-    """Teacher and student without a common class have a JSD of log 2."""
     inf = float("inf")
     student = torch.tensor([[0.0, 1.0, -inf, -inf]], dtype=FP64, device=device)
     teacher = torch.tensor([[-inf, -inf, 2.0, 0.0]], dtype=FP64, device=device)
@@ -263,7 +264,7 @@ def test_a_class_that_both_mask_has_no_effect(device, name, standardize, form):
     if form != "logits":
         teacher = teacher.log_softmax(-1) if form == "log_probs" else teacher.softmax(-1)
     options = {"divergence": name, "standardize": standardize, "teacher_form": form}
-    for temperature in (t, 1.5):  # no kernel computes the gradient of t
+    for temperature in (t, 1.5):  # no kernel computes a gradient for t
         wide, slim = student.clone().requires_grad_(), student[:, unmasked].clone().requires_grad_()
         got = fastkd.loss(wide, teacher, labels, temperature=temperature, **options)
         expected = fastkd.loss(slim, teacher[:, unmasked], narrow, temperature=1.5, **options)
@@ -276,8 +277,8 @@ def test_a_class_that_both_mask_has_no_effect(device, name, standardize, form):
 
 
 INF = float("inf")
-# Each pair has the values of a class that the teacher alone masks, and of a class that the student
-# alone masks. None stands for a finite value.
+# Each pair is the divergence if the teacher alone masks a class, and if the student alone masks a
+# class. None stands for a finite divergence.
 PRICES = {
     "forward_kl": (None, INF),
     "reverse_kl": (INF, None),
@@ -295,7 +296,7 @@ PRICES = {
 
 @pytest.mark.parametrize("name", PRICES)
 def test_a_class_that_one_side_masks_has_its_value(device, name):
-    """A finite loss equals that of a tiny probability, and has a finite gradient."""
+    # A finite loss equals the loss with a logit of -600 instead of -inf.
     student, teacher, labels = make((ROWS, CLASSES), FP64, device=device, ignored=0.0)
     labels = labels.masked_fill(labels == 2, 3)
     options = {"divergence": name, "hard_weight": 0.0, "soft_weight": 1.0, "reduction": "none"}
@@ -367,7 +368,6 @@ def test_jsd_is_right_if_parts_of_a_row_are_far_below_others(isa, name, temperat
 
 
 def test_forward_kl_has_a_finite_gradient_where_the_student_alone_masks(device):
-    """If the student alone masks a class, the gradient is the difference of the probabilities."""
     student = torch.tensor([[0.0, 1.0, -INF]], device=device, requires_grad=True)
     teacher = torch.tensor([[0.0, 0.0, 0.0]], device=device)
     for name in ("forward_kl", "soft_cross_entropy"):
@@ -378,7 +378,9 @@ def test_forward_kl_has_a_finite_gradient_where_the_student_alone_masks(device):
 
 
 def make_masked_by_the_student(divergence, reduction, classes, device):
-    """Return a student with its gradient; the student's first row masks a teacher's class."""
+    """Return logits with their gradient; the first row masks a class that the teacher does not
+    mask.
+    """
     student = torch.linspace(-1, 1, classes, device=device).repeat(2, 1)
     student[0, 1] = -INF
     student.requires_grad_()
@@ -392,7 +394,6 @@ def make_masked_by_the_student(divergence, reduction, classes, device):
 @pytest.mark.parametrize("reduction", ["sum", "none"])
 @pytest.mark.parametrize("classes", [3, 200])
 def test_squared_error_is_infinite_where_the_student_alone_masks(device, classes, reduction):
-    """The loss is +inf, with an infinite gradient for the masked class alone."""
     student = make_masked_by_the_student("mse", reduction, classes, device)
     torch.testing.assert_close(student.grad, student.detach() * 2 / classes)
 
@@ -402,7 +403,7 @@ def test_squared_error_is_infinite_where_the_student_alone_masks(device, classes
 def test_centered_squared_error_is_infinite_where_the_student_alone_masks(
     device, classes, reduction
 ):
-    """The loss is +inf, and the row's gradient is infinite or NaN, as centered differences are."""
+    # The row's centered differences are infinite or NaN, so the row's gradient is infinite or NaN.
     student = make_masked_by_the_student("centered_mse", reduction, classes, device)
     assert student.grad[0, 1].isnan()
     assert student.grad[0, 2:].isinf().all()
@@ -410,7 +411,8 @@ def test_centered_squared_error_is_infinite_where_the_student_alone_masks(
 
 
 def test_dkd_of_a_one_hot_teacher_is_cross_entropy(device):
-    """The loss is the cross entropy, since the term for classes without the label is omitted."""
+    # The teacher gives classes without the label probability 0, so dkd omits the term of these
+    # classes.
     teacher = torch.tensor([[2.0, -INF, -INF]], device=device)
     student = torch.tensor([[1.0, 0.0, 0.5]], device=device, requires_grad=True)
     label = torch.tensor([0], device=device)
@@ -425,7 +427,7 @@ def test_dkd_of_a_one_hot_teacher_is_cross_entropy(device):
 @pytest.mark.parametrize("reduction", ["sum", "none"])
 @pytest.mark.parametrize("nothing", [0.0, 1e-40])
 def test_the_cosine_of_a_zero_row_is_finite(device, classes, reduction, nothing):
-    """A zero or subnormal row has the cosine distance 1 and a finite gradient."""
+    # A row of zeros or subnormal numbers has the cosine distance 1.
     student, teacher, _ = make((4, classes), device=device, labels=False)
     student[:2], teacher[1:3] = 0, 0
     near_student, near_teacher = (x.masked_fill(x == 0, nothing) for x in (student, teacher))
@@ -449,7 +451,6 @@ def test_total_variation_has_slope_0_at_ties(device):
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("standardize", [False, True])
 def test_rows_without_spread_are_finite(device, name, standardize):
-    """Rows of equal logits, or of zeros, have finite losses in every divergence."""
     student = torch.zeros(2, 4, device=device, requires_grad=True)
     labels = torch.tensor([1, 2], device=device)
     teacher = torch.tensor([[3.0, 3.0, 3.0, 3.0], [1.0, 0.0, 0.0, 0.0]], device=device)

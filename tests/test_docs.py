@@ -18,7 +18,8 @@ DOCS = ROOT / "docs"
 PYTHON = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
 # The code blocks of these pages are not tested: they import optional packages or omit arguments.
 EXCERPTS = {"compat.md", "index.md", "training.md"}
-SLOW = {"first-distillation.md", "report.md"}  # the first trains twice, the second draws pictures
+# first-distillation.md trains twice, and report.md draws pictures.
+SLOW = {"first-distillation.md", "report.md"}
 PAGES = sorted(
     path.relative_to(DOCS).as_posix()
     for path in DOCS.rglob("*.md")
@@ -49,7 +50,7 @@ def test_python_of_a_page_runs(name, tmp_path, monkeypatch):
 
 
 class LanguageModel(nn.Module):
-    """Return an output that has logits, as language models of transformers do."""
+    """Return an output with ``logits``, as transformers' language models do."""
 
     def __init__(self):
         super().__init__()

@@ -67,7 +67,7 @@ def test_the_reference_of_the_symmetric_kl_ignores_the_kl_of_weight_0(side, mix)
     student, teacher, _ = make_masked(side, 6, FP64, torch.device("cpu"))
     name = "forward_kl" if mix else "reverse_kl"
     if (name == "reverse_kl") == (side == "teacher"):
-        return  # the divergence is infinite for every weight
+        return  # the KL of weight 1 is infinite
     options = {"hard_weight": 0.0, "soft_weight": 1.0}
     leaf = student.requires_grad_()
     value = reference.loss(leaf, teacher, divergence="symmetric_kl", mix=mix, **options)
@@ -86,7 +86,6 @@ def test_the_reference_of_the_symmetric_kl_ignores_the_kl_of_weight_0(side, mix)
     ids=str,
 )
 def test_mixtures_near_0_and_1_are_accepted(device, name, mix, dtype, classes):
-    """Mixtures near 0 and 1 give losses and gradients without NaN."""
     student, teacher, _ = make_masked("teacher", classes, dtype, device)
     student[2, 3] = -INF
     options = {"divergence": name, "mix": mix, "reduction": "none"}
@@ -103,7 +102,6 @@ def test_mixtures_near_0_and_1_are_accepted(device, name, mix, dtype, classes):
 def test_an_infinite_soft_term_of_weight_0_has_no_effect(
     device, masking, weighting, dtype, classes
 ):
-    """An infinite soft term with weight 0 does not change the gradient of the hard term."""
     side, name = masking
     student, teacher, labels = make_masked(side, classes, dtype, device)
     weight = torch.zeros(4, device=device) if weighting == "rows" else 0.0
@@ -131,7 +129,7 @@ def test_an_infinite_soft_term_of_weight_0_has_no_effect(
 @pytest.mark.parametrize("classes", CLASSES)
 @pytest.mark.parametrize("smoothing", [0.0, 0.1, 1.0])
 def test_an_infinite_hard_term_of_weight_0_has_no_effect(device, smoothing, classes):
-    """The hard term of a masked label is infinite, and weight 0 removes the term."""
+    # The hard term of a masked label is infinite.
     student, teacher, labels = make_masked("student", classes, FP32, device)
     teacher[:3, 1] = -INF
     labels[:3] = 1
@@ -145,7 +143,7 @@ def test_an_infinite_hard_term_of_weight_0_has_no_effect(device, smoothing, clas
 
 @pytest.mark.parametrize("hard_weight", [0.0, 0.5])
 def test_the_reference_of_smoothing_1_has_finite_gradients_for_a_masked_label(hard_weight):
-    """With smoothing 1 and a masked label, the hard term is infinite, and its gradient finite."""
+    # With smoothing 1 and a masked label, the hard term is infinite, and its gradient is finite.
     student, teacher, labels = make_masked("student", 6, FP64, torch.device("cpu"))
     teacher[:3, 1] = -INF
     labels[:3] = 1
@@ -163,7 +161,7 @@ def test_the_reference_of_smoothing_1_has_finite_gradients_for_a_masked_label(ha
 def compute_selected_rows(
     temperature: Tensor, weight: Tensor, keep: slice, name: str, side: str, teachers: int
 ):
-    """Return (loss, gradients of logits and temperature) of the selected rows."""
+    """Return (loss, gradient of logits, gradient of temperature) of the rows ``keep``."""
     student, teacher, labels = make_masked(side, 7, FP32, torch.device("cpu"))
     every = [teacher, teacher.roll(1, 0)] if teachers > 1 else [teacher]
     for logits in every:
@@ -187,7 +185,6 @@ def compute_selected_rows(
 @pytest.mark.parametrize("teachers", [1, 2])
 @pytest.mark.parametrize(("side", "name"), [pair for pair in MASKED if pair[1] != "dkd"])
 def test_an_infinite_row_of_weight_0_gives_finite_gradients(side, name, teachers):
-    """An infinite row of weight 0 gives neither logits nor temperature a gradient of NaN."""
     weight, t = torch.tensor([0.0, 0.0, 0.0, 0.7]), torch.tensor(1.5)
     value, grad, of_t = compute_selected_rows(t, weight, slice(0, 4), name, side, teachers)
     _, last, expected = compute_selected_rows(t, weight, slice(3, 4), name, side, teachers)

@@ -9,7 +9,7 @@ import sys
 import pytest
 
 EXAMPLES = pathlib.Path(__file__).parents[1] / "examples"
-# Each entry has a script's arguments, a required package, and words of the last line of output.
+# Each entry is (arguments, required package, words of the output's last line).
 SCRIPTS = {
     "plain_loop.py": (["--seeds", "2", "--epochs", "2"], "sklearn", "gain by distillation"),
     "lightning_module.py": (["--seeds", "2", "--epochs", "1"], "lightning", "gain by"),
@@ -61,7 +61,6 @@ def test_the_language_model_writes_between_its_markers(tmp_path):
 @pytest.mark.parametrize("name", NOTEBOOKS)
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_notebooks_run_to_the_end(name):
-    """A notebook runs from its first cell to its last, and draws its pictures."""
     nbclient, nbformat = pytest.importorskip("nbclient"), pytest.importorskip("nbformat")
     notebook = nbformat.read(EXAMPLES / name, as_version=4)
     nbclient.NotebookClient(notebook, kernel_name="python3", timeout=120).execute()
@@ -70,7 +69,7 @@ def test_notebooks_run_to_the_end(name):
 
 
 def test_the_script_has_the_cells_of_the_notebook():
-    """``jupytext --to ipynb examples/deploy.py`` would write the notebook's cells."""
+    # ``jupytext --to ipynb examples/deploy.py`` writes the notebook's cells.
     nbformat = pytest.importorskip("nbformat")
     notebook = nbformat.read(EXAMPLES / "deploy.ipynb", as_version=4)
     cells = []

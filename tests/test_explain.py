@@ -15,7 +15,6 @@ PAGE = pathlib.Path(__file__).parents[1] / "docs" / "objectives.py"
 
 
 def explain_on_one_line(**options) -> str:
-    """Return the explanation without its line breaks."""
     return " ".join(fastkd.explain(show=False, **options).split())
 
 
@@ -88,7 +87,7 @@ def test_the_text_names_the_options(options, words):
     ],
 )
 def test_the_text_omits_other_options(divergence, words):
-    """The explanation omits options that the divergence lacks or refuses."""
+    # The explanation omits options that the divergence lacks or refuses.
     text = explain_on_one_line(divergence=divergence)
     assert not any(unexpected in text for unexpected in words)
 
@@ -96,7 +95,7 @@ def test_the_text_omits_other_options(divergence, words):
 @pytest.mark.parametrize("form", ["logits", "log_probs", "probs"])
 @pytest.mark.parametrize("teacher_t", [None, 1.0, 3.0])
 def test_the_printed_teacher_distribution_is_that_of_the_loss(form, teacher_t):
-    """The printed formula of p equals the teacher's distribution in the loss."""
+    # p is the teacher's distribution in the printed formula.
     student, w = torch.randn(2, 4, 6, generator=torch.Generator().manual_seed(0)).double()
     w = {"logits": w, "log_probs": w.log_softmax(-1), "probs": w.softmax(-1)}[form]
     formula = re.search(

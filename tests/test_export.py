@@ -44,7 +44,7 @@ LOSSES: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
 }
 
 
-# `make test` exports and compiles these losses alone, and `make test-all` every loss.
+# `make test` exports and compiles only these losses, and `make test-all` all losses.
 QUICK = ("mean", "linear", "learned temperature")
 
 
@@ -53,8 +53,6 @@ def names_of(names: Iterable[str]) -> list:
 
 
 class Student(nn.Module):
-    """Compute the loss of a linear student."""
-
     def __init__(self, loss: Callable[[Tensor, Tensor, Tensor], Tensor]) -> None:
         super().__init__()
         generator = torch.Generator().manual_seed(0)
@@ -67,14 +65,12 @@ class Student(nn.Module):
 
 
 class Learning(Student):
-    """Compute the loss of a linear student with a learned temperature."""
-
     def forward(self, x: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
         return fastkd.loss(x @ self.weight, teacher, labels, temperature=self.temperature)
 
 
 def gradients(step: Callable[[], Tensor], module: nn.Module) -> list[Tensor]:
-    """Return the loss of a step and its gradients, with a grad_output of 3."""
+    """Return the loss of a step and the parameters' gradients, for a grad_output of 3."""
     for parameter in module.parameters():
         parameter.grad = None
     value = step()
@@ -129,7 +125,7 @@ def test_compiled_autograd_gives_the_gradients_of_autograd(name, backend):
     expected = gradients(lambda: module(x, teacher, labels), module)
     with compiled_autograd._enable(torch.compile(backend=backend, fullgraph=True)):
         value = 3 * module(x, teacher, labels)
-        for last in (False, True):  # saved tensors must be unchanged for the second pass
+        for last in (False, True):  # the first pass must not change saved tensors
             module.weight.grad = None
             value.backward(retain_graph=not last)
             assert module.weight.grad is not None
@@ -141,7 +137,7 @@ def test_compiled_autograd_gives_the_gradients_of_autograd(name, backend):
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", names_of(LOSSES))
 def test_rows_chosen_by_a_mask_are_compiled(name, backend):
-    """A step compiles if the number of selected rows is unknown during tracing."""
+    # The number of selected rows is unknown during tracing.
     student, teacher, labels = make((8, 50))
     mask = torch.arange(8) % 3 != 0
     leaf = student.requires_grad_()

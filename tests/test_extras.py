@@ -39,7 +39,7 @@ class Uncalled(nn.Linear):
 
 @pytest.fixture
 def hide(monkeypatch):
-    """Make an installed package unimportable."""
+    """Return a function that makes an installed package unimportable."""
 
     def hidden(package: str) -> None:
         def import_module(name):

@@ -1,4 +1,4 @@
-"""Test the fast path (fast_path.py) and the autograd kernels: hooks, modes, second passes.
+"""Test the fast path (fast_path.py) and autograd: hooks, modes, second backward passes.
 
 Tests with the fixture ``each_autograd`` run with autograd in C++ and in Python.
 """
@@ -31,7 +31,7 @@ each_loss = pytest.mark.parametrize("name", LOSSES)
 
 
 def assert_near(gradient: Tensor, expected: Tensor) -> None:
-    """Assert equality up to rounding, since one gradient may be scaled or recomputed."""
+    """Assert that gradients are equal up to the rounding of scaling or recomputing a gradient."""
     rtol = 1e-2 if expected.dtype == BF16 else 1e-5
     torch.testing.assert_close(gradient, expected, rtol=rtol, atol=1e-7)
 
@@ -125,7 +125,7 @@ def test_the_profiler_sees_the_loss(name, grad):
 @each_loss
 @pytest.mark.parametrize("dtype", [FP32, BF16], ids=name_of)
 def test_hooks_may_save_tensors_elsewhere(name, dtype):
-    """Hooks such as ``save_on_cpu`` may move, compress or re-stride saved tensors."""
+    # Hooks such as ``save_on_cpu`` may move, compress or re-stride saved tensors.
     student, teacher, labels = make((6, 20), dtype)
     leaf = student.requires_grad_()
     value = LOSSES[name](leaf, teacher, labels)
@@ -141,7 +141,7 @@ def test_hooks_may_save_tensors_elsewhere(name, dtype):
         with saved_tensors_hooks(lambda x, f=pack: f(x), lambda x, f=unpack: f(x)):
             value = LOSSES[name](leaf, teacher, labels)
         torch.autograd.grad(value, leaf, retain_graph=True)
-        for _ in range(2):  # the first pass has used up the forward pass's gradient
+        for _ in range(2):  # the pass above used up the forward pass's gradient
             (again,) = torch.autograd.grad(value, leaf, torch.tensor(3.0), retain_graph=True)
             assert_near(again, expected)
 
@@ -150,7 +150,7 @@ def test_hooks_may_save_tensors_elsewhere(name, dtype):
 @each_loss
 @pytest.mark.parametrize("with_labels", [False, True])
 def test_checkpointing_may_stop_the_recomputation(name, with_labels):
-    """Checkpointing stops the recomputation by an exception in the hook that saves tensors."""
+    # Checkpointing stops the recomputation by an exception in the hook that saves tensors.
     _, teacher, labels = make((6, 40))
     hidden = torch.randn(6, 16, requires_grad=True)
     head = torch.randn(40, 16)
@@ -183,7 +183,7 @@ def test_exceptions_of_hooks_are_raised(name, calls):
 
 
 class Wrapper(Tensor):
-    """Wrap a tensor in a subclass without memory of its own."""
+    """Wrap a tensor in a subclass that owns no memory."""
 
     @staticmethod
     def __new__(cls, inner: Tensor) -> "Wrapper":
@@ -209,7 +209,7 @@ def test_hooks_may_return_wrappers(name, dtype):
     student, teacher, labels = make((6, 20), dtype)
     leaf = student.requires_grad_()
     expected = torch.autograd.grad(LOSSES[name](leaf, teacher, labels), leaf)[0]
-    for wrapped in range(2, 4):  # index of the saved tensor
+    for wrapped in range(2, 4):  # number of the saved tensor that is wrapped
         seen = []
 
         def unpack(saved: Tensor, seen: list[Tensor] = seen, wrapped: int = wrapped) -> Tensor:
@@ -226,7 +226,7 @@ def test_hooks_may_return_wrappers(name, dtype):
 @pytest.mark.parametrize("dtype", [FP64, FP32, BF16], ids=name_of)
 @pytest.mark.parametrize("factor", [1.0, 3.0, float("inf")])
 def test_terms_do_not_change_a_recomputed_gradient(dtype, factor):
-    """A recomputed gradient does not depend on a hard term that only the terms need."""
+    # With alpha=0, only fastkd.terms needs the hard term.
     student, teacher, labels = make((5, 170), dtype, ignored=0.0)
     leaf = student.requires_grad_()
     values = [

@@ -1,7 +1,7 @@
 """Test that random calls equal the float64 reference: sizes, layouts, dtypes, options.
 
 ``make fuzz CASES=20000 SEED=7`` runs the fuzzers as programs, in batches of 500 cases from
-consecutive seeds. A failing batch prints its shrunk case. Add the case to REGRESSIONS with its fix.
+consecutive seeds. A failing batch prints a shrunk case. Add this case to REGRESSIONS.
 test_objectives.py tests options that only PyTorch computes (several teachers, standardize).
 """
 
@@ -114,7 +114,7 @@ CASES = st.builds(
 
 
 class Problem(NamedTuple):
-    """Hold tensors and options of a case, and the options in the form of the reference."""
+    """Hold tensors and options of a case; ``exact`` has the options for the reference."""
 
     student: Tensor
     teacher: Tensor
@@ -181,7 +181,6 @@ def labels_of(
 
 
 def sliced(case: Case, logits: Tensor, dim: int) -> Tensor:
-    """Return the logits without padded classes."""
     return logits.narrow(dim, 0, logits.shape[dim] - case.unused) if case.unused else logits
 
 
@@ -217,7 +216,6 @@ def compute(case: Case, problem: Problem) -> tuple[Tensor, Tensor]:
 
 
 def soft_terms(case: Case, problem: Problem) -> Tensor:
-    """Return the soft term of each row."""
     *logits, labels, options, _ = problem
     student, teacher = (sliced(case, x, options["dim"]) for x in logits)
     options = {k: v for k, v in options.items() if k != "normalizer"}
@@ -225,7 +223,7 @@ def soft_terms(case: Case, problem: Problem) -> Tensor:
 
 
 def check_constants(case: Case, device: torch.device, problem: Problem, soft: Tensor) -> None:
-    """Assert that the soft term is as accurate with numbers of rows as with one number for all."""
+    """Assert that repeating an option's number for every row loses no accuracy of the soft term."""
     baseline = soft_terms(case, build(case._replace(constant=frozenset()), device)).double()
     finite = soft.isfinite() & baseline.isfinite()
     got, baseline, soft = (x[finite] for x in (soft_terms(case, problem).double(), baseline, soft))
@@ -238,9 +236,10 @@ def check_constants(case: Case, device: torch.device, problem: Problem, soft: Te
 
 
 def roundings(case: Case, problem: Problem) -> tuple[Tensor, Tensor]:
-    """Bound rounding errors of squared errors: (loss of each row, each gradient entry).
+    """Bound the rounding errors of squared errors, as (row losses, gradient entries).
 
-    A class depends on the rounding of its own logits and, for centered errors, of their mean.
+    The squared error of a class has rounding errors of the class's logits and, if centered, of the
+    mean.
     """
     student, teacher, exact = problem.student.double(), problem.teacher.double(), problem.exact
     dim, classes = exact["dim"], case.classes
@@ -260,7 +259,7 @@ def roundings(case: Case, problem: Problem) -> tuple[Tensor, Tensor]:
 
 
 def check(case: Case, device: torch.device) -> None:
-    """Assert that the call equals the reference in float64, up to rounding in the call's dtypes."""
+    """Assert that the call equals the float64 reference up to rounding in the call's dtypes."""
     problem = build(case, device)
     student, teacher, labels, _, exact = problem
     dim = exact["dim"]
@@ -280,15 +279,15 @@ def check(case: Case, device: torch.device) -> None:
     if reference.DIVERGENCES[case.divergence].compares == "logits" and not all(
         bool(x.isfinite().all()) for x in (student, teacher)
     ):
-        return  # results of infinite logits are not predicted
+        return  # the bounds below do not hold for infinite logits
     acc = compute_dtype(student, teacher)
     eps = torch.finfo(acc).eps
     assert value.dtype == acc and grad.dtype == student.dtype
     assert value.shape == want.shape and grad.shape == student.shape
     if size > 1e30:  # float32 overflows where float64 does not
         return
-    # A class that the student alone masks makes the loss infinite. The truth is finite if the
-    # teacher's probability of the class underflows.
+    # A class that the student alone masks makes the loss infinite. The reference's loss is finite
+    # if the teacher's probability of this class underflows.
     alone = ((student == -math.inf) & (teacher > -math.inf)).any(dim)
     if bool(alone.any()) and not bool(value.isfinite().all()):
         return
@@ -296,7 +295,8 @@ def check(case: Case, device: torch.device) -> None:
     in_value, in_gradient = torch.tensor(size * count), torch.tensor(size)
     hard = torch.as_tensor(exact.get("hard_weight", 0.0))
     if case.divergence in ("mse", "centered_mse") and is_fused(case) and not hard.any():
-        # In squared errors, a class's error does not depend on the size of other classes' logits.
+        # Squared errors of small logits stay accurate beside large logits, so entries have separate
+        # bounds.
         of_rows, in_gradient = roundings(case, problem)
         in_value = of_rows.sum().clamp(min=1e-30) * count
     check_close(value, want.detach(), 8 * eps, 64 * eps * in_value, "loss")
@@ -319,7 +319,7 @@ def check(case: Case, device: torch.device) -> None:
 
 
 def sensitivity(case: Case, problem: Problem) -> float:
-    """Bound the effect on loss and gradient of rounding logits divided by their temperature."""
+    """Bound errors of loss and gradient, in units of eps, from rounding logits / temperature."""
     student, teacher, exact = problem.student, problem.teacher, problem.exact
     if not student.numel():
         return 1.0
@@ -332,13 +332,13 @@ def sensitivity(case: Case, problem: Problem) -> float:
     if not fused and in_exponent > 1e30:
         return math.inf  # a logit over its temperature overflows float32
     # PyTorch rounds log-probabilities relative to their size, and sums classes sequentially in
-    # eight lanes. The float64 reference does both, too, which matters for calls in float64.
+    # eight SIMD lanes. The float64 reference does so, too, which matters for calls in float64.
     if not fused or compute_dtype(student, teacher) is FP64:
         in_exponent += math.log(case.classes) + case.classes / 8 / 64
     size = float(hard.max()) * (1 + largest) + float(soft.max()) * greatest**2 * in_exponent
     size /= exact.get("normalizer", 1.0)
     if case.class_weight:
-        size *= 10  # the hard term's mean divides by at least a tenth for each row
+        size *= 10  # class weights are at least 0.1, and the mean divides by their sum
     if reference.DIVERGENCES[case.divergence].compares == "logits":
         size *= in_exponent
     if case.divergence == "cosine":  # the cosine's gradient grows as the logits shrink
@@ -364,7 +364,7 @@ REGRESSIONS = [
     # A batch without rows and with invalid strides was refused by a message about inplace.
     Case(leading=(3, 5, 0), classes=35, layout="transposed", entry_point="python"),
     Case(leading=(0,), classes=127, layout="classes apart"),
-    # Empty tensors without memory counted as sharing the teacher's memory.
+    # Empty tensors were treated as if they shared the teacher's memory.
     Case(leading=(0,), classes=60, entry_point="inplace"),
     # The gradient was NaN (0 / 0) where the student's probability of a class is subnormal.
     Case((2,), 2049, spread=100.0, divergence="skewed_reverse_kl", temperature=1.0),
@@ -388,7 +388,7 @@ REGRESSIONS = [
         temperature=1.0,
         weights=(0.0, 0.0),
     ),
-    # The gradient was NaN at weight 0: the divergence and its slopes are infinite.
+    # The gradient was NaN at weight 0: the divergence and its derivatives are infinite.
     Case(
         (1,),
         2,
@@ -417,7 +417,7 @@ REGRESSIONS = [
         temperature=0.25,
         weights=(0.0, 0.3),
     ),
-    # The bound did not include PyTorch's rounding of log(classes).
+    # The test's bound did not include PyTorch's rounding of log(classes).
     Case(
         (),
         32768,
@@ -428,7 +428,7 @@ REGRESSIONS = [
         teacher_t=8.0,
         weights=(0.0, 0.3),
     ),
-    # The bound did not include PyTorch's sequential sums.
+    # The test's bound did not include the error of PyTorch's sequential sums.
     Case(
         (),
         32768,
@@ -440,7 +440,7 @@ REGRESSIONS = [
         teacher_t=8.0,
         weights=(0.0, 0.3),
     ),
-    # The truth was a divergence of -1e-13, since its sum is sequential.
+    # The reference's divergence was -1e-13, since PyTorch sums the classes sequentially.
     Case(
         (),
         32768,
@@ -451,8 +451,8 @@ REGRESSIONS = [
         labels="none",
         temperature=1.0,
     ),
-    # The gradient was NaN: the KL of weight 0 has an infinite slope for a class that the teacher
-    # masks.
+    # The gradient was NaN: the KL of weight 0 has an infinite derivative for a class that the
+    # teacher masks.
     *(
         Case(
             (2,),
@@ -480,7 +480,7 @@ REGRESSIONS = [
         for name in ("mse", "centered_mse")
         for teacher_t in (None, 0.7)
     ),
-    # Options lost accuracy as tensors with one number repeated for every row.
+    # The loss was less accurate if an option was a tensor that repeats one number.
     *(
         Case((20,), n, spread=3.0, apart=1e-4, temperature=3.0, constant=frozenset([name]))
         for n in (10, 100)

@@ -152,8 +152,6 @@ def build(case: Case, device: torch.device) -> tuple[dict[str, Tensor | None], d
 
 
 def loss_of(case: Case, tensors: dict[str, Tensor | None], options: dict[str, Any]) -> Tensor:
-    """Compute the loss of the call."""
-
     def head(which: str) -> Head:
         parts = (tensors[f"{which}_{name}"] for name in ("hidden", "weight", "bias"))
         return Head(*parts, case.softcap, case.scale)
@@ -193,7 +191,7 @@ class Exact(NamedTuple):
 def exact(
     case: Case, tensors: dict[str, Tensor | None], options: dict[str, Any]
 ) -> tuple[Exact, Tensor]:
-    """Compute loss and gradients on full logits in float64, and the mask of valid rows."""
+    """Return (loss and gradients from full logits in float64, mask of valid rows)."""
     wide = {k: None if v is None else v.detach().double() for k, v in tensors.items()}
     leaves = [wide[name].requires_grad_() for name in NAMES if wide[name] is not None]
     labels = tensors["labels"]
@@ -214,8 +212,9 @@ def exact(
     chosen = {k: v for k, v in options.items() if k != "chunks"}
     if labels is None:
         chosen |= {"hard_weight": 0.0, "soft_weight": 1.0}
-    # An infinite divergence with weight 0 counts as 0, though its slopes times 0 would be NaN. With
-    # the cosine, a class that only one side masks makes the row NaN, even with weight 0.
+    # An infinite divergence of weight 0 counts as 0, but autograd would multiply its infinite
+    # derivatives by 0. With the cosine, a class that only one side masks makes the row NaN, even
+    # with weight 0.
     nothing = chosen.get("soft_weight") == 0 and case.divergence != "cosine"
     seen = student.detach() if nothing else teacher
     value = reference.loss(student, seen, labels, **chosen)
@@ -224,11 +223,11 @@ def exact(
 
 
 def sensitivity(case: Case, tensors: dict[str, Tensor | None], want: Exact) -> float:
-    """Bound the effect of rounding each logit's products on the row losses and gradients.
+    """Bound errors of row losses and gradients, in units of eps, from rounding the logits.
 
-    A logit's error is eps times the sum of the magnitudes of its products. If logits divided by
-    their temperature are at most L, log-ratios of teacher and student are at most R = 1 + 2 L. R
-    bounds the slopes of every divergence, and R^2 bounds the slopes' derivatives.
+    A logit's error is eps times the sum of the magnitudes of its products. If logits / temperature
+    are at most L, log-ratios of teacher and student are at most R = 1 + 2 L. R bounds the first
+    derivatives of every divergence, and R^2 bounds the second derivatives.
     """
     sums = 1.0
     for side, width in zip(("student", "teacher"), case.widths, strict=True):
@@ -270,7 +269,7 @@ def check(case: Case, device: torch.device) -> None:
         assert tensor is None or has_equal_bits(tensor, before[name]), f"{name} was written"
     want, counted = exact(case, tensors, options)
     assert value.shape == want.loss.shape
-    # Rows with special values have no effect if ignored, and otherwise affect only themselves.
+    # The bound comes from the rows that have no special values and are not ignored.
     hiddens = [x for k, x in before.items() if k.endswith("_hidden")]
     usual = torch.stack([(x.abs() < 1e5).all(-1) for x in hiddens]).all(0) | ~counted
     tame = {k: v.clone() if k.endswith("_hidden") else v for k, v in before.items()}
@@ -316,16 +315,17 @@ def test_earlier_failures_equal_the_reference(device, teacher):
     biases, weights = (True, True), (0.5, 0.0)
     case = Case(divergence="mse", masked=True, biases=biases, teacher=teacher, weights=weights)
     run(case, device)
-    # The transposed layout gave 0 for the whole row when the slope of one class is infinite.
+    # The transposed layout gave the whole row a gradient of 0 if one class had an infinite
+    # derivative.
     run(case._replace(leading=(), classes=2, weights=(0.0, 0.3)), device)
-    # The whole gradient was 0 when the centered square of one class has an infinite slope.
+    # The whole gradient was 0 if one class's centered squared error had an infinite derivative.
     run(case._replace(biases=(True, False), divergence="centered_mse", weights=(0.0, 0.3)), device)
     # The gradient is below the least positive number of its dtype.
     run(
         Case(leading=(), classes=2, widths=(1, 1), special=((0, 0, 0, 1e-45),), labels="none"),
         device,
     )
-    # AMX products read NaN from between rows of odd width.
+    # AMX matrix products read the NaN that lies between rows of odd width.
     apart = Case(leading=(3, 6), classes=127, widths=(1, 3), dtype=BF16, layout="rows apart")
     run(apart._replace(teacher=teacher, ignored=0.0), device)
     # A label relative to a chunk of classes may equal ignore_index.

@@ -62,14 +62,14 @@ class Case(NamedTuple):
     seed: int = 0
     teachers: int = 1
     mixed: bool = False
-    present: int = 0  # bits: labels, row settings, denominator, temperatures of teachers
+    present: int = 0  # bits select labels, row settings, denominator, teacher temperatures
     number: int = 0  # selects the divergence, the tail and the ensemble
     reduction: int = 2
     flags: tuple[bool, bool, bool] = (False, False, False)
     inplace: bool = False
     requires_grad: bool = False
     changes: tuple[tuple[int, Any, Any], ...] = ()
-    """(index of the argument, change of a tensor, replacement of a number)"""
+    """Hold tuples (index of the argument, change of a tensor, replacement of a number)."""
     isa: str = "default"
     threads: int = 1
     in_python: bool = False
@@ -112,7 +112,6 @@ class Memory:
         self.blocks: list[tuple[bytearray, Tensor]] = []
 
     def place(self, values: Tensor, layout: str) -> Tensor:
-        """Return a tensor of these values in a memory layout."""
         if values.numel() == 0:
             return values
         if layout == "expanded":
@@ -132,7 +131,6 @@ class Memory:
         return tensor
 
     def copy(self) -> list[tuple[bytes, Tensor]]:
-        """Return the bytes of all blocks, and the values of the tensors."""
         return [(bytes(block), tensor.clone()) for block, tensor in self.blocks]
 
     def check(self, before: list[tuple[bytes, Tensor]], writable: Tensor | None) -> None:
@@ -303,7 +301,7 @@ def arguments_of(case: Case, memory: Memory) -> dict[str, Any]:
 def linear_arguments(
     case: Case, tensors: dict[str, Any], floats: Any
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the arguments of linear_loss, whose tensors are one list."""
+    """Return linear_loss's arguments: the list of tensors, and the numbers."""
     rows, classes = math.prod(case.leading), case.classes
     acc = tensors["log_probs"].dtype
     bias, sparse_teacher, teacher_head = case.flags
@@ -383,7 +381,8 @@ def call(case: Case, guard: int) -> tuple[str, list[Tensor]]:
     try:
         results = getattr(OPS, case.op)(*arguments.values())
     except ERRORS as error:
-        # An invalid list is detected when its row is computed, after earlier rows are written.
+        # The op detects an invalid list when it computes the row, after it has written earlier
+        # rows.
         late = "indices must be different" in str(error)
         memory.check(before, grad if late and isinstance(grad, Tensor) else None)
         return type(error).__name__, []
@@ -399,7 +398,7 @@ def call(case: Case, guard: int) -> tuple[str, list[Tensor]]:
     if case.op == "empty_gradient":
         return "", []
     if case.op == "loss_into":
-        del results[1]  # statistics of ignored rows are not written
+        del results[1]  # the op writes no statistics of ignored rows
     # Outputs on "meta" have no values to compare.
     return "", [each for each in results if each.device.type == "cpu"]
 
@@ -416,19 +415,19 @@ def run(case: Case, _: torch.device) -> None:
         check(case)
 
 
-# Each case failed once, as the comment on it says.
+# Each case failed once, as its comment says.
 REGRESSIONS = [
     # A `filled` gradient was scaled by the first row's grad_output, which is null without rows.
     Case(op="loss_backward_", leading=(0,), reduction=0, flags=(False, False, True)),
     Case(op="topk_loss_backward_", leading=(0,), reduction=0, flags=(False, False, True)),
     Case(op="loss_backward_", reduction=0, flags=(False, False, True)),
-    # The number of a reduction lost its upper 32 bits before it was checked.
+    # The number of a reduction lost its upper 32 bits before the check.
     Case(changes=((19, "absent", 2**40),)),
     # With one tensor on "meta" the fake kernel returned uninitialized memory.
     Case(present=1, changes=((8, "on meta", 0),)),
     Case(op="topk_loss_into", changes=((3, "on meta", 0),)),
     Case(op="linear_loss", changes=((0, "on meta", 0),)),
-    # The next two calls raised an AttributeError about None, and an AssertionError.
+    # The next two calls raised an AttributeError and an AssertionError.
     Case(op="loss_gradient", number=_C.divergences.index("dkd"), reduction=1),
     Case(op="linear_loss", present=15, flags=(False, True, False)),
     Case(op="linear_loss", changes=((20, "absent", 0),)),  # the op divided by a chunk size of 0
@@ -438,13 +437,12 @@ REFUSED = ("filled", "reduction", "device", "labels must be", "by_classes", "chu
 
 @pytest.mark.parametrize("case", REGRESSIONS)
 def test_regressions_are_refused(case):
-    """A call that was accepted, or crashed, is refused by a message with the argument's name."""
     with pytest.raises(ERRORS, match="|".join(REFUSED)):
         getattr(OPS, case.op)(*arguments_of(case, Memory(GUARDS[0])).values())
 
 
 def test_a_gradient_with_non_adjacent_classes_is_written_in_place(isa):
-    """Elements between the classes stay unchanged; the values equal those of adjacent classes."""
+    # The classes are every second element, and the elements between them stay unchanged.
     for dtype, classes in ((FP64, 127), (FP32, 1000)):
         student, teacher = (torch.randn(1, classes, dtype=dtype) for _ in range(2))
         case = Case(dtypes=(dtype, dtype), present=0, reduction=1)

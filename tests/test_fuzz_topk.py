@@ -164,7 +164,7 @@ def soft_term_options(case: Case) -> dict[str, Any]:
 
 
 def row_weight(case: Case, student: Tensor) -> float | Tensor:
-    """Return the soft term's weight, which may be one number for each row."""
+    """Return the soft term's weight: 1 or, with ``row_weights``, one number per row."""
     if not case.row_weights:
         return 1.0
     weight = torch.arange(student[..., 0].numel(), dtype=FP64) % 3 / 2
@@ -172,7 +172,7 @@ def row_weight(case: Case, student: Tensor) -> float | Tensor:
 
 
 def exact(case: Case, problem: Problem, reduction: str) -> tuple[fastkd.Terms, Tensor]:
-    """Compute (terms, gradient) by the definition, in float64."""
+    """Compute (terms, gradient) by fastkd.reference in float64."""
     student, indices, log_probs, labels = problem
     leaf = student.detach().double().requires_grad_()
     hard, soft = (0.0, 1.0) if labels is None else case.weights
@@ -293,7 +293,7 @@ REGRESSIONS = [
     # With logits as log_probs, the sum of exponentials overflowed float64 to a small number.
     Case(special=((1, 0, 0, 1e38),)),
     Case(special=((1, 1, 2, 3e4),), dtypes=(FP64, FP64), tail="ignore"),
-    # The bits of an exponential overflowed for a negative scale.
+    # The bits of the kernel's exponential overflowed for a negative grad_output.
     *(
         Case(
             (4,), 40, k=40, spread=300.0, reduction="none", grad_output=-0.5, ignored=0.0, tail=tail

@@ -1,6 +1,6 @@
 """Test that invalid calls of the ops and of autograd's nodes raise errors.
 
-The ops read and write memory by the sizes of their arguments, so each invalid call must raise.
+The ops address memory by their arguments' sizes, so an invalid call could touch other memory.
 """
 
 import itertools
@@ -19,7 +19,7 @@ OPS = torch.ops.fastkd
 
 
 def arguments_of(*, rows: Tensor | None = None, denominator: Tensor | None = None, **changed):
-    """Return the student and the other arguments of the dense op."""
+    """Return the arguments of torch.ops.fastkd.loss, with changes."""
     student, teacher, labels = make((ROWS, CLASSES))
     call = Arguments(
         (changed.pop("teacher", teacher),), labels=labels, row_settings=rows,
@@ -31,7 +31,7 @@ def arguments_of(*, rows: Tensor | None = None, denominator: Tensor | None = Non
 
 
 def release(tensor: Tensor) -> Tensor:
-    """Return a tensor with a released storage, like a parameter under FSDP."""
+    """Return a copy with a released storage, like a parameter under FSDP."""
     tensor = tensor.detach().clone()
     tensor.untyped_storage().resize_(0)
     return tensor
@@ -78,7 +78,7 @@ def test_the_dense_ops_refuse_invalid_arguments(case):
     grad = torch.full((ROWS, CLASSES), 7.0)
     with pytest.raises(RuntimeError):
         OPS.loss_into(grad, *wrong, True)
-    if "reduction" not in case and "denominator" not in case:  # unused in the backward pass
+    if "reduction" not in case and "denominator" not in case:  # backward uses neither argument
         with pytest.raises(RuntimeError):
             OPS.loss_backward_(grad, grad_output, stats, *wrong, False)
     assert (grad == 7).all(), "a call that is refused writes nothing"
@@ -195,7 +195,7 @@ def test_a_student_released_after_the_forward_pass_raises():
 
 @pytest.mark.parametrize("reduction", shapes.REDUCTIONS)
 def test_grad_fn_called_directly_refuses_invalid_grad_outputs(reduction):
-    """The ops raise an error; nodes of autograd in Python cannot be called at all."""
+    # The ops raise an error; autograd's nodes in Python cannot be called at all.
     student, teacher, labels = make((ROWS, CLASSES), FP32)
     leaf = student.requires_grad_()
     _, indices, log_probs = lists()

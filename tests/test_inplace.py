@@ -104,7 +104,7 @@ def test_inplace_refuses_rows_that_share_memory(device, overlapping):
 
 @pytest.mark.filterwarnings("ignore:.*torch.frombuffer")
 def test_inplace_refuses_misaligned_logits():
-    """Logits at an address that is no multiple of their element size are refused."""
+    # The logits' address is no multiple of the element size.
     memory = torch.frombuffer(bytearray(4 * 60 + 1), dtype=torch.float32, offset=1).view(6, 10)
     leaf, teacher, _ = make((6, 10))
     logits = memory.copy_(leaf.requires_grad_())
@@ -126,7 +126,7 @@ def test_inplace_without_a_gradient_changes_nothing(device):
 
 
 def test_inplace_keeps_rows_outside_the_slice(device):
-    """The last row of each sequence, outside the slice logits[:, :-1], stays unchanged."""
+    # The last row of each sequence lies outside the slice logits[:, :-1].
     student, teacher, labels = make((3, 5, 40), device=device)
     expected, overwritten = student.clone().requires_grad_(), student.clone().requires_grad_()
     fastkd.loss((expected * 1)[:, :-1], teacher[:, :-1], labels[:, :-1]).backward()

@@ -1,4 +1,4 @@
-"""Test the layers' rules for imports and includes, in the sources."""
+"""Test that source files import and include lower layers only."""
 
 import ast
 import pathlib
@@ -66,7 +66,7 @@ IMPORTS = {
         "validation",
     },
 }
-# C++ autograd has no stable interface; these files belong to the optional module.
+# C++ autograd has no stable interface; these files belong to the optional module fastkd._eager.
 UNSTABLE = {"torch/eager.cpp", "torch/grad_buffer.h"}
 
 
@@ -130,7 +130,7 @@ def test_cpu_kernels_own_no_threads(path):
 
 
 def imported(path: pathlib.Path) -> set[str]:
-    """Return the full names of what a Python file imports when it runs."""
+    """Return the full names that a Python file imports, except those for type checking alone."""
     tree, names = ast.parse(path.read_text()), set()
     for node in ast.walk(tree):
         if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
@@ -202,7 +202,6 @@ def test_tests_and_benchmarks_do_not_import_each_other():
 
 
 def test_importing_fastkd_needs_torch_alone():
-    """fastkd can be imported in an interpreter that has torch and no other installed package."""
     script = """
 import sys
 import importlib.abc

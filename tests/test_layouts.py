@@ -22,8 +22,8 @@ import fastkd
 from fastkd import reference
 from fastkd._core import dense, shapes
 
-# Shapes are (N, classes, ...). The CPU kernels read 32 pixels at a time; the shapes have fewer, a
-# multiple of 32, or a remainder, and from 1 to 1100 classes.
+# Shapes are (N, classes, pixels...). The CPU kernels read 32 pixels at a time, so the shapes have
+# fewer pixels, a multiple of 32 pixels, or a remainder.
 SHAPES = [(2, 19, 5, 7), (5, 3, 4), (2, 21, 8, 24), (1, 150, 33), (1, 1100, 40), (3, 1, 2, 2)]
 # Layouts that the kernels read in place come first.
 LAYOUTS = ["plain", "channels last", "fewer classes", "classes outside", "crop", "spread"]
@@ -36,7 +36,7 @@ def make(
     seed: int = 0,
     device: torch.device | str = "cpu",
 ) -> Tensor:
-    """Draw logits in a layout that programs use; the values do not depend on the layout."""
+    """Draw logits in a memory layout; the values do not depend on the layout."""
     generator = torch.Generator().manual_seed(seed)
     values = torch.randn(shape, generator=generator, dtype=FP64).mul_(3).to(device, dtype)
     n, classes, *pixels = shape
@@ -65,7 +65,7 @@ def make_labels(shape: tuple[int, ...], device: torch.device | str = "cpu") -> T
 def truth(
     student: Tensor, teacher: Tensor, labels: Tensor | None, **options: Any
 ) -> tuple[Tensor, Tensor]:
-    """Compute (terms, gradient of the summed loss), classes last, by the reference in float64."""
+    """Compute (terms, gradient of the summed loss) by the float64 reference, with classes last."""
     rows = student.detach().double().movedim(1, -1).contiguous().requires_grad_()
     options = weights(options, labels is not None)
     terms = reference.terms(rows, teacher.double().movedim(1, -1), labels, **options)
@@ -74,7 +74,7 @@ def truth(
 
 
 def check(student: Tensor, teacher: Tensor, labels: Tensor | None, **options: Any) -> Tensor:
-    """Assert all terms and the gradient against the truth; return the gradient."""
+    """Assert that all terms and the gradient equal the truth; return the gradient."""
     student = student.detach().requires_grad_()
     options.setdefault("temperature", 2.0)
     got = fastkd.terms(student, teacher, labels, dim=1, **options)
@@ -87,7 +87,7 @@ def check(student: Tensor, teacher: Tensor, labels: Tensor | None, **options: An
     )
     if grad.dtype is not FP64:
         assert_grad(grad.movedim(1, -1), exact_grad, acc)
-    else:  # the bound is the rounding of the float64 truth
+    else:  # in float64, the truth has rounding errors, too
         atol = 1e-14 * float(exact_grad.abs().max()) + 1e-16
         torch.testing.assert_close(grad.movedim(1, -1), exact_grad, rtol=1e-12, atol=atol)
     return grad
@@ -111,7 +111,8 @@ def test_every_dtype_and_instruction_set_equals_the_truth(isa, shape, dtype):
     check_dtypes(shape, dtype, "cpu")
 
 
-# The first shape has many pixels. In the rest, eight threads share a row of more than 24 classes.
+# The first shape has many pixels. The other shapes have more than 24 classes, so eight threads
+# share a row.
 CUDA_SHAPES = [(3, 19, 200, 301), *((2, classes, 40, 33) for classes in (25, 49, 97, 193))]
 
 
@@ -149,7 +150,6 @@ def test_any_two_layouts_give_the_truth(device, shape, ours, theirs):
 
 @pytest.mark.parametrize("name", ["forward_kl", "jsd"])
 def test_pixels_may_have_their_own_options(device, name):
-    """Each pixel may have a temperature and weights of its own."""
     shape = (2, 19, 5, 7)
     rows = torch.rand((2, 5, 7), generator=torch.Generator().manual_seed(3)).to(device) + 0.5
     student, teacher = make(shape, device=device), make(shape, seed=1, device=device)
@@ -165,7 +165,6 @@ def test_pixels_may_have_their_own_options(device, name):
 
 
 def test_labels_of_pixels_are_checked_and_ignored():
-    """Ignored pixels may hold anything; an invalid label is named."""
     shape = (2, 19, 3, 4)
     student, teacher, labels = make(shape), make(shape, seed=1), make_labels(shape)
     student.movedim(1, -1)[labels == -100] = torch.nan
@@ -182,10 +181,11 @@ def test_labels_of_pixels_are_checked_and_ignored():
 def test_masked_classes_and_invalid_rows_have_their_values(device):
     shape = (1, 5, 2, 4)
     student, teacher = make(shape, device=device), make(shape, seed=1, device=device)
-    student[0, 1, 0, 0] = teacher[0, 1, 0, 0] = -torch.inf  # masked by both: contributes 0
-    teacher[0, 1, 0, 1] = -torch.inf  # masked by the teacher: contributes 0
-    student[0, 1, 0, 2] = -torch.inf  # masked by the student alone: +inf
-    student[0, :, 0, 3] = -torch.inf  # all masked, NaN, or +inf: NaN
+    student[0, 1, 0, 0] = teacher[0, 1, 0, 0] = -torch.inf  # both mask the class: contributes 0
+    teacher[0, 1, 0, 1] = -torch.inf  # the teacher masks the class: contributes 0
+    student[0, 1, 0, 2] = -torch.inf  # the student alone masks the class: +inf
+    # These three rows give NaN: all classes are masked, or a logit is NaN or +inf.
+    student[0, :, 0, 3] = -torch.inf
     student[0, 2, 1, 0] = torch.nan
     teacher[0, 2, 1, 1] = torch.inf
     losses = fastkd.loss(student, teacher, dim=1, reduction="none")
@@ -199,7 +199,7 @@ def test_masked_classes_and_invalid_rows_have_their_values(device):
 @pytest.mark.parametrize("name", ["forward_kl", "jsd", "centered_mse"])
 @pytest.mark.parametrize("shape", [(2, 19, 5, 7), (1, 1100, 40)], ids=str)
 def test_a_second_backward_pass_gives_equal_bits(device, shape, name, dtype):
-    """A second backward pass recomputes the same bits from the statistics."""
+    # The second pass recomputes the gradient from the forward pass's statistics.
     student, teacher = (make(shape, dtype=dtype, seed=seed, device=device) for seed in (0, 1))
     student.requires_grad_()
     value = fastkd.loss(student, teacher, make_labels(shape, device), dim=1, divergence=name)
@@ -256,7 +256,7 @@ def test_bits_are_equal_for_any_number_of_threads(shape):
 @pytest.mark.parametrize("layout", ["plain", "channels last", "fewer classes"])
 @pytest.mark.parametrize("dtype", [FP32, BF16], ids=name_of)
 def test_pixels_are_not_copied(layout, dtype):
-    """A call allocates one gradient and a few numbers a row, without copies."""
+    # Beside the gradient, the call may take 40 bytes per pixel and 4 KiB.
     shape = (2, 150, 50, 40)
     student, teacher = make(shape, layout, dtype).requires_grad_(), make(shape, layout, dtype, 1)
     labels = make_labels(shape)
@@ -269,7 +269,7 @@ def test_pixels_are_not_copied(layout, dtype):
     assert grad.nbytes <= taken <= grad.nbytes + 40 * labels.numel() + 4096
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # Torch's own warning in tracing
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch warns while it traces
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 @pytest.mark.parametrize(
     ("layout", "dynamic"),
@@ -296,7 +296,7 @@ def test_compiled_pixels_equal_eager_ones(device, layout, dynamic):
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_fakes_have_the_strides_of_pixels(device, layout, reduction):
-    """The fake kernels return the strides of the real gradient."""
+    # The fake kernels return the strides of the real gradient.
     shape = (2, 19, 5, 7)
     student, teacher = make(shape, layout, device=device), make(shape, seed=1, device=device)
     student, teacher = student.movedim(1, -1), teacher.movedim(1, -1)
@@ -315,7 +315,6 @@ def test_fakes_have_the_strides_of_pixels(device, layout, reduction):
 
 
 def test_transposed_logits_are_read_in_place():
-    """The loss of transposed logits equals that of a contiguous copy."""
     student, teacher, labels = make((7, 40)), make((7, 40), seed=1), torch.arange(40) % 7
     value = fastkd.loss(student.t(), teacher.t(), labels)
     expected = fastkd.loss(student.t().contiguous(), teacher.t().contiguous(), labels)

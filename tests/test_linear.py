@@ -39,7 +39,7 @@ def run(
     scale: Any = None,
     **options: Any,
 ) -> tuple[Tensor, list[Tensor]]:
-    """Compute the loss and the gradients of hidden states, weight and bias."""
+    """Compute the loss, and the gradients of hidden states, weight and bias."""
     heads = heads.with_options(softcap, scale)
     leaves = [leaf.detach().requires_grad_() for leaf in heads.leaves()]
     value = loss_in_chunks(Head(*leaves, *heads.student[3:]), *heads[1:], **options)
@@ -57,7 +57,7 @@ def compute_on_full_logits(
     scale: Any = None,
     **options,
 ) -> tuple[Tensor, list[Tensor]]:
-    """Return PyTorch's loss and gradients: products in ``dtype``, the loss in ``loss_dtype``."""
+    """Compute loss and gradients by PyTorch: logits in ``dtype``, the loss in ``loss_dtype``."""
 
     def logits(hidden, weight, bias, cap, scale):
         z = F.linear(hidden, weight, bias) * (1.0 if scale is None else scale)
@@ -110,7 +110,6 @@ OPTIONS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 @pytest.mark.parametrize("dtype", [FP64, FP32], ids=name_of)
 def test_every_option_equals_the_truth(device, dtype, options):
-    """Loss and gradients of every option are right, in several chunks with a smaller last one."""
     heads = make_heads(dtype, device)
     options = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in options.items()}
     exact, exact_grads = compute_on_full_logits(heads, FP64, **options)
@@ -125,7 +124,6 @@ def test_every_option_equals_the_truth(device, dtype, options):
 @pytest.mark.parametrize("reduction", ["none", "mean"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 def test_grad_output_scales_the_gradients(device, dtype, reduction):
-    """grad_output multiplies the gradients; with "none", each row has a grad_output."""
     heads = make_heads(dtype, device)
     outgoing = torch.linspace(0.5, 2, ROWS) if reduction == "none" else torch.tensor(3.0)
     options = {"reduction": reduction, "softcap": 5.0}
@@ -140,7 +138,6 @@ def test_grad_output_scales_the_gradients(device, dtype, reduction):
 @pytest.mark.parametrize("chunk_size", [8, 100, "auto"])
 @pytest.mark.parametrize("dtype", [BF16, FP16], ids=name_of)
 def test_16_bit_errors_are_at_most_pytorchs(device, dtype, chunk_size):
-    """Errors are at most PyTorch's in 16 bits, and 1.1 times those of float32 logits."""
     heads = make_heads(dtype, device, rows=300, classes=1000)
     _, exact = compute_on_full_logits(heads, FP64)
     _, grads = run(heads, chunks={"chunk_size": chunk_size})
@@ -153,7 +150,7 @@ def test_16_bit_errors_are_at_most_pytorchs(device, dtype, chunk_size):
 
 
 def test_float16_gradients_survive_a_loss_scale(device):
-    """Gradients too small for float16 keep their accuracy under a loss scale."""
+    # Without the loss scale, the gradients are too small for float16.
     heads = make_heads(FP16, device, rows=300, classes=1000)
     outgoing = torch.tensor(2.0**13, device=device)
     options = {"normalizer": 1e5}
@@ -176,7 +173,6 @@ def test_chunks_change_only_rounding(device, dtype):
 
 
 def test_sums_in_16_bits_are_less_exact(device):
-    """accumulate_dtype=bfloat16 has less than twice the error of 16-bit logits."""
     heads = make_heads(BF16, device, rows=300, classes=1000)
     _, (_, exact, _) = compute_on_full_logits(heads, FP64)
     _, (_, upcast, _) = compute_on_full_logits(heads, BF16, loss_dtype=FP32)
@@ -189,7 +185,7 @@ def test_sums_in_16_bits_are_less_exact(device):
     assert errors[0] < errors[1] < 2 * distance(upcast, exact)
 
 
-# ---- products that are not computed
+# ---- matrix products that are not computed
 
 
 class Products(TorchDispatchMode):
@@ -250,7 +246,7 @@ def test_no_gradient_is_computed_under_no_grad(device):
 
 
 def test_all_rows_are_computed_while_a_graph_is_captured(device, monkeypatch):
-    """Under graph capture, which forbids synchronization, all rows are computed."""
+    # Graph capture forbids synchronization, so find_counted_rows() returns None under capture.
     heads = make_heads(device=device)
     expected = run(heads, chunks={"chunk_size": 8})
     monkeypatch.setattr(linear_loss, "find_counted_rows", lambda labels, ignore_index: None)
@@ -271,8 +267,8 @@ def test_peak_memory_is_that_of_the_plan(dtype, cap):
         options["chunk_by"] = "rows"
         chosen = fastkd.chunks.plan(*heads, **options)
         peak = peak_bytes(lambda options=options: run(heads, softcap=cap, chunks=options))
-        small = 2**21  # biases, row statistics
-        if dtype == BF16:  # oneDNN packs a factor of each product
+        small = 2**21  # bytes of biases and row statistics
+        if dtype == BF16:  # oneDNN packs one matrix of each product
             small += chosen.chunk * 16000 * dtype.itemsize
         assert 0.5 * chosen.peak_bytes <= peak <= chosen.peak_bytes + small
 
@@ -290,7 +286,7 @@ def test_memory_is_a_quarter_of_that_of_full_logits():
     assert ours <= theirs / 4
 
 
-# ---- teachers, labels, modules
+# ---- teachers, labels, KDLoss
 
 
 def test_a_teacher_may_be_logits(device):
@@ -303,7 +299,6 @@ def test_a_teacher_may_be_logits(device):
 
 
 def test_a_teacher_head_serves_full_logits(device):
-    """A teacher Head computes all of its logits for a student of full logits."""
     heads = make_heads(device=device)
     student = heads.student.logits()
     expected = fastkd.loss(student, heads.teacher.logits(), heads.labels)
@@ -345,7 +340,7 @@ def test_no_rows_give_zero(device, labels):
 
 
 def test_a_weight_may_be_tied(device):
-    """The weight is tied to the embedding, and to the teacher's head, which gets no gradient."""
+    # The weight is also the embedding, and the teacher's head, which gets no gradient.
     heads = make_heads(FP64, device)
     tokens = torch.arange(ROWS, device=device)
 
@@ -365,7 +360,7 @@ def test_a_weight_may_be_tied(device):
 
 @pytest.mark.parametrize("dtype", [BF16, FP16], ids=name_of)
 def test_autocast_keeps_float32_gradients(device, dtype):
-    """Products are in 16 bits; gradients of float32 weights are summed in float32."""
+    # Matrix products are in 16 bits; gradients of float32 weights are summed in float32.
     heads = make_heads(FP32, device, rows=300, classes=1000)
     with torch.autocast(device.type, dtype=dtype):
         value, grads = run(heads, chunks={"chunk_size": 64})
@@ -390,14 +385,13 @@ def test_the_module_takes_heads(device):
 
 
 def test_plans_accept_labels_out_of_range(monkeypatch):
-    """Plans accept labels out of range, which on CUDA would index the weights unchecked."""
+    # On CUDA, labels out of range would be unchecked indices into the class weights.
     heads = make_heads()._replace(labels=torch.full((ROWS,), CLASSES))
     monkeypatch.setattr(checks, "is_readable", lambda tensor: False)
     assert fastkd.chunks.plan(*heads, class_weight=torch.ones(CLASSES)).rows == ROWS
 
 
 def test_tensor_options_move_with_the_module():
-    """Tensor options move with the module, and are not in its state."""
     weight = torch.linspace(0.1, 2, CLASSES)
     module = fastkd.KDLoss(class_weight=weight).to("meta")
     assert module.options["class_weight"].is_meta and not module.state_dict()
@@ -424,7 +418,6 @@ def test_chunks_of_the_module_are_checked_when_it_is_made():
 
 
 def test_layouts_give_the_results_of_copies(device):
-    """Slices, transposed weights and narrow labels give the results of copies."""
     heads = make_heads(FP64, device)
     expected, grads = run(heads, chunks={"chunk_size": 8})
     wide = torch.randn(ROWS, 2 * WIDTH, dtype=FP64, device=device)
@@ -473,7 +466,7 @@ STUDENT = {
 
 @pytest.mark.parametrize(("wrong", "message"), STUDENT.values(), ids=STUDENT)
 def test_bad_heads_are_refused(wrong, message):
-    """A Head is checked when it is made, and again in a call."""
+    # The constructor checks a Head, and each call checks the Head again.
     head = make_heads().student
     with pytest.raises((ValueError, TypeError), match=message):
         Head(**{**head._asdict(), **wrong})
@@ -565,7 +558,6 @@ def test_only_heads_have_chunks():
 
 @pytest.mark.parametrize("teacher", ["head", "logits", "lists"])
 def test_terms_are_those_of_full_logits(device, teacher):
-    """All terms, and the loss's gradients, equal those of full logits for each teacher."""
     heads = make_heads(FP64, device)
     logits = heads.teacher.logits()
     teachers: dict[str, Any] = {

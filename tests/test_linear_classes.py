@@ -71,7 +71,6 @@ def move_options(device: torch.device, options: dict[str, Any]) -> dict[str, Any
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 @pytest.mark.parametrize("dtype", [FP64, FP32], ids=name_of)
 def test_every_option_equals_the_truth(device, dtype, options, size):
-    """Loss and gradients of every supported option are right, with a smaller last chunk."""
     skip_what_cuda_lacks(device, options)
     heads, options = make_heads(dtype, device), move_options(device, options)
     exact, exact_grads = compute_on_full_logits(heads, FP64, **options)
@@ -99,7 +98,6 @@ def test_grad_output_scales_the_gradients(device, dtype, reduction):
 
 @pytest.mark.parametrize("dtype", [BF16, FP16], ids=name_of)
 def test_16_bit_errors_are_at_most_pytorchs(device, dtype):
-    """Errors are bounded by those of PyTorch, of float32 logits, and of chunks of rows."""
     heads = make_heads(dtype, device, rows=300, classes=1000)
     _, exact = compute_on_full_logits(heads, FP64)
     _, grads = run(heads, chunks=chunk_by_classes(64))
@@ -126,7 +124,6 @@ def test_float16_gradients_survive_a_loss_scale(device):
 @pytest.mark.parametrize("chunks_of", [chunk_by_rows(8), chunk_by_classes()], ids=str)
 @pytest.mark.parametrize("largest", [2.0**13, 1e6])
 def test_float16_gradients_of_rows_survive_a_loss_scale(device, largest, chunks_of):
-    """Gradients do not overflow in float16 if each row has a large grad_output."""
     heads = make_heads(FP16, device)
     with torch.no_grad():
         heads.student.hidden[:, 0] = 20.0
@@ -147,7 +144,6 @@ def test_float16_gradients_of_rows_survive_a_loss_scale(device, largest, chunks_
 @pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl"])
 @pytest.mark.parametrize("size", [1e-2, 1e-4])
 def test_nothing_cancels_near_the_teacher(device, divergence, size):
-    """The loss keeps its accuracy across chunks if the student nearly equals its teacher."""
     skip_what_cuda_lacks(device, {"divergence": divergence} if divergence != "forward_kl" else {})
     torch.manual_seed(0)
     teacher = torch.randn(8, 5000, device=device) * 3
@@ -157,7 +153,8 @@ def test_nothing_cancels_near_the_teacher(device, divergence, size):
     value = loss_in_chunks(Head(hidden, weight), teacher, chunks=chunk_by_classes(), **options)
     exact = fastkd.loss(weight.t().double(), teacher.double(), **options)
     assert exact.max() < size**2
-    # The loss is of the order size^2, and the rounding of the statistics contributes eps * size.
+    # The loss is of the order size^2, and the rounding of the statistics adds an error of eps *
+    # size.
     bound = torch.finfo(FP32).eps / size
     torch.testing.assert_close(value.double(), exact, rtol=bound, atol=0)
 
@@ -175,7 +172,6 @@ MASKS = {
 @pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl", "soft_cross_entropy"])
 @pytest.mark.parametrize("masks", MASKS.values(), ids=MASKS)
 def test_masked_chunks_equal_chunks_of_rows(device, masks, divergence):
-    """Chunks of masked classes give the results of chunks of rows."""
     skip_what_cuda_lacks(device, {"divergence": divergence} if divergence != "forward_kl" else {})
     heads = make_heads(FP64, device)
     with torch.no_grad():
@@ -193,7 +189,6 @@ def test_masked_chunks_equal_chunks_of_rows(device, masks, divergence):
 
 @pytest.mark.parametrize("wrong", [math.nan, math.inf])
 def test_nan_stays_in_its_row(device, wrong):
-    """A hidden state of NaN or inf makes its row NaN, and changes no other row to NaN."""
     heads = make_heads(device=device, ignored=0.0)
     with torch.no_grad():
         heads.student.hidden[3, 0] = wrong
@@ -230,7 +225,7 @@ def test_statistics_of_chunks_add_up_far_from_zero(temperature):
     torch.testing.assert_close(hard.double(), scale(logits, log2e), rtol=2e-7, atol=0)
 
 
-# ---- products that are not computed
+# ---- matrix products that are not computed
 
 
 def test_ignored_rows_take_part_in_no_product(device):
@@ -255,7 +250,7 @@ def test_all_rows_ignored_give_zero(device):
 
 @pytest.mark.parametrize("options", [{}, {"alpha": 1.0}, {"soft_weight": 1.0, "hard_weight": 0.0}])
 def test_labels_out_of_range_are_nan_rows(device, monkeypatch, options):
-    """Labels out of range give NaN rows where data are not checked, as on CUDA."""
+    # The patch mimics CUDA, where labels are not checked.
     monkeypatch.setattr(checks, "is_readable", lambda tensor: False)
     heads = make_heads(device=device, ignored=0.0)
     expected = loss_in_chunks(*heads, chunks=chunk_by_classes(64), reduction="none", **options)
@@ -271,7 +266,6 @@ def test_labels_out_of_range_are_nan_rows(device, monkeypatch, options):
 @pytest.mark.parametrize("ignore_index", [0, 5, CLASSES - 1])
 @pytest.mark.parametrize("captured", [False, True])
 def test_ignore_index_may_be_a_class(device, ignore_index, captured, monkeypatch):
-    """ignore_index may be a valid class, such as a pad id, in any chunk."""
     heads = make_heads(FP64, device, rows=300)
     heads = heads._replace(labels=heads.labels.masked_fill(heads.labels == -100, ignore_index))
     expected, right = run(heads, chunks=chunk_by_rows(64), ignore_index=ignore_index)
@@ -346,7 +340,6 @@ def wide_heads(dtype, rows=256, width=256, classes=8000) -> Heads:
 @pytest.mark.parametrize("cap", [None, 5.0], ids=["plain", "soft cap"])
 @pytest.mark.parametrize("dtype", [FP32, BF16], ids=name_of)
 def test_peak_memory_is_that_of_the_plan(dtype, cap):
-    """The peak is little more than the gradients, as planned and as measured."""
     heads = wide_heads(dtype)._replace(labels=None)
     rows, width = heads.student.hidden.shape
     classes = len(heads.student.weight)
@@ -354,8 +347,8 @@ def test_peak_memory_is_that_of_the_plan(dtype, cap):
     gradients = (rows * max(4, dtype.itemsize) + classes * dtype.itemsize) * width
     scratch = products.compute_scratch_bytes(rows, width) if dtype == BF16 else 0
     assert gradients < chosen.peak_bytes < 1.1 * gradients + scratch
-    small = 2**18  # biases
-    if dtype == BF16:  # oneDNN packs a factor of each product
+    small = 2**18  # bytes of the biases
+    if dtype == BF16:  # oneDNN packs one matrix of each product
         small += 4 * chosen.chunk * width
     peak = peak_bytes(lambda: run(heads, softcap=cap, chunks=chunk_by_classes()))
     assert gradients <= peak <= chosen.peak_bytes + small
@@ -371,7 +364,6 @@ def test_ignored_rows_are_not_copied_with_the_teachers_logits():
 
 
 def test_a_small_max_workspace_gives_chunks_of_classes():
-    """If only few rows fit beside the gradients, the plan has chunks of classes."""
     heads = wide_heads(FP32)
     bound = 10 * 2**20
     with Products() as products:
@@ -397,14 +389,14 @@ def test_max_workspace_holds_if_16_bit_products_use_float32(monkeypatch, chunk_b
     for bound in (5 * 2**20, 9 * 2**20):
         options = {"max_workspace": bound, "chunk_by": chunk_by}
         peak = peak_bytes(lambda options=options: run(heads, chunks=options))
-        assert peak <= bound + 2**17  # biases
+        assert peak <= bound + 2**17  # bytes of the biases
 
 
 # ---- tied weights, unsupported calls
 
 
 def test_tied_weights_train_under_autocast(device):
-    """The float32 weight is shared with the teacher, and products are in bfloat16."""
+    # Student and teacher share the float32 weight; matrix products are in bfloat16.
     heads = make_heads(device=device)
     teacher_hidden = torch.randn(ROWS, WIDTH, device=device)
 
@@ -433,7 +425,6 @@ LACKS = {
 
 @pytest.mark.parametrize(("options", "message"), LACKS.values(), ids=LACKS)
 def test_unsupported_calls_are_refused(options, message):
-    """Calls that chunks of classes do not support, and plans of other calls, are refused."""
     heads = make_heads()
     with pytest.raises(ValueError, match=f'chunk_by must be "auto" or "rows" with {message}'):
         run(heads, chunks=chunk_by_classes(), **options)

@@ -29,7 +29,7 @@ ROWS, CLASSES, K = 37, 203, 9
 
 
 def make(dtype=FP32, device="cpu", rows=ROWS, classes=CLASSES, ignored=0.3) -> Heads:
-    """Make heads with k listed classes for each row, at temperature 1."""
+    """Make heads with a TopK teacher, whose log-probabilities have temperature 1."""
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn((rows, classes), generator=generator, dtype=FP64) * 2
     log_probs, indices = torch.log_softmax(logits, -1).topk(min(K, classes - 1))
@@ -38,13 +38,12 @@ def make(dtype=FP32, device="cpu", rows=ROWS, classes=CLASSES, ignored=0.3) -> H
 
 
 def loss(heads: Heads, *, softcap=None, scale=None, tail="ghost", **options) -> Tensor:
-    """Compute the loss, at temperature 2 by default."""
     heads = heads._replace(teacher=heads.teacher._replace(tail=tail)).with_options(softcap, scale)
     return loss_in_chunks(*heads, **{"temperature": 2.0, **options})
 
 
 def run(heads: Heads, outgoing: Tensor | None = None, **options) -> tuple[Tensor, list[Tensor]]:
-    """Compute the loss and the gradients of hidden states, weight and bias."""
+    """Compute the loss, and the gradients of hidden states, weight and bias."""
     value = loss(heads, **options)
     outgoing = torch.ones_like(value) if outgoing is None else outgoing.to(value)
     return value.detach(), list(torch.autograd.grad(value, heads.leaves(), outgoing))
@@ -79,7 +78,7 @@ def compute_on_full_logits(
     softcap: float | None = None,
     scale: float = 1.0,
 ) -> tuple[Tensor, list[Tensor]]:
-    """Return PyTorch's loss and gradients: products in ``dtype``, the loss in float32 or wider."""
+    """Compute loss and gradients by PyTorch: logits in ``dtype``, the loss in float32 or wider."""
     leaves = [leaf.detach().to(dtype).requires_grad_() for leaf in heads.leaves()]
     wide = torch.promote_types(dtype, FP32)
     z = F.linear(*leaves).to(wide) * scale
@@ -116,7 +115,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(params=["kernel", "formula"])
 def implementation(request, monkeypatch):
-    """Run the test with the kernel, and as on a device without kernels."""
+    """Run the test with the kernel, and with the formula for devices without a kernel."""
     if request.param == "formula":
         monkeypatch.setattr(topk, "KERNEL_DEVICES", ())
 
@@ -124,7 +123,6 @@ def implementation(request, monkeypatch):
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 @pytest.mark.parametrize("dtype", [FP64, FP32], ids=name_of)
 def test_every_option_equals_the_truth(device, implementation, dtype, options):
-    """Loss and gradients are right in one chunk, and in several with a smaller last one."""
     heads = make(dtype, device)
     exact, exact_grads = compute_on_full_logits(heads, **options)
     bound = 64 * torch.finfo(dtype).eps
@@ -139,7 +137,6 @@ def test_every_option_equals_the_truth(device, implementation, dtype, options):
 @pytest.mark.parametrize("reduction", ["none", "mean"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 def test_grad_output_scales_the_gradients(device, dtype, reduction):
-    """grad_output multiplies the gradients; with "none", each row has a grad_output."""
     heads = make(dtype, device)
     outgoing = torch.linspace(0.5, 2, ROWS) if reduction == "none" else torch.tensor(3.0)
     options = {"reduction": reduction, "softcap": 5.0}
@@ -153,7 +150,6 @@ def test_grad_output_scales_the_gradients(device, dtype, reduction):
 
 @pytest.mark.parametrize("dtype", [BF16, FP16], ids=name_of)
 def test_16_bit_errors_are_at_most_those_of_upcast_logits(device, dtype):
-    """Errors are at most 1.1 times those of logits cast to float32."""
     heads = make(dtype, device, rows=300, classes=1000)
     _, exact = compute_on_full_logits(heads)
     _, cast = compute_on_full_logits(heads, dtype=dtype)
@@ -164,7 +160,7 @@ def test_16_bit_errors_are_at_most_those_of_upcast_logits(device, dtype):
 
 
 def test_the_loss_is_that_of_full_logits(device):
-    """The loss equals that of full logits with narrow lists, padding and batch dimensions."""
+    # The lists have narrow dtypes, padding, and two batch dimensions.
     heads = make(device=device)
     indices = heads.teacher.indices.int().clone()
     indices[::2, -3:] = -1
@@ -240,18 +236,18 @@ def test_autocast_keeps_float32_gradients(device, dtype):
 
 @pytest.mark.parametrize("cap", [None, 5.0], ids=["plain", "soft cap"])
 def test_peak_memory_is_that_of_the_plan(cap):
-    """The planned peak includes the gradient of the logits, which a sparse teacher needs."""
+    # The planned peak includes the gradient of the logits, which a sparse teacher needs.
     heads = make(rows=512, classes=16000, ignored=0.0)
     for options in ({"chunk_size": 128}, {"max_workspace": 2**24}, {"chunk_size": 512}):
         options["chunk_by"] = "rows"
         chosen = fastkd.chunks.plan(*heads.with_options(cap), **options)
         peak = peak_bytes(lambda options=options: run(heads, softcap=cap, chunks=options))
-        small = 2**22  # a block of a product, biases, lists
+        small = 2**22  # bytes of a block of a matrix product, biases and lists
         assert 0.5 * chosen.peak_bytes <= peak <= chosen.peak_bytes + small
 
 
 def test_max_workspace_holds_for_long_lists():
-    """The check of long lists needs little memory."""
+    # Checking long lists must fit into max_workspace, too.
     torch.manual_seed(0)
     student = Head(torch.randn(1024, 8, requires_grad=True), torch.randn(1000, 8))
     log_probs, indices = torch.randn(1024, 1000).log_softmax(-1).topk(512)
@@ -274,7 +270,6 @@ def test_max_workspace_holds_without_the_kernel(monkeypatch):
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("tail", TAILS)
 def test_derivatives_equal_finite_differences(tail, reduction):
-    """First and second derivatives equal finite differences."""
     heads = make(FP64, rows=5, classes=6)
     hidden, weight, bias = heads.leaves()
     leaves = [x[:, :3].detach().requires_grad_() for x in (hidden, weight)] + [bias]
@@ -342,7 +337,7 @@ def test_a_compiled_loss_equals_the_eager_one(reduction):
     torch._dynamo.reset()
 
 
-# ---- the module, invalid arguments
+# ---- KDLoss, invalid arguments
 
 
 def test_the_module_takes_heads_and_lists(device):

@@ -78,7 +78,7 @@ class Model(nn.Module):
 
 
 def step(model, function=None):
-    """Compute the loss and the gradients of every parameter."""
+    """Return the loss and, for three times the loss, the gradient of each parameter."""
     model.zero_grad()
     value = (model if function is None else function)(*model.inputs)
     (value.sum() * 3).backward()
@@ -92,7 +92,6 @@ def assert_same_step(ours, theirs):
 
 @pytest.mark.parametrize("options", CALLS.values(), ids=CALLS)
 def test_derivatives_equal_finite_differences(options):
-    """First and second derivatives equal finite differences."""
     torch.manual_seed(0)
     options = {k: v[:5] if isinstance(v, torch.Tensor) else v for k, v in options.items()}
     cap, chunk_by = options.pop("softcap", None), options.pop("chunk_by", "auto")
@@ -110,7 +109,6 @@ def test_derivatives_equal_finite_differences(options):
 
 @pytest.mark.parametrize("dtype", [FP32, FP16, BF16], ids=name_of)
 def test_a_second_backward_pass_is_right(dtype):
-    """A second backward pass gives equal gradients, and does not write those of the first."""
     model = Model(dtype)
     value = model(*model.inputs)
     first = torch.autograd.grad(value, list(model.parameters()), retain_graph=True)
@@ -141,7 +139,6 @@ def test_checkpointing_gives_the_same_gradients(options, reentrant):
     ],
 )
 def test_a_compiled_model_equals_the_eager_one(options, fresh_compiler):
-    """The call compiles to one graph with the op, not with the op's formula."""
     from functorch.compile import make_boxed_func
     from torch._dynamo.backends.common import aot_autograd
 
@@ -164,7 +161,6 @@ def test_a_compiled_model_equals_the_eager_one(options, fresh_compiler):
 @pytest.mark.slow
 @compiles
 def test_inductor_gives_the_eager_gradients(fresh_compiler):
-    """The default backend gives the eager gradients in float16, where gradients are scaled last."""
     dtype = FP16
     model = Model(dtype)
     for compiled_grad, eager_grad in zip(
@@ -190,7 +186,6 @@ def test_dynamic_rows_need_one_graph(fresh_compiler):
 @pytest.mark.parametrize("by_classes", [False, True], ids=["rows", "classes"])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_opcheck_passes_for_heads(reduction, by_classes):
-    """torch's opcheck passes: schema, fake kernel, tracing."""
     x, t, labels = Model().inputs
     weight, teacher_weight = torch.randn(50, 8), torch.randn(50, 20)
     inputs = Inputs(x, weight, None, t, teacher_weight, *(None,) * 4, labels, *(None,) * 7)
@@ -253,7 +248,6 @@ DISTRIBUTED = """
 
 @pytest.mark.slow
 def test_two_processes_give_the_gradients_of_one(tmp_path):
-    """Gradients under DDP and FSDP equal those of one process with all rows."""
     if not torch.distributed.is_gloo_available():
         pytest.skip("this torch has no gloo")
     model = Model(rows=20)

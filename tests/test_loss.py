@@ -41,7 +41,7 @@ def check(
     against_eager: bool = True,
     **options,
 ) -> None:
-    """Check one forward and backward pass against the truth and torch's eager path."""
+    """Check one forward and backward pass against the truth and eager PyTorch."""
     acc = compute_dtype(student, teacher)
     if grad_output is None and options.get("reduction") == "none":
         rows = student.shape[:-1]
@@ -50,7 +50,7 @@ def check(
         ).view(rows)
     exact = truth(student, teacher, labels, grad_output=grad_output, **options)
     theirs = (None, None)
-    if against_eager and acc == FP32:  # in float64, eager PyTorch equals the truth
+    if against_eager and acc == FP32:  # in float64, eager PyTorch is as exact as the truth
         theirs = eager(student, teacher, labels, grad_output=grad_output, **options)
     leaf = student.detach().requires_grad_()
     value = fastkd.loss(leaf, teacher, labels, **options)
@@ -287,7 +287,8 @@ LONG_WIDTHS = {
 @pytest.mark.parametrize("dtype", [FP32, BF16], ids=name_of)
 @pytest.mark.parametrize("classes", LONG_WIDTHS, ids=str)
 def test_long_rows_equal_the_truth(device, classes, dtype):
-    # With two threads, each thread computes one row, and both share the third row by segments.
+    # With two threads, each thread computes one row, and the threads share the third row by
+    # segments.
     check(*make((3, classes), dtype, device=device, ignored=0.0), against_eager=dtype == FP32)
 
 
@@ -328,7 +329,6 @@ def test_every_number_of_rows_equals_the_truth(device, rows, dtype):
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 @pytest.mark.parametrize("shape", [(0, 10), (0, 3, 10), (4, 0, 10), (0, 100000)])
 def test_no_rows_give_zero(device, shape, dtype):
-    """Without rows the loss is 0, as if all rows were ignored."""
     student, teacher, labels = make(shape, dtype, device=device)
     for reduction in ("mean", "sum", "none"):
         for index in (labels, None):
@@ -389,10 +389,10 @@ LAYOUTS = list(views(torch.empty(4, 6, 40), torch.empty(4, 6, 40)))
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_views_give_the_bits_of_copies(device, layout, dtype):
-    """A view gives the bits of its contiguous copy, and a gradient for its base."""
     assert_equal = assert_same
     if layout == "classes not adjacent" and dtype is FP64 and device.type == "cpu":
-        # The transposed layout computes these pixels, but not the copies, so bits may differ.
+        # The transposed layout computes these views, but not the contiguous copies, so bits may
+        # differ.
         assert_equal = partial(torch.testing.assert_close, rtol=1e-13, atol=1e-15)
     base, teacher, _ = make((4, 6, 40), dtype, device=device, labels=False)
     for reduction in ("mean", "none"):
@@ -423,7 +423,6 @@ def test_views_give_the_bits_of_copies(device, layout, dtype):
 @pytest.mark.parametrize("dtype", [FP32, BF16, FP16], ids=name_of)
 @pytest.mark.parametrize("classes", [33, 1000, 5001])
 def test_misaligned_rows_equal_the_truth(device, classes, dtype):
-    """Student and teacher may start at any two offsets from the alignment of a vector."""
     student, teacher, labels = make((9, classes), dtype, device=device)
     expected = fastkd.loss(student, teacher, labels)
     for a, b in itertools.product(range(0, 8, 3), repeat=2):
@@ -440,10 +439,10 @@ def test_misaligned_rows_equal_the_truth(device, classes, dtype):
 
 
 def test_rows_far_apart_equal_the_truth(device):
-    """Strides are int64: two rows are more than 2^31 elements apart."""
+    # A stride of 2^31 elements needs int64.
     if device.type == "cuda":
         pytest.skip("CUDA memory is not committed lazily; test_cuda has a case that is full")
-    base = torch.empty(2**31 + 64, dtype=torch.float16)  # mostly unwritten, so not resident
+    base = torch.empty(2**31 + 64, dtype=torch.float16)  # pages that are not written take no memory
     student = base.as_strided((2, 40), (2**31, 1))
     fresh, teacher, labels = make((2, 40), FP16, ignored=0.0)
     student.copy_(fresh)
@@ -452,7 +451,7 @@ def test_rows_far_apart_equal_the_truth(device):
 
 
 def test_torchs_defaults_change_nothing():
-    """torch.set_default_dtype and set_default_device change no result of the PyTorch fallback."""
+    # PyTorch's operations, not kernels, compute these calls.
     student, teacher, labels = make((6, 20))
     calls = [{"standardize": True}, {"temperature": torch.tensor(3.0, requires_grad=True)}]
     values = [fastkd.loss(student, teacher, labels, **options) for options in calls]
@@ -484,7 +483,6 @@ NORMALIZED = ({"divergence": "jsd"}, {}, {"standardize": True}, {"label_smoothin
 @pytest.mark.parametrize("options", NORMALIZED, ids=str)
 @pytest.mark.usefixtures("each_autograd")
 def test_a_normalizer_of_0_needs_ignored_rows(normalizer, options, device):
-    """A normalizer of 0 is accepted only if the labels ignore all rows."""
     student, teacher, labels = make((6, 20), device=device)
     ignored = torch.full_like(labels, -100)
     weight, top = torch.eye(20, device=device), fastkd.TopK(*teacher.log_softmax(-1).topk(3))

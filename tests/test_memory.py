@@ -1,4 +1,4 @@
-"""Test that calls do not leak memory, and raise torch's OutOfMemoryError."""
+"""Test that calls do not leak memory, and that torch's error is raised if memory runs out."""
 
 import json
 import pathlib
@@ -14,7 +14,7 @@ SLOW = pytest.mark.slow
 
 @pytest.mark.slow
 def test_no_call_keeps_memory():
-    """A brief run of ``make soak`` passes; the full run makes 100,000 calls of each kind."""
+    # The full run of ``make soak`` makes 100,000 calls of each kind.
     command = [sys.executable, "-m", "reliability.soak", "1000"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -117,7 +117,7 @@ print((resident() - before) / used)
     ],
     ids=["65 KB", "1 MB", "2.1 MB", "3 MB"],
 )
-@pytest.mark.parametrize(  # every pair of values occurs
+@pytest.mark.parametrize(  # all pairs of values
     ("language", "loss"),
     [
         ("cpp", "dense"),
@@ -128,7 +128,7 @@ print((resident() - before) / used)
     ],
 )
 def test_gradients_hold_little_more_memory_than_their_size(language, loss, size, count):
-    """A 64 KB gradient does not occupy a huge page of 2 MB."""
+    # A 64 KB gradient must not occupy a huge page of 2 MB.
     command = [sys.executable, "-c", KEPT_GRADIENTS, language, str(size), str(count), loss]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr

@@ -16,8 +16,8 @@ from fastkd._core.arguments import Call, check_tensors
 from fastkd._core.objective import Options
 
 INF = math.inf
-# Absolute tolerance of probabilities. The tolerance of log-probabilities is this number times the
-# largest of their magnitudes.
+# Absolute tolerance of probabilities. Log-probabilities have this tolerance times their largest
+# magnitude.
 BOUND = {FP32: 4e-7, FP64: 1e-14}
 CPU = torch.device("cpu")
 
@@ -57,7 +57,9 @@ def mix(teachers: list[Tensor], dtype: torch.dtype = FP32, **options: Any) -> Te
 
 
 def check(teachers: list[Tensor], dtype: torch.dtype = FP32, **options: Any) -> None:
-    """Assert that probabilities, their logarithms and masked classes equal NumPy's in float64."""
+    """Assert that the mixture's probabilities, log-probabilities and masks equal NumPy's in
+    float64.
+    """
     classes = teachers[0].shape[-1]
     got = mix(teachers, dtype, **options).log_softmax(-1).reshape(-1, classes)
     form, teacher_t = options.get("teacher_form", "logits"), options.get("teacher_temperature")
@@ -72,7 +74,7 @@ def check(teachers: list[Tensor], dtype: torch.dtype = FP32, **options: Any) -> 
     masked = [torch.from_numpy(x) == (0 if form == "probs" else -INF) for x in shared]
     together = torch.stack(masked).all(0) if ensemble == "probs" else torch.stack(masked).any(0)
     assert torch.equal(got == -INF, together)
-    positive = p > 0  # float64 may underflow where the logarithm does not
+    positive = p > 0  # the oracle's p may underflow where the log-probability does not
     bound = BOUND[dtype] * p[positive].log().abs().max().clamp(min=1)
     torch.testing.assert_close(got[positive], p[positive].log(), rtol=0, atol=float(bound))
 
@@ -107,7 +109,6 @@ def test_options_equal_the_truth(device):
 
 
 def test_rows_of_any_stride_are_mixed(device):
-    """Rows of any stride are read in place; non-adjacent classes are mixed, too."""
     wide = teachers_of("logits", (3, 6, 50), FP32, 2, device)
     check([logits[:, :-1, 3:44] for logits in wide])
     check([wide[0][:, 1:, :40], wide[1][:, :5, 9:49].contiguous()])
@@ -118,7 +119,7 @@ def test_rows_of_any_stride_are_mixed(device):
 
 @pytest.mark.usefixtures("isa")
 def test_masked_classes_are_mixed(device):
-    """A class that only some teachers mask has the shares of the remaining teachers."""
+    # If one teacher masks a class, the mixture has the share of the other teacher alone.
     first, second = teachers_of("logits", (3, 2100), FP32, 2, device)
     first[0, :1500] = -INF
     second[0, 1200:] = -INF
@@ -212,7 +213,7 @@ SHAPES = [(70, 10), (300, 100), (3, 1000), (37, 5000), (3, 140_000)]
 
 
 def call(student: Tensor, teacher: Any, *, scale: float = 1.0, **options: Any) -> list[Tensor]:
-    """Compute the loss and the gradient of ``scale`` times its sum."""
+    """Return the loss, and the gradient of ``scale`` times the sum of the loss."""
     leaf = student.clone().requires_grad_()
     inplace = options.get("inplace", False)
     labels = torch.arange(student.shape[0]) % student.shape[-1]
@@ -230,7 +231,6 @@ def call(student: Tensor, teacher: Any, *, scale: float = 1.0, **options: Any) -
     {"scale": 128.0}, {"teacher_form": "probs"}, {"divergence": "mse", "ensemble": "logits"},
 ])  # fmt: skip
 def test_a_mixture_gives_the_bits_of_a_premixed_teacher(shape, options):
-    """The bits equal those of a premixed teacher, for any dtype and number of threads."""
     threads = torch.get_num_threads()
     dtypes = DTYPES if shape[1] < 1000 else (FP32, BF16)
     mixes = {k: v for k, v in options.items() if k in ("teacher_form", "ensemble")}
@@ -249,7 +249,6 @@ def test_a_mixture_gives_the_bits_of_a_premixed_teacher(shape, options):
 
 
 def test_rows_may_have_their_own_options():
-    """Temperatures and weights of rows apply to the mixture and to the loss."""
     generator = torch.Generator().manual_seed(2)
     student = torch.randn(70, 300, generator=generator)
     teachers = teachers_of("logits", (70, 300), FP32, 2)
@@ -264,7 +263,7 @@ def test_rows_may_have_their_own_options():
 
 
 def test_pixels_are_mixed():
-    """Teachers with adjacent classes are mixed for a student with its classes in dim 1."""
+    # The teachers' classes are adjacent in memory, unlike the student's.
     student = torch.randn(2, 19, 5, 7, generator=torch.Generator().manual_seed(3))
     teachers = [x.movedim(-1, 1) for x in teachers_of("logits", (2, 5, 7, 19), FP32, 2)]
     got = fastkd.loss(student, teachers, dim=1)
@@ -273,7 +272,7 @@ def test_pixels_are_mixed():
 
 
 def test_many_teachers_are_mixed(device):
-    """PyTorch's operations mix more teachers than the CUDA kernel takes."""
+    # PyTorch's operations mix more teachers than the CUDA kernel accepts.
     student = torch.randn(3, 40, generator=torch.Generator().manual_seed(8)).to(device)
     first, second = teachers_of("logits", (3, 40), FP32, 2, device)
     got = fastkd.loss(student, [first, second] * 20, temperature=3.0)
@@ -321,7 +320,7 @@ def test_second_passes_and_second_derivatives_are_right():
 
 @pytest.mark.parametrize("ensemble", ["probs", "logits"])
 def test_row_statistics_mix_teachers(ensemble):
-    """The row statistics of the linear loss, and its gradient, are right for several teachers."""
+    # The linear loss calls compute_statistics() and write_gradient_().
     student = torch.randn(3, 40, generator=torch.Generator().manual_seed(1))
     teachers = teachers_of("logits", (3, 40), FP32, 2)
     options = {"reduction": "none", "ensemble": ensemble}

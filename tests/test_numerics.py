@@ -37,7 +37,7 @@ CLASSES = 32000
 def make_near(
     kl: float, device: torch.device, *, rows: int = 4, classes: int = CLASSES
 ) -> tuple[Tensor, Tensor]:
-    """Make fp32 logits with a divergence of about ``kl`` at temperature 1 in each row."""
+    """Make float32 logits whose KL divergence is about ``kl`` in each row at temperature 1."""
     student, noise, _ = make((rows, classes), FP32, device=device, labels=False, spread=1.0)
     # To leading order, the KL is half the variance of the difference of the logits.
     return student * 3.0, student * 3.0 + noise * math.sqrt(2 * kl)
@@ -52,7 +52,7 @@ def test_divergence_is_exact_near_the_teacher(device, kl):
     rows = fastkd.loss(leaf, teacher, temperature=1.0, reduction="none")
     assert float((rows.detach() / exact.loss - 1).abs().max()) <= 2e-6
     rows.sum().backward()
-    # The gradient, student's minus teacher's probabilities, is computed without cancellation. The
+    # The kernels subtract the teacher's from the student's probabilities without cancellation. The
     # gradient's error is the rounding of the row's normalizer: a unit in the last place of the
     # teacher's probabilities. Eager PyTorch has a rounding error in each class.
     error = distance(leaf.grad, exact.grad)
@@ -62,7 +62,7 @@ def test_divergence_is_exact_near_the_teacher(device, kl):
 
 
 def rows_of(leaf: Tensor, teacher: Tensor, **options: Any) -> Tensor:
-    """Return the rows' losses after a backward pass; check the losses without a gradient."""
+    """Return row losses after a backward pass; assert that no_grad gives equal losses."""
     rows = fastkd.loss(leaf, teacher, **options)
     rows.sum().backward()
     with torch.no_grad():
@@ -73,7 +73,7 @@ def rows_of(leaf: Tensor, teacher: Tensor, **options: Any) -> Tensor:
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.5, 4.0])
 @pytest.mark.parametrize("classes", [300, CLASSES])
 def test_divergence_is_exact_by_either_formula(device, classes, temperature):
-    """The KL is right below and above the bound of well-separated rows (docs/maths.md, 3)."""
+    # The KLs lie below and above the bound of well-separated rows (docs/maths.md, section 3).
     options = {"temperature": temperature, "reduction": "none"}
     worst, errors = [0.0, 0.0], [0.0, 0.0]
     for kl in (0.03, 0.05, 0.08, 0.3, 2.0):
@@ -92,7 +92,7 @@ def test_divergence_is_exact_by_either_formula(device, classes, temperature):
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.5, 4.0])
 @pytest.mark.parametrize("classes", [300, CLASSES])
 def test_reverse_kl_is_exact_by_either_formula(device, classes, temperature):
-    """The reverse KL is right for rows near the teacher, and for well-separated rows."""
+    # The kernels use different formulas for well-separated rows and for rows near the teacher.
     options = {"divergence": "reverse_kl", "temperature": temperature, "reduction": "none"}
     for kl in (1e-5, 0.03, 0.05, 0.08, 0.3, 2.0):
         student, teacher = make_near(kl * temperature**2, device, rows=16, classes=classes)
@@ -106,7 +106,7 @@ def test_reverse_kl_is_exact_by_either_formula(device, classes, temperature):
 @pytest.mark.parametrize("share", [0.04, 0.06, 0.125, 0.5, 1.5])
 @pytest.mark.parametrize("classes", [300, 1000, CLASSES])
 def test_divergence_is_exact_for_one_class_above_equal_classes(device, classes, share):
-    """The KL is right even if all additions of a sum round in one direction."""
+    # For these logits, all additions of a sum can round in one direction.
     teacher = torch.zeros(1, classes, device=device)
     student = teacher.clone()
     student[0, 7] = math.log(math.expm1(share) * classes)
@@ -125,7 +125,7 @@ def test_divergence_is_exact_for_one_class_above_equal_classes(device, classes, 
     ids=str,
 )
 def test_jsd_is_exact_near_and_far(device, classes, apart, mix):
-    """The JSD is right where the series is used, where the logarithm is used, and between both."""
+    # The kernels use a series near the teacher, and a logarithm elsewhere.
     student, teacher = make_near(apart**2 / 2, device, classes=classes)
     options = {"divergence": "jsd", "mix": mix, "temperature": 1.0, "reduction": "none"}
     exact = truth(student, teacher, **options)
@@ -139,7 +139,6 @@ def test_jsd_is_exact_near_and_far(device, classes, apart, mix):
 @pytest.mark.parametrize("kl", [1e-2, 1e-4, 1e-6, 1e-8])
 @pytest.mark.parametrize("classes", [10, 100, CLASSES])
 def test_dkd_is_exact_near_the_teacher(device, classes, kl):
-    """dkd is right where its divergences and the differences of the log-odds are small."""
     if device.type == "cuda":
         pytest.skip("by PyTorch operations")
     student, teacher = make_near(kl, device, rows=16, classes=classes)
@@ -148,14 +147,14 @@ def test_dkd_is_exact_near_the_teacher(device, classes, kl):
     exact = truth(student, teacher, labels, reduction="none", **options)
     leaf = student.requires_grad_()
     rows = fastkd.loss(leaf, teacher, labels, reduction="none", **options)
-    # The rounding error of a row's sum of exponentials adds half of its square to the loss.
+    # The rounding error of a row's sum of exponentials adds half of the error's square to the loss.
     floor = torch.finfo(FP32).eps ** 2 / 2
-    # Measured on a CPU for kl = 1e-8 (60 draws of 64 rows of 10 classes): the greatest error was 22
-    # times the floor in November 2026, and 29 times in December.
+    # Measured on a CPU in December 2026 for kl = 1e-8 (60 draws of 64 rows of 10 classes): the
+    # largest error was 29 times the floor.
     torch.testing.assert_close(rows.detach().double(), exact.loss, rtol=4e-6, atol=30 * floor)
     rows.sum().backward()
-    # The gradient's error is the rounding of the normalizers of probabilities: a unit in the last
-    # place of the probabilities.
+    # Rounding the normalizers gives the gradient an error of a unit in the last place of the
+    # probabilities.
     others = teacher.double().softmax(-1)
     share = 1 - others.gather(-1, labels.unsqueeze(-1))
     others = others.scatter(-1, labels.unsqueeze(-1), 0) / share
@@ -172,7 +171,7 @@ def test_cosine_is_exact_near_the_teacher(device, classes, distance):
     rows = fastkd.loss(leaf, teacher, divergence="cosine", temperature=1.0, reduction="none")
     u = F.normalize(exact_leaf, dim=-1)
     exact = (u - F.normalize(teacher.double(), dim=-1)).square().sum(-1) / 2
-    # The rounding errors of both unit vectors are multiplied by the distance of the vectors.
+    # The distance of the two unit vectors multiplies the vectors' rounding errors.
     off = (rows.detach().double() - exact.detach()).abs()
     assert (off <= 2e-6 * exact.detach() + FLOOR[FP32] * (2 * exact.detach()).sqrt()).all()
     rows.sum().backward()
@@ -184,7 +183,7 @@ def test_cosine_is_exact_near_the_teacher(device, classes, distance):
 @pytest.mark.parametrize("gap", [30.0, 150.0, 1500.0])
 @pytest.mark.parametrize("classes", [10, 1000])
 def test_dkd_is_exact_for_labels_far_above_or_below_the_rest(device, classes, gap):
-    """dkd is right if the label's exponential overflows or underflows relative to other classes."""
+    # The label's exponential overflows or underflows relative to the other classes' exponentials.
     student, teacher, _ = make((4, classes), FP32, device=device, labels=False)
     labels = torch.tensor([0, 3, 5, classes - 1], device=device)
     signs = torch.tensor([[1.0, 1.0, -1.0, -1.0], [1.0, -1.0, 1.0, -1.0]], device=device)
@@ -203,7 +202,6 @@ def test_dkd_is_exact_for_labels_far_above_or_below_the_rest(device, classes, ga
 
 @pytest.mark.parametrize("log_target", [False, True])
 def test_torchs_kl_div_is_wrong_where_fastkd_is_exact(log_target):
-    """torch's kl_div errs by more than 10 % where fastkd does not."""
     student, teacher = make_near(5e-7, torch.device("cpu"), rows=8)
     exact = truth(student, teacher, temperature=1.0, reduction="none").loss
     target = F.log_softmax(teacher, -1) if log_target else F.softmax(teacher, -1)
@@ -265,7 +263,7 @@ def test_gradient_errors_are_at_most_eagers(device, options, dtype):
         assert error <= ROUNDING * distance(exact.to(dtype), exact)
     else:
         assert_grad(leaf.grad, exact, dtype)
-    if dtype is FP32:  # eager's error plus less than a unit in the last place
+    if dtype is FP32:  # the bound is eager's error plus a unit in the last place
         _, theirs = eager(*problem, **options)
         assert error <= distance(theirs, exact) + FLOOR[dtype] * float(exact.norm())
 
@@ -278,7 +276,7 @@ def test_gradient_errors_are_at_most_eagers(device, options, dtype):
     ids=str,
 )
 def test_gradient_error_of_few_classes_is_below_eagers(shape, temperature, alpha):
-    # Root mean squares are compared, since the rounding of 1 / rows may decide one problem.
+    # The test compares root mean squares, since the rounding of 1 / rows may decide one problem.
     ours, theirs = [], []
     for seed in range(12):
         problem = make(shape, FP32, seed=seed)
@@ -295,13 +293,12 @@ def test_gradient_error_of_few_classes_is_below_eagers(shape, temperature, alpha
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("scale", [65536.0, 3.0])
 def test_a_loss_scale_keeps_small_16_bit_gradients(device, scale, reduction, dtype):
-    """Gradients below fp16's range are not lost under a loss scale, and are rounded once."""
+    # Without the loss scale, the gradients would be below float16's range.
     student, teacher, labels = make((64, 32000), dtype, device=device, spread=1.0)
     options = {"temperature": 4.0, "alpha": 0.1, "reduction": reduction}
     exact = truth(student, teacher, labels, **options).grad * scale
     if dtype is FP16 and reduction == "mean" and scale == 65536.0:
         lost = (exact / scale).to(FP16).double() * scale
-        # Without a loss scale, gradients underflow.
         assert distance(lost, exact) > 5 * distance(exact.to(FP16), exact)
     leaf = student.requires_grad_()
     value = fastkd.loss(leaf, teacher, labels, **options)
@@ -314,7 +311,7 @@ def test_a_loss_scale_keeps_small_16_bit_gradients(device, scale, reduction, dty
 
 
 def _exp2(values, by_registers):
-    """Return 2 to the power of values, as the kernels compute it."""
+    """Compute 2 to the power of values by the kernels' exponential."""
     result = np.array(values, dtype=np.float32)
     _C.exp2_(result, by_registers)
     return result
@@ -322,7 +319,7 @@ def _exp2(values, by_registers):
 
 @pytest.mark.parametrize("by_registers", [False, True])
 def test_exp2_is_exact_over_its_range(isa, by_registers):
-    """Every 97th float in [-126, 128), and all floats near integers and halves, are right."""
+    # The values are every 97th float in [-126, 128), and the floats next to integers and halves.
     # The bound, in ulp, is largest for the x86 baseline, which has no FMA.
     bound = 1.3 if isa == "default" else 1.2 if isa == "avx2" and by_registers else 1.0
     bits = np.arange(0, 0x43000000, 97, dtype=np.uint32)
@@ -381,7 +378,7 @@ def test_masked_classes_give_exact_values(device, side, classes, dtype, reductio
         # The teacher's probability of the masked classes makes the loss infinite.
         assert (value == INF).all()
         assert leaf.grad.isfinite().all()
-        # d KL / dz = q - p holds in the limit, also where q = 0.
+        # The KL's gradient q - p holds in the limit, also where q = 0.
         p = teacher.double().div(2).softmax(-1)
         q = student.detach().double().div(2).softmax(-1)
         hard = student.detach().double().softmax(-1) - F.one_hot(labels, classes)
@@ -419,7 +416,7 @@ def test_a_term_without_weight_may_be_infinite(device):
 
 @pytest.mark.parametrize("masked", ["student", "teacher", "both"])
 def test_rows_without_any_class_are_nan(device, masked):
-    """A row of -inf has no softmax, so its loss is NaN; other rows are finite."""
+    # A row of -inf has no softmax.
     student, teacher, labels = make((5, 70), device=device, ignored=0.0)
     if masked != "teacher":
         student[2] = -INF
@@ -488,7 +485,6 @@ def test_ignored_rows_may_hold_anything(device, classes):
 )
 @pytest.mark.parametrize("sign", [1.0, -1.0])
 def test_huge_offsets_change_nothing(device, sign, size, dtype):
-    """Loss and gradient do not depend on a huge offset of the logits."""
     student, teacher, labels = make((5, 100), dtype, device=device)
     student, teacher = student + sign * size, teacher - sign * size
     exact = truth(student, teacher, labels)
@@ -502,7 +498,7 @@ def test_huge_offsets_change_nothing(device, sign, size, dtype):
 @pytest.mark.parametrize("dtype", [FP32, BF16, FP64], ids=name_of)
 @pytest.mark.parametrize("size", [1e4, 1e38])
 def test_huge_differences_are_finite(device, size, dtype):
-    """Nearly one-hot rows have a loss as large as the logits, and a gradient of at most 2."""
+    # Nearly one-hot rows have a loss as large as the logits, and a gradient of at most 2.
     student, teacher, labels = make((5, 100), dtype, device=device, spread=size / 4)
     exact = truth(student, teacher, labels, temperature=1.0, reduction="none")
     leaf = student.requires_grad_()
@@ -519,7 +515,7 @@ def test_huge_differences_are_finite(device, size, dtype):
     ids=str,
 )
 def test_probabilities_may_underflow(device, classes, temperature, dtype):
-    """The loss is right where exponentials underflow only after the division by a large sum."""
+    # Some exponentials underflow only after the division by a large sum.
     student, teacher, _ = make((16, classes), dtype, device=device, spread=0.1)
     depth = (690, 750) if dtype == FP64 else (70, 110)
     student[:, 3] = -temperature * torch.linspace(*depth, 16, device=device).to(dtype)

@@ -16,8 +16,7 @@ from fastkd import reference
 NAMES = fastkd.divergences()
 OF_LOGITS = [name for name, kind in reference.DIVERGENCES.items() if kind.compares == "logits"]
 ROWS, CLASSES = 5, 6
-# Tolerances of terms, which are sums of a few products of exponentials and logarithms. The terms
-# grow with T^2, and with the squares of the logits.
+# Tolerances of terms, relative to temperature**2 times the square of the largest logit.
 BOUND = {FP32: 4e-6, FP64: 1e-13}
 GRAD_BOUND = {FP32: 4e-6, FP64: 1e-9, BF16: 2**-8, FP16: 2**-10}
 
@@ -54,7 +53,7 @@ def make_labels(kind: str, device: Any) -> Tensor | None:
 
 
 def refusal(name: str, form: str, kind: str) -> str | None:
-    """Return the message of a refused combination, or None."""
+    """Return the error message of a combination that is refused, or None."""
     if name in OF_LOGITS and form in ("log_probs", "probs"):
         return 'compares logits and needs teacher_form="logits"'
     if name in OF_LOGITS and form == "three, probs":
@@ -106,7 +105,8 @@ def check(student: Tensor, teacher: Any, labels: Tensor | None, **options: Any) 
 def test_every_objective_equals_numpys(device, name, form, kind):
     labels = make_labels(kind, device)
     message = refusal(name, form, kind)
-    # Each reduction and each dtype is tested once; all pairs of both would test nothing more.
+    # Each reduction and each dtype occurs, but not each pair, since reductions do not depend on
+    # dtypes.
     for reduction, dtype in zip(("mean", "sum", "none", "mean"), DTYPES, strict=True):
         student = make((ROWS, CLASSES), dtype, labels=False, device=device).student
         teacher = make_teacher(form, dtype, device)
@@ -216,7 +216,6 @@ def test_hard_term_is_cross_entropy(device, kind, weighted, smoothing, reduction
 
 
 def test_labels_without_weight_give_zero(device):
-    """If the labels' weights sum to 0, the mean is 0, and not 0 / 0."""
     student, teacher, labels = make((3, 4), device=device)
     weight = torch.zeros(4, device=device)
     got = fastkd.loss(student, teacher, labels, class_weight=weight, alpha=1.0)
@@ -224,7 +223,6 @@ def test_labels_without_weight_give_zero(device):
 
 
 def test_class_weights_work_in_place_and_for_pixels(device):
-    """Class weights become row weights, also with inplace and for pixels."""
     student, teacher, _ = make((2, 7, 5, 3), device=device, labels=False)
     labels = torch.randint(7, (2, 5, 3), generator=torch.Generator().manual_seed(3)).to(device)
     labels[0, 0] = -100
@@ -247,7 +245,7 @@ def test_class_weights_work_in_place_and_for_pixels(device):
     torch.testing.assert_close(results[0], (torch.stack(exact[:6]), leaf.grad))
 
 
-# ---- classes in another dimension, slices of padded classes
+# ---- classes in dim 1, slices of padded classes
 
 
 @pytest.mark.parametrize(
@@ -319,7 +317,7 @@ def test_slices_of_padded_classes_in_dimension_1_are_supported(device):
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("labels_are", ["probabilities", "indices"])
 def test_kernels_compute_targets(labels_are, reduction, monkeypatch):
-    """Kernels compute the loss of labels of probabilities, and of class weights with smoothing."""
+    # Targets are labels of probabilities, and class weights with smoothing.
     student, teacher, labels = make((3, ROWS, CLASSES), ignored=0.3)
     options: dict[str, Any] = {"class_weight": torch.rand(CLASSES) + 0.1, "label_smoothing": 0.1}
     options |= {"reduction": reduction, "hard_weight": torch.rand(3, ROWS), "soft_weight": 0.3}
@@ -351,7 +349,7 @@ def test_second_derivatives_of_targets_equal_finite_differences():
 
 
 def test_labels_need_not_be_probabilities(device):
-    """Labels whose rows do not sum to 1 give the result of F.cross_entropy."""
+    # F.cross_entropy, too, accepts labels whose rows do not sum to 1.
     student, teacher, _ = make((ROWS, CLASSES), device=device, labels=False)
     labels = torch.rand(student.shape, device=device)
     labels[0], labels[1, 2] = 0, -0.5
@@ -371,7 +369,7 @@ FUSED_CALLS = {
 
 @pytest.mark.parametrize("options", FUSED_CALLS)
 def test_teachers_in_other_forms_stay_fused(device, options, monkeypatch):
-    """Kernels, not the reference, compute teacher temperatures, probabilities and ensembles."""
+    # The patch makes the reference fail, so kernels must compute the call.
     student, teacher, labels = make((ROWS, CLASSES), device=device)
     resolved: dict[str, Any] = {
         k: v.to(device) if isinstance(v, Tensor) else v for k, v in FUSED_CALLS[options].items()

@@ -1,4 +1,4 @@
-"""Test that logits of very different magnitudes, and neutral row tensors, stay accurate."""
+"""Test that outlier logits, and row tensors that change nothing, cost no accuracy."""
 
 import pytest
 import torch
@@ -11,7 +11,9 @@ CLASSES = [7, 100, 144, 145, 3000]
 
 
 def errors(divergence, student, teacher, **options):
-    """Return (relative errors of rows, errors of the gradient, its true magnitude)."""
+    """Return (relative errors of row losses, errors of the gradient, magnitudes of the true
+    gradient).
+    """
     options = {"divergence": divergence, "reduction": "none", "temperature": 1.5, **options}
     exact = truth(student, teacher, **options)
     leaf = student.clone().requires_grad_()
@@ -27,7 +29,7 @@ def errors(divergence, student, teacher, **options):
     ids=str,
 )
 def test_squared_error_is_exact_with_an_outlier(device, classes, size_of_one, teacher_temperature):
-    """No class loses digits to the maximum that a softmax would subtract."""
+    # Subtracting the row's maximum, as a softmax does, would round away digits of other classes.
     student, teacher, _ = make((6, classes), device=device, labels=False)
     student[:, classes // 2] = size_of_one
     value, grad, size = errors("mse", student, teacher, teacher_temperature=teacher_temperature)
@@ -46,7 +48,7 @@ def test_squared_error_is_exact_with_an_outlier(device, classes, size_of_one, te
 def test_centered_squared_error_is_exact_with_an_outlier(
     device, classes, size_of_one, teacher_temperature
 ):
-    """Centered errors are exact, unlike a mean of squares minus a squared mean."""
+    # A mean of squares minus a squared mean would cancel.
     student, teacher, _ = make((6, classes), device=device, labels=False)
     student[:, classes // 2] = size_of_one
     value, grad, size = errors(
@@ -61,7 +63,6 @@ def test_centered_squared_error_is_exact_with_an_outlier(
 @pytest.mark.parametrize("dtype", [FP32, FP64, BF16, FP16], ids=name_of)
 @pytest.mark.parametrize("classes", CLASSES)
 def test_centered_squared_error_is_exact_if_logits_differ_by_a_constant(device, classes, dtype):
-    """A constant added to all logits changes neither value nor gradient."""
     student, noise, _ = make((6, classes), FP64, device=device, labels=False)
     student = student.to(dtype)
     teacher = (student.double() + 1e-2 * noise + 1000).to(dtype if dtype is FP64 else FP32)
@@ -85,7 +86,6 @@ def test_centered_squared_error_is_exact_if_logits_differ_by_a_constant(device, 
     ids=str,
 )
 def test_an_outlier_costs_no_accuracy_in_any_dtype_or_pass(device, divergence, classes, dtype):
-    """An outlier costs no accuracy, and a second backward pass gives the bits of the first."""
     student, teacher, labels = make((6, classes), dtype, device=device, ignored=0.0)
     student[:, classes // 2] = 3e4
     exact = truth(student, teacher, labels, divergence=divergence, reduction="sum")
@@ -119,7 +119,7 @@ NEUTRAL = {
     ids=str,
 )
 def test_row_tensors_that_change_nothing_cost_no_accuracy(device, row_tensors, classes, offset):
-    """The error is at most twice that of a call with numbers in place of row tensors."""
+    # The baseline call has numbers in place of row tensors.
     teacher, noise, labels = make((ROWS, classes), device=device, ignored=0.0)
     teacher += offset
     student = teacher + 1e-3 * noise
@@ -137,7 +137,7 @@ def test_row_tensors_that_change_nothing_cost_no_accuracy(device, row_tensors, c
 @pytest.mark.parametrize("divergence", [d for d in fastkd.divergences() if d != "dkd"])
 @pytest.mark.parametrize("classes", [2, 3, 200])
 def test_a_divergence_is_never_negative(device, divergence, classes):
-    """A divergence is at least 0, even if its terms are differences of subnormal numbers."""
+    # Some terms are differences of subnormal numbers.
     generator = torch.Generator().manual_seed(0)
     student = torch.randn(4000, classes, generator=generator) * 20
     student[:, 0] += torch.linspace(60, 110, 4000)

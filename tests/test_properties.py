@@ -62,7 +62,7 @@ def test_a_constant_added_to_a_row_changes_nothing(device, classes, rows, t, see
     torch.testing.assert_close(moved_loss, value, rtol=2e-6, atol=2e-6)
     value.backward()
     moved_loss.backward()
-    scale = 1 + t  # rounding of the gradient's two parts
+    scale = 1 + t  # rounding errors of the hard and the soft gradient
     torch.testing.assert_close(moved.grad, leaf.grad, rtol=2e-5, atol=2e-7 * scale)
 
 
@@ -92,7 +92,6 @@ def test_permuted_classes_permute_the_gradient(device, classes, rows, t, seed):
     dtype=st.sampled_from(DTYPES),
 )
 def test_rows_are_independent(device, classes, rows, t, seed, dtype):
-    """Rows in reverse order and, on CPUs, single rows have the bits of the batch."""
     student, teacher, labels = make((rows, classes), dtype, device=device, seed=seed)
 
     def run(s: Tensor, w: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
@@ -108,7 +107,7 @@ def test_rows_are_independent(device, classes, rows, t, seed, dtype):
         value, grad = run(student[row : row + 1], teacher[row : row + 1], labels[row : row + 1])
         if device.type == "cpu":
             assert torch.equal(value[0], values[row]) and torch.equal(grad[0], grads[row])
-        else:  # the kernel depends on the number of rows
+        else:  # on CUDA, the kernel depends on the number of rows
             torch.testing.assert_close(value[0], values[row], rtol=2e-6, atol=1e-7)
 
 
@@ -182,7 +181,6 @@ def test_reductions_agree(device, classes, rows, t, seed, ignored, n):
 
 @st.composite
 def calls(draw: st.DrawFn) -> tuple[tuple[int, ...], dict[str, Any], dict[str, Any]]:
-    """Draw a shape, a memory layout, and options."""
     leading = draw(st.lists(st.integers(1, 4), max_size=3))
     shape = (*leading, draw(WIDTHS))
     layout = {
@@ -213,7 +211,7 @@ def calls(draw: st.DrawFn) -> tuple[tuple[int, ...], dict[str, Any], dict[str, A
 
 
 def lay_out(values: Tensor, cut: int, step: int, swap: bool) -> Tensor:
-    """Copy logits into a view of a larger tensor, with the first dimensions swapped."""
+    """Copy logits into a view of a larger tensor, optionally with swapped first dimensions."""
     swap = swap and values.dim() > 2
     shape = list(values.transpose(0, 1).shape if swap else values.shape)
     if len(shape) > 1:
@@ -253,8 +251,8 @@ def test_any_call_equals_the_reference(device, call):
     exact = truth(student, teacher, labels, **options)
     leaf = student.detach().requires_grad_()
     got = fastkd.terms(leaf, teacher, labels, **options)
-    # A term of the loss has a weight of up to 3 T^2. Even if the exact term is 0, the loss contains
-    # the term's rounding error times this weight.
+    # A term of the loss has a weight of up to 3 * temperature**2. Even if the exact term is 0, the
+    # loss contains the term's rounding error times this weight.
     size = float(torch.as_tensor(options["temperature"]).max()) ** 2 * 4
     slack = Answer(exact.terms, exact.loss, exact.grad, exact.noise + size * torch.finfo(acc).eps)
     assert_value(got.loss, slack, acc)
@@ -265,7 +263,7 @@ def test_any_call_equals_the_reference(device, call):
 @pytest.mark.parametrize("name", fastkd.divergences())
 @given(classes=st.integers(1, 40), t=TEMPERATURES, seed=SEEDS)
 def test_every_divergence_is_the_references(device, name, classes, t, seed):
-    classes += name == "dkd"  # dkd distinguishes the label from other classes
+    classes += name == "dkd"  # dkd needs at least two classes
     student, teacher, labels = make((3, classes), FP64, device=device, seed=seed)
     options = {"temperature": t, "divergence": name}
     leaf, exact_leaf = student.clone().requires_grad_(), student.clone().requires_grad_()

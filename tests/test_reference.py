@@ -16,7 +16,7 @@ INF = math.inf
 
 
 def kl(student: Tensor, teacher: Tensor, t: float | Tensor) -> Tensor:
-    """Compute the KL of each row by torch."""
+    """Compute the KL of each row by F.kl_div."""
     t = t.unsqueeze(-1) if isinstance(t, Tensor) else t
     return F.kl_div(
         F.log_softmax(student / t, -1), F.softmax(teacher / t, -1), reduction="none"
@@ -137,13 +137,15 @@ def test_entropies_and_agreement_are_their_formulas():
 @pytest.mark.parametrize(
     ("student", "teacher", "soft"),
     [
-        # The teacher masks a class: the class contributes 0, and the student keeps its mass.
+        # The teacher masks a class: the class contributes 0, though the student gives it a
+        # probability.
         ([0.0, 0.0], [0.0, -INF], math.log(2)),
         # Both mask a class: the loss is as if the class did not exist.
         ([0.0, 1.0, -INF], [1.0, 0.0, -INF], None),
-        # The student alone masks a class with teacher mass: the loss is infinite.
+        # The student alone masks a class with a teacher probability above 0: the loss is infinite.
         ([0.0, -INF], [0.0, 0.0], INF),
-        # The student alone masks a class whose teacher mass underflows: the class contributes 0.
+        # The student alone masks a class whose teacher probability underflows: the class
+        # contributes 0.
         ([0.0, -INF], [0.0, -1e9], 0.0),
     ],
 )

@@ -241,7 +241,6 @@ def test_a_title_must_be_text():
     "written", [*(pytest.param(n, marks=pytest.mark.slow) for n in range(4)), 4]
 )
 def test_a_full_disk_leaves_no_partial_report(report, tmp_path, monkeypatch, written):
-    """After a failed save, a new folder is empty, and an earlier report is unchanged."""
     write, done = pathlib.Path.write_bytes, []
 
     def fill_disk(path, data):
@@ -264,7 +263,7 @@ def test_a_full_disk_leaves_no_partial_report(report, tmp_path, monkeypatch, wri
 
 @pytest.mark.skipif(sys.platform == "win32", reason="this system has no limits of file sizes")
 def test_a_limited_file_size_leaves_no_partial_report(report, tmp_path):
-    """A limit of the file size, unlike a patched write, raises the system's own error."""
+    # A limit of the file size, unlike a patched write, raises the system's own error.
     import resource
 
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -288,7 +287,6 @@ def browse(page, *options: str) -> subprocess.CompletedProcess:
 @pytest.mark.skipif(BROWSER is None, reason="no Chromium is installed")
 @pytest.mark.parametrize("dark", [False, True])
 def test_a_browser_draws_the_page(report, tmp_path, dark):
-    """A browser draws the page and its pictures in the color scheme that the reader prefers."""
     image = pytest.importorskip("PIL.Image")
     page, picture = tmp_path / "report.html", tmp_path / "page.png"
     page.write_text(report.html(), encoding="utf-8")
@@ -325,7 +323,7 @@ def test_a_browser_parses_the_page(report, tmp_path):
 
 @pytest.mark.skipif(BROWSER is None, reason="no Chromium is installed")
 def test_the_page_fits_a_phone(tmp_path):
-    """The page is as wide as the phone, and shows its narrow figures."""
+    # The page shows its narrow figures, and is as wide as the phone, 390 pixels.
     (tmp_path / "report.html").write_text(make_report(10).html(), encoding="utf-8")
     frame = tmp_path / "frame.html"
     frame.write_text(

@@ -26,7 +26,7 @@ LOADER = digit_loader()
 
 
 def calibration_error(p: torch.Tensor, labels: torch.Tensor) -> float:
-    """Compute the expected calibration error as Guo et al. define it, bin by bin."""
+    """Compute the expected calibration error of Guo et al. (2017), bin by bin."""
     confidence, chosen = p.max(-1)
     error = 0.0
     for b in range(15):
@@ -62,7 +62,7 @@ def test_answers_equal_plain_computation(models, report):
 
 
 def test_calibration_error_of_a_sure_model_is_known():
-    """A sure model has the error 0 if it is always right, and 0.5 if it is right half the time."""
+    # The model is always sure, and right always or half the time.
     logits = torch.tensor([[50.0, 0.0], [50.0, 0.0]])
     for labels, error in (([0, 0], 0.0), ([0, 1], 0.5)):
         result = fastkd.report(
@@ -89,7 +89,7 @@ def test_a_copy_agrees_where_logits_hardly_differ(dtype, scale):
 
 
 def test_float64_is_kept():
-    """Logits that float32 cannot distinguish give the right figures in float64."""
+    # float32 cannot distinguish these logits.
     logits = 1e9 + torch.eye(4, dtype=torch.float64)
     result = fastkd.report(
         nn.Identity(), nn.Identity(), [(logits, torch.arange(4))], seconds=0, show=False
@@ -99,7 +99,7 @@ def test_float64_is_kept():
 
 
 def test_wilson_interval_equals_its_definition():
-    """At each end of the interval, the normal test just rejects the share."""
+    # At each end of the interval, a two-sided normal test at 5 % just rejects the share.
     for share, rows in ((0.9, 50), (0.5, 7), (0.0, 20), (1.0, 3)):
         for end in measure.compute_wilson_interval(share, rows):
             gap = abs(share - end)
@@ -172,8 +172,6 @@ def test_size_counts_quantized_weights():
 
 
 class Summing(nn.Module):
-    """Sum the inputs, without parameters."""
-
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         return images[:, :60].view(-1, 10, 6).sum(-1)
 
@@ -186,7 +184,7 @@ def test_models_need_no_parameters():
 
 
 class Slow(nn.Module):
-    """Sleep, and record the batches of the calls."""
+    """Sleep, and record each call's batch size and modes."""
 
     def __init__(self, seconds: float) -> None:
         super().__init__()
@@ -266,7 +264,7 @@ def make_turns(*turns: tuple[float, list[float], list[float]]) -> list[measure.T
 
 
 def test_speedup_is_that_of_quiet_turns():
-    """A slow call in each turn, and two turns on a busy machine, do not change the ratio."""
+    # A slow call in each turn, and two turns on a busy machine, do not change the ratio.
     quiet = (1.0, [0.4] * 20 + [9.0], [0.1] * 20 + [3.0])
     busy = (0.4, [4.0] * 9, [0.1] * 9)
     result, warnings = measure.summarize_turns(make_turns(quiet, busy, quiet, busy, quiet), 8)
@@ -336,8 +334,6 @@ def busy_cores():
 
 
 class Repeated(nn.Module):
-    """Apply a layer several times."""
-
     def __init__(self, times: int) -> None:
         super().__init__()
         self.times, self.layer = times, nn.Linear(256, 256)
@@ -351,7 +347,7 @@ class Repeated(nn.Module):
 @pytest.mark.slow
 @pytest.mark.parametrize("threads", [1, 2])
 def test_speed_ratios_on_a_busy_machine_are_right_or_withheld(busy_cores, threads):
-    """Each ratio is within 2x of the true ratio, 30, or withheld with the reason."""
+    # The true ratio is 30, and a reported ratio must be within a factor of 2.
     loader = [(torch.randn(32, 256), torch.randint(256, (32,)))]
     result = fastkd.report(Repeated(60), Repeated(2), loader, threads=threads, show=False)
     for batch, latency in result.models[1].latency["cpu"].items():
@@ -382,7 +378,7 @@ def test_threads_are_set_and_restored():
 
 
 def test_modules_need_no_evaluation_mode():
-    """Modules without modes are measured unchanged; other submodules are in evaluation mode."""
+    # An exported module has no modes, but report() must set the Dropout modules to evaluation mode.
     rows = [{0: torch.export.Dim.AUTO}]
     exported = torch.export.export(nn.Linear(64, 10), (IMAGES[:2],), dynamic_shapes=rows).module()
     with pytest.raises(NotImplementedError):

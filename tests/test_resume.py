@@ -1,4 +1,4 @@
-"""Test exact resumption of training, after SIGKILL in a save, and with two processes."""
+"""Test that training resumes exactly after SIGKILL in a save, and in two processes."""
 
 import json
 import pathlib
@@ -29,18 +29,19 @@ def run_here(*arguments: object) -> None:
 
 
 def losses(path: pathlib.Path) -> dict[str, str]:
-    """Return the last loss of each step, since steps after the last checkpoint are repeated."""
+    """Return the last loss of each step; steps after the last checkpoint occur twice."""
     return dict(line.split(" ", 1) for line in path.with_suffix(".losses").read_text().splitlines())
 
 
 def evaluations(path: pathlib.Path) -> list[list[float]]:
-    """Return the Evaluation fields of each held-out part; the valid rows come last."""
+    """Return the Evaluation fields of each held-out part; the last field is the number of valid
+    rows.
+    """
     return json.loads(path.with_suffix(".evaluations").read_text())
 
 
 @pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_run_killed_in_a_save_resumes_exactly(workers, tmp_path):
-    """A resumed run gives the bits of an uninterrupted run."""
     straight, out, checkpoints = tmp_path / "a.pt", tmp_path / "b.pt", tmp_path / "checkpoints"
     run_here(straight, "--workers", workers)
     arguments = (out, "--workers", workers, "--checkpoints", checkpoints)
@@ -58,7 +59,7 @@ def test_a_run_killed_in_a_save_resumes_exactly(workers, tmp_path):
 
 @pytest.mark.slow
 def test_two_processes_give_the_parameters_of_one(tmp_path):
-    """Parameters are equal, though numbers of valid rows differ between processes and batches."""
+    # The numbers of valid rows differ between processes and between batches.
     deterministic = ("--no-shuffle", "--noise", 0, "--dropout", 0)
     one_process, two_processes = tmp_path / "one.pt", tmp_path / "two.pt"
     run_here(one_process, "--batch", 16, *deterministic)
@@ -83,7 +84,8 @@ def test_two_processes_give_the_parameters_of_one(tmp_path):
 
 @pytest.mark.slow
 def test_two_processes_train_a_sharded_student(tmp_path):
-    """A run under FSDP, resumed half way, gives the parameters of one process."""
+    # The first run saves a checkpoint after one epoch, and the second run resumes from this
+    # checkpoint.
     deterministic = ("--no-shuffle", "--noise", 0, "--dropout", 0)
     one_process, two_processes = tmp_path / "one.pt", tmp_path / "two.pt"
     run_here(one_process, "--batch", 16, *deterministic)

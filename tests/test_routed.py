@@ -1,5 +1,5 @@
 """Test routed teachers: each row has one of several teachers."""
-# ruff: noqa: E501 - one mistake a line
+# ruff: noqa: E501 - one mistake per line
 
 import pytest
 import torch
@@ -40,7 +40,7 @@ def move_options(options, device):
 
 
 def select_rows(logits, indices):
-    """Select the logits of each row's teacher from the logits of all teachers."""
+    """Select, for each row, the logits of the teacher that ``indices`` names."""
     stacked = torch.stack([x.float() for x in logits])
     return stacked.gather(0, indices[None, ..., None].expand(1, *SHAPE, CLASSES))[0]
 
@@ -75,7 +75,7 @@ def test_heads_may_be_routed(device, labels, indices, options, with_labels):
     exact = select_rows([head.logits() for head in heads], indices)
     expected = fastkd.loss(hidden @ weight.T, exact, labels, **options)
     want = torch.autograd.grad(expected.sum(), (hidden, weight))
-    # A teacher is not read in rows of other teachers.
+    # Rows that belong to other teachers are not read, so NaN has no effect in these rows.
     for i, head in enumerate(heads):
         head.hidden[indices != i] = float("nan")
     teacher = fastkd.Routed(heads, indices)

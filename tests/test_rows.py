@@ -57,7 +57,7 @@ def test_parts_equal_the_whole(monkeypatch, device, options, kind):
 
 
 def test_memory_is_that_of_one_part(monkeypatch):
-    """No tensor of the logits' size is kept between the passes."""
+    # The hook records saved tensors of at least the logits' size.
     student, teacher, labels = make((64, CLASSES))
     saved_sizes: list[int] = []
 

@@ -1,5 +1,5 @@
 """Test sampled teachers: estimates of KL(student || teacher) from one token per row."""
-# ruff: noqa: E501 - one mistake a line
+# ruff: noqa: E501 - one mistake per line
 
 import math
 
@@ -22,7 +22,10 @@ def make(device, dtype=FP64):
 
 
 def value_and_gradient(d, estimator):
-    """Return Schulman's estimate and its derivative with respect to log q; d = log p - log q."""
+    """Return Schulman's estimate and its derivative for log q, from d = log p - log q.
+
+    p is the teacher's probability of the sampled token, and q is the student's.
+    """
     if estimator == "k1":
         return -d, -d
     if estimator == "k2":
@@ -55,7 +58,7 @@ def test_values_and_gradients_are_schulmans(device, estimator, temperature, dtyp
 
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 def test_expected_values_and_gradients_are_those_of_the_docstring(device, estimator):
-    """Means over the student's distribution agree with the docstring of Sampled."""
+    # Weighting each token by its student probability gives expectations over the student's tokens.
     student, log_p = make(device)
     student = student.detach()[:1].expand(CLASSES, -1).contiguous().requires_grad_()
     tokens = torch.arange(CLASSES, device=device)

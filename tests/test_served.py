@@ -3,7 +3,7 @@
 tests/fixtures/vllm.json was recorded from a real server, whose version the file names. sglang.json
 was written by hand. Both files include the model's log-probabilities of every class.
 """
-# ruff: noqa: E501 - one mistake a line
+# ruff: noqa: E501 - one mistake per line
 
 import copy
 import dataclasses
@@ -158,7 +158,7 @@ def test_objects_of_vllm_are_read():
 
 
 def test_the_temperature_of_prompts_is_1():
-    """The scores of prompts have temperature 1 in both modes of vLLM."""
+    # vLLM scores prompts at temperature 1 in both modes.
     for mode in ("raw_logprobs", "processed_logprobs"):
         recorded = VLLM["objects"][mode]["T = 2"]
         topk = served.from_vllm(objects(recorded["prompt_logprobs"]))
@@ -183,7 +183,7 @@ def test_logits_are_refused():
 
 
 def test_a_probability_of_0_is_minus_infinity():
-    """With top_k = 2, all but 2 tokens have the log-probability -inf, or -9999 in JSON."""
+    # With top_k = 2, all but 2 tokens have the log-probability -inf, or -9999 in JSON.
     recorded = VLLM["objects"]["processed_logprobs"]["top_k = 2"]["logprobs"]
     in_json = [
         row and {str(token): {"logprob": max(lp, -9999.0)} for token, lp, _ in row}
@@ -204,7 +204,7 @@ def test_a_probability_of_0_is_minus_infinity():
 def test_generated_tokens_are_scored(name, full):
     reply = choice(name)
     topk = served.from_openai(reply if full else reply["logprobs"], tokens=reply["token_ids"])
-    # A chat reply lists 3 tokens: the generated token and the 2 or 3 most probable tokens.
+    # A chat reply lists 3 tokens: the generated token and the most probable tokens, at least 2.
     is_chat = name == "chat"
     reference = (REPLIES["chat"] if is_chat else reply)["reference"]
     first = len(reference) + 1 - len(reply["token_ids"])
@@ -238,7 +238,7 @@ def test_chosen_ids_are_scored():
 
 
 def test_ids_in_place_of_tokens_are_read():
-    """vLLM's /inference/v1/generate returns ids in place of tokens."""
+    # vLLM's /inference/v1/generate returns ids in place of tokens.
     content = copy.deepcopy(choice("chat")["logprobs"]["content"])
     for entry in [*content, *(top for each in content for top in each["top_logprobs"])]:
         entry["token_id"] = int(entry.pop("token").removeprefix("token_id:"))
@@ -282,7 +282,7 @@ def test_replies_of_sglang_are_read(full):
 
 
 def test_the_fixture_has_the_form_of_sglang():
-    """SGLang's types decode the hand-written fixture."""
+    # SGLang's own types must decode the hand-written fixture.
     types = pytest.importorskip("sglang.api.v1.api_types")
     decoded = types.GenerateResponse.from_json_value(SGLANG["reply"])
     assert len(decoded.meta_info.input_top_logprobs) == PART
@@ -322,7 +322,7 @@ def test_sampled_tokens_are_collated():
         [-1] * (missing + 1) + VLLM["prompts"][1][1:],
     ]
     assert (batch.log_probs == -math.inf).tolist() == (batch.tokens == -1).tolist()
-    # The batch as one tensor of tokens, padded by labels of -100, gives equal results.
+    # gather() gives equal results for the whole batch, whose tokens are padded by -100.
     labels = torch.tensor([PROMPT, [-100] * missing + VLLM["prompts"][1]])
     lists = [served.from_vllm(each) for each in REPLIES["prompts, k = 3"]["choices"]]
     again = served.gather(served.collate(lists, padding_side="left"), labels, "k2")
@@ -484,12 +484,12 @@ def test_a_mistake_is_named(name):
 
 
 def test_a_number_of_json_may_be_an_int():
-    """JavaScript writes 0.0 as 0, so a log-probability may be an int."""
+    # JavaScript writes 0.0 as 0, so a log-probability may be an int.
     assert served.from_vllm([{"5": {"logprob": 0}}]).log_probs.tolist() == [[0.0]]
 
 
 def test_a_bfloat16_server_is_not_refused():
-    """16-bit log-probabilities add up to 1 only up to rounding."""
+    # 16-bit log-probabilities add up to 1 only up to rounding.
     torch.manual_seed(0)
     log_probs = torch.randn(50, 400).log_softmax(-1).bfloat16().topk(200)
     rows = [
@@ -526,7 +526,7 @@ READERS: dict[str, tuple[Callable[..., TopK], Any]] = {
 
 
 def mutate(value: Any, chooser: random.Random, junk: Any) -> Any:
-    """Return the value with one change at a random depth: junk, a deletion, a copy, a swap."""
+    """Return the value with one change at a random depth: junk, a deletion, a copy, or a new key."""
     if isinstance(value, (dict, list)) and value and chooser.random() < 0.9:
         value = copy.copy(value)
         key = chooser.choice(list(value) if isinstance(value, dict) else range(len(value)))
@@ -576,6 +576,6 @@ def test_any_reply_is_read_or_refused(name, seed, junk, k):
 
 
 def test_every_good_reply_is_valid():
-    """The fuzzer's seeds are valid, so that mutations reach later checks."""
+    # The fuzzer mutates these replies; mutations of valid replies reach later checks.
     for reader, reply in READERS.values():
         assert_valid(reader(reply))

@@ -63,7 +63,7 @@ def test_shifted_logits_equal_slices(student, teacher, labels, reduction, with_l
 @pytest.mark.parametrize("with_labels", [True, False])
 @pytest.mark.parametrize("divergence", ["forward_kl", "jsd"])
 def test_lists_belong_to_tokens(student, teacher, labels, divergence, with_labels):
-    """A server's list for token i comes at position i; token 0 has no list."""
+    # A server's list for token i comes at position i; token 0 has no list.
     log_probs, indices = teacher.log_softmax(-1).topk(K)
     log_probs[:, 0], indices[:, 0] = -math.inf, -1
     top = fastkd.TopK(log_probs, indices)
@@ -74,7 +74,7 @@ def test_lists_belong_to_tokens(student, teacher, labels, divergence, with_label
 
 
 def test_sampled_tokens_may_have_weights(student, teacher, labels, device):
-    """Row weights, such as importance ratios, belong to tokens and are shifted with the tokens."""
+    # Row weights, such as importance ratios, belong to tokens and are shifted with the tokens.
     tokens = labels.clamp(min=0)
     log_probs = teacher.log_softmax(-1).gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
     weights = draw(BATCH, POSITIONS, seed=2).abs().to(device)
@@ -102,7 +102,7 @@ def test_dim_1_is_shifted_too(student, teacher, labels):
 
 
 def test_shift_2_and_short_sequences_are_supported(student, teacher, labels):
-    """shift=2 works, and so do sequences with nothing to predict."""
+    # The last two calls have no token to predict.
     ours = fastkd.loss(student, teacher, labels, shift=2)
     torch.testing.assert_close(ours, fastkd.loss(student[:, :-2], teacher[:, :-2], labels[:, 2:]))
     assert fastkd.loss(student[:, :1], teacher[:, :1], labels[:, :1], shift=1) == 0
@@ -116,7 +116,7 @@ def test_the_module_shifts(student, teacher, labels):
 
 
 def test_narrow_labels_are_shifted(student, teacher, labels):
-    """uint8 labels are shifted, though ignore_index, -100, is no uint8."""
+    # ignore_index, -100, is no uint8 number.
     labels = labels.clamp(min=0)
     ours = fastkd.loss(student, teacher, labels.to(torch.uint8), shift=1)
     torch.testing.assert_close(ours, fastkd.loss(student, teacher, labels, shift=1))

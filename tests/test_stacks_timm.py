@@ -13,7 +13,7 @@ STEPS, CLASSES = 20, 10
 
 
 class Network(nn.Module):
-    """Define a small convolutional network with timm's attributes."""
+    """Define a small convolutional network with the attributes that timm reads."""
 
     num_classes, in_chans = CLASSES, 3
     pretrained_cfg = {"mean": (0.5, 0.5, 0.5), "std": (0.2, 0.2, 0.2)}  # noqa: RUF012
@@ -31,7 +31,7 @@ class Network(nn.Module):
         )
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        # On a CPU, autocast would compute log_softmax in bfloat16, and change timm's loss by 1 %.
+        # On a CPU, autocast would compute log_softmax in bfloat16, which changes timm's loss.
         return self.layers(images).float()
 
 

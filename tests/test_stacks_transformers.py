@@ -40,7 +40,7 @@ class Distilling(DistillationMixin, transformers.Trainer):
 
 
 class ByHand(transformers.Trainer):
-    """Compute the loss by PyTorch's operations, from logits without a cache."""
+    """Compute the loss by PyTorch's operations, from logits without a key-value cache."""
 
     def __init__(self, *arguments, teacher, **options):
         super().__init__(*arguments, **options)
@@ -116,7 +116,7 @@ def run(kind, folder, **options) -> list[float]:
 
 
 def collate_shifted(samples):
-    """Collate with labels shifted to their logits, like collators without padding."""
+    """Collate a batch with ``shift_labels`` and wrong ``labels``, which must not be read."""
     batch = pad(samples)
     return {**batch, "shift_labels": causal_labels(batch), "labels": batch["labels"] * 0 + 7}
 
@@ -147,9 +147,11 @@ def test_each_step_has_the_loss_by_hand(situation, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("everywhere", [True, False])
 def test_two_gpus_equal_one_with_doubled_batches(everywhere, tmp_path):
-    """The trainer counts two simulated GPUs, though DataParallel finds none."""
+    # The trainer counts two simulated GPUs, though DataParallel finds none.
     even = [sample for sample in sentences(64) if len(sample["input_ids"]) % 2][:32]
-    for sample in even:  # the token count is divided by the GPUs, rounded down
+    # The trainer divides the number of labels by the number of GPUs, rounded down. Sequences of odd
+    # length have even numbers of shifted labels.
+    for sample in even:
         sample["labels"] = sample["input_ids"]
     options = {"average_tokens_across_devices": everywhere, "data": even}
     ours = run(Distilling, tmp_path, gpus=2, **options)
@@ -187,7 +189,7 @@ def packed_and_padded():
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["mixin", "fastkd.Trainer"])
 def test_a_packed_batch_has_the_loss_of_the_padded_one(kind, tmp_path):
-    """No sequence attends to the previous sequence, in the student or in the teacher."""
+    # No sequence attends to the previous sequence, in the student or in the teacher.
     options = {"temperature": TEMPERATURE, "alpha": ALPHA}
     values = []
     for batch in packed_and_padded():
@@ -209,7 +211,7 @@ def test_a_packed_batch_has_the_loss_of_the_padded_one(kind, tmp_path):
 
 
 class CacheRecorder(nn.Module):
-    """Record whether calls ask the model for the cache."""
+    """Record the ``use_cache`` argument of each call."""
 
     def __init__(self):
         super().__init__()
@@ -263,7 +265,7 @@ def test_shifted_labels_are_not_shifted_again():
 
 
 def test_granite_gets_use_cache_by_its_base_model():
-    """Granite's head takes ``**kwargs`` alone, and calls a base model that has use_cache."""
+    # Granite's head takes ``**kwargs`` alone, and calls a base model that has use_cache.
     config = transformers.GraniteMoeConfig(
         vocab_size=VOCABULARY, hidden_size=8, intermediate_size=8, num_hidden_layers=1,
         num_attention_heads=2, num_key_value_heads=2, num_local_experts=2, num_experts_per_tok=1,
@@ -277,11 +279,11 @@ def test_granite_gets_use_cache_by_its_base_model():
     assert packed.past_key_values is None and padded.past_key_values is None
 
 
-# ---- models with other outputs
+# ---- models that return tensors, mappings and tuples
 
 
 class Head(nn.Module):
-    """Return what ``form`` makes of the logits; the module does not come from transformers."""
+    """Return ``form`` of the logits, in a module that is not from transformers."""
 
     def __init__(self, width, form, seed):
         super().__init__()
@@ -328,8 +330,7 @@ def test_torch_modules_are_trained(form, tmp_path):
 
 
 def test_a_teacher_in_bf16_gets_its_dtype(tmp_path):
-    """Floating-point inputs, such as images, are cast for the teacher."""
-
+    # Floating-point inputs, such as images, are cast to the teacher's dtype.
     class Classifier(nn.Module):
         def __init__(self):
             super().__init__()

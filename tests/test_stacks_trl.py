@@ -1,4 +1,4 @@
-"""Test that TRL's GKD, distillation and SFT trainers log the losses of fastkd's trainers."""
+"""Test that fastkd's trainers log the losses of TRL's GKD, distillation and SFT trainers."""
 
 import json
 import os
@@ -130,7 +130,7 @@ def test_the_gkd_trainer_logs_trls_losses(options, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("kind", [FastGKD, integration.GKDTrainer])
 def test_the_gkd_trainer_has_loss_0_without_valid_tokens(kind, tmp_path):
-    """A step without valid tokens has the loss 0, where TRL's own loss is 0 / 0."""
+    # TRL's own loss would be 0 / 0.
     data = prompted()
     rows = [{**row, "completion_mask": [0] * len(row["input_ids"])} for row in data.to_list()]
     empty = Dataset.from_list(rows)
@@ -180,7 +180,8 @@ def test_the_gkd_trainer_evaluates(compute_metrics, tmp_path):
 
 @pytest.mark.parametrize("return_outputs", [False, True])
 def test_the_gkd_trainer_scales_the_loss_by_the_processes(return_outputs, tmp_path, monkeypatch):
-    """DDP averages gradients, so a loss over a shared count is multiplied by the process count."""
+    # DDP averages gradients, so a loss divided by the count of all processes is multiplied by the
+    # number of processes.
     trainer = gkd_trainer(integration.GKDTrainer, tmp_path, prompted())
     batch = next(iter(trainer.get_train_dataloader()))
 
@@ -211,7 +212,7 @@ def train_two_steps(folder, processes: int) -> dict[str, list[float]]:
 
 
 def test_gkd_trainer_takes_the_same_steps_with_two_processes(tmp_path):
-    """Two processes give the losses of one process; TRL's losses are halved under DDP."""
+    # Under DDP, TRL's own losses are halved with two processes.
     file = tmp_path / "log.json"
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     done = subprocess.run([*command, __file__, file], capture_output=True, text=True)
@@ -312,7 +313,7 @@ def test_the_distillation_trainer_logs_trls_losses(options, tmp_path, monkeypatc
 
 
 def test_the_trainers_can_be_pickled_by_name():
-    """torch.save and spawned processes need picklable trainers."""
+    # torch.save and spawned processes need picklable trainers.
     for name in ("DistillationTrainer", "GKDTrainer"):
         kind = getattr(integration, name)
         assert pickle.loads(pickle.dumps(kind)) is kind
@@ -363,13 +364,12 @@ def test_the_sft_trainer_logs_losses_by_hand(packing, tmp_path):
 
 
 def test_packing_gives_the_loss_of_padding(tmp_path):
-    """A step on packed sentences has the loss of the padded sentences."""
     options = {"max_steps": 1, "per_device_train_batch_size": 32}
     packed, padded = (sft(Distilling, tmp_path, packing=each, **options) for each in (True, False))
     assert packed == pytest.approx(padded, rel=1e-6)
 
 
-if __name__ == "__main__":  # run by one of the two processes
+if __name__ == "__main__":  # each of the two processes runs this
     log = train_two_steps(pathlib.Path(sys.argv[1]).parent, 2)
     if os.environ["RANK"] == "0":
         pathlib.Path(sys.argv[1]).write_text(json.dumps(log))

@@ -88,7 +88,7 @@ def test_the_kl_of_caching_is_measured(tmp_path, dtype, top_k):
 
 @pytest.mark.parametrize("top_k", [None, 8])
 def test_the_kl_of_caching_is_finite_and_not_negative(tmp_path, top_k):
-    """The KL is finite and at least 0 for a subnormal tail, and if only rounding errors remain."""
+    # ``sure`` has a subnormal tail; for ``level``, only rounding errors remain.
     torch.manual_seed(0)
     sure, level = torch.randn(1, 1000), torch.zeros(1, 14)
     sure[0, 3], level[0, 4:] = 105.0, -15.669451713562012
@@ -113,7 +113,7 @@ def test_masked_classes_are_cached(tmp_path):
 
 
 def test_the_loss_of_a_dense_cache_is_that_of_the_teacher(tmp_path):
-    """Cached log-probabilities serve losses at any temperature."""
+    # Cached log-probabilities serve losses at any temperature.
     cache = write_cache(CountingTeacher(), tmp_path, dtype=torch.float32, temperature=2.0)
     student, ids = torch.randn(64, 10), torch.arange(64)
     with torch.no_grad():
@@ -127,7 +127,7 @@ def test_the_loss_of_a_dense_cache_is_that_of_the_teacher(tmp_path):
 
 
 def test_a_top_k_cache_is_a_teacher(tmp_path):
-    """With all classes cached, the loss equals that of the logits; padding contributes 0."""
+    # All ten classes are cached, so the loss equals the loss of the logits.
     cache = write_cache(CountingTeacher(), tmp_path, top_k=10, dtype=torch.float32, temperature=3.0)
     student, ids = torch.randn(64, 10), torch.arange(64)
     with torch.no_grad():
@@ -188,7 +188,7 @@ def test_sequences_are_cached_without_padding(tmp_path, top_k):
             assert torch.equal(cached.indices[row, : len(tokens)], places)
             assert bool((cached.indices[row, len(tokens) :] == -1).all())
             assert bool((log_probs[row, len(tokens) :] == -torch.inf).all())
-        else:  # the rows of padding are distributions
+        else:  # the padding's rows are distributions, too
             rest = log_probs[row, len(tokens) :].exp().sum(-1)
             torch.testing.assert_close(rest, torch.ones_like(rest))
         torch.testing.assert_close(log_probs[row, : len(tokens)], exact)
@@ -263,7 +263,7 @@ def test_an_interrupted_cache_is_resumed_without_repetition(tmp_path, cache, err
 
 @pytest.mark.parametrize("interrupted", [1, 2])
 def test_an_interrupt_while_a_file_is_written_loses_nothing(tmp_path, monkeypatch, interrupted):
-    """The interrupt comes in the first file of two, or in the last file, after all samples."""
+    # The interrupt comes in the first of two files, or in the last file, after all samples.
     shards, write_shard = [], shard.write
 
     def interrupt(folder, part):
@@ -349,18 +349,18 @@ def test_incomplete_files_are_not_read(tmp_path, cache):
 
 
 def test_two_processes_may_write_different_samples(tmp_path, cache, monkeypatch):
-    """Two processes that choose the same next free name write different samples."""
+    # The patched glob finds no files, so the second writer tries a name that is already taken.
     halves = [DataLoader(Subset(DATA, range(first, 200, 2)), 32) for first in (0, 1)]
     write_cache(CountingTeacher(), tmp_path, loader=halves[0], top_k=4)
     monkeypatch.setattr(pathlib.Path, "glob", lambda *_: iter(()))
-    with pytest.raises(FileNotFoundError):  # nor can a reader see the files
+    with pytest.raises(FileNotFoundError):  # the patch hides the files from the reader, too
         write_cache(CountingTeacher(), tmp_path, loader=halves[1], top_k=4)
     monkeypatch.undo()
     assert_equal_caches(TeacherCache(tmp_path), cache)
 
 
 def test_two_writers_with_one_process_number_write_two_files(tmp_path, monkeypatch):
-    """Two containers have equal process ids, and one writes while the other is writing."""
+    # Two containers have equal process ids, and one writes while the other is writing.
     halves = [DataLoader(Subset(DATA, range(first, 200, 2)), 32) for first in (0, 1)]
     module = pytest.importorskip("safetensors.torch")
     save_file = module.save_file

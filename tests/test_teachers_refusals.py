@@ -28,7 +28,7 @@ IMAGES, LABELS = digits(200, torch.float32).tensors
 DATA = numbered_digits()
 
 
-# ---- other teachers, other data, invalid arguments
+# ---- wrong teachers, wrong data, invalid arguments
 
 
 def test_another_teacher_is_refused(cache):
@@ -286,7 +286,7 @@ READ = "import sys; from fastkd.teachers import TeacherCache; TeacherCache(sys.a
     ["pipe", *(pytest.param(k, marks=pytest.mark.slow) for k in ("socket", "device", "folder"))],
 )
 def test_only_regular_files_are_opened(tmp_path, kind):
-    """Opening the cache does not block on a named pipe, a socket, a device or a folder."""
+    # Opening a named pipe or a device could block until the timeout.
     file = tmp_path / "shard-00000.safetensors"
     if kind == "pipe":
         os.mkfifo(file)
@@ -314,7 +314,7 @@ def test_forged_lengths_are_refused(forged):
 
 
 def test_a_forged_class_is_refused(cache, tmp_path):
-    """A class out of range is refused, though the file's checksum is valid."""
+    # The forged shard has a valid checksum.
     content, _ = shard.read(cache.path / "shard-00000.safetensors")
     content.indices[0, 0] = 10
     shard.write(tmp_path, content)
@@ -330,7 +330,6 @@ def contents(path: pathlib.Path) -> list[torch.Tensor]:
 
 
 def test_damaged_and_truncated_files_are_refused(forged):
-    """A damaged file is refused, or its cache has the original contents."""
     data, forge = forged
     original = contents(forge(data))
     header_size = struct.unpack("<Q", data[:8])[0] + 8
@@ -351,14 +350,13 @@ def test_damaged_and_truncated_files_are_refused(forged):
 
 @pytest.mark.parametrize("top_k", [None, 2])
 def test_flipped_bits_are_detected(tmp_path, top_k):
-    """A flipped bit is detected, or the cache has the original contents."""
     three_samples = Subset(DATA, range(3))
     write_cache(CountingTeacher(5), tmp_path, loader=DataLoader(three_samples, 3), top_k=top_k)
     (file,) = tmp_path.iterdir()
     data, original = file.read_bytes(), contents(tmp_path)
     accepted = 0
     for place, bit in itertools.product(range(len(data)), (7, None)):
-        # Flip the highest bit of each byte, then one of its lower bits.
+        # Flip the highest bit of each byte, then one of the byte's lower bits.
         bit = place * 5 % 7 if bit is None else bit
         damaged = bytearray(data)
         damaged[place] ^= 1 << bit
@@ -373,7 +371,7 @@ def test_flipped_bits_are_detected(tmp_path, top_k):
 
 
 def test_each_sample_has_its_checksum(tmp_path):
-    """Damage is detected when a sample is read, and other samples stay readable."""
+    # Only sample 17 is damaged, so other samples stay readable.
     write_cache(CountingTeacher(), tmp_path)
     (file,) = tmp_path.iterdir()
     header, body = split_parts(file.read_bytes())

@@ -74,7 +74,7 @@ def test_every_field_equals_the_reference(device, shape, reduction, dtype):
     ids=str,
 )
 def test_options_equal_the_reference(device, options):
-    # The weights change the loss, but no term.
+    # The weights change the loss, but no other field of Terms.
     check(*make((6, 170), device=device), **options)
 
 
@@ -147,14 +147,14 @@ def test_ignored_rows_are_zero_in_every_field(device):
 )
 @pytest.mark.parametrize("width", [3, 200])
 def test_agreement_counts_equal_greatest_classes(device, width, student, teacher, agree):
-    # Classes of low logits come first, so that the row is wide.
+    # Classes with low logits pad the rows to ``width``.
     pad = [-9.0] * (width - 3)
     s, t = (torch.tensor([pad + row], device=device) for row in (student, teacher))
     assert fastkd.terms(s, t, reduction="none").agreement.tolist() == [agree]
 
 
 def test_agreement_sees_every_segment(device):
-    """The greatest class may be in any segment of a row that threads share."""
+    # Threads share a row of this width by segments.
     width = 3 * _C.segment + 7
     student, teacher = torch.zeros(5, width, device=device), torch.zeros(5, width, device=device)
     places = [0, _C.segment - 1, _C.segment, 2 * _C.segment + 3, width - 1]

@@ -33,9 +33,8 @@ INF, NAN = math.inf, math.nan
 
 # ---- options and dtypes
 
-# Each value is (shape, k). Lists have 3 or 9 of 10 classes, one class, or more than the kernel's
-# chunk of 64. Rows end within a vector, a word of 64, a block or a segment. Shapes have several
-# leading dimensions, or none.
+# Each value is (shape, k). Sizes lie around units of the kernel: chunks of 64 listed classes, words
+# of 64 bits, vectors, and segments of S classes.
 SHAPES = [
     *(((5, 10), 3), ((5, 10), 9), ((6, 2), 1), ((4, 1000), 64), ((3, 333), 130)),
     *(((2, 1025), 20), ((2, S + 65), 64), ((2, 3, 40), 5), ((7,), 2)),
@@ -93,7 +92,6 @@ def test_the_soft_term_needs_no_labels(device, tail):
 @pytest.mark.parametrize("tail", TAILS)
 @pytest.mark.parametrize(("shape", "k"), [((5, 10), 3), ((4, 300), 20), ((2, 3, 40), 5)], ids=str)
 def test_the_fallback_equals_the_definition(shape, k, tail, dtype):
-    """The PyTorch formula, for devices without kernels, equals the definition."""
     problem = make_topk(shape, k, FP64, padding=0.3)
     problem = problem._replace(
         student=problem.student.to(dtype), log_probs=problem.log_probs.to(dtype)
@@ -154,7 +152,7 @@ def test_autograd_in_cpp_and_in_python_give_the_same_bits(options, dtype):
 @pytest.mark.parametrize("requires_grad", [True, False])
 @pytest.mark.usefixtures("each_autograd")
 def test_an_entry_of_minus_infinity_is_padding(device, tail, requires_grad):
-    """Padding may have any class: 0 in TRL, consecutive ids in a server's reply."""
+    # Padding has class 0 in TRL, and consecutive ids in servers' replies.
     student, indices, log_probs, labels = make_topk((6, 40), 5, device=device)
     labels = indices[:, 1]  # includes the padding's classes
     shorter = (indices[:, :3], log_probs[:, :3])
@@ -192,7 +190,7 @@ def test_an_entry_of_minus_infinity_is_padding(device, tail, requires_grad):
 
 
 def test_the_default_temperature_is_1():
-    """The default temperature is 1, as in servers' replies and in log_softmax."""
+    # Servers' replies and log_softmax have temperature 1.
     logits = make_topk((6, 40), 5).student
     teacher = TopK(*logits.log_softmax(-1).topk(40))
     student = torch.randn(6, 40, generator=torch.Generator().manual_seed(2))
@@ -257,7 +255,7 @@ def test_a_perfect_student_has_no_loss(device, tail):
 @pytest.mark.parametrize("noise", [1e-4, 1e-6])
 @pytest.mark.parametrize("tail", ["ghost", "renormalize"])
 def test_a_student_close_to_its_teacher_has_an_exact_loss(tail, noise):
-    """In float64, terms of both signs may cancel to a millionth of their size."""
+    # In float64, terms of both signs may cancel to a millionth of the terms' size.
     problem = make_perfect(tail, FP64)
     generator = torch.Generator().manual_seed(1)
     student = problem.student + noise * torch.randn(8, 500, generator=generator, dtype=FP64)
@@ -295,7 +293,7 @@ def make_near_teacher(classes: int, k: int, spread: float, t: float) -> TopKProb
     [(500, 30, 1.5, 1.0), (500, 64, 3.0, 1.7), (5000, 64, 1.5, 1.7), (128256, 64, 3.0, 1.0)],
 )
 def test_rows_near_the_teacher_are_exact_in_float32(classes, k, spread, t, tail, name):
-    """Value and gradient of each row are right; an error of 1e-8 in the tail's mass would show."""
+    # These bounds detect an error of 1e-8 in the tail's mass.
     problem = make_near_teacher(classes, k, spread, t)
     options = {"divergence": name, "temperature": t, "reduction": "none"}
     value, grad = run_topk(problem, tail, **options)
@@ -312,7 +310,7 @@ def test_rows_near_the_teacher_are_exact_in_float32(classes, k, spread, t, tail,
 @pytest.mark.parametrize("gap", [5.0, 20.0, 60.0, 300.0])
 @pytest.mark.parametrize("dtype", [FP32, FP64], ids=name_of)
 def test_the_loss_is_exact_if_the_list_has_nearly_all_mass(gap, dtype):
-    """The loss is right where 1 minus the listed probabilities rounds to 0."""
+    # With a large gap, 1 minus the student's listed probabilities rounds to 0.
     generator = torch.Generator().manual_seed(0)
     student = torch.randn(4, 200, generator=generator, dtype=dtype)
     student[:, :5] += gap
@@ -369,7 +367,6 @@ def test_the_order_of_a_list_does_not_matter(device, tail):
 @pytest.mark.parametrize("filler", [0.0, NAN, INF, 1e30])
 @pytest.mark.parametrize("tail", TAILS)
 def test_padding_contributes_0(device, tail, filler):
-    """Padding contributes 0, whatever its log-probability."""
     problem = make_topk((5, 300), 20, padding=0.0, device=device)
     some = torch.full((5, 3), filler, device=device)
     nothing = torch.tensor([-1, -100, -(2**62)], device=device).expand(5, 3)
@@ -398,7 +395,6 @@ def test_an_empty_list_has_no_soft_term(device, tail, content):
 @pytest.mark.parametrize("index_dtype", [torch.int32, torch.uint8])
 @pytest.mark.parametrize("dtype", [BF16, FP16], ids=name_of)
 def test_narrow_dtypes_are_accepted(device, index_dtype, dtype):
-    """Ids have any integer dtype; rounded log-probabilities may add up to more than 1."""
     student = make_topk((3, 300), 1, device=device).student
     indices = torch.arange(155, device=device).expand(3, 155)
     log_probs = torch.full((3, 155), -math.log(155), device=device).to(dtype)
@@ -411,7 +407,8 @@ def test_narrow_dtypes_are_accepted(device, index_dtype, dtype):
 
 @pytest.mark.parametrize("tail", TAILS)
 def test_a_rounded_mass_above_1_is_accepted(device, tail):
-    """If a rounded mass is above 1, the gradient is exact, and the loss with a ghost at least 0."""
+    # If the listed probabilities add up to more than 1, the gradient is exact, and a loss with a
+    # ghost class is at least 0.
     problem = make_topk((6, 40), 10, FP64, labels=False, padding=0.0, device=device)
     normal = problem.log_probs.log_softmax(-1) + math.log(1.05)
     problem = problem._replace(log_probs=normal)
@@ -427,7 +424,6 @@ def test_a_rounded_mass_above_1_is_accepted(device, tail):
 
 @pytest.mark.parametrize("tail", TAILS)
 def test_unlisted_masked_classes_have_no_effect(device, tail):
-    """Unlisted masked classes have no effect."""
     problem = make_topk((4, 300), 20, device=device, labels=False)
     wide = torch.cat([problem.student, torch.full((4, 2000), -INF, device=device)], -1)
     value, grad = run_topk(problem, tail)
@@ -454,7 +450,7 @@ def test_a_listed_class_that_the_student_masks_has_infinite_loss(device, tail):
 
 @pytest.mark.parametrize("rest", ["listed", "masked"])
 def test_there_is_no_ghost_without_other_classes(device, rest):
-    """If all unmasked classes are listed, their probabilities are divided by their sum."""
+    # If all unmasked classes are listed, the listed probabilities are divided by their sum.
     student = torch.randn(3, 6, generator=torch.Generator().manual_seed(0), dtype=FP64).to(device)
     log_probs = torch.tensor([0.1, 0.2, 0.1, 0.1, 0.1, 0.2], dtype=FP64, device=device).log()
     problem = TopKProblem(
@@ -516,7 +512,6 @@ def test_no_rows_give_zero(device, reduction):
 
 @pytest.mark.parametrize("constant", [1e4, 2.0**52])
 def test_huge_logits_keep_their_differences(constant):
-    """A huge constant added to logits changes nothing, since differences are exact."""
     problem = make_topk((4, 64), 6, FP64, labels=False)
     student = problem.student.round()
     assert torch.equal(student + constant - constant, student)

@@ -80,7 +80,7 @@ def test_a_second_backward_pass_is_right(device, reduction, dtype):
 
 
 def test_fp16_gradients_survive_a_loss_scale(device):
-    """Gradients are recomputed for the loss scale, so no gradient has underflowed."""
+    # Backward recomputes the gradient with the loss scale, so fewer entries underflow.
     problem = make_topk((64, 2000), 20, FP16, device=device)
     scale = torch.tensor(2.0**15)
     grad = run_topk(problem, grad_output=scale)[1]
@@ -102,7 +102,7 @@ def test_gradients_are_computed_only_for_leaves():
 # ---- torch.library, torch.compile
 
 
-@pytest.mark.parametrize(  # every pair of values occurs
+@pytest.mark.parametrize(  # all pairs of values
     ("reduction", "requires_grad", "dtype"),
     [
         (0, True, FP32),
@@ -170,7 +170,7 @@ def test_the_formula_raises_no_warning(formula):
 
 
 def test_a_student_learns_from_four_classes_per_row():
-    """A student learns character pairs of pydoc_data.topics from four successors per row."""
+    # Each row is a character of pydoc_data.topics; the teacher lists four probable next characters.
     text = "".join(pydoc_data.topics.topics.values()).lower()[:200_000]
     characters = [character for character, _ in collections.Counter(text).most_common(40)]
     place = {character: i for i, character in enumerate(characters)}
@@ -192,6 +192,6 @@ def test_a_student_learns_from_four_classes_per_row():
 
     untrained = float(fastkd.loss(torch.zeros(40, 40), log_p, temperature=1.0))
     divergence = {tail: learn(tail) for tail in TAILS}
-    # With the ghost class, which has the rest's mass, the student comes closest to the teacher.
+    # With the ghost class, which has the unlisted mass, the student comes closest to the teacher.
     assert divergence["ghost"] < divergence["renormalize"] < untrained
     assert divergence["ghost"] < 0.5 * untrained and divergence["ghost"] < divergence["ignore"]

@@ -1,5 +1,5 @@
 """Test messages about invalid arguments of calls with a sparse teacher."""
-# ruff: noqa: E501 - one mistake a line
+# ruff: noqa: E501 - one mistake per line
 
 import math
 import re
@@ -124,7 +124,7 @@ DATA = [name for name, (_, _, message) in MISTAKES.items() if re.search(r"row \d
     "implementation", ["formula", pytest.param("cuda", marks=pytest.mark.cuda)]
 )
 def test_an_unchecked_mistake_makes_its_row_nan(mistake, implementation, request):
-    """The formula and the CUDA kernels, which cannot check data, give NaN for an invalid row."""
+    # Neither the formula nor the CUDA kernels can check data.
     changed, _, message = MISTAKES[mistake]
     arguments = {**valid_arguments(), **changed}
     if implementation == "formula":

@@ -118,7 +118,7 @@ def test_batches_that_lost_their_labels_are_refused(options):
 
 @pytest.mark.parametrize("accumulate", [2, 3, 8])
 def test_accumulated_batches_equal_one_batch(accumulate):
-    """Accumulated batches of different sizes and shares of valid rows equal one batch."""
+    # The batches differ in size and in their share of valid rows.
     student, teacher, (inputs, labels) = network(), network(24, 1), digits().tensors
     labels = labels.masked_fill(torch.arange(64) % 7 < torch.arange(64) // 16, -100)
     sizes = [5, 20, 3, 12, 24]
@@ -205,7 +205,6 @@ def test_clipping_schedule_and_average_equal_a_loop_by_hand():
 
 
 def test_clipping_excludes_parameters_without_updates():
-    """Clipping excludes gradients of parameters that the optimizer does not update."""
     student, teacher, data = network(), network(24, 1), digits()
     exact_student = copy.deepcopy(student)
     optimizer = torch.optim.SGD(exact_student[2].parameters(), 0.5)
@@ -265,7 +264,7 @@ def test_a_cached_teacher_trains_like_the_teacher(tmp_path):
 @pytest.mark.parametrize("top_k", [None, 3])
 @pytest.mark.parametrize("dim", [-1, 1])
 def test_cached_sequences_serve_longer_padding(tmp_path, top_k, dim):
-    """Cached sequences of at most 7 rows serve batches that are padded to 8 rows."""
+    # Cached sequences have at most 7 rows, and batches are padded to 8 rows.
     images, digit = load_digits(return_X_y=True)
     inputs = torch.tensor(images[:16] / 16).view(16, 8, 8)
     lengths = 4 + torch.arange(16) % 4
@@ -317,7 +316,7 @@ def test_a_cache_of_other_classes_is_refused(tmp_path, top_k):
     with pytest.raises(ValueError, match="a teacher of 10 classes; got 12"):
         trainer_of(student, cache).fit(data)
     assert_same_parameters(student, before)
-    if top_k is None:  # a padded vocabulary
+    if top_k is None:  # the slice removes padded classes
         trainer = trainer_of(student, cache, forward=lambda model, batch: model(batch[0])[..., :10])
         assert trainer.evaluate(data).rows == 64
 
@@ -444,7 +443,6 @@ def test_an_evaluation_without_labels_is_refused():
 @pytest.mark.parametrize("dim", [-1, 1])
 @pytest.mark.parametrize("soft", [False, True])
 def test_accuracy_ignores_padding_classes(dim, soft):
-    """Predictions on padding classes do not count."""
     labels = torch.tensor([[0, 1], [2, 0], [1, 1], [2, 2]])
     right = F.one_hot(labels, 3).double()
     logits = torch.cat((right, torch.full((4, 2, 2), 9.0)), -1).movedim(-1, dim)

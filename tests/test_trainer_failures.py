@@ -46,7 +46,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_step(term):
     {"hard and soft": teacher[2], "soft": student[2], "hint": teacher[0]}[
         term
     ].register_forward_hook(poison)
-    if term == "hint":  # NaN does not reach later layers
+    if term == "hint":  # keeps NaN from later layers
         teacher[1].register_forward_hook(lambda module, inputs, output: output.nan_to_num())
     before_hooks = hooks(student)
     trainer = trainer_of(
@@ -63,7 +63,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_step(term):
 
 
 def test_earlier_gradients_are_discarded():
-    """Gradients of the user, of a non-finite loss, or of an interrupted step are discarded."""
+    # The user, a non-finite loss, and an interrupted step leave gradients behind.
     student, teacher, (data, *_) = network(), network(24, 1), batches_of(digits())
     expected = train_by_hand(student, teacher, 2 * [data])
     inputs, labels = data
@@ -85,8 +85,7 @@ def test_earlier_gradients_are_discarded():
 
 
 def test_losses_on_other_devices_are_read_a_step_late():
-    """Losses on devices other than the CPU are read when the next step is queued."""
-
+    # Losses on devices other than the CPU are read when the next step is queued.
     class Far:
         def __init__(self, *values):
             self.values = torch.tensor(values)
@@ -198,7 +197,7 @@ def scheduled_trainer(folder: pathlib.Path, **options) -> fastkd.Trainer:
 
 
 def test_no_code_in_a_checkpoint_is_executed(tmp_path):
-    """A malicious object in place of any pickled file, also Accelerate's, is not executed."""
+    # A malicious object replaces each pickled file in turn, also Accelerate's files.
     folder, proof = tmp_path / "run", tmp_path / "proof"
     scheduled_trainer(folder).fit(DataLoader(digits(), 32))
     checkpoint = folder / "step-00000002"
@@ -218,7 +217,7 @@ def test_no_code_in_a_checkpoint_is_executed(tmp_path):
         torch.save(Malicious(proof), tmp_path / "malicious")
         file.write_bytes((tmp_path / "malicious").read_bytes())
         checkpoints.write_checksums(checkpoint)  # an attacker recomputes checksums
-        # The file is not read, since fastkd's states are in position-0.pt.
+        # random_states_0.pkl is not read, since position-0.pt has the random states.
         if name == "random_states_0.pkl":
             assert scheduled_trainer(folder).resume()
         else:
@@ -318,7 +317,7 @@ def test_an_accelerator_that_would_divide_losses_is_refused():
 
 
 class Stream(IterableDataset):
-    """Iterate over samples; the length is unknown."""
+    """Iterate over samples without a known length."""
 
     def __iter__(self):
         return iter(zip(*digits(40).tensors, strict=True))

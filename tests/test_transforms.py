@@ -69,7 +69,7 @@ def test_forward_mode_equals_reverse_mode(device):
     torch.testing.assert_close(value.tangent, (exact.grad * tangent).sum(), **EXACT)
 
 
-# ---- compiled
+# ---- compiled transforms
 
 
 def topk(student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
@@ -99,7 +99,6 @@ TRANSFORMS = {
     "name", [pytest.param(n, marks=pytest.mark.slow if i else ()) for i, n in enumerate(LOSSES)]
 )
 def test_compiled_transforms_equal_eager_ones(name, transform):
-    """Compiled derivatives are right for ops without a batching formula."""
     student, teacher, labels = problem64(torch.device("cpu"))
 
     def function(x: Tensor) -> Tensor:

@@ -42,7 +42,7 @@ def compile_trl_loss():
 
 
 def draw(bias: bool = False, dtype: torch.dtype = torch.float32):
-    """Draw the student's tensors, the teacher's tensors, and a mask."""
+    """Draw (student's tensors, teacher's tensors, mask)."""
     generator = torch.Generator().manual_seed(1)
 
     def tensor(*shape: int) -> Tensor:
@@ -99,7 +99,7 @@ def test_ignored_tokens_may_hold_anything():
 
 @pytest.mark.parametrize("beta", [0.0, 0.5, 1.0])
 def test_a_class_that_both_mask_contributes_nothing(beta):
-    """A class that student and teacher mask contributes 0; TRL's losses are NaN (documented)."""
+    # TRL's loss is NaN if both models mask a class.
     student, teacher, mask = draw(bias=True)
     without = run(
         trl.chunked_divergence_loss,
@@ -114,7 +114,7 @@ def test_a_class_that_both_mask_contributes_nothing(beta):
 
 
 def test_the_loss_of_a_close_teacher_is_exact():
-    """A small loss is exact; TRL subtracts large sums and may be negative (documented)."""
+    # TRL subtracts large sums, so TRL's loss may be negative.
     student, _, _ = draw()
     noise = torch.randn(CLASSES, WIDTH, generator=torch.Generator().manual_seed(1))
     call = student, [student[0], student[1] + 1e-5 * noise], torch.ones(ROWS)
@@ -127,7 +127,7 @@ def test_the_loss_of_a_close_teacher_is_exact():
 
 
 def test_heads_of_different_classes_are_refused():
-    """Heads of different classes are refused; TRL drops the teacher's last classes (documented)."""
+    # For heads of different classes, TRL drops the teacher's last classes.
     student, teacher, mask = draw()
     with pytest.raises(ValueError, match=r"must have the same classes; got \(11,\) and \(10,\)"):
         run(trl.chunked_divergence_loss, [student[0], student[1][:10]], teacher, mask, 0.0)
@@ -135,7 +135,7 @@ def test_heads_of_different_classes_are_refused():
 
 
 def test_a_weight_of_another_dtype_is_converted():
-    """A backbone in bfloat16 may have a head in another dtype, as in TRL."""
+    # As in TRL, a backbone in bfloat16 may have a head in another dtype.
     student, teacher, mask = draw()
     student[0], teacher[0] = student[0].bfloat16(), teacher[0].bfloat16()
     ours = run(trl.chunked_divergence_loss, student, teacher, mask, 0.5)

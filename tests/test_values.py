@@ -1,5 +1,7 @@
-"""Test ``Head`` and ``TopK``: checks, code that moves tensors, and the loss of every pair."""
-# ruff: noqa: E501 - one mistake a line
+"""Test ``Head`` and ``TopK``: checks, code that moves tensors, and every pair of student and
+teacher.
+"""
+# ruff: noqa: E501 - one mistake per line
 
 import copy
 import inspect
@@ -126,7 +128,6 @@ def test_missing_and_unknown_arguments_are_refused(kind):
 
 
 def test_the_order_of_topk_is_that_of_torch():
-    """``TopK(*log_probs.topk(k))`` gets its fields in the right order."""
     top_two = torch.log_softmax(draw(3, 5), -1).topk(2)
     top = TopK(*top_two)
     assert (
@@ -169,7 +170,7 @@ def test_unsupported_pairs_are_refused(function, student, teacher, error, messag
 
 
 def test_classes_that_differ_name_the_slices():
-    """The message has calls that work without a copy."""
+    # The message suggests calls that work without a copy.
     student, teacher = draw(3, 8), draw(3, 5, seed=1)
     with pytest.raises(ValueError, match="first classes are the same") as caught:
         fastkd.loss(student, teacher)
@@ -245,7 +246,6 @@ class Samples(Dataset):
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_the_default_collate_makes_one_topk(workers):
-    """The default collate_fn makes one TopK of the samples' lists."""
     (batch,) = DataLoader(Samples(), batch_size=ROWS, num_workers=workers)
     assert_same_value(batch["teacher"], topk("renormalize"))
     student = draw(ROWS, CLASSES)
@@ -333,7 +333,7 @@ def test_function_transforms_give_the_gradients(student, teacher):
     torch.testing.assert_close(rows, expected)
 
 
-# ---- options of every pair
+# ---- options of every pair of student and teacher
 
 
 @pytest.mark.parametrize("function", [fastkd.loss, fastkd.terms, fastkd.KDLoss.__init__])
@@ -392,7 +392,7 @@ def test_batchmean_is_refused_and_mean_named(function, student, teacher):
         fastkd.KDLoss(reduction="batchmean")
 
 
-# ---- terms of every pair
+# ---- terms of every pair of student and teacher
 
 
 @pytest.mark.parametrize("fused", [True, False])
@@ -402,7 +402,6 @@ def test_batchmean_is_refused_and_mean_named(function, student, teacher):
 def test_terms_of_a_sparse_teacher_equal_the_definition(
     monkeypatch, tail, reduction, with_labels, fused
 ):
-    """Terms equal the float64 definition with padding, ignored rows, and without a kernel."""
     labels, student = (make_labels() if with_labels else None), 2 * draw(ROWS, CLASSES, dtype=FP64)
     top = topk(tail, FP64)
     top = top._replace(indices=top.indices.clone())
@@ -488,7 +487,6 @@ def test_the_gradient_of_terms_is_that_of_the_loss(student, teacher, dtype):
 
 
 def test_the_logits_of_a_head_equal_the_formula():
-    """The logits equal the formula, and have a gradient."""
     student = head(dtype=FP64, softcap=2.0, scale=0.25)
     logits = 0.25 * (student.hidden @ student.weight.t() + student.bias)
     torch.testing.assert_close(student.logits(), 2.0 * torch.tanh(logits / 2.0))
@@ -550,7 +548,6 @@ def mistakes(logits: Tensor, top: TopK) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("checker", ["mypy", "pyright"])
 def test_types_of_every_pair_are_checked(checker, tmp_path):
-    """A type checker accepts the calls that work, and rejects the mistakes."""
     pytest.importorskip(checker)
     path = tmp_path / "typed_use.py"
     path.write_text(TYPED_USE)

@@ -1,7 +1,7 @@
-"""Train in this process, which may be killed, or in two processes: training_run.py OUT.
+"""Train a model for tests of resuming and of several processes: ``training_run.py OUT``.
 
-The run has all state that resumption must restore: dropout, hints with a projection, a shuffled
-loader, noise drawn by the dataset, accumulation, a schedule, and averaged weights.
+Resuming must restore the state of dropout, a hint's projection, a shuffled loader, a noisy dataset,
+accumulation, a schedule, and averaged weights.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from fastkd.training import checkpoints
 
 
 class Digits(Dataset):
-    """Hold sequences of 8 rows of 8 pixels, with one label per row, or -100 for a blank row."""
+    """Hold digits as sequences of 8 pixel rows, labeled with the digit, or -100 for a faint row."""
 
     def __init__(self, count: int, noise: float) -> None:
         images, labels = load_digits(return_X_y=True)
@@ -107,8 +107,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if main_process:
             torch.save([parameters], options.out)
         return
-    # Two processes share 37 rows as 3 and 2 batches, of which the last has 5 rows. Of 5 rows in
-    # all, one process has none.
+    # Of 37 samples in batches of 8, two processes get 3 and 2 batches. Of 5 samples, one process
+    # gets none.
     held_out = [range(37), range(5)]
     evaluations = [trainer.evaluate(DataLoader(Subset(data, part), 8)) for part in held_out]
     if main_process:
@@ -132,7 +132,9 @@ def sharding_accelerator() -> Accelerator:
 
 
 def die_in_save(number: int) -> None:
-    """Kill this process in a save, between two files; odd numbers kill it before the renaming."""
+    """Kill this process before the ``number``-th renaming (odd), or at the ``number``-th .pt file
+    (even).
+    """
     written = 0
     synchronize = checkpoints.synchronize
 
@@ -150,5 +152,5 @@ if __name__ == "__main__":
     main()
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
-        # The process group of DTensors has threads that may abort the process at interpreter exit.
+        # DTensor's process group has threads that may abort the process at interpreter exit.
         os._exit(0)
