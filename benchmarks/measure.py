@@ -5,7 +5,7 @@
 - Cold: a call alternates between sets of inputs, which together exceed the last-level cache. Small
   cases stay in the caches, because a call has at most 16 sets.
 - On a GPU, large cases are timed by events around a queued call, so that only the device's time
-  counts. Cases with fewer than 2^22 logits are timed by the wall clock: the host limits their speed.
+  counts. Cases with fewer than 2^22 logits are timed by the wall clock, which includes the host.
 - Results are the median and the 20th and 80th percentiles.
 """
 

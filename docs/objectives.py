@@ -120,7 +120,7 @@ def _cases() -> dict[str, dict[str, Any]]:
 
 
 def _cell(divergence: str, case: dict[str, Any]) -> str:
-    """Return the symbol that says how a call is computed, or that it is refused."""
+    """Return the matrix's symbol for a call, such as "●" for one fused pass."""
     logits = torch.zeros(_ROWS, _CLASSES)
     arguments = {
         "student": logits,
