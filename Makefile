@@ -1,10 +1,10 @@
-# The targets run in the virtual environment .venv, which the first of them creates. `make help` lists the targets.
+# `make help` lists the targets, which create the virtual environment .venv if it is missing.
 PYTHON ?= python3
 VENV ?= .venv
 # The torch that a new environment gets. Any torch >= 2.10 works, with or without CUDA: make demo TORCH=torch
 TORCH ?= torch==2.13.0
 RUN := $(VENV)/bin/python
-# --no-compile, because pip would compile every module of torch. Python compiles a module at its first import.
+# Without --no-compile, pip would compile every module of torch, also modules that no program imports.
 INSTALL := $(RUN) -m pip install --quiet --no-compile
 SOURCES := $(wildcard csrc/*.h csrc/*/*) CMakeLists.txt pyproject.toml
 CUDA_BUILD := build/cuda
@@ -40,12 +40,12 @@ $(VENV)/complete: $(VENV)/installed
 
 install: $(VENV)/installed  ## create .venv, build fastkd and install it there
 
-demo: $(VENV)/installed  ## distill a small student on scikit-learn's digits, and print what distillation gained
+demo: $(VENV)/installed  ## distill a small student on scikit-learn's digits, and print the gain in accuracy
 	$(RUN) examples/digits.py
 
 # pytest runs a process for each core, so each process has one OpenMP thread. Tests of threads set their own number.
 PYTEST := OMP_NUM_THREADS=1 $(RUN) -m pytest --numprocesses auto --dist worksteal
-test: $(VENV)/complete  ## run the quick tests: a few minutes
+test: $(VENV)/complete  ## run the quick tests, which takes a few minutes
 	$(PYTEST) -m "not slow" --junitxml build/test.xml
 
 test-all: kernel-test kernel-test-arm $(VENV)/complete  ## run every test, also the kernels' own tests
@@ -108,7 +108,7 @@ fuzz-kernels: $(VENV)/created  ## make hostile calls of the kernels' C interface
 	$(call kernels,sanitize,-DFASTKD_SANITIZE=address$(COMMA)undefined,cpu_fuzz)
 	build/sanitize/cpu_fuzz $(CASES) $(SEED)
 
-libfuzzer: $(VENV)/created  ## fuzz the kernels' C interface by libFuzzer, which follows branches: needs clang
+libfuzzer: $(VENV)/created  ## fuzz the kernels' C interface by libFuzzer, which needs clang
 	$(call kernels,libfuzzer,-DCMAKE_CXX_COMPILER=$(CLANG) -DFASTKD_SANITIZE=fuzzer-no-link$(COMMA)address -DFASTKD_LIBFUZZER=ON,cpu_fuzz)
 	build/libfuzzer/cpu_fuzz -max_total_time=60 -max_len=600 -print_final_stats=1
 
@@ -119,7 +119,7 @@ fuzz-caches: $(VENV)/complete  ## fuzz the reader of teachers' caches by libFuzz
 soak: $(VENV)/complete  ## make 100,000 calls of each kind, and check that memory does not grow
 	$(RUN) -m reliability.soak
 
-versions: $(VENV)/complete  ## run core tests on other Pythons and torches: downloads gigabytes the first time
+versions: $(VENV)/complete  ## run core tests on several versions of Python and torch, which take gigabytes
 	$(INSTALL) --group package
 	$(RUN) -m reliability.versions $(PAIRS)
 
@@ -136,10 +136,10 @@ docs: $(VENV)/complete  ## build the documentation site in build/docs, and check
 	$(SPHINX) -b doctest . build/docs-doctest
 	@echo "the site is in build/docs/index.html"
 
-docs-links: docs  ## check the links to other sites, too: needs the network
+docs-links: docs  ## also check links to other sites, over the network
 	$(SPHINX) -b linkcheck . build/docs-links
 
-accuracy: $(VENV)/installed  ## write docs/accuracy.md: errors against float64, beside eager PyTorch's
+accuracy: $(VENV)/installed  ## write docs/accuracy.md, the errors of fastkd and eager PyTorch against float64
 	$(RUN) -m benchmarks.accuracy
 
 reliability: $(VENV)/complete  ## run the programs that docs/reliability.md lists, and write that page
@@ -170,7 +170,7 @@ fmt: $(VENV)/complete  ## format the sources with ruff and clang-format
 	$(VENV)/bin/ruff format .
 	$(VENV)/bin/clang-format -i $$(git ls-files '*.cpp' '*.h' '*.cu' '*.cuh')
 
-cuda-compile: $(VENV)/created  ## compile the CUDA kernels for every architecture; fails on register spills
+cuda-compile: $(VENV)/created  ## compile the CUDA kernels for every architecture, and fail if registers spill
 	@mkdir -p build
 	@$(VENV)/bin/cmake -S . -B $(CUDA_BUILD) -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(VENV)/bin/ninja \
 	  -DFASTKD_TESTS=ON -DFASTKD_CUDA=ON -DFASTKD_WERROR=ON > $(CUDA_BUILD).log || (cat $(CUDA_BUILD).log; false)

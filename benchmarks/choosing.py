@@ -91,7 +91,7 @@ def summarize(values: Tensor) -> tuple[float, float]:
 
 
 def pool(results: Results, setting: Setting) -> str:
-    """Return the mean gain over data sets and the two smaller shares, ± two standard errors."""
+    """Return the mean gain over the data sets and the two smaller shares, ± two standard errors."""
     gains = [
         torch.stack([results.get_gain(data, share, setting) for share in SHARES[:-1]]).mean(0)
         for data in DATA

@@ -142,10 +142,11 @@ def plain(dense: Case, name: str) -> LossFunction:
 
 # ---- packages
 
+# torchtune's forward KL omits the teacher's entropy, and so is the soft cross entropy.
 _TORCHTUNE = {
     "reverse_kl": "ReverseKLLoss",
-    "symmetric_kl": "SymmetricKLLoss",  # its forward KL omits the teacher's entropy
-    "soft_cross_entropy": "ForwardKLLoss",  # omits the teacher's entropy
+    "symmetric_kl": "SymmetricKLLoss",
+    "soft_cross_entropy": "ForwardKLLoss",
 }
 
 

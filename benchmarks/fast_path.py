@@ -1,7 +1,7 @@
 """Measure how much longer calls take without autograd in C++; ``--write`` updates docs/install.md.
 
 Loss and backward pass run on one thread, in turns with autograd in C++ and with autograd in Python.
-The figure is the ratio of the shortest processor times, which other programs hardly change.
+Each figure is the ratio of the shortest processor times, which other programs hardly change.
 """
 
 from __future__ import annotations

@@ -216,7 +216,7 @@ def list_verdicts(results: dict[str, Any]) -> list[str]:
 
 
 def list_error_verdicts(records: dict[str, Any]) -> list[str]:
-    """Return the verdict on gradient errors: at most eager's, and at most 1.1x eager fp32's."""
+    """Compare gradient errors with those of "eager", and with 1.1 times those of "eager fp32"."""
     bounds = {"eager": 1.0, "eager fp32": 1.1}
     if any("weight_error" not in records.get(name, {}) for name in bounds):
         return []

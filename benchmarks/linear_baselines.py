@@ -79,7 +79,7 @@ def list_cases(device: str) -> list[LinearCase]:
 
 
 class Inputs(NamedTuple):
-    """Hold the tensors of a case, in the order of Liger's arguments."""
+    """Hold the tensors of a case, in the order of the arguments of Liger-Kernel's loss."""
 
     hidden: Tensor
     weight: Tensor

@@ -1,9 +1,9 @@
-"""Time calls in turns in one process, on inputs that have left the caches.
+"""Time calls in turns, in one process.
 
 - In turns: each round takes one sample of every call. The order of the calls rotates and reverses
   between rounds, so that clock drift, other processes and cached data favor no call.
-- Cold: a call alternates between sets of inputs, which together exceed the last-level cache. Small
-  cases stay in the caches, because a call has at most 16 sets.
+- Cold: a call alternates between sets of inputs that fill the last-level cache three times. A call
+  has at most 16 sets, so the inputs of small cases stay in the caches.
 - On a GPU, large cases are timed by events around a queued call, so that only the device's time
   counts. Cases with fewer than 2^22 logits are timed by the wall clock, which includes the host.
 - Results are the median and the 20th and 80th percentiles.
@@ -91,7 +91,7 @@ class _Produce(torch.autograd.Function):
 
 @dataclass
 class Step:
-    """Compute the loss, and if the case has a gradient the backward pass, on sets in turn."""
+    """Run the loss, and the backward pass if the case has a gradient, on one set after another."""
 
     case: Case
     function: LossFunction
@@ -172,7 +172,7 @@ class Clock:
     def record_events(
         self, call: Callable[[], object], host: float
     ) -> tuple[torch.cuda.Event, torch.cuda.Event]:
-        """Return two events around a call, which the host queues while the GPU sleeps."""
+        """Queue a call between two events while the GPU sleeps, and return the events."""
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda._sleep(int(min(1.5 * host + 5e-5, 5e-3) * SLEEP_CYCLES_PER_SECOND))
         start.record()

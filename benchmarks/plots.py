@@ -1,4 +1,4 @@
-"""Draw overview.png, times relative to fastkd, and scaling.png, times over the size of inputs."""
+"""Draw overview.png (times relative to fastkd) and scaling.png (times over rows and classes)."""
 
 from __future__ import annotations
 

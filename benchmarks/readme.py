@@ -30,7 +30,7 @@ PENDING = "benchmarks/results/PENDING.md"
 
 
 def find_newest() -> list[tuple[Path, Results]]:
-    """Return the folders and the newest results of a GPU and of a CPU, if they exist."""
+    """Return folder and results of the newest run on a GPU and of the newest run on a CPU."""
     latest: dict[str, tuple[Path, Results]] = {}
     for path in sorted(RESULTS.glob("*/results.json")):
         results = json.loads(path.read_text())
@@ -60,7 +60,7 @@ def _find_headline_case() -> Results:
 
 
 def _describe_devices(kind: str) -> str:
-    """Return the names, CPU kernels and newest date of the devices of one kind with results."""
+    """Return a text with names, CPU kernels and newest date of the measured devices of one kind."""
     runs = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("*/results.json"))]
     about = [run["environment"] for run in runs if run["environment"]["kind"] == kind]
     if not about:
@@ -129,7 +129,7 @@ def make_rows(results: Results) -> Rows:
 
 
 def write_benchmarks() -> str:
-    """Return a plot and a table of each of the newest results, as Markdown."""
+    """Return a plot and a table of the newest run on a GPU and on a CPU, as Markdown."""
     parts = []
     for folder, results in find_newest():
         where = folder.relative_to(README.parent).as_posix()

@@ -108,7 +108,7 @@ def make_case_rows(case: Results) -> Rows:
 
 
 def make_summary_rows(results: Results) -> Rows:
-    """Return a line for each case: fastkd's time, and the baselines' times divided by it."""
+    """Return a line for each case: fastkd's time, and the baselines' times divided by fastkd's."""
     names = [
         baseline.name
         for baseline in BASELINES
@@ -173,7 +173,7 @@ def make_duel_rows(results: Results) -> Rows:
 
 
 def make_sparse_rows(results: Results) -> Rows:
-    """Return the times of sparse losses, and fastkd's ratios to its dense loss and to PyTorch."""
+    """Return a line for each sparse case: times, and ratios to the dense loss and to PyTorch."""
     names = list(dict.fromkeys(name for case in results["sparse"] for name in case["lanes"]))
     rows = [
         [
@@ -269,7 +269,7 @@ def show_case(console: Console, case: Results) -> None:
 
 
 def show(console: Console, results: Results) -> None:
-    """Print the notes and all tables but those of single cases."""
+    """Print the notes, and all tables except those of single cases."""
     console.rule("Times of fastkd, and times of the baselines divided by it")
     console.print(_make_table(make_summary_rows(results)))
     for line in list_notes(results):

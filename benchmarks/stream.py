@@ -68,7 +68,7 @@ def _make_pool(threads: int) -> ThreadPoolExecutor:
 
 
 def make_streams(device: str) -> list[Stream]:
-    """Return the streams of a device; the first stream is the bandwidth in reports."""
+    """Return the streams of a device; reports compare times with the first stream."""
     if device == "cuda":
         a, b, c = _make_cuda_buffers()
         size = a.numel() * a.itemsize

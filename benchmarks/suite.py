@@ -30,7 +30,7 @@ from benchmarks.truth import Truth
 
 FLOOR = "s.sum()"
 FLOOR_LIMIT = 2**18
-"""Number of logits below which ``s.sum().backward()`` shows PyTorch's overhead."""
+"""Number of logits below which ``s.sum().backward()`` is also timed, as PyTorch's overhead."""
 STREAM_LIMIT = 2**19
 """Number of logits below which times are not compared with the memory bandwidth: smaller cases fit
 the caches, or take little longer than a kernel launch."""
@@ -204,7 +204,7 @@ def _time_working(
     kind: str,
     seconds: float,
 ) -> dict[str, Any]:
-    """Time the calls in turns; after a failure, leave out the calls that fail alone."""
+    """Time the calls in turns; after a failure, leave out calls that also fail by themselves."""
     try:
         return dict(time_in_turns(calls, device, kind, seconds))
     except Exception:
@@ -238,7 +238,7 @@ def _add_bandwidth(result: dict[str, Any], case: Case) -> None:
 
 
 def run_duel(duel: Duel, settings: Settings) -> dict[str, Any]:
-    """Time fastkd on two cases in turns, and divide the times per logit."""
+    """Time fastkd on two cases in turns, and return the ratio of the times per logit."""
     device = settings.device
     _release(device)
     kind = "device" if duel.first.elements >= WALL_LIMIT else "wall"

@@ -34,7 +34,7 @@ class Errors:
     """Largest error of a gradient's element, divided by the true gradient's largest element."""
 
     def is_acceptable(self, case: Case) -> bool:
-        """Return True if the errors are within the bounds, which excludes NaN."""
+        """Return True if the errors are within the bounds; NaN counts as outside the bounds."""
         gradient = 0.0 if self.gradient is None else self.gradient
         return (
             self.loss <= LOSS_TOLERANCE[case.dtype] and gradient <= GRADIENT_TOLERANCE[case.dtype]

@@ -51,7 +51,7 @@ def write(document: pathlib.Path, text: str) -> None:
 
 
 def set_style(axes: Axes) -> None:
-    """Remove frame and tick marks, and color the labels so that all backgrounds suit them."""
+    """Remove frame and tick marks, and set a color that is readable on light and dark pages."""
     axes.spines[:].set_visible(False)
     axes.tick_params(colors=INK, length=0)
 
@@ -82,7 +82,7 @@ def draw_accuracies(outcome: digits.Outcome) -> None:
 
 
 def draw_soft_targets(teacher: torch.nn.Module, images: torch.Tensor, labels: torch.Tensor) -> None:
-    """Draw an image, and its class probabilities by the teacher at three temperatures."""
+    """Draw an image, and the teacher's probabilities of its classes at three temperatures."""
     with torch.no_grad():
         logits = teacher(images)
     doubt = (logits.softmax(-1).amax(-1) - 0.95).abs()

@@ -84,7 +84,7 @@ print(f"teacher: {accuracy(teacher):.1f} % of the test images are right")
 #
 # The student has three linear layers, and sees a tenth of the images. The student trained alone
 # learns from the labels of these images. The distilled student learns from the same labels, and
-# from the teacher's logits on the same images. Its loss is
+# from the teacher's logits on the same images. The loss of the distilled student is
 #
 # $$\alpha\,\text{CE}(z, y)
 # + (1 - \alpha)\,T^2\,\text{KL}\big(\text{softmax}(w/T)\,\|\,\text{softmax}(z/T)\big),$$
@@ -92,7 +92,7 @@ print(f"teacher: {accuracy(teacher):.1f} % of the test images are right")
 # where z are the student's logits, w the teacher's logits, y the labels, T is the temperature, and
 # α the weight of the labels. CE is the cross entropy, and KL the Kullback-Leibler divergence. Both
 # students begin with the same weights, and see the same images in the same order. T = 4 and α = 0.1
-# were chosen on other splits of the data.
+# were chosen on splits of the data other than the split above.
 #
 # The gain of one seed may be chance. So both students are trained with ten seeds, and each seed
 # draws its own images and initial weights.

@@ -3,10 +3,10 @@
     python examples/digits.py [--seeds N] [--epochs N] [--temperature T] [--alpha A]
 
 A convolutional teacher is trained on all training images. Two small students are trained on a tenth
-of these images. One student learns from labels alone, the distilled student from labels and the
-teacher's logits. The students have equal initial weights, batches, steps, optimizers and learning
-rates, so only the loss differs. Hinton, Vinyals and Dean (2015, section 6) show that soft targets
-help a student that sees few samples.
+of these images. The student alone learns from labels, and the distilled student learns from labels
+and the teacher's logits. The students have equal initial weights, batches, steps, optimizers and
+learning rates, so only the loss differs. Hinton, Vinyals and Dean (2015, section 6) show that soft
+targets help a student that sees few samples.
 """
 
 from __future__ import annotations
@@ -181,7 +181,7 @@ def distill_student(
 
     def distillation(logits: Tensor, index: Tensor) -> Tensor:
         batches.append(Batch(logits.detach(), teacher_logits[index], labels[index]))
-        # Only this call is new for distillation. alpha weighs the labels' term.
+        # Distillation needs only this call. alpha is the weight of the labels.
         return fastkd.loss(
             logits,
             teacher_logits[index],
@@ -270,7 +270,7 @@ def exact(temperature: float, alpha: float) -> Loss:
 
 
 def compute_loss_and_gradient(loss: Loss, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Return the loss of a batch, and the gradient of the student's logits."""
+    """Return the loss of a batch, and the gradient with respect to the student's logits."""
     student = batch.student.detach().requires_grad_()
     value = loss(student, batch.teacher, batch.labels)
     (gradient,) = torch.autograd.grad(value, student)
@@ -411,7 +411,7 @@ def main() -> None:
     """Train the models, measure them, and print the results."""
     options = parse_arguments()
     temperature, alpha = options.temperature, options.alpha
-    # Models this small gain nothing from a second thread. `make bench` measures all threads.
+    # Models this small gain nothing from a second thread. `make bench` uses all threads.
     torch.set_num_threads(1)
     outcome = run(options)
     table = make_table(outcome)

@@ -26,7 +26,7 @@ LABELED, UNLABELED = 100, 600
 
 
 def make_teachers(seed: int) -> dict[str, object]:
-    """Return untrained classifiers of scikit-learn, which will make different mistakes."""
+    """Return five untrained classifiers of scikit-learn, by name."""
     return {
         "extra trees": ExtraTreesClassifier(100, random_state=seed),
         "nearest neighbors": KNeighborsClassifier(3, weights="distance"),
@@ -58,7 +58,7 @@ def train(
 
 
 def main() -> None:
-    """Train students of each teacher, of all teachers, and of the labels, for several seeds."""
+    """Train students on each teacher, on all teachers, and on labels, for several seeds."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, default=10)
     parser.add_argument("--steps", type=int, default=500, help="of each student")

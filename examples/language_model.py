@@ -37,7 +37,7 @@ class GPT(nn.Module):
     """Map tokens ``(batch, length)`` to logits of all characters by a causal transformer."""
 
     def __init__(self, characters: int, width: int, depth: int) -> None:
-        """Make the layers, with heads of 32 channels."""
+        """Make the layers, whose attention heads have 32 channels."""
         super().__init__()
         self.token, self.position = nn.Embedding(characters, width), nn.Embedding(LENGTH, width)
         layer = nn.TransformerEncoderLayer(
@@ -118,7 +118,7 @@ LOSSES: dict[str, Loss] = {
 
 
 def train(model: GPT, teacher: GPT, text: Tensor, objective: Loss, steps: int, seed: int) -> None:
-    """Train a model by Adam, with a rate that falls to zero."""
+    """Train a model by Adam, with a learning rate that falls to zero."""
     torch.manual_seed(seed)  # for the student's samples
     generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.Adam(model.parameters(), RATE)
@@ -132,7 +132,7 @@ def train(model: GPT, teacher: GPT, text: Tensor, objective: Loss, steps: int, s
 
 @torch.no_grad()
 def measure(model: GPT, teacher: GPT, text: Tensor, row: Row) -> None:
-    """Append measures on held-out windows, and on text with which the model continues prompts."""
+    """Append to ``row`` measures on held-out windows, and on continuations of their prompts."""
     torch.manual_seed(0)
     windows = draw_windows(text, 512, torch.Generator().manual_seed(0))
     text = generate(model, windows[:128, :PROMPT])
@@ -190,7 +190,7 @@ def summarize(values: list[float]) -> str:
 
 
 def describe(rows: dict[str, Row], error: float) -> str:
-    """Return a table and comparisons of the models as Markdown, with reasons where known."""
+    """Return a table and comparisons of the models as Markdown, with reasons if as expected."""
     lines = ["| | " + " | ".join(rows["teacher"]) + " |", "|-|" + "-:|" * len(rows["teacher"])]
     for name, row in rows.items():
         lines.append(f"| {name} | {' | '.join(map(summarize, row.values()))} |")

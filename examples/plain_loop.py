@@ -2,8 +2,8 @@
 
     python examples/plain_loop.py [--seeds N] [--epochs N]
 
-The teacher learns from 1,200 labeled digits. A small student sees 100 of these digits. It is
-trained with and without the teacher, from the same initial weights for the same number of steps.
+The teacher learns from 1,200 labeled digits. A small student learns from 100 of these digits, with
+and without the teacher, from the same initial weights for the same number of steps.
 """
 
 import argparse

@@ -79,7 +79,7 @@ def make_calls() -> dict[str, Callable[[], object]]:
 
 
 def main() -> int:
-    """Print the growth of the process for each kind of call; return 1 if one exceeds the margin."""
+    """Print the growth of memory for each kind of call; return 1 if a growth exceeds the margin."""
     count = int(sys.argv[1]) if len(sys.argv) > 1 else 100_000
     torch.set_num_threads(1)  # on busy processors, several threads would mostly wait for each other
     grown = {}
