@@ -227,7 +227,7 @@ def _measure(
 
 
 def main() -> None:
-    """Parse the command line, and measure, list the cases, or rewrite reports."""
+    """Parse the command line, and measure cases, list cases, or rewrite reports."""
     chosen = _parse_arguments()
     # Inductor starts with an empty cache, so that the reported compile times are of a first run.
     folder = tempfile.mkdtemp(prefix="fastkd-inductor-")

@@ -2,8 +2,8 @@
 
 The truth is `fastkd.reference` in float64, on logits rounded to the dtype of the table. Eager
 PyTorch computes the divergence's formula in the dtype of the table. The error of a row's loss is
-divided by the true loss. The error of a row's gradient is the 2-norm of the difference from the
-true gradient, divided by the true gradient's 2-norm.
+the difference from the true loss, divided by the true loss. The error of a row's gradient is the
+2-norm of the difference from the true gradient, divided by the true gradient's 2-norm.
 """
 
 from __future__ import annotations

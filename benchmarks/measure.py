@@ -91,7 +91,7 @@ class _Produce(torch.autograd.Function):
 
 @dataclass
 class Step:
-    """Run the loss, and the backward pass if the case has a gradient, on one set after another."""
+    """Run the loss and, for a case with gradient, the backward pass, on sets of inputs in turn."""
 
     case: Case
     function: LossFunction

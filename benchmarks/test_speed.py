@@ -4,7 +4,8 @@
     python -m pytest benchmarks --benchmark-compare          compare with the last saved run
     python -m pytest benchmarks --benchmark-compare --benchmark-compare-fail=median:10%
 
-The normal test run leaves out these benchmarks. ``python -m benchmarks`` times baselines, too.
+The last command fails if a median is more than 10 % slower. The normal test run leaves out these
+benchmarks. ``python -m benchmarks`` also times baselines.
 """
 
 from __future__ import annotations

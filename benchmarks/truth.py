@@ -45,7 +45,7 @@ class Truth:
     """Compute losses and gradients of one set of inputs in float64."""
 
     def __init__(self, case: Case, student: Tensor, teacher: Tensor, labels: Tensor) -> None:
-        """Store the inputs; the first call of ``compute_errors`` computes losses and gradients."""
+        """Store the inputs, and choose the rows whose gradients are stored."""
         self.case = case
         self.inputs = (student.detach().clone(), teacher, labels)
         on_gpu = student.device.type == "cuda"

@@ -82,7 +82,7 @@ def draw_accuracies(outcome: digits.Outcome) -> None:
 
 
 def draw_soft_targets(teacher: torch.nn.Module, images: torch.Tensor, labels: torch.Tensor) -> None:
-    """Draw an image, and the teacher's probabilities of its classes at three temperatures."""
+    """Draw an image, and the teacher's class probabilities at three temperatures."""
     with torch.no_grad():
         logits = teacher(images)
     doubt = (logits.softmax(-1).amax(-1) - 0.95).abs()
