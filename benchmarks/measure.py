@@ -5,7 +5,7 @@
 - Cold: a call alternates between sets of inputs that fill the last-level cache three times. A call
   has at most 16 sets, so the inputs of small cases stay in the caches.
 - On a GPU, large cases are timed by events around a queued call, so that only the device's time
-  counts. Cases with fewer than 2^22 logits are timed by the wall clock, which includes the host.
+  counts. The wall clock times cases with fewer than 2^22 logits, which spend much time on the host.
 - Results are the median and the 20th and 80th percentiles.
 """
 

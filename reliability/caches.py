@@ -133,7 +133,7 @@ OPEN = "import sys; from fastkd.teachers import TeacherCache; TeacherCache(sys.a
 
 
 def check_other_files() -> None:
-    """Open a pipe, a socket, a device and a folder as shards; each must raise ValueError."""
+    """Check that opening a pipe, a socket, a device or a folder as a shard raises ValueError."""
     folder = FOLDER / "others"
     file = folder / "shard-00000.safetensors"
 

@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "build" / "versions"
-# The oldest and the newest Python run with the oldest torch and with the newest torch for the Python.
+# The oldest and the newest Python run with the oldest and the newest torch that support the Python.
 # The Pythons in between run with one torch each, because a pair takes gigabytes.
 PAIRS = ("3.10:2.10.0", "3.10:2.14.1", "3.11:2.13.0", "3.12:2.11.0", "3.13:2.10.0", "3.13:2.15.0")
 CORE = [
