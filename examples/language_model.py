@@ -184,7 +184,7 @@ def run_experiment(seeds: int, steps: int) -> tuple[dict[str, Row], float]:
 
 
 def summarize(values: list[float]) -> str:
-    """Return the mean and, of several values, its standard error."""
+    """Return the mean, and the standard error if there are several values."""
     error = stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0
     return f"{mean(values):.3f}" + f" ± {error:.3f}" * (len(values) > 1)
 

@@ -1,6 +1,6 @@
 """Test what fastkd promises, by the programs that ``docs/reliability.md`` lists.
 
 A program prints its results as a line ``figures: {...}``, or as the summary of a test runner.
-``python -m reliability NAME`` runs a program, and stores the results in ``results/NAME.json`` and in
-the document.
+``python -m reliability NAME`` runs a program, and stores the results in ``results/NAME.json`` and
+in the document.
 """
