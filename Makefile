@@ -43,7 +43,7 @@ install: $(VENV)/installed  ## create .venv, build fastkd and install it there
 demo: $(VENV)/installed  ## distill a small student on scikit-learn's digits, and print the gain in accuracy
 	$(RUN) examples/digits.py
 
-# pytest runs a process for each core, so each process has one OpenMP thread. Tests of threads set the number of threads.
+# pytest runs a process for each core, so a process has one OpenMP thread. Tests of threads set the number of threads.
 PYTEST := OMP_NUM_THREADS=1 $(RUN) -m pytest --numprocesses auto --dist worksteal
 test: $(VENV)/complete  ## run the quick tests, which takes a few minutes
 	$(PYTEST) -m "not slow" --junitxml build/test.xml

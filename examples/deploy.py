@@ -147,7 +147,7 @@ plt.show()
 #
 # `fastkd.export` writes a file that runs without PyTorch, and compares the file's logits with the
 # student's. `quantize="int8"` stores weights in 8 bits, and computes with 8-bit activations.
-# Training images, the second argument, determine the ranges of the activations.
+# The second argument, training images, determines the ranges of the activations.
 
 # %%
 alone, distilled = pairs[0]

@@ -181,7 +181,7 @@ def distill_student(
 
     def distillation(logits: Tensor, index: Tensor) -> Tensor:
         batches.append(Batch(logits.detach(), teacher_logits[index], labels[index]))
-        # Distillation needs only this call. alpha is the weight of the labels.
+        # This call replaces F.cross_entropy. alpha is the weight of the labels.
         return fastkd.loss(
             logits,
             teacher_logits[index],

@@ -104,7 +104,7 @@ def on_policy(student: GPT, teacher: GPT, text: Tensor) -> Tensor:
 
 
 def on_policy_sampled(student: GPT, teacher: GPT, text: Tensor) -> Tensor:
-    """Estimate the reverse KL from the teacher's score of each token that the student writes."""
+    """Estimate the reverse KL from the teacher's log-probabilities of the student's tokens."""
     text = generate(student, text[:, :PROMPT])
     sampled = fastkd.Sampled(score(teacher, text), text, estimator="k1")
     return fastkd.loss(student(text), sampled, mask_prompt(text), **OPTIONS)
