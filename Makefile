@@ -1,4 +1,4 @@
-# `make help` lists the targets, which create the virtual environment .venv if it is missing.
+# `make help` lists the targets. A target that needs the virtual environment .venv creates .venv.
 PYTHON ?= python3
 VENV ?= .venv
 # The torch that a new environment gets. Any torch >= 2.10 works, with or without CUDA: make demo TORCH=torch
