@@ -1,10 +1,10 @@
-# `make help` lists the targets, which use the environment .venv. The first target that needs .venv creates it.
+# `make help` lists the targets. A target that needs the virtual environment .venv creates .venv.
 PYTHON ?= python3
 VENV ?= .venv
-# The torch that a new environment gets. Any torch >= 2.10 works, also one with CUDA: make demo TORCH=torch
+# The torch that a new environment gets. Any torch >= 2.10 works, with or without CUDA: make demo TORCH=torch
 TORCH ?= torch==2.13.0
 RUN := $(VENV)/bin/python
-# Python compiles a module when a program first imports it. pip would compile all modules of torch, for half a minute.
+# Without --no-compile, pip would compile every module of torch, also modules that no program imports.
 INSTALL := $(RUN) -m pip install --quiet --no-compile
 SOURCES := $(wildcard csrc/*.h csrc/*/*) CMakeLists.txt pyproject.toml
 CUDA_BUILD := build/cuda
@@ -30,8 +30,8 @@ $(VENV)/installed: $(VENV)/created $(SOURCES)
 	$(INSTALL) --no-build-isolation -e ".[demo,bench]"
 	touch $@
 
-# Developers also need linters, and the libraries of tests and examples. fastkd.compat is tested against the group
-# `peers`. The dependencies of these libraries take gigabytes, and the tests do not use them.
+# Developers also need linters, and the libraries of tests and examples. The group `peers` is installed with --no-deps,
+# because its dependencies take gigabytes, and the tests do not use them.
 $(VENV)/complete: $(VENV)/installed
 	$(INSTALL) --no-build-isolation -e ".[train,report,deploy,examples,test,dev]"
 	$(INSTALL) --no-deps --group peers
@@ -40,24 +40,24 @@ $(VENV)/complete: $(VENV)/installed
 
 install: $(VENV)/installed  ## create .venv, build fastkd and install it there
 
-demo: $(VENV)/installed  ## distill a small student on scikit-learn's digits, and print what distillation gained
+demo: $(VENV)/installed  ## distill a small student on scikit-learn's digits, and print the gain in accuracy
 	$(RUN) examples/digits.py
 
-# One process for each core, each with one OpenMP thread: tests of threads set their own number.
+# pytest runs a process for each core, so a process has one OpenMP thread. Tests of threads set the number of threads.
 PYTEST := OMP_NUM_THREADS=1 $(RUN) -m pytest --numprocesses auto --dist worksteal
-test: $(VENV)/complete  ## run the quick tests: a few minutes
+test: $(VENV)/complete  ## run the quick tests, which takes a few minutes
 	$(PYTEST) -m "not slow" --junitxml build/test.xml
 
 test-all: kernel-test kernel-test-arm $(VENV)/complete  ## run every test, also the kernels' own tests
 	$(PYTEST) --junitxml build/test-all.xml
 
-coverage: $(VENV)/complete  ## run both tiers, measure what each covers, and write docs/tests.md
+coverage: $(VENV)/complete  ## run the quick tests, then the slow tests, and write their coverage to docs/tests.md
 	$(PYTEST) -m "not slow" --junitxml build/test.xml --cov fastkd --cov-report json:build/test.json
 	$(PYTEST) -m slow --junitxml build/slow.xml --cov fastkd --cov-append --cov-report json:build/test-all.json
 	$(RUN) docs/tests.py
 
-# $(call kernels,FOLDER,OPTIONS,TARGET) builds the kernels with their own tests, which need no torch and no Python. A
-# TARGET builds only one of these programs.
+# $(call kernels,FOLDER,OPTIONS,TARGETS) builds the kernels and their test programs in build/FOLDER, without torch or
+# Python. If TARGETS names programs, only these programs are built.
 define kernels
 @mkdir -p build
 @$(VENV)/bin/cmake -S . -B build/$(1) -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(VENV)/bin/ninja \
@@ -72,7 +72,7 @@ kernel-test: $(VENV)/created  ## run the CPU kernels' own tests, without torch o
 # aarch64 has only baseline kernels. The tests compare with double, because aarch64 computes long double in software.
 ARM := aarch64-linux-gnu
 ARM_TOOLS := $(and $(shell command -v $(ARM)-g++),$(shell command -v qemu-aarch64))
-# FULL=1 also compares every result with float64, which takes about an hour on an emulated processor.
+# FULL=1 also runs cpu_kernels, which takes about an hour under qemu.
 kernel-test-arm: $(VENV)/created  ## cross-compile the CPU kernels for aarch64, and fuzz them under qemu
 ifdef ARM_TOOLS
 	$(call kernels,kernels-arm,-DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64 \
@@ -108,7 +108,7 @@ fuzz-kernels: $(VENV)/created  ## make hostile calls of the kernels' C interface
 	$(call kernels,sanitize,-DFASTKD_SANITIZE=address$(COMMA)undefined,cpu_fuzz)
 	build/sanitize/cpu_fuzz $(CASES) $(SEED)
 
-libfuzzer: $(VENV)/created  ## fuzz the kernels' C interface by libFuzzer, which follows branches: needs clang
+libfuzzer: $(VENV)/created  ## fuzz the kernels' C interface by libFuzzer, which needs clang
 	$(call kernels,libfuzzer,-DCMAKE_CXX_COMPILER=$(CLANG) -DFASTKD_SANITIZE=fuzzer-no-link$(COMMA)address -DFASTKD_LIBFUZZER=ON,cpu_fuzz)
 	build/libfuzzer/cpu_fuzz -max_total_time=60 -max_len=600 -print_final_stats=1
 
@@ -119,7 +119,7 @@ fuzz-caches: $(VENV)/complete  ## fuzz the reader of teachers' caches by libFuzz
 soak: $(VENV)/complete  ## make 100,000 calls of each kind, and check that memory does not grow
 	$(RUN) -m reliability.soak
 
-versions: $(VENV)/complete  ## run core tests on other Pythons and torches: downloads gigabytes the first time
+versions: $(VENV)/complete  ## run core tests on several versions of Python and torch, which take gigabytes
 	$(INSTALL) --group package
 	$(RUN) -m reliability.versions $(PAIRS)
 
@@ -127,8 +127,8 @@ package: $(VENV)/complete  ## test sdist, auditwheel and cibuildwheel, as far as
 	$(INSTALL) --group package
 	$(RUN) -m reliability.package
 
-# -W -n: a dead link, or a docstring's reference to an unknown name, is an error. The doctest builder runs the examples
-# in docstrings.
+# -W and -n make a dead link, or a docstring's reference to an unknown name, an error. The doctest builder runs the
+# examples in docstrings.
 SPHINX := $(RUN) -m sphinx -W --keep-going -n -q -c docs -d build/doctrees
 docs: $(VENV)/complete  ## build the documentation site in build/docs, and check its links and examples
 	$(INSTALL) --group docs
@@ -136,10 +136,10 @@ docs: $(VENV)/complete  ## build the documentation site in build/docs, and check
 	$(SPHINX) -b doctest . build/docs-doctest
 	@echo "the site is in build/docs/index.html"
 
-docs-links: docs  ## check the links to other sites, too: needs the network
+docs-links: docs  ## also check links to other sites, over the network
 	$(SPHINX) -b linkcheck . build/docs-links
 
-accuracy: $(VENV)/installed  ## write docs/accuracy.md: errors against float64, beside eager PyTorch's
+accuracy: $(VENV)/installed  ## write docs/accuracy.md, the errors of fastkd and eager PyTorch against float64
 	$(RUN) -m benchmarks.accuracy
 
 reliability: $(VENV)/complete  ## run the programs that docs/reliability.md lists, and write that page
@@ -170,7 +170,7 @@ fmt: $(VENV)/complete  ## format the sources with ruff and clang-format
 	$(VENV)/bin/ruff format .
 	$(VENV)/bin/clang-format -i $$(git ls-files '*.cpp' '*.h' '*.cu' '*.cuh')
 
-cuda-compile: $(VENV)/created  ## compile the CUDA kernels for every architecture; fails on register spills
+cuda-compile: $(VENV)/created  ## compile the CUDA kernels for every architecture, and fail if registers spill
 	@mkdir -p build
 	@$(VENV)/bin/cmake -S . -B $(CUDA_BUILD) -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(VENV)/bin/ninja \
 	  -DFASTKD_TESTS=ON -DFASTKD_CUDA=ON -DFASTKD_WERROR=ON > $(CUDA_BUILD).log || (cat $(CUDA_BUILD).log; false)

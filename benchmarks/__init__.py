@@ -1,7 +1,7 @@
-"""Compare fastkd with other ways to compute the same loss: ``python -m benchmarks``.
+"""Compare fastkd with other implementations of the distillation loss: ``python -m benchmarks``.
 
-A case (cases.py) is one shape, dtype and temperature; a baseline (baselines.py) is one way to
-compute its loss. suite.py checks every baseline's answer against float64 (truth.py), then times
-the baselines side by side (measure.py), and measures the memory bandwidth (stream.py). report.py,
-plots.py and readme.py show the results, and claims.py checks fastkd's claims.
+A case (cases.py) is a shape of logits, a dtype, and options of the loss. A baseline (baselines.py)
+is an implementation of the loss. suite.py checks every baseline against float64 (truth.py), and
+then times the baselines in turns (measure.py). suite.py also measures the memory bandwidth
+(stream.py). report.py, plots.py and readme.py show the results. claims.py checks fastkd's claims.
 """

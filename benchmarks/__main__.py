@@ -1,4 +1,4 @@
-"""Measure on this machine whether to switch to fastkd: ``python -m benchmarks``."""
+"""Time fastkd and other implementations of the distillation loss: ``python -m benchmarks``."""
 
 from __future__ import annotations
 
@@ -105,7 +105,6 @@ def _redraw(folder: Path) -> None:
 
 
 def _draw(results: dict[str, Any], folder: Path) -> None:
-    """Draw the plots; without matplotlib, print the error and return."""
     try:
         from benchmarks import plots
     except ModuleNotFoundError as error:
@@ -115,7 +114,7 @@ def _draw(results: dict[str, Any], folder: Path) -> None:
 
 
 def _summarize_streams(device: str, cases: list[dict[str, Any]]) -> dict[str, tuple[str, float]]:
-    """Return the description and the median speed of each memory stream over the cases."""
+    """Return each memory stream's description, and its median bytes per second over the cases."""
     import statistics
 
     from benchmarks.stream import make_streams
@@ -135,7 +134,7 @@ def _measure(
     sections: dict[str, list[Any]],
     standard: bool,
 ) -> dict[str, Any]:
-    """Run all cases, and print each when it is done."""
+    """Run all cases and print their results."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -184,7 +183,7 @@ def _measure(
             measured = None
             try:
                 measured = run()
-            except Exception as error:  # such as out of memory: the other cases still run
+            except Exception as error:  # a failed case does not stop the run
                 console.print(f"{title}: not measured, {type(error).__name__}: {str(error)[:200]}")
             progress.advance(task)
             return measured
@@ -228,9 +227,9 @@ def _measure(
 
 
 def main() -> None:
-    """Parse the command line, and run the chosen part."""
+    """Parse the command line, and measure cases, list cases, or rewrite reports."""
     chosen = _parse_arguments()
-    # Compile with an empty cache, so that the reported compile times are those of a first run.
+    # Inductor starts with an empty cache, so that the reported compile times are of a first run.
     folder = tempfile.mkdtemp(prefix="fastkd-inductor-")
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = folder
     try:

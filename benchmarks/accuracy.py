@@ -1,8 +1,9 @@
 """Write docs/accuracy.md, the errors of fastkd and of eager PyTorch against float64.
 
-The truth is `fastkd.reference` in float64 on the same numbers. Eager PyTorch computes the same
-formula from ``log_softmax`` in the inputs' dtype. The error of a loss is relative to the loss of
-each row. The error of a gradient is its 2-norm, relative to the 2-norm of the row's gradient.
+The truth is `fastkd.reference` in float64, on logits rounded to the dtype of the table. Eager
+PyTorch computes the divergence's formula in the dtype of the table. The error of a row's loss is
+the difference from the true loss, divided by the true loss. The error of a row's gradient is the
+2-norm of the difference from the true gradient, divided by the true gradient's 2-norm.
 """
 
 from __future__ import annotations
@@ -27,13 +28,13 @@ T = 2.0
 
 
 class Regime(NamedTuple):
-    """Describe a distribution of logits: shape, spread, offset, and distance of the teacher."""
+    """Describe random logits: shape, standard deviation (``spread``) and mean (``offset``)."""
 
     name: str
     rows: int = 64
     classes: int = 1000
     spread: float = 3.0
-    apart: float | None = None  # None: the teacher is independent of the student
+    apart: float | None = None  # standard deviation of teacher - student; None: independent logits
     offset: float = 0.0
 
 
@@ -48,7 +49,7 @@ REGIMES = (
 
 
 def draw(regime: Regime, dtype: torch.dtype, device: str) -> tuple[Tensor, Tensor]:
-    """Draw student and teacher logits."""
+    """Draw the logits of student and teacher, and round them to a dtype."""
     generator = torch.Generator().manual_seed(0)
     shape = (regime.rows, regime.classes)
     student, noise = (torch.randn(shape, generator=generator, dtype=torch.float64) for _ in "sn")
@@ -60,7 +61,7 @@ def draw(regime: Regime, dtype: torch.dtype, device: str) -> tuple[Tensor, Tenso
 
 
 def eager(student: Tensor, teacher: Tensor, divergence: str) -> Tensor:
-    """Compute the row losses by PyTorch's own operations in the inputs' dtype."""
+    """Return the loss of each row, computed by PyTorch operations in the inputs' dtype."""
     kind = reference.DIVERGENCES[divergence]
     pair = (teacher / T, student / T)
     if kind.compares == "probabilities":
@@ -75,12 +76,12 @@ def eager(student: Tensor, teacher: Tensor, divergence: str) -> Tensor:
 
 
 def make_labels(student: Tensor) -> Tensor:
-    """Return one label for each row, for the divergences that need labels."""
+    """Return one label for each row, for divergences that need labels."""
     return torch.arange(len(student), device=student.device) % student.shape[-1]
 
 
 def fused(student: Tensor, teacher: Tensor, divergence: str) -> Tensor:
-    """Compute the row losses by fastkd, without a hard term."""
+    """Return the loss of each row, computed by fastkd without a hard term."""
     needs = reference.DIVERGENCES[divergence].needs_labels
     labels = make_labels(student) if needs else None
     weights = {"hard_weight": 0.0, "soft_weight": 1.0} if needs else {}
@@ -90,7 +91,7 @@ def fused(student: Tensor, teacher: Tensor, divergence: str) -> Tensor:
 
 
 class Errors(NamedTuple):
-    """Hold the errors of loss and gradient over the rows: median and greatest."""
+    """Hold the median and the maximum over the rows of the errors of loss and gradient."""
 
     loss: float
     loss_most: float
@@ -98,7 +99,7 @@ class Errors(NamedTuple):
     grad_most: float
 
     def __str__(self) -> str:
-        """Return the errors as cells of a table."""
+        """Return the errors as two cells of a Markdown table, one for loss and one for gradient."""
         return " | ".join(
             f"{a:.0e} / {b:.0e}" for a, b in ((self.loss, self.loss_most), self[2:])
         ).replace("e-0", "e-")
@@ -108,7 +109,7 @@ Rows = tuple[Tensor, Tensor]
 
 
 def compute_rows(compute: Callable[[Tensor], Tensor], student: Tensor) -> Rows:
-    """Compute the losses and the gradient of the rows."""
+    """Return the loss and the gradient of each row, converted to float64."""
     leaf = student.detach().clone().requires_grad_()
     value = compute(leaf)
     (gradient,) = torch.autograd.grad(value.sum(), leaf)
@@ -116,7 +117,7 @@ def compute_rows(compute: Callable[[Tensor], Tensor], student: Tensor) -> Rows:
 
 
 def compute_errors(rows: Rows, truth: Rows) -> Errors:
-    """Return the errors of the rows against float64."""
+    """Return the relative errors of the rows; NaN counts as an infinite error."""
     numbers: list[float] = []
     for got, exact in zip(rows, truth, strict=True):
         got, exact = got.reshape(len(got), -1), exact.reshape(len(exact), -1)
@@ -128,7 +129,7 @@ def compute_errors(rows: Rows, truth: Rows) -> Errors:
 def compare(
     regime: Regime, dtype: torch.dtype, device: str, divergence: str
 ) -> tuple[Errors, Errors, float]:
-    """Return the errors of fastkd, of eager, and of rounding the true gradient to the dtype."""
+    """Return the errors of fastkd, of eager PyTorch, and of rounding the true gradient."""
     student, teacher = draw(regime, dtype, device)
     exact_teacher = teacher.double()
     needs = reference.DIVERGENCES[divergence].needs_labels
@@ -157,7 +158,7 @@ HEAD = (
 
 
 def make_table(rows: Iterable[tuple[str, tuple[Errors, Errors, float]]]) -> str:
-    """Return a Markdown table."""
+    """Return a Markdown table of errors."""
     lines = [
         f"| {name} | {ours} | {theirs} | {rounded:.0e} |".replace("e-0", "e-")
         for name, (ours, theirs, rounded) in rows
@@ -206,7 +207,7 @@ def write_document(device: str) -> str:
 
 
 def main() -> None:
-    """Write the document for a device."""
+    """Write docs/accuracy.md, or docs/accuracy-cuda.md with ``--device cuda``."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     device = parser.parse_args().device

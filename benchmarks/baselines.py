@@ -1,14 +1,13 @@
-"""Define the baselines: one function for each way to compute the loss.
+"""Define the baselines, which are the implementations of the loss that the benchmarks time.
 
-A baseline's function takes a case and returns a function of (student, teacher, labels), which
-computes
+A baseline's function takes a case, and returns a function of (student, teacher, labels). The
+returned function computes the loss as the documentation of the baseline's package shows:
 
     alpha * CE(student, labels) + (1 - alpha) * T^2 * KL(teacher || student)
 
-by the baseline's package, as the package's documentation shows. If a package's loss differs from
-this formula, the baseline's text says so, and ``truth`` names the formula that checks the loss
-(truth.py). If a package is missing or cannot run, the function raises ``UnavailableError`` with the
-reason, which becomes a line of the report.
+If a package computes another formula, the baseline's description (``what``) says so, and ``truth``
+names the formula that checks the baseline (truth.py). If a package is missing or cannot run, the
+baseline's function raises ``UnavailableError``, and the report shows the reason.
 """
 
 from __future__ import annotations
@@ -31,30 +30,30 @@ LossFunction = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 class UnavailableError(Exception):
-    """Tell why a baseline cannot be measured on this machine."""
+    """Tell why a baseline cannot run on this machine."""
 
 
 @dataclass(frozen=True)
 class Baseline:
-    """Describe a way to compute a case's loss."""
+    """Describe an implementation of the loss."""
 
     name: str
     make: Callable[[Case], LossFunction]
     what: str
     truth: str = "kd"
-    """Formula that checks the answer: "kd", "soft_ce" or "jsd" (truth.py)."""
+    """Formula that checks loss and gradient: "kd", "soft_ce" or "jsd" (truth.py)."""
     overwrites: bool = False
-    """True if the baseline overwrites the student's logits; it then gets a copy."""
+    """True if the baseline overwrites the student's logits; suite.py then passes copies."""
     non_leaf: bool = False
-    """True if the student's logits must be an operation's output, as a model's are."""
+    """True if the student's logits must be the output of an operation, not a leaf."""
     compiles: str = "no"
-    """Use of torch.compile: "no", "default", or "best" with autotuning."""
+    """Mode of torch.compile: "no" for none, "default", or "best" with autotuning."""
     half_only: bool = False
-    """True if the baseline equals another baseline in float32."""
+    """True for 16-bit logits only, because another baseline is identical in float32."""
     language_models_only: bool = False
 
     def is_for(self, case: Case) -> bool:
-        """Return True if the baseline is worth measuring on a case."""
+        """Return True if the benchmarks measure the baseline on a case."""
         if self.compiles != "no" and case.compiled not in (self.compiles, "best"):
             return False
         if self.half_only and case.dtype == "fp32":
@@ -70,7 +69,7 @@ BASELINES: list[Baseline] = []
 def baseline(
     name: str, what: str, **options: Any
 ) -> Callable[[Callable[[Case], LossFunction]], Callable[[Case], LossFunction]]:
-    """Return a decorator that adds a function to the list of baselines."""
+    """Return a decorator that adds a function to ``BASELINES``."""
 
     def add(make: Callable[[Case], LossFunction]) -> Callable[[Case], LossFunction]:
         BASELINES.append(Baseline(name, make, what, **options))
@@ -98,13 +97,13 @@ def import_package(module: str, package: str) -> Any:
 
 
 def _arrange_pixels(case: Case, *tensors: Tensor) -> Iterator[Tensor]:
-    """Return a case's tensors; those of P pixels and C classes become (1, C, P) and (1, P)."""
+    """Return the tensors, as (1, classes, pixels) or (1, pixels) if the rows are pixels."""
     return (tensor.t()[None] if case.pixels else tensor for tensor in tensors)
 
 
 @baseline("fastkd", "fastkd.loss")
 def fused(case: Case) -> LossFunction:
-    """Compute the loss by fastkd."""
+    """Make a loss function that calls fastkd.loss."""
     options: dict[str, Any] = {"temperature": case.temperature, "alpha": case.alpha}
     if case.pixels:
         options["dim"] = 1
@@ -118,14 +117,14 @@ def fused(case: Case) -> LossFunction:
     non_leaf=True,
 )
 def fused_in_place(case: Case) -> LossFunction:
-    """Compute the loss by fastkd, with the gradient in the logits' memory."""
+    """Make a loss function that calls fastkd.loss with ``inplace=True``."""
     options: dict[str, Any] = {"temperature": case.temperature, "alpha": case.alpha}
     return lambda s, t, y: fastkd.loss(s, t, y, inplace=True, **options)
 
 
 @baseline("eager", "PyTorch as tutorials write it, in the logits' dtype")
 def eager(case: Case) -> LossFunction:
-    """Compute the loss by F.cross_entropy and F.kl_div."""
+    """Make a loss function of F.cross_entropy and F.kl_div."""
     temperature, alpha = case.temperature, case.alpha
 
     def kd(student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
@@ -141,7 +140,7 @@ def eager(case: Case) -> LossFunction:
 
 @baseline("eager fp32", "eager on logits cast to float32, as autocast casts them", half_only=True)
 def eager_upcast(case: Case) -> LossFunction:
-    """Compute the loss by eager PyTorch on logits cast to float32."""
+    """Make the eager loss function on logits cast to float32."""
     kd = eager(case)
 
     def upcast(student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
@@ -152,7 +151,7 @@ def eager_upcast(case: Case) -> LossFunction:
 
 @baseline("torch.compile", "torch.compile(eager), default mode, static shapes", compiles="default")
 def compiled(case: Case) -> LossFunction:
-    """Compute the eager loss compiled by Inductor's defaults."""
+    """Make the eager loss function, compiled in Inductor's default mode."""
     return torch.compile(eager(case), dynamic=False)
 
 
@@ -162,7 +161,7 @@ def compiled(case: Case) -> LossFunction:
     compiles="best",
 )
 def compiled_best(case: Case) -> LossFunction:
-    """Compute the eager loss compiled by Inductor with max-autotune."""
+    """Make the eager loss function in float32, compiled by Inductor with max-autotune."""
     return torch.compile(eager_upcast(case), dynamic=False, mode="max-autotune-no-cudagraphs")
 
 
@@ -176,7 +175,7 @@ def _import_liger(case: Case) -> Any:
     "Liger KL + CE", "LigerKLDIVLoss on eager softmaxes + LigerCrossEntropyLoss", overwrites=True
 )
 def liger_kl(case: Case) -> LossFunction:
-    """Compute the loss by Liger-Kernel, the cross entropy last, since it overwrites the logits."""
+    """Make Liger-Kernel's loss; the cross entropy, which overwrites the logits, comes last."""
     liger = _import_liger(case)
     soft_loss = liger.LigerKLDIVLoss(reduction="batchmean")
     hard_loss = liger.LigerCrossEntropyLoss()
@@ -199,7 +198,7 @@ def liger_kl(case: Case) -> LossFunction:
     language_models_only=True,
 )
 def liger_jsd(case: Case) -> LossFunction:
-    """Compute the soft term by Liger-Kernel's fused divergence."""
+    """Make Liger-Kernel's Jensen-Shannon divergence (JSD), without a hard term."""
     jsd = _import_liger(case).LigerJSD(beta=0.5)
     temperature = case.temperature
 
@@ -212,7 +211,7 @@ def liger_jsd(case: Case) -> LossFunction:
 
 @baseline("torchdistill", "torchdistill.losses.mid_level.KDLoss")
 def torchdistill(case: Case) -> LossFunction:
-    """Compute the loss by torchdistill, which reads logits from dictionaries."""
+    """Make torchdistill's loss, which reads logits from dictionaries."""
     module = import_package("torchdistill.losses.mid_level", "torchdistill")
     criterion = module.KDLoss("", "output", "", "output", case.temperature, alpha=case.alpha)
 
@@ -224,7 +223,7 @@ def torchdistill(case: Case) -> LossFunction:
 
 
 def load_torchtune_losses() -> Any:
-    """Import torchtune's file of losses alone, since the whole package needs an old torchao."""
+    """Import torchtune's file of losses alone, because the package needs an old torchao."""
     package = importlib.util.find_spec("torchtune")
     if package is None or not package.submodule_search_locations:
         raise UnavailableError("not installed (pip install torchtune)")
@@ -243,7 +242,7 @@ def load_torchtune_losses() -> Any:
     truth="soft_ce",
 )
 def torchtune(case: Case) -> LossFunction:
-    """Compute the loss by torchtune, from logits divided by the temperature."""
+    """Make torchtune's loss of logits divided by the temperature."""
     criterion = load_torchtune_losses().ForwardKLLoss()
     temperature, alpha = case.temperature, case.alpha
 
@@ -257,5 +256,5 @@ def torchtune(case: Case) -> LossFunction:
 
 
 def floor(case: Case) -> LossFunction:
-    """Compute a sum and its gradient, to time PyTorch's own cost on a small case."""
+    """Make a function that sums the student's logits, to time PyTorch's overhead."""
     return lambda s, t, y: s.sum()

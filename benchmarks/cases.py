@@ -1,10 +1,10 @@
 """Define the measured cases: shapes of well-known models, and the rows that fit a machine.
 
-Vision cases have the number of rows of their recipes' batch. Language models have 8192 rows
-(tokens) on a GPU, halved until one tensor of logits takes at most 1/48 of the GPU's memory. This
-limit leaves room for two sets of inputs and for the largest baseline (eager in float32 on 16-bit
-logits: 16 tensors of logits). On a CPU language models have 128 rows, halved until one float32
-tensor takes at most 32 MiB, several times the size of the caches.
+A row is a sample of a vision model or a token of a language model. Vision cases have the rows of a
+usual batch. Language models have 8192 rows on a GPU, halved until a tensor of logits takes at most
+1/48 of the GPU's memory. This limit leaves room for two sets of inputs and the largest baseline:
+eager PyTorch in float32 on 16-bit logits takes 16 tensors of logits. On a CPU, language models have
+128 rows, halved until a float32 tensor of logits takes at most 32 MiB.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class Model:
     classes: int
     what: str
     rows: int = 0
-    """Rows of one step; 0 for as many tokens as fit the machine."""
+    """Rows of one step; 0 for the number that ``fit_rows`` returns."""
 
 
 MODELS = {
@@ -47,7 +47,7 @@ MODELS = {
 
 @dataclass(frozen=True)
 class Case:
-    """Describe a measurement: the logits, the options of the loss, and what is measured."""
+    """Describe a measurement: the logits, the options of the loss, and the measured quantities."""
 
     name: str
     rows: int
@@ -57,13 +57,13 @@ class Case:
     gradient: bool = True
     alpha: float = 0.5
     ignored: float = 0.0
-    """The share of rows whose label is ignored."""
+    """Share of rows whose label is ignored."""
     compiled: str = "default"
-    """Use of torch.compile, which takes seconds for each shape: "no", "default" or "best"."""
+    """Measured modes of torch.compile: "no" for none, "default", or "best" for both modes."""
     pixels: bool = False
-    """True if the classes come first, as in (1, C, H, W) of one image."""
+    """True if dim=1 is the dimension of the classes, as in an image's logits (1, C, H, W)."""
     memory: bool = False
-    """True if fastkd in place is also measured, and on a CPU peak memory in a child process."""
+    """True to also measure fastkd in place and, on a CPU, the peak memory."""
 
     @property
     def elements(self) -> int:
@@ -77,17 +77,17 @@ class Case:
 
     @property
     def least_bytes(self) -> int:
-        """Return the least bytes to move: two tensors read and, with a gradient, one written."""
+        """Return the least bytes to read and write: both logits and, if computed, the gradient."""
         return (3 if self.gradient else 2) * self.tensor_bytes
 
     @property
     def grad_scale(self) -> float:
-        """Return the loss scale; float16 gradients need a scale, as under a GradScaler."""
+        """Return the factor of the loss in the backward pass, against underflow in float16."""
         return 4096.0 if self.dtype == "fp16" else 1.0
 
     @property
     def title(self) -> str:
-        """Describe the case in words."""
+        """Return the name, shape and options of the case as text."""
         mode = "loss + backward" if self.gradient else "loss alone"
         ignored = f", {self.ignored:.0%} of rows ignored" if self.ignored else ""
         shape = f"{self.rows} x {self.classes} {self.dtype}{', dim=1' if self.pixels else ''}"
@@ -123,7 +123,7 @@ def list_default(device: str) -> list[Case]:
 
 
 def list_full(device: str) -> list[Case]:
-    """Return the default cases and all models and dtypes, with and without gradient."""
+    """Return the default cases, and all combinations of model, dtype, temperature and gradient."""
     cases = list_default(device)
     for name in MODELS:
         for dtype in DTYPES:
@@ -204,16 +204,16 @@ def _list_default_cuda() -> list[Case]:
 
 @dataclass(frozen=True)
 class Duel:
-    """Describe two cases of fastkd that are timed side by side, to compare their times."""
+    """Describe two cases on which the times of fastkd are compared."""
 
     name: str
     first: Case
     second: Case
-    """The divisor: the result is the time per logit of ``first`` over that of ``second``."""
+    """Divisor: the result is ``first``'s time per logit divided by ``second``'s."""
 
 
 def list_duels(device: str) -> list[Duel]:
-    """Return the comparisons of fastkd with itself."""
+    """Return the pairs of cases on which the times of fastkd are compared."""
     dtype = "bf16" if device == "cuda" else "fp32"
 
     def fit(classes: int, temperature: float = 2.0, ignored: float = 0.0) -> Case:

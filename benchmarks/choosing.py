@@ -1,4 +1,4 @@
-"""Compare choices of loss, and write docs/choosing.md: ``python -m benchmarks.choosing``.
+"""Write docs/choosing.md, which compares options of the loss: ``python -m benchmarks.choosing``.
 
 sweep.py trains a student for each combination of options.
 """
@@ -39,10 +39,10 @@ ROOT = pathlib.Path(__file__).parents[1]
 
 
 class Results:
-    """Compute percentages, and gains in percentage points, from the results."""
+    """Compute percentages, and gains in percentage points, from the results of a sweep."""
 
     def __init__(self, results: list[dict[str, Any]], scale: int) -> None:
-        """Index the results; ``scale`` divides the numbers of steps in a quick run."""
+        """Index the results by cell; ``scale`` divides the numbers of steps in a quick run."""
         self.cells = {Cell(*result["cell"]): result for result in results}
         self.scale = scale
         self.cpu_minutes = sum(result["cpu_seconds"] for result in results) / 60
@@ -57,7 +57,7 @@ class Results:
         steps: int = STEPS,
         measure: str = "test",
     ) -> Tensor:
-        """Return for each seed the percentage of rows that a setting or the teacher gets right."""
+        """Return each seed's accuracy, or the agreement with the teacher (``measure``), in %."""
         result = self.cells[Cell(data, share, teacher, steps // self.scale)]
         if isinstance(setting, str):
             hits = result[setting]
@@ -71,7 +71,7 @@ class Results:
         return self.get(data, share, setting, **options) - self.get(data, share, ALONE, **options)
 
     def get_gain_when_chosen(self, data: str, share: float) -> Tensor:
-        """Return each seed's gain with the setting that is best on its validation rows."""
+        """Return each seed's gain with the setting that is best on the seed's validation rows."""
         result = self.cells[Cell(data, share, "128", STEPS // self.scale)]
         best = torch.tensor(result["validation"][1:]).argmax(0) + 1
         test = torch.tensor(result["test"], dtype=torch.float64)
@@ -79,36 +79,37 @@ class Results:
 
 
 def format_interval(values: Tensor, sign: str = "+") -> str:
-    """Return the mean and two standard errors over the seeds; bold if the interval is above 0."""
+    """Return the mean over the seeds ± two standard errors, in bold if the interval is above 0."""
     mean, error = summarize(values)
     text = f"{mean:{sign}.1f} ± {error:.1f}"
     return f"**{text}**" if sign and mean > error else text
 
 
 def summarize(values: Tensor) -> tuple[float, float]:
-    """Return the mean and two standard errors."""
+    """Return the mean and twice the standard error."""
     return values.mean().item(), 2 * values.std().item() / len(values) ** 0.5
 
 
 def pool(results: Results, setting: Setting) -> str:
-    """Return the mean gain over the data sets and the two smaller shares, with its interval."""
+    """Return the mean gain over the data sets and the two smaller shares, ± two standard errors."""
     gains = [
         torch.stack([results.get_gain(data, share, setting) for share in SHARES[:-1]]).mean(0)
         for data in DATA
     ]
-    means, errors = zip(*map(summarize, gains), strict=True)  # the data sets are independent
+    means, errors = zip(*map(summarize, gains), strict=True)
+    # The data sets are independent, so the squares of their errors add up.
     mean, error = sum(means) / len(means), sum(e**2 for e in errors) ** 0.5 / len(errors)
     return f"{mean:+.1f} ± {error:.1f}"
 
 
 def tabulate(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Return a table in Markdown, with numbers right-aligned."""
+    """Return a Markdown table; all columns except the first are right-aligned."""
     lines = [heads, ["-", *["-:"] * (len(heads) - 1)], *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def describe(results: Results) -> dict[str, str]:
-    """Return the generated parts of the page."""
+    """Return the generated parts of the page, by the names of their markers."""
     places = list(itertools.product(DATA, SHARES))
     heads = ["data, share", "rows", "teacher, %", "alone, %", "distilled, %", "gain, points"]
     heads += ["gain if chosen on validation rows", "agreement with the teacher, %: alone"]
@@ -239,7 +240,7 @@ def write(parts: dict[str, str], page: pathlib.Path) -> None:
 
 
 def main() -> None:
-    """Run the sweep, or its remaining part, and write the page."""
+    """Run the cells that the results file lacks, and write the page."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--page", type=pathlib.Path, default=ROOT / "docs" / "choosing.md")
     parser.add_argument("--results", type=pathlib.Path, default=ROOT / "build" / "choosing.jsonl")

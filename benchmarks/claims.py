@@ -1,8 +1,8 @@
-"""List the claims about speed, memory and accuracy, and check results against them.
+"""List the claims about fastkd's speed, memory and accuracy, and check results against the claims.
 
-A claim has a required bound (must) and a desired bound (aim). Of all cases that a claim covers, the
-worst value counts. In claims, A / B is the time of A divided by that of B. The table marks claims
-without a measurement.
+A claim has a required bound (``must``), a desired bound (``aim``), or both bounds. The worst value
+of all cases that a claim covers decides the verdict. In the text of a claim, "against A" is the
+time of A divided by fastkd's time, and "A / B" is the time or error of A divided by that of B.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from typing import Any
 
 Results = dict[str, Any]
 Values = dict[str, float]
-"""The measured value of each covered case, by the case's title."""
+"""Measured value of each case that a claim covers, by the case's title."""
 
-# A peak this close to a whole number of tensors is rounded: it includes a few pages.
+# Peaks include a few pages, so a peak this close to a whole number of tensors is rounded.
 MEMORY_SLACK = 0.03
 
 
@@ -32,7 +32,7 @@ class Claim:
     unit: str = "x"
 
     def evaluate(self, results: Results) -> dict[str, Any]:
-        """Return the table row: bounds, the worst measured value, its case, and the verdict."""
+        """Return the claim's row of the table: bounds, worst value and its case, and verdict."""
         values = {title: value for title, value in self.values(results).items() if value == value}
         row = {
             "what": self.what,
@@ -59,7 +59,6 @@ class Claim:
 
 
 def _select_cases(results: Results, **wanted: Any) -> Iterable[Results]:
-    """Return the cases with these field values, with a gradient unless stated otherwise."""
     wanted.setdefault("gradient", True)
     for case in results["cases"]:
         if all(
@@ -131,7 +130,7 @@ def _get_sparse(results: Results) -> Values:
 
 
 def _get_ratio(name: str, baseline: str = "", **wanted: Any) -> Callable[[Results], Values]:
-    """Compare a divergence's time with the forward KL's, or a baseline's time with fastkd's."""
+    """Divide a divergence's time by the forward KL's, or a baseline's time by fastkd's."""
 
     def values(results: Results) -> Values:
         by_case = {}
@@ -147,7 +146,6 @@ def _get_ratio(name: str, baseline: str = "", **wanted: Any) -> Callable[[Result
 
 
 def _compare_divergences(results: Results) -> Values:
-    """Return the duration of each divergence over that of the forward KL."""
     return {case["title"]: case["of the forward KL"] for case in results.get("divergences", [])}
 
 
@@ -181,7 +179,7 @@ def _compare_with_eager(results: Results) -> Values:
 
 def _list_common() -> list[Claim]:
     return [
-        # The bound allows the gradient and, on a CPU, 8 bytes a class and thread for exponentials.
+        # The bound allows the gradient and, on a CPU, 8 bytes of exponentials per class and thread.
         Claim(
             "extra peak memory, student tensors",
             1.15,

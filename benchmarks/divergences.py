@@ -1,7 +1,7 @@
-"""Time every divergence beside the forward KL and beside common implementations.
+"""Time every divergence beside the forward KL, eager PyTorch, torchtune and Liger-Kernel.
 
-Only the soft term is timed, so that no hard term hides a difference. Divergences without a kernel
-are measured too, and marked: fastkd computes their reference formula in plain PyTorch.
+The timed losses have no hard term, which would hide differences between divergences. The report
+marks divergences without a kernel, which fastkd computes by PyTorch operations.
 """
 
 from __future__ import annotations
@@ -25,12 +25,13 @@ from fastkd import reference
 from fastkd._core.dense import DIVERGENCES
 
 TOLERANCE = {"fp32": 1e-4, "bf16": 2e-2}
-"""Largest error of fastkd's loss or gradient; truth.py has the baselines' bounds."""
+"""Largest relative error of fastkd's loss or gradient; truth.py has the baselines' bounds."""
 SIGN_TOLERANCE = 1e-2
-"""Bound for the total variation's gradient, which changes sign where rounding swaps p and q."""
+"""Largest relative error of the total variation's gradient, which depends on the sign of p - q.
+Rounding flips this sign where the probabilities p and q are close."""
 FUSED, BASE, PLAIN = "fastkd", "forward_kl", "PyTorch"
 CHUNK = 2**21
-"""Number of logits that the check computes at once."""
+"""Largest number of logits that the check computes at once, unless a row has more classes."""
 
 
 @dataclass(frozen=True)
@@ -42,13 +43,13 @@ class DivergenceCase:
 
     @property
     def title(self) -> str:
-        """Describe the case in words."""
+        """Return the divergence, shape and dtype as text."""
         dense = self.dense
         return f"divergences: {self.name}, {dense.rows} x {dense.classes} {dense.dtype}"
 
 
 def list_cases(device: str) -> list[DivergenceCase]:
-    """Return every divergence at 32000 classes in fp32 and bf16, and the JSD at 128256 classes."""
+    """Return every divergence at 32000 classes, and the JSD at 128256, each in fp32 and bf16."""
 
     def dense(model: str, dtype: str) -> Case:
         soft_alone: dict[str, Any] = {"temperature": 2.0, "alpha": 0.0}
@@ -65,12 +66,12 @@ def list_cases(device: str) -> list[DivergenceCase]:
 
 
 def fused(dense: Case, name: str) -> LossFunction:
-    """Compute the divergence by fastkd."""
+    """Make a loss function that calls fastkd.loss with a divergence."""
     options: dict[str, Any] = {"temperature": dense.temperature, "alpha": dense.alpha}
     return lambda s, t, y: fastkd.loss(s, t, y, divergence=name, **options)
 
 
-# ---- formulas of papers and libraries: from logits / T in float32 to losses (N,)
+# ---- formulas of papers and libraries: logits / T of student (z) and teacher (w) to row losses
 
 Plain = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -94,7 +95,7 @@ def _jsd(log_p: Tensor, log_q: Tensor) -> Tensor:
 
 
 def _dkd(z: Tensor, w: Tensor, labels: Tensor) -> Tensor:
-    """Compute the DKD loss as its authors' code does, which masks the label's logit by -1000."""
+    """Compute decoupled KD as in its authors' code, which subtracts 1000 from the label's logit."""
     chosen = torch.zeros_like(z, dtype=torch.bool).scatter_(-1, labels.unsqueeze(-1), True)
 
     def split_label(logits: Tensor) -> Tensor:
@@ -134,35 +135,36 @@ FORMULAS: dict[str, Plain] = {
 
 
 def plain(dense: Case, name: str) -> LossFunction:
-    """Compute the divergence by eager PyTorch, in float32 for accuracy."""
+    """Make a loss function of eager PyTorch on logits cast to float32."""
     t, formula = dense.temperature, FORMULAS[name]
     return lambda s, w, y: t**2 * formula(s.float() / t, w.float() / t, y).mean()
 
 
 # ---- packages
 
+# torchtune's forward KL omits the teacher's entropy, and so is the soft cross entropy.
 _TORCHTUNE = {
     "reverse_kl": "ReverseKLLoss",
-    "symmetric_kl": "SymmetricKLLoss",  # its forward KL omits the teacher's entropy
-    "soft_cross_entropy": "ForwardKLLoss",  # omits the teacher's entropy
+    "symmetric_kl": "SymmetricKLLoss",
+    "soft_cross_entropy": "ForwardKLLoss",
 }
 
 
 def torchtune(dense: Case, name: str) -> LossFunction:
-    """Compute the divergence by torchtune, from logits divided by the temperature."""
+    """Make torchtune's loss of logits divided by the temperature."""
     t = dense.temperature
     criterion = getattr(baselines.load_torchtune_losses(), _TORCHTUNE[name])()
     return lambda s, w, y: t**2 * criterion(s / t, w / t, y)
 
 
 def liger(dense: Case, name: str) -> LossFunction:
-    """Compute the JSD by Liger-Kernel."""
+    """Make Liger-Kernel's JSD, multiplied by the squared temperature."""
     loss = baselines.find_baseline("Liger JSD").make(dense)
     return lambda s, w, y: dense.temperature**2 * loss(s, w, y)
 
 
 def list_makers(name: str) -> dict[str, Callable[[Case, str], LossFunction]]:
-    """Return every way to compute a divergence, by name."""
+    """Return the functions that make a divergence's loss functions, by implementation."""
     functions: dict[str, Callable[[Case, str], LossFunction]] = {FUSED: fused, PLAIN: plain}
     if name in _TORCHTUNE:
         functions["torchtune"] = torchtune
@@ -175,7 +177,7 @@ def list_makers(name: str) -> dict[str, Callable[[Case, str], LossFunction]]:
 
 
 def compute_errors(case: DivergenceCase, step: Step) -> tuple[float, float]:
-    """Return the errors of a step's loss and gradient on its first inputs, against float64."""
+    """Return the relative errors of a step's loss and gradient against float64."""
     inputs, dense = step.sets[0], case.dense
     loss, gradient = step.run(inputs)
     assert gradient is not None
@@ -201,13 +203,13 @@ def compute_errors(case: DivergenceCase, step: Step) -> tuple[float, float]:
 
 
 def check_errors(case: DivergenceCase, name: str, step: Step) -> dict[str, float]:
-    """Return a step's errors; raise if the errors are too large to time the step."""
+    """Return a step's errors, or raise RuntimeError if an error exceeds its bound."""
     loss_error, gradient_error = compute_errors(case, step)
     dtype = case.dense.dtype
     loss_limit, limit = LOSS_TOLERANCE[dtype], GRADIENT_TOLERANCE[dtype]
     if name == FUSED:
         loss_limit = limit = TOLERANCE[dtype]
-    # torchtune's forward KL omits the teacher's entropy, which has no gradient.
+    # torchtune's symmetric KL omits the teacher's entropy, which changes the loss by a constant.
     has_other_value = name == "torchtune" and case.name == "symmetric_kl"
     is_loss_right = loss_error <= loss_limit or has_other_value
     if case.name == "total_variation":
@@ -218,7 +220,7 @@ def check_errors(case: DivergenceCase, name: str, step: Step) -> dict[str, float
 
 
 def run(case: DivergenceCase, device: str, seconds: float) -> dict[str, Any]:
-    """Check all implementations, then time loss and backward pass side by side."""
+    """Check all implementations of a divergence, then time loss and backward pass in turns."""
     sets = make_sets(case.dense, device)
     records: dict[str, dict[str, Any]] = {}
     steps: dict[str, Step] = {}

@@ -32,7 +32,7 @@ def get_cpu_model() -> str:
 
 
 def get_device_name(device: str) -> str:
-    """Return the device's name for a report's heading."""
+    """Return the GPU's name, or the processor's name and the number of threads."""
     if device == "cuda":
         return torch.cuda.get_device_name(0)
     threads = torch.get_num_threads()
@@ -40,7 +40,7 @@ def get_device_name(device: str) -> str:
 
 
 def make_slug(device: str) -> str:
-    """Return the name of the device's folder of results; a CPU's has the instruction set."""
+    """Return the name of the results folder: the device and, for a CPU, the instruction set."""
     name = get_device_name(device)
     if device == "cpu":
         name += " " + info()["CPU kernels"].partition(" ")[0]
@@ -63,7 +63,7 @@ def _run(*command: str) -> str:
 
 
 def get_commit() -> str:
-    """Return the measured commit; FASTKD_COMMIT names it outside a repository."""
+    """Return the Git commit, or the environment variable FASTKD_COMMIT outside a repository."""
     if not (head := _run("git", "rev-parse", "--short", "HEAD")):
         return os.environ.get("FASTKD_COMMIT", "unknown")
     changed = _run("git", "status", "--porcelain", "--", "..", ":!../benchmarks", ":!../README.md")
@@ -83,7 +83,7 @@ def get_versions() -> dict[str, str]:
 
 
 def read_clocks(device: str) -> dict[str, str]:
-    """Return the current clock rates, where they are known."""
+    """Return the current clock rates; of a GPU also the power, temperature and driver."""
     if device == "cuda":
         fields = "clocks.sm,clocks.max.sm,clocks.mem,power.draw,temperature.gpu,driver_version"
         line = _run("nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader", "-i", "0")
@@ -102,14 +102,14 @@ def _read(path: str) -> str:
 
 
 def read_cpu_ticks() -> tuple[int, int]:
-    """Return (stolen, all) ticks of all processors; a virtual machine's host steals ticks."""
+    """Return the ticks that a virtual machine's host took from the processors, and all ticks."""
     first = _read("/proc/stat").partition("\n")[0].split()[1:]
     ticks = [int(value) for value in first]
     return (ticks[7] if len(ticks) > 7 else 0), sum(ticks[:8])
 
 
 def describe(device: str) -> dict[str, Any]:
-    """Return the description for the head of a report."""
+    """Return facts about the device, the software and the current load."""
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else float("nan")
     return {
         "device": get_device_name(device),

@@ -1,7 +1,7 @@
-"""Measure the cost of calls without autograd in C++; ``--write`` writes it to docs/install.md.
+"""Measure how much longer calls take without autograd in C++; ``--write`` updates docs/install.md.
 
-Loss and backward pass run on one thread, in turns with autograd in C++ and in Python. The figure is
-the ratio of the least processor times, which other programs hardly change.
+Loss and backward pass run on one thread, in turns with autograd in C++ and with autograd in Python.
+Each figure is the ratio of the shortest processor times, which other programs hardly change.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ ROUNDS, CALLS = 60, 200
 
 
 def measure_time(step: measure.Step, calls: int) -> float:
-    """Return the mean processor seconds of a call, after a call that warms up."""
+    """Return the mean processor seconds of a call, after one warm-up call."""
     step()
     start = time.process_time()
     for _ in range(calls):
@@ -31,7 +31,7 @@ def measure_time(step: measure.Step, calls: int) -> float:
 
 
 def compare(rows: int, classes: int) -> float:
-    """Return the time with autograd in Python over the time with autograd in C++."""
+    """Return the time with autograd in Python divided by the time with autograd in C++."""
     case = cases.Case("", rows, classes)
     step = measure.Step(case, baselines.fused(case), [measure.make_inputs(case, "cpu", 0)])
     calls = max(5, CALLS * 80 // (rows * classes))
@@ -44,7 +44,7 @@ def compare(rows: int, classes: int) -> float:
 
 
 def main() -> None:
-    """Measure, print a sentence, and with ``--write`` put the sentence into docs/install.md."""
+    """Print a sentence with the ratios; with ``--write``, put the sentence into docs/install.md."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
         "--write", action="store_true", help="rewrite the sentence in docs/install.md"

@@ -1,9 +1,9 @@
-"""Time two linear heads with their loss, and measure memory: ``python -m benchmarks.linear``.
+"""Measure time and memory of the loss of two linear heads: ``python -m benchmarks.linear``.
 
-All implementations are checked against float64, then timed in turns. Times are also divided by
-the GEMM time, the duration of the four necessary matrix products: the logits of student and
-teacher, and the gradients of hidden states and weight. Memory is that of a step without its inputs.
-On a CPU, memory is measured in a child process (memory.py).
+All implementations are checked against float64, then timed in turns. The tables also show each time
+divided by the GEMM time, which is the time of four necessary matrix products: the logits of student
+and teacher, and the gradients of hidden states and weight. Memory is the peak of a step without its
+inputs. On a CPU, a child process measures the memory, as in memory.py.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
 
 
 def run_step(function: LossFunction, inputs: Inputs) -> Tensor:
-    """Compute loss and gradients, which replace those of the previous step."""
+    """Compute loss and gradients, and drop the gradients of the previous step."""
     inputs.hidden.grad = inputs.weight.grad = None
     loss = function(inputs)
     loss.backward()
@@ -58,7 +58,7 @@ def run_step(function: LossFunction, inputs: Inputs) -> Tensor:
 
 
 def compute_truth(inputs: Inputs, rows: int = 256) -> tuple[float, Tensor, Tensor]:
-    """Compute the loss and its gradients in float64, some rows at a time."""
+    """Compute loss and gradients in float64, ``rows`` rows at a time."""
     wide = [value.detach().double() for value in inputs[:4]]
     hidden, weight = wide[0], wide[1].requires_grad_()
     count = int((inputs.labels != -100).sum())
@@ -93,7 +93,7 @@ def _compute_error(grad: Tensor | None, right: Tensor) -> float:
 
 
 def measure_peak_mib(case: LinearCase, name: str, device: str) -> float | None:
-    """Return the peak memory of a step beyond its inputs, in MiB."""
+    """Return the peak memory of a step beyond its inputs in MiB, or None after a failure."""
     if device == "cuda":
         function, inputs = LANES[name](case), make_inputs(case, device)
         run_step(function, inputs)
@@ -121,7 +121,7 @@ def measure_peak_mib(case: LinearCase, name: str, device: str) -> float | None:
 
 
 def _measure_peak_here(case: LinearCase, name: str) -> int:
-    """Return the peak memory of a step in this process, in bytes."""
+    """Return the peak memory of a step beyond its inputs in bytes, measured in this process."""
     function, inputs = LANES[name](case), make_inputs(case, "cpu")
     run_step(function, inputs)
     inputs.hidden.grad = inputs.weight.grad = None
@@ -180,7 +180,7 @@ def run(case: LinearCase, device: str, seconds: float, names: list[str]) -> dict
 
 
 def list_verdicts(results: dict[str, Any]) -> list[str]:
-    """Return each bound with the measured value and the verdict."""
+    """Return the verdict on each bound, and comparisons with eager PyTorch."""
     records = results["lanes"]
 
     def judge(name: str, bound: tuple[float, float]) -> str:
@@ -200,7 +200,7 @@ def list_verdicts(results: dict[str, Any]) -> list[str]:
         ("fastkd, small", "small_must"),
         ("fastkd, smallest", "smallest_must"),
     ):
-        if results.get(key):  # older results lack some keys
+        if results.get(key):  # results of earlier versions lack some bounds
             result.append(judge(name, results[key]))
     theirs = records.get("eager", {})
     for name in ("fastkd", "fastkd, smallest"):
@@ -216,7 +216,7 @@ def list_verdicts(results: dict[str, Any]) -> list[str]:
 
 
 def list_error_verdicts(records: dict[str, Any]) -> list[str]:
-    """Check that gradient errors are at most eager's, and at most 1.1 times eager fp32's."""
+    """Compare gradient errors with those of "eager", and with 1.1 times those of "eager fp32"."""
     bounds = {"eager": 1.0, "eager fp32": 1.1}
     if any("weight_error" not in records.get(name, {}) for name in bounds):
         return []
@@ -254,7 +254,7 @@ def make_table(results: dict[str, Any]) -> str:
 
 
 def format_markdown(results: dict[str, Any]) -> str:
-    """Return all cases as Markdown."""
+    """Return the results of all cases as Markdown."""
     load = results["environment"]["load at the start"]
     busy = f" Other programs ran (load {load}), so the times are too long." if load > 0.5 else ""
     parts = [f"{report.describe_run(results)}.{busy}"]
@@ -265,7 +265,7 @@ def format_markdown(results: dict[str, Any]) -> str:
 
 
 def describe_plans() -> str:
-    """Return a table of the planner's least memory on a GPU, which is not measured."""
+    """Return a Markdown table of the memory that the planner predicts for a GPU."""
     lines = [
         "Planned for a GPU by `fastkd.chunks.plan`, not measured "
         "(Liger: memory of its fused kernel on an H100):",
@@ -300,7 +300,7 @@ def describe_plans() -> str:
 
 
 def rewrite_page() -> str:
-    """Write every saved run's tables, and the plans, between the page's markers."""
+    """Write the tables of all saved runs, and the plans, between the markers of docs/linear.md."""
     saved = sorted(report.RESULTS.glob("*/linear.json"))
     runs = [format_markdown(json.loads(path.read_text())) for path in saved]
     body = "\n".join([*runs, describe_plans()])
@@ -312,7 +312,7 @@ def rewrite_page() -> str:
 
 
 def main() -> None:
-    """Parse the command line, and run the chosen part."""
+    """Measure the cases and save the results, or rewrite docs/linear.md with ``--docs``."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.linear", description=__doc__)
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: a GPU if there is one")
     parser.add_argument("--threads", type=int, help="CPU threads; default: torch's")

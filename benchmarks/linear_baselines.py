@@ -1,4 +1,4 @@
-"""Define linear heads to measure, and every way to compute their loss, for linear.py."""
+"""Define the linear heads that linear.py measures, and the implementations of their loss."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ TEMPERATURE, ALPHA = 2.0, 0.5
 
 @dataclass(frozen=True)
 class LinearCase:
-    """Describe a shape and its bounds: multiples of the GEMM time, and memory in MiB."""
+    """Describe two linear heads, and bounds: multiples of the GEMM time, and MiB of memory."""
 
     name: str
     rows: int
@@ -30,17 +30,17 @@ class LinearCase:
     classes: int
     dtype: str
     ignored: float = 0.0
-    """The share of rows whose label is ignored."""
+    """Share of rows whose label is ignored."""
     small_mib: int = 0
-    """Memory bound for fastkd in small chunks; 0 to leave out these chunks."""
+    """``max_workspace`` of "fastkd, small" in MiB; 0 to leave out this implementation."""
     must: tuple[float, float] | None = None
-    """Required time and memory of fastkd."""
+    """Bounds of "fastkd": multiple of the GEMM time, and MiB."""
     small_must: tuple[float, float] | None = None
     smallest_must: tuple[float, float] | None = None
 
     @property
     def title(self) -> str:
-        """Describe the case in words."""
+        """Return the name, shape and dtype as text."""
         ignored = f", {self.ignored:.0%} of the rows ignored" if self.ignored else ""
         return (
             f"{self.name}: {self.rows} rows, {self.student_width} (teacher {self.teacher_width}) x "
@@ -49,7 +49,7 @@ class LinearCase:
 
 
 def list_cases(device: str) -> list[LinearCase]:
-    """Return heads of language models on a GPU, or a large head on a CPU."""
+    """Return cases of two language models for a GPU, or of a smaller head for a CPU."""
     if device == "cuda":
         llama = ("llama-3", 4096, 2048, 4096, 128256, "bf16")
         qwen = ("qwen", 8192, 1024, 4096, 151936, "bf16")
@@ -79,7 +79,7 @@ def list_cases(device: str) -> list[LinearCase]:
 
 
 class Inputs(NamedTuple):
-    """Hold the tensors of a case, in the order of Liger's arguments."""
+    """Hold the tensors of a case, in the order of the arguments of Liger-Kernel's loss."""
 
     hidden: Tensor
     weight: Tensor
@@ -120,8 +120,6 @@ LossFunction = Callable[[Inputs], Tensor]
 
 
 def _fastkd(**chunks: Any) -> LossFunction:
-    """Return a function that calls fastkd.loss, with a plan if there are options of a plan."""
-
     def loss(inputs: Inputs) -> Tensor:
         arguments = (*inputs.heads, inputs.labels)
         options: dict[str, Any] = {"temperature": TEMPERATURE, "alpha": ALPHA}
@@ -133,12 +131,12 @@ def _fastkd(**chunks: Any) -> LossFunction:
 
 
 def fused(case: LinearCase) -> LossFunction:
-    """Compute the loss by fastkd with default options."""
+    """Make a loss function that calls fastkd.loss with default chunks."""
     return _fastkd()
 
 
 def fused_small(case: LinearCase) -> LossFunction:
-    """Compute the loss in chunks of rows; sum the weight's gradient in the weight's dtype."""
+    """Make fastkd's loss in chunks of rows; sum the weight's gradient in the weight's dtype."""
     if not case.small_mib:
         raise UnavailableError("not tried")
     dtype = torch.bfloat16 if case.dtype == "bf16" else torch.float32
@@ -146,7 +144,7 @@ def fused_small(case: LinearCase) -> LossFunction:
 
 
 def fused_smallest(case: LinearCase) -> LossFunction:
-    """Compute the loss in chunks of classes, which compute the logits twice."""
+    """Make fastkd's loss in chunks of classes, which computes the logits twice."""
     return _fastkd(chunk_by="classes")
 
 
@@ -166,12 +164,12 @@ def _eager(inputs: Inputs, upcast: bool) -> Tensor:
 
 
 def eager(case: LinearCase) -> LossFunction:
-    """Compute the loss by the usual PyTorch operations."""
+    """Make a loss function of F.linear, F.kl_div and F.cross_entropy."""
     return lambda inputs: _eager(inputs, upcast=False)
 
 
 def eager_upcast(case: LinearCase) -> LossFunction:
-    """Compute the loss by PyTorch operations on logits cast to float32."""
+    """Make the eager loss function on logits cast to float32."""
     if case.dtype == "fp32":
         raise UnavailableError("the same as eager in float32")
     return lambda inputs: _eager(inputs, upcast=True)
@@ -179,7 +177,7 @@ def eager_upcast(case: LinearCase) -> LossFunction:
 
 def _liger_chunked(case: LinearCase, compiled: bool) -> LossFunction:
     liger = import_package("liger_kernel.chunked_loss", "liger-kernel")
-    # Liger omits the factor T^2, so the soft weight contains it. beta=0 is the forward KL.
+    # Liger omits the factor T^2, so the soft weight includes T^2. beta=0 is the forward KL.
     criterion = liger.LigerFusedLinearJSDLoss(
         weight_hard_loss=ALPHA,
         weight_soft_loss=(1 - ALPHA) * TEMPERATURE**2,
@@ -192,12 +190,12 @@ def _liger_chunked(case: LinearCase, compiled: bool) -> LossFunction:
 
 
 def liger(case: LinearCase) -> LossFunction:
-    """Compute the loss by Liger-Kernel's chunked loss, compiled."""
+    """Make Liger-Kernel's chunked loss, compiled."""
     return _liger_chunked(case, compiled=True)
 
 
 def liger_uncompiled(case: LinearCase) -> LossFunction:
-    """Compute the loss by Liger-Kernel's chunked loss, not compiled."""
+    """Make Liger-Kernel's chunked loss, not compiled."""
     return _liger_chunked(case, compiled=False)
 
 
@@ -213,9 +211,9 @@ LANES: dict[str, Callable[[LinearCase], LossFunction]] = {
 
 
 def make_products(case: LinearCase, inputs: Inputs) -> Callable[[], None]:
-    """Return a function that computes the four matrix products of the valid rows.
+    """Return a function that computes the four matrix products, without ignored rows.
 
-    All calls of the function write the products to the same memory.
+    All calls of the function write the products to one set of buffers.
     """
     hidden, weight = inputs.hidden.detach(), inputs.weight.detach()
     valid = inputs.labels != -100

@@ -1,10 +1,11 @@
-"""Time calls in one process, in turns, on inputs that are not in the caches.
+"""Time calls in turns, in one process.
 
-- In turns: each round runs every call once, and the order rotates and reverses from round to round,
-  so that clock drift, other processes and cached data favor no call.
-- Cold: calls alternate between several sets of inputs that exceed the last-level cache together.
+- In turns: each round takes one sample of every call. The order of the calls rotates and reverses
+  between rounds, so that clock drift, other processes and cached data favor no call.
+- Cold: a call alternates between sets of inputs that fill the last-level cache three times. A call
+  has at most 16 sets, so the inputs of small cases stay in the caches.
 - On a GPU, large cases are timed by events around a queued call, so that only the device's time
-  counts. Small cases (under 4M logits) are timed by the wall clock, as callers wait for the host.
+  counts. The wall clock times cases with fewer than 2^22 logits, which spend much time on the host.
 - Results are the median and the 20th and 80th percentiles.
 """
 
@@ -24,13 +25,13 @@ from benchmarks.baselines import LossFunction
 from benchmarks.cases import DTYPES, Case
 
 WALL_LIMIT = 2**22
-"""GPU cases with fewer logits than this are timed by the wall clock."""
+"""Number of logits below which GPU cases are timed by the wall clock."""
 SLEEP_CYCLES_PER_SECOND = 2e9
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """Hold one set of a case's tensors."""
+    """Hold the tensors of one call."""
 
     student: Tensor
     teacher: Tensor
@@ -38,7 +39,7 @@ class Inputs:
 
 
 def get_cache_bytes(device: str) -> int:
-    """Return the size of the last-level cache."""
+    """Return the bytes of the last-level cache, or 32 MiB if a CPU's size is unknown."""
     if device == "cuda":
         return torch.cuda.get_device_properties(0).L2_cache_size
     size = 0
@@ -50,7 +51,7 @@ def get_cache_bytes(device: str) -> int:
 
 
 def make_inputs(case: Case, device: str, seed: int) -> Inputs:
-    """Draw logits like trained models': few classes stand out, the student is near the teacher."""
+    """Draw labels and logits; the student's logits are correlated with the teacher's."""
     generator = torch.Generator(device).manual_seed(seed)
     shape, dtype = (case.rows, case.classes), DTYPES[case.dtype]
     teacher = torch.randn(shape, generator=generator, device=device).mul_(2.5)
@@ -68,14 +69,14 @@ def make_inputs(case: Case, device: str, seed: int) -> Inputs:
 
 
 def make_sets(case: Case, device: str) -> list[Inputs]:
-    """Draw enough sets of inputs that each has left the caches before its next turn."""
+    """Draw 2 to 16 sets of inputs, as many as fill the last-level cache three times."""
     each = 2 * case.tensor_bytes
     count = max(2, min(16, -(-3 * get_cache_bytes(device) // each)))
     return [make_inputs(case, device, seed) for seed in range(count)]
 
 
 class _Produce(torch.autograd.Function):
-    """Return logits as a model does: not a leaf, so that they may be overwritten."""
+    """Return the logits as a tensor that is not a leaf, so that a loss may overwrite them."""
 
     @staticmethod
     def forward(ctx: object, logits: Tensor, anchor: Tensor, sink: list[Tensor]) -> Tensor:  # type: ignore[override]
@@ -90,7 +91,7 @@ class _Produce(torch.autograd.Function):
 
 @dataclass
 class Step:
-    """Compute the loss, and its backward pass if the case has a gradient, as in training."""
+    """Run the loss and, for a case with gradient, the backward pass, on sets of inputs in turn."""
 
     case: Case
     function: LossFunction
@@ -101,12 +102,12 @@ class Step:
     anchor: Tensor = field(default_factory=lambda: torch.zeros((), requires_grad=True))
 
     def __call__(self) -> None:
-        """Run on the next set of inputs."""
+        """Run the step on the next set of inputs."""
         self.run(self.sets[self.turn])
         self.turn = (self.turn + 1) % len(self.sets)
 
     def run(self, inputs: Inputs) -> tuple[Tensor, Tensor | None]:
-        """Return the loss of ``inputs``, and the gradient if the case has one."""
+        """Return the loss of ``inputs``, and the gradient if the case has a gradient."""
         if not self.case.gradient:
             with torch.no_grad():
                 return self.function(inputs.student, inputs.teacher, inputs.labels), None
@@ -133,7 +134,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Times:
-    """Hold percentiles of the seconds of one call."""
+    """Hold percentiles of a call's seconds, and the number of samples."""
 
     median: float
     p20: float
@@ -142,7 +143,7 @@ class Times:
 
     @classmethod
     def from_samples(cls, samples: list[float]) -> Times:
-        """Compute the percentiles of samples."""
+        """Compute the percentiles of samples in seconds."""
         if len(samples) == 1:
             return cls(samples[0], samples[0], samples[0], 1)
         fifths = statistics.quantiles(samples, n=5, method="inclusive")
@@ -150,10 +151,10 @@ class Times:
 
 
 class Clock:
-    """Time calls: "wall" is the caller's time, "device" the GPU's time."""
+    """Time calls by the wall clock ("wall") or by events on the GPU ("device")."""
 
     def __init__(self, device: str, kind: str) -> None:
-        """Choose the kind of clock, "wall" or "device"."""
+        """Store the kind of clock, which is "wall" on a CPU."""
         self.cuda = device == "cuda"
         self.kind = kind if self.cuda else "wall"
 
@@ -171,7 +172,7 @@ class Clock:
     def record_events(
         self, call: Callable[[], object], host: float
     ) -> tuple[torch.cuda.Event, torch.cuda.Event]:
-        """Return two events around a call, which the host queues while the GPU sleeps."""
+        """Queue a call between two events while the GPU sleeps, and return the events."""
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda._sleep(int(min(1.5 * host + 5e-5, 5e-3) * SLEEP_CYCLES_PER_SECOND))
         start.record()
@@ -198,7 +199,7 @@ def time_in_turns(
     seconds: float,
     least_rounds: int = 9,
 ) -> dict[str, Times]:
-    """Time several calls in turns for about ``seconds``, at least ``least_rounds`` times each."""
+    """Time calls in turns for about ``seconds``, in ``least_rounds`` to 200 rounds."""
     clock = Clock(device, kind)
     estimates: dict[str, float] = {}
     host: dict[str, float] = {}
@@ -207,7 +208,7 @@ def time_in_turns(
         estimates[name] = min(clock.time_wall(call, 1) for _ in range(2))
         if clock.kind == "device":
             host[name] = _measure_host_seconds(call)
-    # A sample of a short call is the mean of several, since clocks are too coarse for one call.
+    # Clocks are too coarse for one short call, so a sample is the mean of several short calls.
     shortest = 2e-3 if device == "cuda" else 3e-4
     counts = {
         name: 1 if clock.kind == "device" else max(1, min(1000, round(shortest / estimate)))
@@ -242,7 +243,7 @@ def time_in_turns(
 
 
 def measure_cuda_peak(step: Step) -> float:
-    """Return by how much a call raises the peak memory, in tensors of logits."""
+    """Return the peak memory of a call beyond its inputs, in tensors of logits."""
     step()
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()

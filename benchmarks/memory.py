@@ -1,11 +1,11 @@
-"""Measure the peak memory of a call on a CPU, in a process of its own.
+"""Measure the peak memory of a call on a CPU, in a child process.
 
-Linux stores the peak resident memory of a process (VmHWM) and resets it on request (clear_refs).
-Each baseline runs once, to load and compile its code. Free memory goes back to the system, the peak
-is reset, and the baseline runs again; the result is the new peak less the memory before. The first
-run's gradient is held during the second run, because fastkd would recycle the gradient's memory.
-The child's malloc gives every large tensor pages of its own, so that tensors are counted while they
-live. Otherwise glibc keeps holes between tensors, which up to double the memory of eager PyTorch.
+Linux stores the peak resident memory of a process (VmHWM), and resets the peak on request
+(clear_refs). Each baseline runs once, to load and compile its code. Then the child returns free
+memory to the system, resets the peak, and runs the baseline again. The result is the new peak minus
+the memory before the second run. The first run's gradient stays alive, because fastkd would recycle
+the gradient's memory. MALLOC_MMAP_THRESHOLD_ makes glibc return the memory of a large tensor when
+the tensor is freed. Otherwise free memory between tensors would count.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def release_free_memory() -> None:
 
 
 def measure_peaks(case: Case, names: list[str]) -> dict[str, float | None]:
-    """Return the extra peak of each baseline, in tensors of logits; None if it fails."""
+    """Return each baseline's peak memory in tensors of logits, or None if the baseline fails."""
     result: dict[str, float | None] = {}
     for name in names:
         baseline = baselines.find_baseline(name)
@@ -61,7 +61,7 @@ def measure_peaks(case: Case, names: list[str]) -> dict[str, float | None]:
 
 
 def measure_peaks_in_child(case: Case, names: list[str], threads: int) -> dict[str, float | None]:
-    """Measure the peaks in a child process; if it fails, return None for each baseline."""
+    """Return ``measure_peaks`` of a child process, or None for each baseline if the child fails."""
     arguments = [json.dumps(case.asdict()), str(threads), *names]
     command = [sys.executable, "-m", "benchmarks.memory", *arguments]
     folder = Path(__file__).parent.parent

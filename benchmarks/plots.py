@@ -1,4 +1,4 @@
-"""Plot results: overview.png for newcomers, scaling.png for the cost of larger inputs."""
+"""Draw overview.png (times relative to fastkd) and scaling.png (times over rows and classes)."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def _set_style() -> None:
 
 
 def _select_overview(results: Results) -> list[Results]:
-    """Select one case of each well-known model and dtype, at most six."""
+    """Return at most six cases, one for each model and dtype."""
     wanted: tuple[str, ...] = OVERVIEW
     dtypes: tuple[str, ...] = ("fp32", "bf16")
     if results["environment"]["kind"] == "cuda":
@@ -81,7 +81,7 @@ def _select_overview(results: Results) -> list[Results]:
 
 
 def draw_overview(results: Results, path: Path) -> None:
-    """Draw the time of each baseline relative to fastkd, for a few models."""
+    """Draw the time of each baseline relative to fastkd, for at most six cases."""
     cases = _select_overview(results)
     if not cases:
         return
@@ -153,7 +153,7 @@ def _draw_series(
 
 
 def _draw_bandwidth(axes: Axes, results: Results, points: list[Results], along: str) -> None:
-    """Draw the time that the memory bandwidth alone would take."""
+    """Draw the time to read two tensors and write one at the measured memory bandwidth."""
     if not results["streams"]:
         return
     _, speed = next(iter(results["streams"].values()))
@@ -208,6 +208,6 @@ def _describe_axis(name: str, points: list[Results]) -> str:
 
 
 def draw(results: Results, folder: Path) -> None:
-    """Draw every plot of ``results``."""
+    """Draw overview.png and scaling.png in a folder."""
     draw_overview(results, folder / "overview.png")
     draw_scaling(results, folder / "scaling.png")

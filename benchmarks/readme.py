@@ -30,7 +30,7 @@ PENDING = "benchmarks/results/PENDING.md"
 
 
 def find_newest() -> list[tuple[Path, Results]]:
-    """Return the newest results of a GPU, if there are any, then those of a CPU."""
+    """Return folder and results of the newest run on a GPU and of the newest run on a CPU."""
     latest: dict[str, tuple[Path, Results]] = {}
     for path in sorted(RESULTS.glob("*/results.json")):
         results = json.loads(path.read_text())
@@ -46,7 +46,6 @@ def find_newest() -> list[tuple[Path, Results]]:
 
 
 def _find_case(results: Results, name: str, dtype: str) -> Results | None:
-    """Return the case of a model and a dtype with gradient, or None if it was not timed."""
     for case in results["cases"]:
         if (case["name"], case["dtype"], case["gradient"]) == (name, dtype, True):
             return case if get_median(case, "fastkd") else None
@@ -54,7 +53,6 @@ def _find_case(results: Results, name: str, dtype: str) -> Results | None:
 
 
 def _find_headline_case() -> Results:
-    """Return the case of the README's first sentences, from the newest results of a CPU."""
     case = _find_case(find_newest()[-1][1], *SHOWN_CASES[1])
     if case is None:
         raise SystemExit(f"the newest results lack the case {SHOWN_CASES[1]}")
@@ -62,7 +60,7 @@ def _find_headline_case() -> Results:
 
 
 def _describe_devices(kind: str) -> str:
-    """Return the devices of one kind that have results, their kernels, and the newest date."""
+    """Return a text with names, CPU kernels and newest date of the measured devices of one kind."""
     runs = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("*/results.json"))]
     about = [run["environment"] for run in runs if run["environment"]["kind"] == kind]
     if not about:
@@ -103,7 +101,7 @@ def write_comparison() -> str:
 
 
 def make_rows(results: Results) -> Rows:
-    """Select four cases with a gradient, and the best-known baselines, for the README."""
+    """Return the README's table: ``SHOWN_CASES`` with gradient, and ``SHOWN_BASELINES``."""
     cases = [case for key in SHOWN_CASES if (case := _find_case(results, *key))]
     names = [name for name in SHOWN_BASELINES if any(compute_ratio(case, name) for case in cases)]
     heading = [
@@ -131,7 +129,7 @@ def make_rows(results: Results) -> Rows:
 
 
 def write_benchmarks() -> str:
-    """Return the newest results as Markdown: a picture, and a table of four cases."""
+    """Return a plot and a table of the newest run on a GPU and on a CPU, as Markdown."""
     parts = []
     for folder, results in find_newest():
         where = folder.relative_to(README.parent).as_posix()

@@ -1,4 +1,4 @@
-"""Write results: tables for the terminal, and JSON and Markdown files."""
+"""Print results as tables, and save results as JSON and Markdown."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def format_duration(seconds: float) -> str:
 
 
 def format_ratio(value: float | None, digits: int = 1) -> str:
-    """Format a ratio."""
+    """Format a ratio with "x" after the number, or return "" for None."""
     if value is None:
         return ""
     return f"{value:.{digits if value < 99.5 else 0}f}x"
@@ -56,12 +56,12 @@ def get_median(case: Results, name: str) -> float | None:
 
 
 def compute_ratio(case: Results, name: str) -> float | None:
-    """Return a baseline's time divided by fastkd's."""
+    """Return a baseline's time divided by fastkd's, or None if either was not timed."""
     ours, theirs = get_median(case, "fastkd"), get_median(case, name)
     return theirs / ours if ours and theirs else None
 
 
-# ---- tables: headings and rows of text, which rich shows and which are written as Markdown
+# ---- tables: headings and rows of text, for the terminal and for Markdown
 
 Rows = tuple[list[str], list[list[str]]]
 
@@ -108,7 +108,7 @@ def make_case_rows(case: Results) -> Rows:
 
 
 def make_summary_rows(results: Results) -> Rows:
-    """Return a line for each case: fastkd's time, and the baselines' times divided by it."""
+    """Return a line for each case: fastkd's time, and the baselines' times divided by fastkd's."""
     names = [
         baseline.name
         for baseline in BASELINES
@@ -161,7 +161,7 @@ def make_claim_rows(results: Results) -> Rows:
 
 
 def make_duel_rows(results: Results) -> Rows:
-    """Return the comparisons of fastkd with itself."""
+    """Return a line for each pair of cases on which the times of fastkd are compared."""
     rows = []
     for duel in results["duels"]:
         if "ratio" not in duel:
@@ -173,7 +173,7 @@ def make_duel_rows(results: Results) -> Rows:
 
 
 def make_sparse_rows(results: Results) -> Rows:
-    """Return the times of sparse teachers, and their ratios to the dense loss and PyTorch."""
+    """Return a line for each sparse case: times, and ratios to the dense loss and to PyTorch."""
     names = list(dict.fromkeys(name for case in results["sparse"] for name in case["lanes"]))
     rows = [
         [
@@ -233,7 +233,7 @@ def make_scaling_rows(points: Iterable[Results]) -> Rows:
 
 
 def describe_run(results: Results) -> str:
-    """Return the device, versions and date as one line."""
+    """Return the device, versions, commit and date as one line."""
     about = results["environment"]
     versions = about["versions"]
     named = [
@@ -264,12 +264,12 @@ def _make_table(rows: Rows, title: str = "") -> Table:
 
 
 def show_case(console: Console, case: Results) -> None:
-    """Print one case."""
+    """Print the table of one case."""
     console.print(_make_table(make_case_rows(case), case["title"]))
 
 
 def show(console: Console, results: Results) -> None:
-    """Print all tables."""
+    """Print the notes, and all tables except those of single cases."""
     console.rule("Times of fastkd, and times of the baselines divided by it")
     console.print(_make_table(make_summary_rows(results)))
     for line in list_notes(results):

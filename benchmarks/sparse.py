@@ -1,4 +1,4 @@
-"""Time the loss of a teacher's k most probable classes beside the loss of all its logits.
+"""Time the loss with a teacher's k most probable classes beside the loss with all its logits.
 
 ``python -m benchmarks.sparse [seconds]`` times the loss of a sampled token beside cross entropies.
 """
@@ -30,7 +30,7 @@ def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:
 
 
 def _mixture(log_p: Tensor, log_q: Tensor, mix: float) -> Tensor:
-    """Return log(mix p + (1 - mix) q), in the form of TRL's generalized JSD."""
+    """Return log(mix p + (1 - mix) q)."""
     return torch.logaddexp(log_p + math.log(mix), log_q + math.log(1 - mix))
 
 
@@ -49,12 +49,12 @@ DIVERGENCES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "skewed_reverse_kl": lambda log_p, log_q: _kl(log_q, _mixture(log_q, log_p, 0.1)),
     "total_variation": lambda log_p, log_q: 0.5 * (log_p.exp() - log_q.exp()).abs(),
 }
-"""Divergences of a sparse teacher in eager PyTorch, as functions that return a term per class."""
+"""Divergences in eager PyTorch, as functions of log-probabilities that return a term per class."""
 
 
 @dataclass(frozen=True)
 class SparseCase:
-    """Describe a case whose teacher is given by its k most probable classes."""
+    """Describe a case whose teacher is known only by its k most probable classes."""
 
     dense: Case
     divergence: str = "forward_kl"
@@ -62,12 +62,12 @@ class SparseCase:
 
     @property
     def title(self) -> str:
-        """Describe the case in words."""
+        """Return k, the dense case and the divergence as text."""
         return f"top {self.k} of {self.dense.title}, {self.divergence}"
 
 
 def list_cases(device: str) -> list[SparseCase]:
-    """Return cases with Llama 3's vocabulary in fp32 and bf16."""
+    """Return every divergence with Llama 3's vocabulary, in fp32 and bf16."""
     return [
         SparseCase(make_case("llama-3", device, dtype, temperature=2.0), divergence)
         for dtype in ("fp32", "bf16")
@@ -76,13 +76,13 @@ def list_cases(device: str) -> list[SparseCase]:
 
 
 def fused(sparse: SparseCase) -> Callable[[Tensor, TopK, Tensor], Tensor]:
-    """Compute the sparse loss by fastkd."""
+    """Make a loss function that calls fastkd.loss with a sparse teacher."""
     options = {"temperature": sparse.dense.temperature, "alpha": sparse.dense.alpha}
     return lambda s, top, y: fastkd.loss(s, top, y, divergence=sparse.divergence, **options)
 
 
 def plain(sparse: SparseCase) -> Callable[[Tensor, TopK, Tensor], Tensor]:
-    """Compute the sparse loss by PyTorch, with gathered log-probabilities and a ghost class."""
+    """Make a loss function of PyTorch operations on k classes and one for all other classes."""
     t, alpha, divergence = (
         sparse.dense.temperature,
         sparse.dense.alpha,
@@ -102,18 +102,18 @@ def plain(sparse: SparseCase) -> Callable[[Tensor, TopK, Tensor], Tensor]:
 
 
 def dense(sparse: SparseCase) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    """Compute the loss by fastkd from all of the teacher's logits."""
+    """Make a loss function that calls fastkd.loss with all of the teacher's logits."""
     options = {"temperature": sparse.dense.temperature, "alpha": sparse.dense.alpha}
     return lambda s, t, y: fastkd.loss(s, t, y, **options)
 
 
 def find_top(sparse: SparseCase, teacher: Tensor) -> TopK:
-    """Return the teacher's k most probable classes."""
+    """Return the teacher's k most probable classes at the case's temperature."""
     return TopK(*F.log_softmax(teacher.float() / sparse.dense.temperature, -1).topk(sparse.k))
 
 
 def compute_errors(sparse: SparseCase, step: Step, rows: int = 4) -> tuple[float, float]:
-    """Return the errors of a step's loss and gradient on a few rows, against float64."""
+    """Return the relative errors of a step's loss and gradient on a few rows, against float64."""
     inputs = step.sets[0]
     log_probs, indices, _ = inputs.teacher  # type: ignore[misc]
     top = TopK(log_probs[:rows], indices[:rows])
@@ -133,7 +133,7 @@ def compute_errors(sparse: SparseCase, step: Step, rows: int = 4) -> tuple[float
 
 
 def run(sparse: SparseCase, device: str, seconds: float) -> dict[str, Any]:
-    """Check all implementations, then time loss and backward pass side by side."""
+    """Check the sparse losses, then time them and the dense loss in turns, with backward passes."""
     sets = make_sets(sparse.dense, device)
     short = [
         Inputs(each.student, find_top(sparse, each.teacher), each.labels)  # type: ignore[arg-type]
@@ -165,10 +165,9 @@ def run(sparse: SparseCase, device: str, seconds: float) -> dict[str, Any]:
 
 
 def run_sampled(device: str, seconds: float) -> dict[str, Any]:
-    """Time the loss of one sampled token for each row beside cross entropies of the same logits.
+    """Time the loss of a sampled token for each row beside cross entropies by fastkd and PyTorch.
 
-    The fused cross entropy is the sparse loss with ``alpha=1``. This loss reads the logits once
-    and writes the gradient once.
+    fastkd's cross entropy is the sparse loss with ``alpha=1``.
     """
     dense = make_case("llama-3", device, "fp32", temperature=1.0)
     sets = []

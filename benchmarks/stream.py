@@ -1,9 +1,9 @@
-"""Measure the memory bandwidth of this machine, the limit of a fused loss.
+"""Measure the memory bandwidth of this machine, which limits a fused loss.
 
-A GPU is measured by a device-to-device copy (torch's copy_) and torch.add(out=), both of 1 GiB
-tensors. A CPU is measured by torch.add(out=), whose stores also read memory, and, if there is a C
-compiler, by a loop of two reads and one store, non-temporal on x86-64 (stream.c), on torch's number
-of threads.
+On a GPU, copy_ and torch.add(out=) run on tensors of 1 GiB. On a CPU, torch.add(out=) runs on
+tensors of 64 MiB; its stores also read memory. If there is a C compiler, the CPU also runs a loop
+in C (stream.c) on torch's number of threads. The loop reads two arrays and writes one, with
+non-temporal stores on x86-64.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def _make_pool(threads: int) -> ThreadPoolExecutor:
 
 
 def make_streams(device: str) -> list[Stream]:
-    """Return the streams of a device; shares of bandwidth refer to the first."""
+    """Return the streams of a device; reports compare times with the first stream."""
     if device == "cuda":
         a, b, c = _make_cuda_buffers()
         size = a.numel() * a.itemsize

@@ -1,4 +1,4 @@
-"""Run cases: check every baseline, then time all side by side; return data for JSON."""
+"""Check every baseline of a case against float64, then time all baselines in turns."""
 
 from __future__ import annotations
 
@@ -30,31 +30,30 @@ from benchmarks.truth import Truth
 
 FLOOR = "s.sum()"
 FLOOR_LIMIT = 2**18
-"""Cases with fewer logits than this are also compared with ``s.sum().backward()``, the cost of
-PyTorch itself."""
+"""Number of logits below which ``s.sum().backward()`` is also timed, as PyTorch's overhead."""
 STREAM_LIMIT = 2**19
-"""Cases with fewer logits than this are not compared with the bandwidth: they fit caches or take
-little longer than their launch."""
+"""Number of logits below which times are not compared with the memory bandwidth: smaller cases fit
+the caches, or take little longer than a kernel launch."""
 
 
 @dataclass
 class Settings:
-    """Hold the settings of a run: device, durations and baselines."""
+    """Hold the device, durations and baselines of a run."""
 
     device: str
     seconds: float
-    """Time for the rounds of one case."""
+    """Duration of timing for each case."""
     deadline: float = math.inf
-    """Time (time.monotonic) after which compiled baselines are left out."""
+    """Value of time.monotonic() after which compiled baselines are left out."""
     names: Sequence[str] = ()
-    """The baselines to measure; all if empty."""
+    """Names of the baselines to measure; empty for all baselines."""
     missing: dict[str, str] = field(default_factory=dict)
     """Baselines that cannot be measured on this machine, with the reason."""
 
 
 @contextlib.contextmanager
 def record_failure(record: dict[str, Any]) -> Iterator[None]:
-    """Store a baseline's exception as its status in the report."""
+    """Store an exception as the record's status, which the report shows."""
     try:
         yield
     except UnavailableError as reason:
@@ -89,7 +88,7 @@ def _copy_inputs(baseline: Baseline, sets: list[Inputs]) -> list[Inputs]:
 def _prepare(
     baseline: Baseline, case: Case, sets: list[Inputs], truth: Truth, settings: Settings
 ) -> tuple[dict[str, Any], Step | None]:
-    """Make a baseline's call, run it once, and check the answer."""
+    """Return a baseline's record, and its step if the errors of the first run are acceptable."""
     record: dict[str, Any] = {"status": "ok"}
     if baseline.name in settings.missing:
         record["status"] = settings.missing[baseline.name]
@@ -134,7 +133,7 @@ def _prepare(
 def run_case(
     case: Case, settings: Settings, show_status: Callable[[str], None] = lambda text: None
 ) -> dict[str, Any]:
-    """Check all baselines of a case, and measure their times and memory."""
+    """Check all baselines of a case, and measure time and memory."""
     device = settings.device
     torch.compiler.reset()  # Dynamo silently runs eagerly beyond its recompilation limit
     _release(device)
@@ -205,7 +204,7 @@ def _time_working(
     kind: str,
     seconds: float,
 ) -> dict[str, Any]:
-    """Time the calls in turns; if a call fails, time only the calls that succeed one by one."""
+    """Time the calls in turns; after a failure, leave out calls that also fail by themselves."""
     try:
         return dict(time_in_turns(calls, device, kind, seconds))
     except Exception:
@@ -229,7 +228,7 @@ def _time_working(
 
 
 def _add_bandwidth(result: dict[str, Any], case: Case) -> None:
-    """Add each baseline's bandwidth, and its share of the measured memory bandwidth."""
+    """Add each baseline's bytes per second, and their share of the measured memory bandwidth."""
     best = next(iter(result["streams"].values()), None)
     for name, record in result["lanes"].items():
         if "times" in record and name != FLOOR:
@@ -239,7 +238,7 @@ def _add_bandwidth(result: dict[str, Any], case: Case) -> None:
 
 
 def run_duel(duel: Duel, settings: Settings) -> dict[str, Any]:
-    """Time fastkd on two cases in turns, and compare the times per logit."""
+    """Time fastkd on two cases in turns, and return the ratio of the times per logit."""
     device = settings.device
     _release(device)
     kind = "device" if duel.first.elements >= WALL_LIMIT else "wall"
@@ -258,7 +257,7 @@ def run_duel(duel: Duel, settings: Settings) -> dict[str, Any]:
 
 
 def measure_close_to_teacher(device: str, rows: int = 32, classes: int = 32000) -> dict[str, Any]:
-    """Return the errors of fastkd and F.kl_div for a KL of 5e-7 in float32, where sums cancel."""
+    """Return the errors of fastkd and F.kl_div in float32 at a KL of 5e-7, where terms cancel."""
     generator = torch.Generator(device).manual_seed(0)
     teacher = torch.randn(rows, classes, generator=generator, device=device)
     noise = torch.randn(rows, classes, generator=generator, device=device)

@@ -4,10 +4,10 @@
 
 Small students learn from teachers of several sizes on three data sets. The students of the teacher
 "128" try every combination of divergence, temperature and alpha. The students of the other teachers
-try the forward KL alone, and runs of fewer steps try two settings. A cell is a combination of data,
-share of the training rows, teacher and steps. All students of a cell train side by side, as batched
-matrices. Each cell is written to the results file when it is done, so a run that was stopped can
-continue.
+try the forward KL alone. Students of the teacher "128" also train for 50 to 1,500 steps, with two
+settings of the loss. A ``Cell`` is a combination of data, share of the training rows, teacher and
+steps. All students of a cell train together, as batched matrices. The results of a cell are written
+when the cell is done, so that a stopped run can continue.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ SHARES = (0.05, 0.2, 1.0)
 TEMPERATURES = (1.0, 2.0, 4.0, 8.0, 16.0)
 ALPHAS = (0.0, 0.1, 0.5)
 DIVERGENCES = ("forward_kl", "reverse_kl", "jsd", "mse")
-# Each teacher has these hidden units and training steps. The last teacher is stopped early, as Cho
-# and Hariharan propose.
+# Hidden units and training steps of each teacher. Cho and Hariharan (2019) propose to stop the
+# teacher early.
 TEACHERS = {"16": (16, 500), "128": (128, 500), "1024": (1024, 500), "1024 early": (1024, 60)}
 PATIENCE = (50, 150, 500, 1500)
 
@@ -59,7 +59,7 @@ GRID = [ALONE, *(Setting(*each) for each in itertools.product(DIVERGENCES, TEMPE
 
 
 class Cell(NamedTuple):
-    """Identify a group of students that train side by side."""
+    """Identify a group of students that train together."""
 
     data: str
     share: float
@@ -68,7 +68,7 @@ class Cell(NamedTuple):
 
 
 def list_cells(scale: int) -> dict[Cell, list[Setting]]:
-    """Return all cells, and the settings of their students; ``scale`` divides all steps."""
+    """Return all cells and the settings of their students; ``scale`` divides the steps."""
     forward = [setting for setting in GRID if setting.divergence == "forward_kl"]
     cells = {
         Cell(data, share, teacher, STEPS // scale): GRID if teacher == "128" else forward
@@ -89,13 +89,13 @@ def read_digits() -> tuple[Any, Any]:
 
 
 def read_cancer() -> tuple[Any, Any]:
-    """Return 30 measurements of each of 569 tumors, and whether they are benign."""
+    """Return 30 standardized measurements of each of 569 tumors, and labels: 1 for benign."""
     table, labels = load_breast_cancer(return_X_y=True)
     return (table - table.mean(0)) / table.std(0), labels
 
 
 def read_docstrings() -> tuple[Any, Any]:
-    """Return 64 features of each docstring line of ten packages of Python, and the package."""
+    """Return 64 features of each docstring line of ten Python packages, and the package's index."""
     lines: dict[str, int] = {}
     for label, package in enumerate(PACKAGES):
         place = pathlib.Path(sysconfig.get_path("stdlib")) / package
@@ -113,14 +113,14 @@ DATA = {"digits": read_digits, "cancer": read_cancer, "docstrings": read_docstri
 
 
 class Rows(NamedTuple):
-    """Hold the rows of each seed's split."""
+    """Hold inputs and labels of one part of the data, for each seed."""
 
     inputs: Tensor  # [seeds, rows, features]
     labels: Tensor  # [seeds, rows]
 
 
 def split(data: str, seeds: int) -> list[Rows]:
-    """Return 60 % of the rows to train on, 20 % to choose a setting by, and 20 % to test on."""
+    """Return each seed's training rows (60 %), validation rows (20 %) and test rows (20 %)."""
     inputs, labels = DATA[data]()
     inputs, labels = torch.tensor(inputs, dtype=torch.float32), torch.tensor(labels)
     orders = [torch.randperm(len(labels), generator=make_generator(seed)) for seed in range(seeds)]
@@ -132,15 +132,15 @@ def split(data: str, seeds: int) -> list[Rows]:
 
 
 def make_generator(seed: int) -> torch.Generator:
-    """Return a random number generator."""
+    """Return a random number generator with this seed."""
     return torch.Generator().manual_seed(seed)
 
 
 class Networks(nn.Module):
-    """Hold networks of one hidden layer: ``count`` with equal first weights for each seed."""
+    """Hold ``count`` networks of one hidden layer for each seed, with equal initial weights."""
 
     def __init__(self, seeds: int, count: int, features: int, width: int, classes: int) -> None:
-        """Draw the first weights of each seed."""
+        """Draw the initial weights of each seed."""
         super().__init__()
         layers = []
         for seed in range(seeds):
@@ -168,7 +168,7 @@ class Networks(nn.Module):
 
 
 def compute_loss(logits: Tensor, group: list[Setting], teacher: Tensor, labels: Tensor) -> Tensor:
-    """Return the sum of the losses of students whose settings have the same divergence."""
+    """Return the sum of the losses of students whose settings have one divergence."""
     temperatures = torch.tensor([setting.temperature for setting in group])
     alphas = torch.tensor([setting.alpha for setting in group])
     rows = logits.shape[:-1]
@@ -188,7 +188,7 @@ def compute_loss(logits: Tensor, group: list[Setting], teacher: Tensor, labels: 
 def train(
     width: int, rows: Rows, steps: int, settings: list[Setting], teacher: Tensor | None = None
 ) -> Networks:
-    """Train a network for each seed and setting; without a teacher, train on the labels."""
+    """Train a network for each seed and setting; without teacher logits, train on the labels."""
     seeds, number, features = rows.inputs.shape
     networks = Networks(seeds, len(settings), features, width, int(rows.labels.max()) + 1)
     optimizer = torch.optim.Adam(networks.parameters(), 0.01, fused=True)
@@ -216,7 +216,7 @@ def train(
 def run(
     cell: Cell, settings: list[Setting], parts: list[Rows], teacher: Networks
 ) -> dict[str, Any]:
-    """Train a cell's students, and count the right answers of each setting and seed."""
+    """Train a cell's students, and count the correct predictions of each setting and seed."""
     training, validation, test = parts
     number = max(BATCH // 8, round(cell.share * training.labels.shape[1]))
     few = Rows(*(part[:, :number] for part in training))
@@ -240,7 +240,7 @@ def run(
 def run_cells(
     cells: dict[Cell, list[Setting]], seeds: int, scale: int, file: pathlib.Path
 ) -> list[dict[str, Any]]:
-    """Run the cells that the file lacks, and return the results of all."""
+    """Run the cells that the file lacks, and return the results of all cells."""
     file.parent.mkdir(parents=True, exist_ok=True)
     lines = file.read_text().splitlines(keepends=True) if file.exists() else []
     results = [json.loads(line) for line in lines if line.endswith("\n")]

@@ -1,6 +1,7 @@
-"""Measure the size, the lost KL and the speed of a teacher's cache.
+"""Measure the size, speed and accuracy of teacher caches, for the tables of docs/teachers.md.
 
-``python -m benchmarks.teachers`` writes the tables of docs/teachers.md.
+``python -m benchmarks.teachers`` writes the tables. Accuracy is the KL from the teacher's
+probabilities to the cached probabilities.
 """
 
 from __future__ import annotations
@@ -29,11 +30,11 @@ from fastkd import teachers
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "teachers.md"
 BATCH = 64
-SECONDS = 1.0  # seconds of reading for each case
+SECONDS = 1.0  # duration of reading for each case
 
 
 class Case(NamedTuple):
-    """Describe the shape of a usual teacher cache."""
+    """Describe a teacher cache: the samples, the stored classes and the dtype."""
 
     name: str
     samples: int
@@ -53,7 +54,7 @@ CASES = (
 
 
 class ConstantTeacher(nn.Module):
-    """Return random logits, equal for every batch: a teacher that takes no time."""
+    """Return random logits, equal for every batch, so that the teacher takes no time."""
 
     def __init__(self, case: Case) -> None:
         """Draw the logits."""
@@ -99,7 +100,7 @@ def measure_case(case: Case) -> list[str]:
 
 
 def _measure_reads(cache: teachers.TeacherCache, samples: int, seconds: float) -> float:
-    """Measure how many samples a second one process reads in random order, in one pass or more."""
+    """Return the samples per second that one process reads in random order."""
     generator = torch.Generator().manual_seed(0)
     size = min(BATCH, samples)
     count, start = 0, time.perf_counter()
@@ -118,7 +119,7 @@ DIGESTS: dict[str, Callable[[bytes], object]] = {
 
 
 def measure_digests() -> Iterator[list[str]]:
-    """Yield rows of the table of digests: their speed on 64 KiB, the best of 200 runs."""
+    """Yield rows of the table of digests, with the best speed of 200 runs on 64 KiB."""
     data = os.urandom(2**16)
     for name, compute in DIGESTS.items():
         best = float("inf")
@@ -130,7 +131,7 @@ def measure_digests() -> Iterator[list[str]]:
 
 
 def make_digits() -> tuple[str, nn.Module, Tensor]:
-    """Train a classifier of 1,797 images of digits; return a name, the classifier, the images."""
+    """Train a classifier of 1,797 images of digits; return name, classifier and images."""
     images, labels = (torch.tensor(part) for part in load_digits(return_X_y=True))
     images = images.float() / 16
     torch.manual_seed(0)
@@ -144,7 +145,7 @@ def make_digits() -> tuple[str, nn.Module, Tensor]:
 
 
 def make_characters() -> tuple[str, nn.Module, Tensor]:
-    """Count which characters follow two characters; return a name, a model, inputs."""
+    """Make a model that predicts a character from two characters; return name, model, inputs."""
     text = "\n".join(pydoc_data.topics.topics.values())
     alphabet = sorted(set(text))
     codes = torch.tensor([alphabet.index(sign) for sign in text])
@@ -158,7 +159,7 @@ def make_characters() -> tuple[str, nn.Module, Tensor]:
 
 
 def measure_losses() -> Iterator[list[str]]:
-    """Yield rows of the table of the KL that caches lose."""
+    """Yield rows of the table of KLs from the teacher's to the cached probabilities."""
     for name, teacher, inputs in (make_digits(), make_characters()):
         loader = DataLoader(teachers.WithIds(TensorDataset(inputs)), BATCH)
         for top_k in (None, 1, 2, 4, 8):
@@ -182,7 +183,7 @@ def make_table(heading: list[str], rows: list[list[str]]) -> str:
 
 
 def main() -> None:
-    """Measure the caches, and write the tables."""
+    """Measure the caches, and write the tables of docs/teachers.md."""
     speeds = make_table(
         [
             *("cache", "classes stored", "bytes a sample", "written, samples/s"),

@@ -1,11 +1,11 @@
-"""Find regressions by micro-benchmarks, each of which also checks its answer.
+"""Find regressions of speed by micro-benchmarks, which also check loss and gradient.
 
     python -m pytest benchmarks --benchmark-autosave         save a run under .benchmarks/
     python -m pytest benchmarks --benchmark-compare          compare with the last saved run
     python -m pytest benchmarks --benchmark-compare --benchmark-compare-fail=median:10%
 
-The normal test run leaves out these benchmarks. ``python -m benchmarks`` has baselines, figures and
-plots.
+The last command fails if a median is more than 10 % slower. The normal test run leaves out these
+benchmarks. ``python -m benchmarks`` also times baselines.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from benchmarks.truth import Truth
 
 DEVICES = ["cpu"] + ["cuda"] * torch.cuda.is_available()
 
-# The first shape measures the overhead of a call; two are batches of images; two are logits of
-# language models.
+# The first shape measures the overhead of a call. The next two are batches of images, and the last
+# two are logits of language models.
 SHAPES = [(8, 10), (128, 100), (1024, 1000), (32, 32000), (4, 128257)]
 
 
@@ -75,7 +75,7 @@ def test_half_of_the_rows_ignored(benchmark: Any, device: str) -> None:
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_pytorchs_own_cost(benchmark: Any, device: str) -> None:
-    """Time a sum and its backward pass, PyTorch's cost on the smallest case."""
+    """Time a sum and its backward pass, which show PyTorch's overhead on the smallest case."""
     case = Case("micro", 8, 10)
     inputs = make_inputs(case, device, 0)
     step = Step(case, floor(case), [inputs])

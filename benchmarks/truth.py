@@ -1,7 +1,7 @@
-"""Compute a case's loss and gradient in float64, and the errors of an answer.
+"""Compute a case's loss and gradient in float64, and the errors of a baseline.
 
-The loss includes every row. A small gradient is stored for every row. A large gradient is
-stored for rows spread evenly over the tensor, including the first row and the last.
+The loss includes every row. A small gradient is stored for every row. To bound the memory, a large
+gradient is stored for some rows, spread evenly from the first row to the last row.
 """
 
 from __future__ import annotations
@@ -16,26 +16,25 @@ from torch.nn import functional as F
 from benchmarks.cases import DTYPES, Case
 from fastkd import reference
 
-# A right answer has errors within these bounds. Errors are reported unchanged; the bounds keep
-# wrong baselines from being timed. The bounds are wide, because eager PyTorch is inaccurate in
-# 16 bits.
+# A baseline with larger relative errors is not timed. The bounds are wide, because eager PyTorch is
+# inaccurate in 16 bits.
 LOSS_TOLERANCE = {"fp32": 1e-3, "bf16": 0.1, "fp16": 0.1}
 GRADIENT_TOLERANCE = {"fp32": 1e-3, "bf16": 0.25, "fp16": 0.25}
 
 
 @dataclass(frozen=True)
 class Errors:
-    """Hold the errors of an answer against float64."""
+    """Hold the errors of a loss and its gradient against float64."""
 
     loss: float
     """|loss - truth| / |truth|."""
     gradient: float | None = None
     """||gradient - truth|| / ||truth||, over the rows that were checked."""
     gradient_max: float | None = None
-    """Largest error of an element of the gradient, over the truth's largest element."""
+    """Largest error of a gradient's element, divided by the true gradient's largest element."""
 
     def is_acceptable(self, case: Case) -> bool:
-        """Return True if the errors are small enough; a NaN is too large."""
+        """Return True if the errors are within the bounds; NaN counts as outside the bounds."""
         gradient = 0.0 if self.gradient is None else self.gradient
         return (
             self.loss <= LOSS_TOLERANCE[case.dtype] and gradient <= GRADIENT_TOLERANCE[case.dtype]
@@ -46,7 +45,7 @@ class Truth:
     """Compute losses and gradients of one set of inputs in float64."""
 
     def __init__(self, case: Case, student: Tensor, teacher: Tensor, labels: Tensor) -> None:
-        """Store the inputs; losses and gradients are computed when they are first needed."""
+        """Store the inputs, and choose the rows whose gradients are stored."""
         self.case = case
         self.inputs = (student.detach().clone(), teacher, labels)
         on_gpu = student.device.type == "cuda"
@@ -92,7 +91,7 @@ class Truth:
         self._gradients[kind] = torch.cat(gradients)
 
     def compute_errors(self, kind: str, loss: Tensor, gradient: Tensor | None) -> Errors:
-        """Return the errors of an answer."""
+        """Return the errors of a loss and gradient against the formula that ``kind`` names."""
         if kind not in self._losses:
             self._compute(kind)
         exact = self._losses[kind]

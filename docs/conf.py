@@ -1,7 +1,7 @@
 """Configure the documentation site, which ``make docs`` builds with Sphinx.
 
-The source folder is the repository, not ``docs/``. So links between Markdown files work on the site
-as on GitHub, also to ``CONTRIBUTING.md`` and ``benchmarks/results/``.
+The source folder is the repository, so that links from ``docs/`` to files such as
+``CONTRIBUTING.md`` work on the site as on GitHub.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ include_patterns = [
     "examples/*.ipynb",
     "benchmarks/results/**",
 ]
-# README.md is the front page of the repository, and docs/index.md is the front page of the site.
+# docs/index.md takes the place of README.md on the site.
 exclude_patterns = ["README.md", ".*", "build", "runs", "tests", "csrc", "python"]
 html_extra_path = ["site"]  # index.html, which opens docs/index.html
 
@@ -47,7 +47,7 @@ pygments_style, pygments_dark_style = "tango", "monokai"
 
 myst_enable_extensions = ["dollarmath"]
 myst_fence_as_directive = ["math"]  # GitHub renders ```math, too
-myst_heading_anchors = 4  # links such as teachers.md#ids
+myst_heading_anchors = 4  # for links such as teachers.md#ids
 
 autodoc_member_order = "bysource"
 autodoc_preserve_defaults = True
@@ -55,8 +55,8 @@ autodoc_typehints = "none"  # docstrings describe the types with their shapes an
 python_maximum_signature_line_length = 88
 napoleon_google_docstring, napoleon_numpy_docstring = True, False
 doctest_global_setup = "import torch, fastkd"
-# Docstrings link to names of these projects. The inventories are in the repository, so that a
-# build needs no network. Add a project when docstrings link to its names.
+# Docstrings link to names of these projects, whose inventories are in docs/, so that a build needs
+# no network.
 intersphinx_mapping = {
     "torch": ("https://docs.pytorch.org/docs/stable", "docs/torch.inv"),
     "python": ("https://docs.python.org/3", "docs/python.inv"),
@@ -64,17 +64,17 @@ intersphinx_mapping = {
 
 
 class NotebookParser(MystParser):
-    """Show a notebook with the outputs that are stored in it."""
+    """Parse a notebook, with its stored outputs, as Markdown."""
 
     supported = ("notebook",)
 
     def parse(self, inputstring: str, document: nodes.document) -> None:
-        """Parse the notebook as Markdown."""
+        """Convert the notebook to Markdown, and parse the Markdown."""
         super().parse(to_markdown(inputstring), document)
 
 
 def to_markdown(notebook: str) -> str:
-    """Return the Markdown of a notebook: its text, its code, and the outputs of the code."""
+    """Return the text, code and outputs of a notebook as Markdown."""
     parts = []
     for cell in json.loads(notebook)["cells"]:
         source = "".join(cell["source"])
@@ -97,7 +97,7 @@ def drop_alias(*event: Any) -> None:
 
 
 def setup(app: Sphinx) -> None:
-    """Register notebooks as sources."""
+    """Register the parser of notebooks, and the filter of docstrings."""
     app.add_source_suffix(".ipynb", "notebook")
     app.add_source_parser(NotebookParser)
     app.connect("autodoc-process-docstring", drop_alias)

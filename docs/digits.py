@@ -22,12 +22,12 @@ sys.path.insert(0, str(DOCS.parent / "examples"))
 import digits  # noqa: E402 - the script of examples/
 
 BEGIN, END = "<!-- demo:begin -->", "<!-- demo:end -->"
-INK = "#7d8590"  # readable on white and on the dark backgrounds of GitHub and furo
+INK = "#7d8590"  # readable on white and on the dark backgrounds of GitHub and of the docs
 COLORS = {"teacher": "#8d99ae", "student distilled": "#2a9d6f", "student alone": "#e09f3e"}
 
 
 def summarize(outcome: digits.Outcome) -> str:
-    """Return one sentence about the accuracies and the sizes."""
+    """Return sentences about the sizes and accuracies of the models."""
     sizes = {
         name: sum(parameter.numel() for parameter in model.parameters())
         for name, model in outcome.models.items()
@@ -45,7 +45,7 @@ def summarize(outcome: digits.Outcome) -> str:
 
 
 def write(document: pathlib.Path, text: str) -> None:
-    """Put the text between the markers of a document."""
+    """Replace the text between the markers of a document."""
     head, rest = document.read_text().split(BEGIN, 1)
     document.write_text(f"{head}{BEGIN}\n{text}{END}{rest.split(END, 1)[1]}")
 
@@ -57,13 +57,13 @@ def set_style(axes: Axes) -> None:
 
 
 def save(figure: Figure, name: str) -> None:
-    """Save a picture with a transparent background."""
+    """Save a picture in docs/ with a transparent background."""
     figure.savefig(DOCS / name, dpi=160, transparent=True)
     plt.close(figure)
 
 
 def draw_accuracies(outcome: digits.Outcome) -> None:
-    """Draw a dot for each seed, and a line at the mean."""
+    """Draw the accuracies: a dot for each seed, and a line at the mean."""
     figure, axes = plt.subplots(figsize=(8, 2.1), layout="constrained")
     for row, (name, color) in enumerate(COLORS.items()):
         values = outcome.accuracies[name]
@@ -82,7 +82,7 @@ def draw_accuracies(outcome: digits.Outcome) -> None:
 
 
 def draw_soft_targets(teacher: torch.nn.Module, images: torch.Tensor, labels: torch.Tensor) -> None:
-    """Draw an image recognized with about 95 % confidence, and the teacher's probabilities."""
+    """Draw an image, and the teacher's class probabilities at three temperatures."""
     with torch.no_grad():
         logits = teacher(images)
     doubt = (logits.softmax(-1).amax(-1) - 0.95).abs()

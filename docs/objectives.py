@@ -84,7 +84,7 @@ _ROWS, _CLASSES = 2, 3
 
 
 def _cases() -> dict[str, dict[str, Any]]:
-    """Return the arguments of a call for each row of the matrix."""
+    """Return the arguments of a call for each row of the page's matrix."""
     logits, rows = torch.zeros(_ROWS, _CLASSES), torch.ones(_ROWS)
     labels = torch.zeros(_ROWS, dtype=torch.int64)
     return {
@@ -120,7 +120,7 @@ def _cases() -> dict[str, dict[str, Any]]:
 
 
 def _cell(divergence: str, case: dict[str, Any]) -> str:
-    """Return the symbol that says how a call is computed, or that it is refused."""
+    """Return the symbol of a call in the page's matrix, such as "●" for one fused pass."""
     logits = torch.zeros(_ROWS, _CLASSES)
     arguments = {
         "student": logits,

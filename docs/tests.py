@@ -23,7 +23,7 @@ and the kernels' own tests. Seconds include a test's fixtures.
 
 
 class Tier(NamedTuple):
-    """Hold the results of one run of pytest."""
+    """Hold the tests with their seconds, and the covered lines, of a Makefile target."""
 
     command: str
     tests: list[tuple[float, str]]
@@ -31,12 +31,12 @@ class Tier(NamedTuple):
 
     @property
     def lines(self) -> set[tuple[str, int]]:
-        """Return the covered lines of all files."""
+        """Return the covered lines of all files, as pairs of file and line number."""
         return {(name, line) for name, lines in self.covered.items() for line in lines}
 
 
 def read(name: str, *runs: str) -> Tier:
-    """Read the tests and the coverage of ``make NAME`` from the results of ``runs``."""
+    """Read the tests of ``runs`` from JUnit files, and the coverage of ``make NAME``."""
     tests = [
         (float(case.get("time", 0)), f"{case.get('classname')}::{case.get('name')}")
         for run in runs

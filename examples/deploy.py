@@ -2,11 +2,11 @@
 # # From teacher to device
 #
 # A convolutional network, the **teacher**, recognizes handwritten digits well, but is too large
-# for the device that it should run on. This notebook trains a small **student** on the teacher's
-# outputs, and compares it with the same student trained alone. Then it exports the student to ONNX
-# Runtime and ExecuTorch with 8-bit integers, and measures every model on one thread.
+# for some devices. This notebook trains a small **student** on the teacher's outputs, and compares
+# this student with a student that is trained on labels alone. Then the notebook exports the student
+# to ONNX Runtime and ExecuTorch with 8-bit integers, and measures every model on one thread.
 #
-# The notebook needs `pip install "fastkd[report,deploy,examples]"`, and takes about a minute.
+# The notebook needs `pip install "fastkd[report,deploy,examples]"`.
 # `deploy.py` and `deploy.ipynb` have the same cells.
 
 # %%
@@ -84,18 +84,18 @@ print(f"teacher: {accuracy(teacher):.1f} % of the test images are right")
 #
 # The student has three linear layers, and sees a tenth of the images. The student trained alone
 # learns from the labels of these images. The distilled student learns from the same labels, and
-# from the teacher's logits on the same images. Its loss is
+# from the teacher's logits on the same images. The loss of the distilled student is
 #
 # $$\alpha\,\text{CE}(z, y)
 # + (1 - \alpha)\,T^2\,\text{KL}\big(\text{softmax}(w/T)\,\|\,\text{softmax}(z/T)\big),$$
 #
-# where z are the student's logits, w the teacher's logits, y the labels and T is the temperature.
-# CE is the cross entropy, and KL the Kullback-Leibler divergence. Both students begin with the
-# same weights, and see the same images in the same order. T = 4 and α = 0.1 were chosen on other
-# splits of the data.
+# where z are the student's logits, w the teacher's logits, y the labels, T is the temperature, and
+# α the weight of the labels. CE is the cross entropy, and KL the Kullback-Leibler divergence. Both
+# students begin with the same weights, and see the same images in the same order. T = 4 and α = 0.1
+# were chosen on splits of the data other than the split above.
 #
-# One seed may be luck. So both students are trained with ten seeds, each with other images and
-# other initial weights.
+# The gain of one seed may be chance. So both students are trained with ten seeds, and each seed
+# draws its own images and initial weights.
 
 
 # %%
@@ -147,7 +147,7 @@ plt.show()
 #
 # `fastkd.export` writes a file that runs without PyTorch, and compares the file's logits with the
 # student's. `quantize="int8"` stores weights in 8 bits, and computes with 8-bit activations.
-# Training images, the second argument, determine the ranges of the activations.
+# The second argument, training images, determines the ranges of the activations.
 
 # %%
 alone, distilled = pairs[0]
@@ -170,7 +170,7 @@ for name, each in exported.items():
 # ## Measure all models
 #
 # `fastkd.report` measures the size, memory, latency, accuracy and calibration of all models, on the
-# same test images and in turns. Exported files are models like any other.
+# same test images and in turns. The report accepts exported files in place of PyTorch models.
 
 # %%
 report = fastkd.report(
@@ -188,8 +188,8 @@ report.save(folder)
 print(f"\nthe whole report: {folder / 'report.html'}")
 
 # %% [markdown]
-# The 8-bit student may lose at most half a point of accuracy, and must have at most 0.35 times the
-# bytes of the 32-bit student.
+# The 8-bit student may lose at most half a percentage point of accuracy, and may have at most 0.35
+# times the bytes of the 32-bit student.
 
 # %%
 by_name = {model.name: model for model in report.models}

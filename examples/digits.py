@@ -2,11 +2,11 @@
 
     python examples/digits.py [--seeds N] [--epochs N] [--temperature T] [--alpha A]
 
-A convolutional teacher is trained on all training images. Then the same small student is trained
-twice on a tenth of those images: alone, on their labels; and distilled, on their labels and the
-teacher's logits. Initial weights, images, batches, steps, optimizer and learning rate are equal, so
-only the loss differs. Hinton, Vinyals and Dean (2015) asked the question: can soft targets pass on,
-with few images, what a teacher learned from many?
+A convolutional teacher is trained on all training images. Two small students are trained on a tenth
+of these images. The student alone learns from labels, and the distilled student learns from labels
+and the teacher's logits. The students have equal initial weights, batches, steps, optimizers and
+learning rates, so only the loss differs. Hinton, Vinyals and Dean (2015, section 6) show that soft
+targets help a student that sees few samples.
 """
 
 from __future__ import annotations
@@ -32,11 +32,10 @@ from fastkd import reference
 BATCH = 64
 TEACHER_EPOCHS = 20
 STUDENT_SHARE = 0.1  # share of the training images
-# These values were chosen on validation images cut from the training images, never on the test
-# images. The candidates were hidden widths 2 to 32, temperatures 2 to 14, alphas 0 to 0.3, learning
-# rates 0.003 to 0.02. Both students have the same rate; no other candidate was better for the
-# student alone. With 2 to 6 hidden units distillation often did not help, and a high temperature
-# did harm.
+# These values were chosen on validation images from the training set, never on test images. The
+# candidates were hidden widths 2 to 32, temperatures 2 to 14, alphas 0 to 0.3, and learning rates
+# 0.003 to 0.02. Both students have the learning rate that is best for the student alone.
+# Distillation often did not help students with 2 to 6 hidden units.
 STUDENT_WIDTH = 16
 STUDENT_EPOCHS = 400
 TEMPERATURE = 8.0
@@ -109,7 +108,7 @@ def train(
     seed: int,
     bar: tqdm,
 ) -> None:
-    """Train ``model``; ``loss_of`` takes a batch's logits and the indices of its images."""
+    """Train a model; ``loss_of`` takes a batch's logits and the indices of the batch's images."""
     order = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.Adam(model.parameters(), learning_rate)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)
@@ -172,7 +171,7 @@ def train_student(digits: Digits, seed: int, epochs: int, bar: tqdm) -> nn.Modul
 def distill_student(
     digits: Digits, teacher: nn.Module, seed: int, options: argparse.Namespace, bar: tqdm
 ) -> tuple[nn.Module, list[Batch]]:
-    """Train a student on the few images, labels and teacher logits; return its batches."""
+    """Train a student on few images, their labels and the teacher's logits; return its batches."""
     torch.manual_seed(seed)
     student = make_student()
     images, labels = digits.images[digits.few], digits.labels[digits.few]
@@ -182,7 +181,7 @@ def distill_student(
 
     def distillation(logits: Tensor, index: Tensor) -> Tensor:
         batches.append(Batch(logits.detach(), teacher_logits[index], labels[index]))
-        # Only this call is new for distillation. alpha weighs the labels' term.
+        # This call replaces F.cross_entropy. alpha is the weight of the labels.
         return fastkd.loss(
             logits,
             teacher_logits[index],
@@ -204,11 +203,11 @@ def distill_student(
 
 
 class Outcome(NamedTuple):
-    """Hold the accuracies of all seeds, and the last seed's models and batches."""
+    """Hold the accuracies of all seeds, and the last seed's models and distillation batches."""
 
-    models: dict[str, nn.Module]  # models of the last seed
-    accuracies: dict[str, list[float]]  # a value for each seed
-    batches: list[Batch]  # batches of the last distillation
+    models: dict[str, nn.Module]
+    accuracies: dict[str, list[float]]
+    batches: list[Batch]
 
 
 def run(options: argparse.Namespace) -> Outcome:
@@ -238,7 +237,7 @@ Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def eager(temperature: float, alpha: float) -> Loss:
-    """Compute the loss by PyTorch operations, as in tutorials."""
+    """Make a loss function of PyTorch operations, as in tutorials."""
 
     def loss(student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
         hard = F.cross_entropy(student, labels)
@@ -254,12 +253,12 @@ def eager(temperature: float, alpha: float) -> Loss:
 
 
 def fused(temperature: float, alpha: float) -> Loss:
-    """Compute the loss by fastkd."""
+    """Make a loss function that calls fastkd.loss."""
     return lambda *batch: fastkd.loss(*batch, temperature=temperature, alpha=alpha)
 
 
 def exact(temperature: float, alpha: float) -> Loss:
-    """Compute the loss by its definition, in float64."""
+    """Make a loss function that calls fastkd.reference.loss in float64."""
     return lambda student, teacher, labels: reference.loss(
         student.double(),
         teacher.double(),
@@ -271,7 +270,7 @@ def exact(temperature: float, alpha: float) -> Loss:
 
 
 def compute_loss_and_gradient(loss: Loss, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Run one forward and one backward pass."""
+    """Return the loss of a batch, and the gradient with respect to the student's logits."""
     student = batch.student.detach().requires_grad_()
     value = loss(student, batch.teacher, batch.labels)
     (gradient,) = torch.autograd.grad(value, student)
@@ -279,7 +278,7 @@ def compute_loss_and_gradient(loss: Loss, batch: Batch) -> tuple[Tensor, Tensor]
 
 
 def compute_errors(loss: Loss, truth: Loss, batches: list[Batch]) -> tuple[float, float]:
-    """Return the largest relative errors of the loss and of the gradient."""
+    """Return the largest relative errors of the loss and of the gradient over the batches."""
     loss_error = gradient_error = 0.0
     for batch in batches:
         value, gradient = compute_loss_and_gradient(loss, batch)
@@ -351,7 +350,7 @@ def make_table(outcome: Outcome) -> Table:
 
 
 def describe_gain(outcome: Outcome) -> str:
-    """Say whether distillation helped, judged by the figures."""
+    """Return sentences that say whether distillation helped."""
     teacher, alone, distilled = outcome.accuracies.values()
     gains = [after - before for before, after in zip(alone, distilled, strict=True)]
     gain, deviation = statistics.mean(gains), compute_spread(gains)
@@ -383,7 +382,7 @@ def describe_errors(batches: list[Batch], temperature: float, alpha: float) -> s
 
 
 def describe_speed(batches: dict[str, tuple[Batch, int]], temperature: float, alpha: float) -> str:
-    """Return the times of loss and backward pass beside eager PyTorch's on named batches."""
+    """Compare the times of loss and backward pass with eager PyTorch's, on named batches."""
     parts = []
     for name, (batch, repeats) in batches.items():
         before, after = compare(batch, temperature, alpha, repeats)
@@ -412,8 +411,7 @@ def main() -> None:
     """Train the models, measure them, and print the results."""
     options = parse_arguments()
     temperature, alpha = options.temperature, options.alpha
-    # Models this small gain nothing from a second thread, and one thread is less disturbed by other
-    # processes. `make bench` measures the loss on all threads.
+    # Models this small gain nothing from a second thread. `make bench` uses all threads.
     torch.set_num_threads(1)
     outcome = run(options)
     table = make_table(outcome)

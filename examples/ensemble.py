@@ -1,11 +1,11 @@
-"""Distill five different classifiers into one network, as Bucila, Caruana and Niculescu-Mizil did.
+"""Distill five classifiers into one network, as Bucila, Caruana and Niculescu-Mizil (2006) did.
 
     python examples/ensemble.py [--seeds N] [--steps N]
 
-Classifiers of five kinds, such as a forest and nearest neighbors, each learn from 100 labeled
-images of their own. A network that sees no label learns from the classifiers' probabilities on 600
-unlabeled images (Model Compression, 2006). The student of all teachers is compared with the student
-of each teacher, and with a student that is trained alone on the first teacher's labels.
+Five classifiers, the teachers, each learn from 100 labeled images of their own. A network, the
+student, sees no label, and learns from the mean of the teachers' probabilities on 600 unlabeled
+images. The program compares this student with students of one teacher each, and with a student that
+learns from the first teacher's labeled images alone.
 """
 
 import argparse
@@ -26,7 +26,7 @@ LABELED, UNLABELED = 100, 600
 
 
 def make_teachers(seed: int) -> dict[str, object]:
-    """Return classifiers of scikit-learn that make different mistakes."""
+    """Return five untrained classifiers of scikit-learn, by name."""
     return {
         "extra trees": ExtraTreesClassifier(100, random_state=seed),
         "nearest neighbors": KNeighborsClassifier(3, weights="distance"),
@@ -58,7 +58,7 @@ def train(
 
 
 def main() -> None:
-    """Train students of each teacher, of all teachers, and of the labels, for several seeds."""
+    """Train students on each teacher, on all teachers, and on labels, for several seeds."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, default=10)
     parser.add_argument("--steps", type=int, default=500, help="of each student")

@@ -1,10 +1,10 @@
-"""Train a deep, narrow network with a feature hint, as the FitNets of Romero and others (2015).
+"""Train a deep, narrow network with a feature hint, as in FitNets (Romero et al., 2015).
 
     python examples/feature_hints.py [--seeds N] [--epochs N]
 
-The teacher has two wide convolutions and learns from 1,200 digits. The student has six convolutions
-of 6 channels and sees 100 digits. The hint makes the student's third layer predict the
-teacher's second layer. A 1x1 convolution, which is trained with the student, maps 6 channels to 32.
+The teacher has two convolutions of 32 channels, and learns from 1,200 digits. The student has six
+convolutions of 6 channels, and sees 100 digits. The hint makes the student's third layer predict
+the teacher's second layer, by a 1x1 convolution that is trained with the student.
 """
 
 import argparse
@@ -19,7 +19,7 @@ import fastkd
 
 
 def make_network(width: int, depth: int) -> nn.Sequential:
-    """Return convolutions and a linear layer, as named modules."""
+    """Return a network of convolutions and a linear layer, with named modules."""
     model = nn.Sequential()
     model.add_module("image", nn.Unflatten(1, (1, 8, 8)))
     for number in range(1, depth + 1):
@@ -34,7 +34,7 @@ def make_network(width: int, depth: int) -> nn.Sequential:
 def train(
     model: nn.Module, teacher: nn.Module, loader: DataLoader, epochs: int, **options: object
 ) -> fastkd.Trainer:
-    """Train by Adam, and return the trainer."""
+    """Train a model by Adam, and return the trainer."""
     optimizer = torch.optim.Adam(model.parameters(), 3e-3)
     trainer = fastkd.Trainer(model, teacher, optimizer, progress=False, **options)
     trainer.fit(loader, epochs)

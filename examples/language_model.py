@@ -2,10 +2,11 @@
 
     python examples/language_model.py [--seeds N] [--steps N] [--write docs/language-models.md]
 
-The text is Python's documentation, one token a character. The teacher is trained on the whole text.
-The students have a sixth of the teacher's parameters and a tenth of the text. All students are
-first trained on the labels, then in five ways, with equal steps, rates and numbers of tokens. No
-rate was tuned. A model with a large vocabulary passes fastkd.Head in place of logits.
+The text is Python's documentation, and each character is a token. A tenth of the text is held out.
+The teacher learns from the remaining text, and the students learn from a tenth of the remaining
+text. The students have a sixth of the teacher's parameters. All students are first trained on
+labels, then in five ways, with equal steps, learning rates and numbers of tokens. No learning rate
+was tuned.
 """
 
 import argparse
@@ -25,7 +26,7 @@ from torch.nn import functional as F
 import fastkd
 
 LENGTH, PROMPT, BATCH, TOP_K, RATE = 48, 16, 16, 8, 2e-3
-# Logits at position i predict token i + 1, so shift is 1. As alpha is 0, labels only mask rows.
+# The logits at position i predict token i + 1, so shift is 1. alpha is 0, so labels only mask rows.
 OPTIONS: dict[str, Any] = {"shift": 1, "temperature": 1.0, "alpha": 0.0}
 REVERSE = OPTIONS | {"divergence": "reverse_kl"}
 Row = dict[str, list[float]]  # values of each seed, by the measure's name
@@ -36,7 +37,7 @@ class GPT(nn.Module):
     """Map tokens ``(batch, length)`` to logits of all characters by a causal transformer."""
 
     def __init__(self, characters: int, width: int, depth: int) -> None:
-        """Make the layers, with heads of 32 channels."""
+        """Make the layers, whose attention heads have 32 channels."""
         super().__init__()
         self.token, self.position = nn.Embedding(characters, width), nn.Embedding(LENGTH, width)
         layer = nn.TransformerEncoderLayer(
@@ -46,7 +47,7 @@ class GPT(nn.Module):
         self.head = nn.Linear(width, characters)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Compute the logits; those at position i predict token i + 1."""
+        """Compute the logits, which at position i predict token i + 1."""
         causal = nn.Transformer.generate_square_subsequent_mask(tokens.shape[1])
         hidden = self.token(tokens) + self.position.weight[: tokens.shape[1]]
         return self.head(self.layers(hidden, causal, is_causal=True))
@@ -60,7 +61,7 @@ def draw_windows(text: Tensor, number: int, generator: torch.Generator) -> Tenso
 
 @torch.no_grad()
 def generate(model: GPT, tokens: Tensor) -> Tensor:
-    """Sample continuations of prompts up to ``LENGTH`` tokens, at temperature 1."""
+    """Continue prompts to ``LENGTH`` tokens by sampling at temperature 1."""
     while tokens.shape[1] < LENGTH:
         probabilities = model(tokens)[:, -1].softmax(-1)
         tokens = torch.cat([tokens, torch.multinomial(probabilities, 1)], 1)
@@ -84,26 +85,26 @@ def alone(student: GPT, teacher: GPT, text: Tensor) -> Tensor:
 
 
 def off_policy(student: GPT, teacher: GPT, text: Tensor) -> Tensor:
-    """Compute the forward KL over all tokens, on real text."""
+    """Compute the forward KL over all characters, on the training text."""
     return fastkd.loss(student(text), teacher(text), mask_prompt(text), **OPTIONS)
 
 
 def off_policy_top_k(student: GPT, teacher: GPT, text: Tensor) -> Tensor:
-    """Compute the forward KL from the teacher's most probable tokens, on real text."""
+    """Compute the forward KL from the teacher's most probable characters, on the training text."""
     log_probs, indices = teacher(text).log_softmax(-1).topk(TOP_K)
-    # A list comes with the token that it scores, one position later, as from servers.
+    # Like a server, TopK stores a list of predictions at the position of the predicted token.
     lists = fastkd.TopK(log_probs.roll(1, dims=1), indices.roll(1, dims=1))
     return fastkd.loss(student(text), lists, mask_prompt(text), **OPTIONS)
 
 
 def on_policy(student: GPT, teacher: GPT, text: Tensor) -> Tensor:
-    """Compute the reverse KL over all tokens, on text that the student writes."""
+    """Compute the reverse KL over all characters, on text that the student writes."""
     text = generate(student, text[:, :PROMPT])
     return fastkd.loss(student(text), teacher(text), mask_prompt(text), **REVERSE)
 
 
 def on_policy_sampled(student: GPT, teacher: GPT, text: Tensor) -> Tensor:
-    """Estimate the reverse KL from the teacher's score of each token that the student writes."""
+    """Estimate the reverse KL from the teacher's log-probabilities of the student's tokens."""
     text = generate(student, text[:, :PROMPT])
     sampled = fastkd.Sampled(score(teacher, text), text, estimator="k1")
     return fastkd.loss(student(text), sampled, mask_prompt(text), **OPTIONS)
@@ -117,7 +118,7 @@ LOSSES: dict[str, Loss] = {
 
 
 def train(model: GPT, teacher: GPT, text: Tensor, objective: Loss, steps: int, seed: int) -> None:
-    """Train a model by Adam, with a rate that falls to zero."""
+    """Train a model by Adam, with a learning rate that falls to zero."""
     torch.manual_seed(seed)  # for the student's samples
     generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.Adam(model.parameters(), RATE)
@@ -131,7 +132,7 @@ def train(model: GPT, teacher: GPT, text: Tensor, objective: Loss, steps: int, s
 
 @torch.no_grad()
 def measure(model: GPT, teacher: GPT, text: Tensor, row: Row) -> None:
-    """Append measures on held-out windows, and on the model's continuations of their prompts."""
+    """Append to ``row`` measures on held-out windows, and on continuations of their prompts."""
     torch.manual_seed(0)
     windows = draw_windows(text, 512, torch.Generator().manual_seed(0))
     text = generate(model, windows[:128, :PROMPT])
@@ -183,13 +184,13 @@ def run_experiment(seeds: int, steps: int) -> tuple[dict[str, Row], float]:
 
 
 def summarize(values: list[float]) -> str:
-    """Return the mean and, of several values, its standard error."""
+    """Return the mean, and the standard error if there are several values."""
     error = stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0
     return f"{mean(values):.3f}" + f" ± {error:.3f}" * (len(values) > 1)
 
 
 def describe(rows: dict[str, Row], error: float) -> str:
-    """Return the table and comparisons of models as Markdown; expected results have a reason."""
+    """Return a table and comparisons of the models as Markdown, with reasons if as expected."""
     lines = ["| | " + " | ".join(rows["teacher"]) + " |", "|-|" + "-:|" * len(rows["teacher"])]
     for name, row in rows.items():
         lines.append(f"| {name} | {' | '.join(map(summarize, row.values()))} |")
@@ -221,7 +222,7 @@ def describe(rows: dict[str, Row], error: float) -> str:
 
 
 def draw(rows: dict[str, Row], path: pathlib.Path) -> None:
-    """Plot the first three measures: a dot for each seed, a line for the teacher."""
+    """Plot the first three measures, with a dot for each seed and a line for the teacher."""
     figure = Figure((10, 2.6), layout="constrained")
     for axes, key in zip(figure.subplots(1, 3, sharey=True), rows["teacher"], strict=False):
         axes.axvline(rows["teacher"][key][0], color=INK, linestyle="--")

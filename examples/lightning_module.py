@@ -2,8 +2,8 @@
 
     python examples/lightning_module.py [--seeds N] [--epochs N]
 
-The teacher learns from 1,200 labeled digits. A small student sees 100 of these digits, and is
-trained with the teacher and alone, from the same first weights with the same number of steps.
+The teacher learns from 1,200 labeled digits. A small student learns from 100 of these digits, with
+and without the teacher, from the same initial weights for the same number of steps.
 """
 
 import argparse
@@ -28,14 +28,14 @@ class Classifier(lightning.LightningModule):
     """Train a network on labels, and on a teacher's logits if there is a teacher."""
 
     def __init__(self, model: nn.Module, rate: float, teacher: nn.Module | None = None) -> None:
-        """Freeze the teacher, and keep it in a list, so that it is not saved with the student."""
+        """Freeze the teacher, and store it in a list, which Lightning does not save."""
         super().__init__()
         self.model, self.rate = model, rate
         self.loss = fastkd.KDLoss(temperature=4.0, alpha=0.1)
         self._teachers = [] if teacher is None else [teacher.requires_grad_(False).eval()]
 
     def on_fit_start(self) -> None:
-        """Move the teacher, which Lightning does not know, and cast it to the model's dtype."""
+        """Move the teacher, which Lightning does not manage, to the model's device and dtype."""
         for teacher in self._teachers:
             teacher.to(self.device, next(self.model.parameters()).dtype)
 
@@ -56,7 +56,7 @@ class Classifier(lightning.LightningModule):
         self.log("accuracy", (self.model(images).argmax(-1) == labels).float().mean())
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        """Return the optimizer, Adam."""
+        """Return an Adam optimizer."""
         return torch.optim.Adam(self.model.parameters(), self.rate)
 
 

@@ -2,8 +2,8 @@
 
     python examples/plain_loop.py [--seeds N] [--epochs N]
 
-The teacher learns from 1,200 labeled digits. A small student sees 100 of these digits, and is
-trained with the teacher and alone, from the same first weights with the same number of steps.
+The teacher learns from 1,200 labeled digits. A small student learns from 100 of these digits, with
+and without the teacher, from the same initial weights for the same number of steps.
 """
 
 import argparse
@@ -35,7 +35,7 @@ def train(
             else:
                 with torch.no_grad():
                     teacher_logits = teacher(images)
-                # alpha weighs the labels' term.
+                # alpha is the weight of the cross entropy with the labels.
                 loss = fastkd.loss(
                     model(images), teacher_logits, labels, temperature=4.0, alpha=0.1
                 )
@@ -46,7 +46,7 @@ def train(
 
 @torch.no_grad()
 def compute_accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float:
-    """Return the percentage of images that are recognized."""
+    """Return the percentage of images that a model recognizes."""
     return 100 * (model(images).argmax(-1) == labels).float().mean().item()
 
 

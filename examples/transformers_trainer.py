@@ -1,10 +1,10 @@
-"""Distill in transformers.Trainer, by a mixin: from a small GPT-2 to a smaller one, on text.
+"""Distill a small GPT-2 into a smaller GPT-2 by transformers.Trainer and a mixin.
 
     python examples/transformers_trainer.py [--seeds N] [--steps N]
 
-The text ships with Python (pydoc_data.topics); the tokens are its characters. The teacher reads the
-whole text. The students read 5,000 characters, with and without the teacher, for the same number of
-steps.
+The text ships with Python (pydoc_data.topics), and each character is a token. The teacher is
+trained on all of the text but 128 windows, which are held out. The students are trained on 5,000
+characters, with and without the teacher, for the same number of steps.
 """
 
 import argparse
@@ -23,7 +23,7 @@ LENGTH = 64
 
 
 class DistillationTrainer(DistillationMixin, Trainer):
-    """Train with the distillation loss; the mixin is the first base class."""
+    """Train with the distillation loss, by a mixin that overrides methods of Trainer."""
 
 
 def make_model(vocabulary: int, width: int, layers: int) -> GPT2LMHeadModel:
@@ -67,7 +67,7 @@ def main() -> None:
     held_out, training = samples[:128], samples[128:]
 
     def evaluate(trained: GPT2LMHeadModel) -> float:
-        """Return the cross entropy on text that no model has read, in nats a character."""
+        """Return the cross entropy on held-out text, in nats per character."""
         trainer = Trainer(trained, make_arguments(0.0, 1, 0), eval_dataset=held_out)
         return trainer.evaluate()["eval_loss"]
 

@@ -1,5 +1,6 @@
-"""Test fastkd's behavior under faults by the programs that ``docs/reliability.md`` lists.
+"""Test what fastkd promises, by the programs that ``docs/reliability.md`` lists.
 
-A program of this package prints its results as a line ``figures: {...}``. ``python -m reliability
-NAME``, which the Makefile calls, stores that line in ``results/NAME.json`` and in the document.
+A program prints its results as a line ``figures: {...}``, or as the summary of a test runner.
+``python -m reliability NAME`` runs a program, and stores the results in ``results/NAME.json`` and
+in the document.
 """

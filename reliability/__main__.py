@@ -1,8 +1,8 @@
 """Run the programs that docs/reliability.md lists, and write that page.
 
-Without a NAME, ``python -m reliability [NAME ...]`` runs all programs in order. A failure does not
-stop later programs, each program has a time limit, and the page is written after each program.
-``results/NAME.json`` has a program's last results.
+``python -m reliability [NAME ...]`` runs the named programs, or all programs. Each program has a
+time limit, and a failure does not stop later programs. After each program, its results are written
+to ``results/NAME.json`` and to the page.
 """
 
 from __future__ import annotations
@@ -28,12 +28,11 @@ FINDINGS = ROOT / "reliability" / "findings.md"
 
 
 class Promise(NamedTuple):
-    """Hold a promise, and the command that tests it."""
+    """Hold a promise, and the command that tests the promise."""
 
     promise: str
     command: str
     minutes: int = 10
-    """Time limit of the command."""
     needs: str | None = None
     """Required program; if it is missing, the promise is not tested."""
 
@@ -194,7 +193,7 @@ def read_figures(lines: list[str]) -> list[Any]:
 
 
 def format_figures(value: Any) -> str:
-    """Format figures as text."""
+    """Return figures as text, without the lists in a dictionary."""
     if isinstance(value, dict):
         pairs = {key: part for key, part in value.items() if not isinstance(part, list)}
         return ", ".join(f"{key}: {part}" for key, part in pairs.items())
@@ -239,7 +238,7 @@ def write_document() -> str:
 
 
 def main() -> int:
-    """Run the named programs, or all, and write the page."""
+    """Run the named programs, or all programs, and write the page."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(PROMISES)}")
     parser.add_argument("--write", action="store_true", help="run nothing, only write")

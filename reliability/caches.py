@@ -1,11 +1,12 @@
-"""Run libFuzzer on the reader of teachers' caches, which must read or raise ValueError.
+"""Fuzz the reader of teacher caches, which must read a file or raise ValueError.
 
-``python -m reliability.caches [SECONDS [SEED]]`` starts atheris, which follows the reader's
-branches. Half of the mutations change an entry of the header, then correct the header's length and
-usually the checksums. Few random changes leave valid JSON, and none passes the checksums. If a file
-is accepted, a flipped bit must be detected or change nothing that is read. Files that are not
-regular must be refused, which is checked before the fuzzing. libFuzzer writes a failing file to
-``build/caches``. After a fix, add the failing file to ``tests/test_teachers_refusals.py``.
+``python -m reliability.caches [SECONDS [SEED]]`` starts atheris, a libFuzzer for Python that
+follows the reader's branches. Half of the mutations change an entry of the header, and correct the
+header's length and usually the checksums. Without these corrections the reader would refuse nearly
+every file early. If the reader accepts a file, it must refuse the file with a flipped bit, or read
+equal contents. The reader must also refuse pipes, sockets, devices and folders. libFuzzer writes a
+failing file to ``build/caches``. After a fix, add a test of the failing file to
+``tests/test_teachers_refusals.py``.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ TEXTS = ("", "nan", "inf", "-1", "1e999", "[]", "[-1]", "[0]", "[3]", "9" * 25, 
 
 
 def split(data: bytes) -> tuple[Any, bytes]:
-    """Split a safetensors file into header and body; raise ValueError if it has no header."""
+    """Split a safetensors file into header and body; raise ValueError if there is no header."""
     if len(data) < 8:
         raise ValueError("too short")
     (size,) = struct.unpack("<Q", data[:8])
@@ -43,7 +44,7 @@ def join(header: Any, body: bytes) -> bytes:
 
 
 def list_entries(value: Any) -> list[tuple[Any, Any]]:
-    """Return every (container, key) inside a JSON value."""
+    """Return (container, key) of every entry inside a JSON value."""
     keys = list(value) if isinstance(value, dict) else range(len(value))
     pairs = [(value, key) for key in keys]
     for key in keys:
@@ -53,7 +54,7 @@ def list_entries(value: Any) -> list[tuple[Any, Any]]:
 
 
 def edit_header(data: bytes, seed: int) -> bytes:
-    """Change, delete or exchange one entry of the header."""
+    """Change, delete or replace one entry of the header, and sometimes bytes of the body."""
     header, body = split(data)
     draw = random.Random(seed)
     container, key = draw.choice(list_entries(header))
@@ -76,7 +77,7 @@ def edit_header(data: bytes, seed: int) -> bytes:
 
 
 def recompute_checksums(header: Any, body: bytes) -> tuple[Any, bytes]:
-    """Recompute a file's checksums, as an attacker would; raise if there are none."""
+    """Recompute a file's checksums, as an attacker would; raise if the file lacks checksums."""
 
     def part(name: str) -> bytes:
         start, stop = header[name]["data_offsets"]
@@ -132,7 +133,7 @@ OPEN = "import sys; from fastkd.teachers import TeacherCache; TeacherCache(sys.a
 
 
 def check_other_files() -> None:
-    """Open a pipe, a socket, a device and a folder as shards; each must raise ValueError."""
+    """Check that opening a pipe, a socket, a device or a folder as a shard raises ValueError."""
     folder = FOLDER / "others"
     file = folder / "shard-00000.safetensors"
 
@@ -157,7 +158,7 @@ def fuzz(arguments: list[str]) -> None:
 
     from fastkd.teachers import TeacherCache, cache, shard
 
-    # Functions are instrumented one by one: atheris's import hook misses editable packages.
+    # atheris's import hook misses editable packages, so functions are instrumented one by one.
     for owner in (shard, cache, TeacherCache):
         for name, member in list(vars(owner).items()):
             if inspect.isfunction(member):
@@ -167,7 +168,7 @@ def fuzz(arguments: list[str]) -> None:
     place.mkdir(exist_ok=True)
 
     def read_contents(data: bytes) -> list[bytes] | None:
-        """Return everything that a file contains, or None if it is refused."""
+        """Return everything that a file contains, or None if the reader refuses the file."""
         (place / "shard-00000.safetensors").write_bytes(data)
         try:
             opened = TeacherCache(place)
@@ -203,7 +204,7 @@ def fuzz(arguments: list[str]) -> None:
 
 
 def main() -> int:
-    """Run libFuzzer in a process of its own, and print its last figures."""
+    """Write the corpus, check files that are not regular, and run libFuzzer in a child process."""
     seconds = int(sys.argv[1]) if len(sys.argv) > 1 else 60
     seed = int(sys.argv[2]) if len(sys.argv) > 2 else 1
     corpus = FOLDER / "corpus"

@@ -1,9 +1,9 @@
 """Test the source distribution and the wheel in new environments.
 
-- The tarball of ``python -m build --sdist`` installs into a new environment that has torch and no
-  ``git``, and works there.
-- auditwheel repairs the wheel, which contains none of torch's libraries.
-- cibuildwheel reads its settings in pyproject.toml; a build by cibuildwheel needs containers.
+- The source distribution installs into a new environment that has torch and no ``git``, and works
+  there.
+- auditwheel repairs the wheel, which contains no library of torch.
+- cibuildwheel reads the settings in pyproject.toml, and builds a wheel if docker or podman runs.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ SMOKE_TEST = (
 
 
 def run(*command: str | Path, **environment: str) -> str:
-    """Run a command outside the project's folder; return its output or raise with its last lines.
+    """Run a command in ``FOLDER``; return its output, or raise RuntimeError after a failure.
 
-    The command finds this environment's tools, even if the environment is not activated.
+    The command finds the tools of this Python environment, even if it is not activated.
     """
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     done = subprocess.run(
@@ -51,7 +51,7 @@ def main() -> int:
     (tarball,) = FOLDER.glob("*.tar.gz")
     figures["sdist"] = f"{tarball.name}, {tarball.stat().st_size // 1024} KiB"
 
-    # The new environment imports the current torch. A git that fails comes first on its PATH.
+    # The new environment imports the current environment's torch, and finds a git that fails.
     run(sys.executable, "-m", "venv", FOLDER / "env")
     python = FOLDER / "env" / "bin" / "python"
     site = Path(run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))").strip())

@@ -1,8 +1,9 @@
 """Run core tests on an extension built with AddressSanitizer and UndefinedBehaviorSanitizer.
 
 The extension is installed in a new environment, which also imports the packages of the current
-environment. The interpreter is built without sanitizers, so their libraries are loaded before the
-interpreter. Only ``make soak`` finds leaks, since an interpreter does not free everything at exit.
+environment. The interpreter is built without sanitizers, so LD_PRELOAD loads the sanitizers'
+library. Leaks are not detected, because an interpreter does not free all memory at exit;
+``make soak`` checks that memory does not grow.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ CORE = [
 
 
 def find_library(name: str) -> str:
-    """Return the path of one of the compiler's libraries."""
+    """Return the path of a library of g++."""
     command = ["g++", f"-print-file-name={name}"]
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
@@ -53,7 +54,7 @@ def main() -> int:
     subprocess.run([*install, ROOT], check=True, env={**os.environ, "PATH": path})
     environment = {
         **os.environ,
-        # The sanitizer wraps the C++ library's exceptions, so it must find the library.
+        # AddressSanitizer intercepts C++ exceptions, for which libstdc++ must be loaded.
         "LD_PRELOAD": f"{find_library('libasan.so')} {find_library('libstdc++.so.6')}",
         "ASAN_OPTIONS": "detect_leaks=0",
         "UBSAN_OPTIONS": "print_stacktrace=1",

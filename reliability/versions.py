@@ -1,9 +1,8 @@
 """Run core tests on several versions of Python and torch, each pair in its own environment.
 
-A source distribution is built once. Each pair builds a wheel of the source distribution with the
-pair's torch, without git and outside the repository. The tests run on the installed wheel. A pair
-also tests the wheel of the previous pair with the same Python, which the stable ABI must make
-possible.
+A source distribution is built once. Each pair builds a wheel from the source distribution with the
+pair's torch, and runs the tests on the installed wheel. A pair also tests the wheel of the previous
+pair with the same Python, because the stable ABI promises that the wheel works with both torches.
 """
 
 from __future__ import annotations
@@ -22,15 +21,14 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "build" / "versions"
-# The oldest and newest Python run with the oldest and newest torch that supports them (2.14 for
-# Python 3.10). The Python versions in between run once each, since a pair takes gigabytes. The
-# command line may name pairs instead.
+# The oldest and the newest Python run with the oldest and the newest torch that support the Python.
+# The Pythons in between run with one torch each, because a pair takes gigabytes.
 PAIRS = ("3.10:2.10.0", "3.10:2.14.1", "3.11:2.13.0", "3.12:2.11.0", "3.13:2.10.0", "3.13:2.15.0")
 CORE = [
     *("loss", "autograd", "transforms", "numerics", "terms", "determinism"),
     *("bad_input", "compile", "package", "topk", "linear", "linear_training", "learned"),
 ]
-# A wheel that was built with a torch other than the installed one runs these tests.
+# Tests of a wheel that was built with a torch other than the installed torch.
 FOREIGN = ["loss", "autograd", "terms"]
 BUILD = ["scikit-build-core>=0.11", "pybind11>=2.13", "cmake>=3.25", "ninja>=1.11"]
 # torch.compile of older torches needs setuptools, and does not say so if setuptools is missing.
@@ -49,16 +47,16 @@ class Pair(NamedTuple):
 
 
 def run_uv(*arguments: str | Path, log: Path) -> None:
-    """Run uv, whose environments share files: a CUDA build of torch takes 5 GB."""
+    """Run uv, whose environments share files, because a CUDA build of torch takes 5 GB."""
     run([sys.executable, "-m", "uv", *map(str, arguments)], log)
 
 
 def run(command: list[str], log: Path, folder: Path = ROOT) -> str:
     """Run a command; append its output to the log, and return the output."""
-    # Neither the folder's own package nor another environment's may be imported.
+    # Without these variables, neither Python nor uv uses the caller's packages.
     environment = {k: v for k, v in os.environ.items() if k not in {"PYTHONPATH", "VIRTUAL_ENV"}}
     environment |= {"UV_NATIVE_TLS": "1", "UV_PYTHON_DOWNLOADS": "never", "OMP_NUM_THREADS": "2"}
-    if shutil.which("ccache"):  # compiled once, since kernels depend on neither Python nor torch
+    if shutil.which("ccache"):  # the kernels depend on neither Python nor torch: compile them once
         environment["CMAKE_CXX_COMPILER_LAUNCHER"] = "ccache"
     done = subprocess.run(
         command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
@@ -73,7 +71,7 @@ def run(command: list[str], log: Path, folder: Path = ROOT) -> str:
 
 
 def find_interpreter(version: str) -> str | None:
-    """Return the path of a working Python of this version."""
+    """Return the path of a working Python of this version, or None."""
     root = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv")) / "versions"
     others = [shutil.which(f"python{version}"), sys.executable]
     candidates = [*map(str, sorted(root.glob(f"{version}.*/bin/python{version}"))), *others]
@@ -86,7 +84,7 @@ def find_interpreter(version: str) -> str | None:
 
 
 def build_source_distribution() -> Path:
-    """Return the unpacked tarball of ``python -m build --sdist``."""
+    """Build the source distribution, and return the folder of its unpacked tarball."""
     shutil.rmtree(FOLDER / "source", ignore_errors=True)
     log = FOLDER / "sdist.log"
     command = [sys.executable, "-m", "build", "--sdist", "--outdir", str(FOLDER / "source"), "."]
@@ -123,7 +121,7 @@ def test_pair(pair: Pair, source: Path, foreign: Path | None) -> tuple[dict[str,
         run_uv("venv", "--quiet", "--python", executable, folder, log=log)
         install = ("pip", "install", "--quiet", "--python", python)
         run_uv(*install, f"torch=={pair.torch}", *BUILD, *TESTS, log=log)
-        no_cuda = "--config-setting=cmake.define.FASTKD_CUDA=OFF"  # no GPU to test on
+        no_cuda = "--config-setting=cmake.define.FASTKD_CUDA=OFF"  # the tests run on a CPU
         path = f"PATH={folder / 'bin'}:{os.environ['PATH']}"
         build = [sys.executable, "-m", "uv", "build", "--wheel", "--no-build-isolation", no_cuda]
         run(["env", path, *build, "--python", str(python), "-o", str(wheels), str(source)], log)
@@ -141,7 +139,7 @@ def test_pair(pair: Pair, source: Path, foreign: Path | None) -> tuple[dict[str,
 
 
 def main() -> int:
-    """Test every pair of Python and torch that the command line names."""
+    """Test the pairs of Python and torch that the command line names, or ``PAIRS``."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("pairs", nargs="*", default=PAIRS, metavar="PYTHON:TORCH")
     FOLDER.mkdir(parents=True, exist_ok=True)
