@@ -312,8 +312,7 @@ __attribute__((noinline)) Entropies sum_entropies(const Coefficients<T>& coeffic
 // lanes. Moments are doubles, because logits may be of any size.
 template <class T>
 struct Moments {
-  static constexpr int64_t kMany = kPerRegister<T>;
-  double student[kMany] = {}, teacher[kMany] = {};
+  DoubleSums<T> student, teacher;
   Register<T> student_count{}, teacher_count{};
 
   // Sum squares over the classes that student and teacher do not both mask, or sum the logits that
@@ -324,15 +323,8 @@ struct Moments {
     if (squares) masked = teacher_masked = masked & teacher_masked;
     student_count += masked ? V{} : V{} + 1;
     teacher_count += teacher_masked ? V{} : V{} + 1;
-    const V x = masked ? V{} : z, y = teacher_masked ? V{} : w;
-    T of_student[kMany], of_teacher[kMany];
-    store<kMany>(&x, of_student), store<kMany>(&y, of_teacher);
-#pragma omp simd
-    for (int64_t i = 0; i < kMany; ++i) {
-      const double a = of_student[i], b = of_teacher[i];
-      student[i] = squares ? mul_add(a, a, student[i]) : student[i] + a;
-      teacher[i] = squares ? mul_add(b, b, teacher[i]) : teacher[i] + b;
-    }
+    student.add(masked ? V{} : z, squares);
+    teacher.add(teacher_masked ? V{} : w, squares);
   }
 };
 
@@ -342,11 +334,9 @@ template <class T, class S>
 __attribute__((noinline)) void add_moments(const RowBlock<T, S>& b, bool squares, Statistics* to) {
   Moments<T> sums;
   for_registers(b, [&](const auto& x) FASTKD_INLINE { sums.add(x.z(), x.w(), squares); });
-  for (int64_t i = 0; i < kPerRegister<T>; ++i) {
-    to->student_moment += sums.student[i], to->teacher_moment += sums.teacher[i];
-    to->student_count += static_cast<double>(lane_of(sums.student_count, i));
-    to->teacher_count += static_cast<double>(lane_of(sums.teacher_count, i));
-  }
+  to->student_moment += sums.student.total(), to->teacher_moment += sums.teacher.total();
+  to->student_count += precise_sum_of<T>(sums.student_count);
+  to->teacher_count += precise_sum_of<T>(sums.teacher_count);
 }
 
 template <class T>

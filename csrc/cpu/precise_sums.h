@@ -33,20 +33,6 @@ struct PreciseExponential {
   }
 };
 
-// Sums of register lanes, in double.
-struct WideSum {
-  double lanes[kPerRegister<float>] = {};
-
-  FASTKD_HOST_DEVICE void add(const Register<float>& x) {
-    float numbers[kPerRegister<float>];
-    std::memcpy(numbers, &x, sizeof(x));
-    for (int64_t i = 0; i < kPerRegister<float>; ++i) lanes[i] += static_cast<double>(numbers[i]);
-  }
-  double total() const {
-    return tree_reduce<kPerRegister<float>>(lanes, [](double a, double b) { return a + b; });
-  }
-};
-
 // Return the sums of a block relative to the block's maximum. The powers 2^n and the parts 2^n (2^f
 // - 1) are summed separately: a sum of powers rounds only if the powers differ by a factor of 2^24,
 // and the parts are small. A run has only kRun classes, because rounding biases the sum of powers:
@@ -68,7 +54,7 @@ __attribute__((noinline)) ExponentialSums sum_precisely(const Vectors<const floa
   const Vectors<const float> vectors = logits;
   const Register<float> least = splat(tempered.least);
   Register<float> powers = {}, parts = {}, hard_sums = {};
-  WideSum sum, hard_sum;
+  DoubleSums<float> sum, hard_sum;
   const auto end_run = [&]() FASTKD_INLINE {
     sum.add(powers), sum.add(parts);
     if constexpr (kSource != ExpSource::kNone) hard_sum.add(hard_sums);

@@ -62,6 +62,18 @@ using Register = typename RegisterOf<T>::Type;
 template <class T>
 using RegisterBits = typename RegisterOf<T>::Bits;
 
+// A double for each lane of a register.
+template <class T>
+struct DoublesOf {
+  using Type = double;
+};
+template <>
+struct DoublesOf<float> {
+  typedef double Type __attribute__((vector_size(2 * kRegisterBytes)));
+};
+template <class T>
+using Doubles = typename DoublesOf<T>::Type;
+
 template <class T>
 constexpr int64_t kPerRegister = sizeof(Register<T>) / static_cast<int64_t>(sizeof(T));
 template <>

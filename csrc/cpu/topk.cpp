@@ -70,20 +70,18 @@ SoftSums sum_listed(const Comparison& comparison, const RowOptions& row, const S
   const double origin = topk::origin(summary.list), inverse_temperature = 1 / row.temperature;
   const Exponential<double> student(kLog2E / row.temperature, origin, soft.student_scale);
   const Exponential<double> teacher(kLog2E, 0, soft.teacher_scale);
-  const bool wants_entropy = comparison.wants_entropy;
-  double value = 0, slope = 0, entropy = 0;
-#pragma omp simd reduction(+ : value, slope, entropy)
+  SoftSums sums;
   for (int64_t i = 0; i < list.count; ++i) {
     const double p = teacher(list.log_p[i]), q = student(list.z[i]);
     const double log_e = (list.z[i] - origin) * inverse_temperature;
     const Evaluated<double> here =
         topk::listed<D>(comparison, soft, constants, p, q, list.log_p[i], log_e);
-    value += here.value;
-    slope += here.slope;
-    if (wants_entropy) entropy -= times_log(p, list.log_p[i] + soft.teacher_log_scale);
+    sums.add(here);
+    if (comparison.wants_entropy)
+      sums.entropy -= times_log(p, list.log_p[i] + soft.teacher_log_scale);
     list.q[i] = q, list.slope[i] = here.slope;
   }
-  return {value, slope, entropy};
+  return sums;
 }
 
 template <class T, class S>

@@ -300,14 +300,14 @@ struct TransposedEngine {
   void set_moments() {
     for (int64_t i = 0; i < kGroupRows; ++i) {
       if (unit) {
-        const auto inverses = inverses_of<float>(moments.student[i], moments.teacher[i],
+        const auto inverses = inverses_of<float>(moments.student.lanes[i], moments.teacher.lanes[i],
                                                  static_cast<double>(settings.temperature[i]));
         scales.student_inverse[i] = inverses.student, scales.teacher_inverse[i] = inverses.teacher;
         scales.zero_row_value[i] = static_cast<float>(inverses.zero_row_value);
       } else {
         const double classes = moments.student_count[i], teacher_classes = moments.teacher_count[i];
-        scales.student_mean[i] = static_cast<float>(moments.student[i] / classes);
-        scales.teacher_mean[i] = static_cast<float>(moments.teacher[i] / teacher_classes);
+        scales.student_mean[i] = static_cast<float>(moments.student.lanes[i] / classes);
+        scales.teacher_mean[i] = static_cast<float>(moments.teacher.lanes[i] / teacher_classes);
       }
     }
   }

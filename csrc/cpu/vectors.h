@@ -77,6 +77,27 @@ FASTKD_HOST_DEVICE T tree_reduce(const T* lanes, Join&& join) {
   }
 }
 
+// A sum in double for each lane of registers.
+template <class T>
+struct DoubleSums {
+  Doubles<T> lanes{};
+
+  FASTKD_HOST_DEVICE void add(const Register<T>& numbers, bool squares = false) {
+    Doubles<T> x;
+    if constexpr (kIsScalar<Register<T>>) {
+      x = numbers;
+    } else {
+      x = __builtin_convertvector(numbers, Doubles<T>);
+    }
+    lanes += squares ? x * x : x;
+  }
+  FASTKD_HOST_DEVICE double total() const {
+    double numbers[kPerRegister<T>];
+    std::memcpy(numbers, &lanes, sizeof(lanes));
+    return tree_reduce<kPerRegister<T>>(numbers, [](double a, double b) { return a + b; });
+  }
+};
+
 // Return the sum of a register's lanes, with the last addition in double. In a row of one block,
 // rounding that addition would be most of the sum's error.
 template <class T>
