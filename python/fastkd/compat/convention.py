@@ -1,4 +1,4 @@
-"""Check and translate the options of other libraries, for all adapters."""
+"""Check the options of other libraries, and translate them to fastkd's options."""
 
 from __future__ import annotations
 
@@ -40,33 +40,33 @@ def choose_divergence(beta: float) -> dict[str, Any]:
 
 
 def mask_rows(labels: Tensor | None, ignore_index: int) -> dict[str, Any]:
-    """Return fastkd's options for labels that mask rows, but add no hard term."""
+    """Return fastkd's options for labels that mask rows and add no hard term."""
     if labels is None:
         return {}
     return {"labels": labels, "hard_weight": 0.0, "ignore_index": ignore_index}
 
 
 def check_none(name: str, value: object, reason: str) -> None:
-    """Raise ValueError if an argument that the adapter does not support was passed."""
+    """Raise ValueError if ``value``, which the adapter does not support, is not None."""
     if value is not None:
         raise ValueError(f"{name} must be None: {reason}; got {value!r}")
 
 
 def check_positive(name: str, value: float) -> float:
-    """Return ``value`` as a float, or raise unless it is a positive, finite number."""
+    """Return ``value`` as a float; raise unless ``value`` is positive and finite."""
     return validation.check_number(name, value, 0.0, math.inf, open_low=True)
 
 
 def check_weight(name: str, value: float) -> float:
-    """Return ``value`` as a float, or raise unless it is finite and at least 0."""
+    """Return ``value`` as a float; raise unless ``value`` is finite and at least 0."""
     return validation.check_number(name, value, 0.0, math.inf)
 
 
 def check_normalizer(
     name: str, value: float | Tensor, labels: Tensor | None, ignore_index: int
 ) -> float | Tensor:
-    """Return the divisor of the sum over rows, or raise unless it is positive.
+    """Return the divisor of the sum over rows; raise unless ``value`` is positive.
 
-    ``value`` is a number or a tensor with one element. 0 is accepted if every row is ignored.
+    ``value``: a number or a tensor with one element. 0 is accepted if every row is ignored.
     """
     return checks.check_nonzero(checks.check_divisor(value, name), labels, ignore_index, name)

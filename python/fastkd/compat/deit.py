@@ -14,9 +14,9 @@ from fastkd.compat.convention import check_positive, convert_reduction
 class DistillationLoss(nn.Module):
     """Compute DeiT's loss: (1 - alpha) * base_criterion + alpha * the teacher's term.
 
-    The loss is that of Touvron et al., "Training data-efficient image transformers & distillation
-    through attention" (2021). The two terms have different logits, so the base criterion is not
-    fused.
+    The loss comes from Touvron et al., "Training data-efficient image transformers & distillation
+    through attention" (2021). fastkd computes the teacher's term only, because the two terms have
+    different logits.
 
     Args:
         base_criterion: called with the class head's logits and the labels.

@@ -9,7 +9,7 @@ from fastkd.compat.convention import check_positive, check_weight
 
 
 def kd_loss(logits_student: Tensor, logits_teacher: Tensor, temperature: float) -> Tensor:
-    """Compute T^2 times the mean over rows of KL(teacher || student) of logits ``(rows, classes)``.
+    """Compute T^2 times the mean over rows of KL(teacher || student), for logits ``(N, C)``.
 
     Example:
         >>> import torch

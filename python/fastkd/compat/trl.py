@@ -34,12 +34,12 @@ def generalized_jsd_loss(
     Args:
         student_logits, teacher_logits: ``(..., C)``, with C classes.
         labels: ``(...)``; rows with -100 are ignored.
-        beta: in [0, 1]; 0 is forward KL, 1 reverse KL. Default 0.5.
+        beta: in [0, 1]. 0 gives the forward KL, and 1 the reverse KL. Default 0.5.
         temperature: T > 0 of student and teacher. Default 1.
         reduction: ``"batchmean"``, ``"mean"`` (over rows and classes) or ``"sum"``. Default
             ``"batchmean"``.
-        num_items_in_batch: divides the sum, for any ``reduction``. A number, or a tensor of any
-            shape with equal elements. 0 is accepted if every label is -100.
+        num_items_in_batch: the divisor of the sum, in place of ``reduction``: a number, or a tensor
+            of any shape with equal elements. 0 is accepted if every label is -100.
 
     Example:
         >>> import torch
