@@ -226,7 +226,7 @@ def _has_keyword(model: nn.Module, keyword: str, positional: int) -> bool:
         return list(parameters).index(keyword) >= positional
     if all(parameter.kind is not parameter.VAR_KEYWORD for parameter in parameters.values()):
         return False
-    # The attribute is "module" in DistributedDataParallel and AveragedModel, "_orig_mod" in a
+    # The wrapped model is "module" in DistributedDataParallel and AveragedModel, "_orig_mod" in a
     # compiled module, and "base_model" in models of transformers and PEFT.
     for name in ("module", "_orig_mod", "base_model"):
         inner = getattr(model, name, None)
@@ -290,7 +290,7 @@ def to(value: Any, device: torch.device, dtype: torch.dtype | None = None) -> An
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Set ``model`` to evaluation mode without gradients; restore each submodule's mode afterwards.
 
-    A module whose mode cannot be changed, such as an exported program's, is left unchanged.
+    Modules of exported programs, whose mode cannot be set, are left unchanged.
     """
     modes = [(module, module.training) for module in model.modules()]
     try:

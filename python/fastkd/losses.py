@@ -286,7 +286,7 @@ def terms(
         mix, teacher_form, teacher_weights, ensemble, standardize, dim, shift, inplace, chunks,
     )  # fmt: skip
     total, *logged = packed.unbind(0)
-    if shift and labels is None:  # shift_labels() added labels, which are no labels of the caller
+    if shift and labels is None:  # shift_labels() added labels that the caller did not pass
         logged[0] = torch.zeros_like(logged[0])
     if not isinstance(teacher, (TopK, Sampled)):  # the masses of a dense teacher are 1
         rows = student.hidden[..., 0] if isinstance(student, Head) else student.select(dim, 0)
@@ -383,7 +383,8 @@ class KDLoss(nn.Module):
 
     def _set_option(self, name: str, value: object) -> None:
         """Store an option as a parameter, a buffer or a field, without a check."""
-        # register_parameter() and register_buffer() refuse the name of an attribute.
+        # register_parameter() and register_buffer() refuse a name that is an attribute, which each
+        # option is.
         self._parameters.pop(name, None)
         self._buffers.pop(name, None)
         self._non_persistent_buffers_set.discard(name)

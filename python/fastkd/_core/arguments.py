@@ -175,7 +175,7 @@ def shift_rows(value: Tensor, n: int, fill: float, dim: int = -1) -> Tensor:
 def shift_labels(
     student: Tensor, teacher: object, labels: Tensor | None, options: Options
 ) -> tuple[object, Tensor, Options]:
-    """Move labels, lists and per-row options to the rows that predict them.
+    """Move labels, lists and per-row options to the rows whose logits predict the labels.
 
     The last rows, which have no label, get ``ignore_index``. Values of a wrong shape are returned
     unchanged, because later checks raise an error for them.
@@ -294,7 +294,7 @@ def check_fits_rows(teacher: TopK | Sampled, logits: Tensor) -> None:
 
 
 def find_teacher_rows(routed: Routed, rows: torch.Size, device: torch.device) -> list[Tensor]:
-    """Check a routed teacher; return, for each teacher, its indices among the flattened rows."""
+    """Check a routed teacher; return the indices of each teacher's rows in the flattened rows."""
     check_routed(routed, "teacher")
     teachers, indices = routed
     for name, shape in [("indices", indices.shape)] + [

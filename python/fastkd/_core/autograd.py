@@ -6,8 +6,8 @@ For each loss ``op`` of csrc/torch/library.cpp and topk.cpp, three more ops take
 - ``op_backward_`` scales or writes the gradient in the backward pass;
 - ``op_gradient`` computes the gradient by differentiable operations.
 
-csrc/torch/eager.cpp implements the same autograd in C++. It replaces this module's autograd if it
-was built with the installed version of torch.
+csrc/torch/eager.cpp implements the same autograd in C++, which replaces this module's autograd if
+eager.cpp was built with the installed version of torch.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def is_batch(grad_output: Tensor) -> bool:
 def is_formula_needed(grad_output: Tensor) -> bool:
     """Return True if a backward pass must consist of differentiable PyTorch operations.
 
-    They are needed if ``create_graph=True``, or if ``grad_output`` is a batch.
+    ``create_graph=True`` needs differentiable operations, and so does a batch of gradients.
     """
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
         return torch.is_grad_enabled()
@@ -58,9 +58,9 @@ def is_traced() -> bool:
 
 
 def is_writable(tensor: Tensor) -> bool:
-    """Return True unless operations are traced or ``tensor`` is of a subclass.
+    """Return True if the memory of ``tensor`` may be read and written directly.
 
-    If True, the memory of ``tensor`` may be read and written directly.
+    Return False while operations are traced, and for an instance of a subclass of Tensor.
     """
     if torch.compiler.is_compiling():
         return False
@@ -95,7 +95,7 @@ _LOSSES: dict[str, Ops] = {}
 
 
 def register(name: str, *, strided: bool, formula: Callable[..., Tensor]) -> None:
-    """Make the op ``name`` differentiable, with the gradient of ``formula`` for second derivatives.
+    """Make the op ``name`` differentiable; the op ``name_gradient`` differentiates ``formula``.
 
     ``formula``: a function that computes the loss by differentiable operations. ``strided``: see
     :class:`Ops`.
@@ -132,7 +132,7 @@ _LIBRARY: Any = torch.library.Library("fastkd", "IMPL")  # type: ignore[no-untyp
 
 @contextlib.contextmanager
 def without_cpp() -> Iterator[None]:
-    """Use this module's autograd in the context, as a build without eager.cpp does; for tests."""
+    """Use this module's autograd in a ``with`` statement, even if eager.cpp is built; for tests."""
     library: Any = torch.library.Library("fastkd", "IMPL")  # type: ignore[no-untyped-call]
     eager, native.EAGER = native.EAGER, None
     for name, ops in _LOSSES.items():
@@ -150,10 +150,11 @@ def without_cpp() -> Iterator[None]:
 def prepare_call(
     name: str, arguments: tuple[Any, ...], places: Sequence[int]
 ) -> Callable[..., Tensor]:
-    """Bind all arguments of the op ``name`` except the tensors at the indices ``places``.
+    """Bind the arguments of the op ``name``; return a function of the tensors at ``places``.
 
     ``arguments``: the arguments in the order of the op's schema, with None at ``places``.
-    ``places[0]`` is the student's index. A tensor is put into a list where the op takes a list.
+    ``places``: indices into ``arguments``, the student's first. The function puts a tensor into a
+    list where the op takes a list.
     """
     ops, eager = _LOSSES[name], native.EAGER
     schema = ops.loss._schema.arguments

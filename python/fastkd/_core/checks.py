@@ -112,7 +112,7 @@ def check_labels(value: object, student: Tensor) -> bool:
 
 
 def to_savable(value: Tensor) -> Tensor:
-    """Copy a tensor made under ``torch.inference_mode()``, since autograd cannot save it."""
+    """Return ``value``; copy a tensor of ``torch.inference_mode()``, which autograd cannot save."""
     if torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return value
     return value.clone() if value.is_inference() else value
@@ -357,7 +357,7 @@ def check_lists(
     ignore_index: int,
     name: str = "indices",
 ) -> None:
-    """Raise for the first row with an invalid list; ``name``: the field of the class indices."""
+    """Raise for the first row with an invalid list; messages call the class indices ``name``."""
     counts = torch.ones_like(indices[..., 0], dtype=torch.bool)
     if labels is not None:
         counts = labels != ignore_index

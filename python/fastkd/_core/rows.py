@@ -92,8 +92,8 @@ def compute_checkpointed(call: Call) -> reference.Terms:
         return compute_reference_terms(call)
     rows, (hard_divisor, soft_divisor) = flatten_rows(call)
     step = max(1, MAX_LOGITS_PER_PART // call.student.shape[-1])
-    # The backward pass of split() concatenates the parts' gradients. That of slices would add a
-    # tensor of the full size for each part.
+    # The backward pass of split() concatenates the gradients of the parts. The backward pass of
+    # slices would add a tensor of the full size for each part.
     splits: dict[int, tuple[Tensor, ...]] = {}
     map_rows(rows, lambda x: splits.setdefault(id(x), x.split(step))[0])  # type: ignore[no-untyped-call]
     parts = [

@@ -39,7 +39,7 @@ def is_fused(student: Tensor, objective: Objective) -> bool:
 
 
 def _encode_numbers(objective: Objective, tail: str, estimator: str | None) -> tuple[Any, ...]:
-    """Return the op's denominator (None if the normalizer is no tensor), then ``_NUMBERS``."""
+    """Return the op's denominator (None if the normalizer is no tensor) and ``_NUMBERS``."""
     o = objective
     is_tensor = isinstance(o.normalizer, Tensor)
     rows = (o.temperature, o.hard_weight, o.soft_weight)
@@ -75,7 +75,7 @@ def _make_arguments(call: Call) -> tuple[Any, ...]:
 
 
 def compute(call: Call) -> Tensor:
-    """Compute the loss of a checked call whose teacher is sparse by the kernels."""
+    """Compute the loss with a sparse teacher by the kernels."""
     out: Tensor = _topk_loss(*_make_arguments(call))
     return out.reshape(call.student.shape[:-1]) if call.objective.reduction == "none" else out
 

@@ -206,7 +206,7 @@ def _read(path: pathlib.Path) -> dict[str, Any]:
 
 
 def shorten_message(error: Exception) -> str:
-    """Return the beginning of an error's message in one line, without jsonargparse's decoration."""
+    """Return the first 300 characters of an error's message, as one line without markup."""
     text = re.sub(r"Parser key \"([^\"]+)\"|<class '([^']+)'>", r"\1\2", str(error))
     return " ".join(text.split())[:300]
 

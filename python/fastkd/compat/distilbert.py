@@ -25,9 +25,9 @@ def step_loss(
 ) -> Tensor:
     """Compute alpha_ce T^2 KL + (alpha_mlm or alpha_clm) CE + alpha_mse squared error.
 
-    The loss is that of Sanh et al., "DistilBERT, a distilled version of BERT" (2019), and has the
-    defaults of DistilBERT's research project. KL and cross entropy mask different rows, but take
-    one pass over the logits.
+    The loss comes from Sanh et al., "DistilBERT, a distilled version of BERT" (2019), and the
+    defaults come from DistilBERT's research project. KL and cross entropy mask different rows, but
+    take one pass over the logits.
 
     Args:
         s_logits, t_logits: logits of student and teacher, ``(batch, tokens, C)``, with C classes.

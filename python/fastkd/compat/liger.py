@@ -105,7 +105,7 @@ class LigerTVDLoss(nn.Module):
         self.ignore_index = ignore_index
 
     def forward(self, p: Tensor, q: Tensor, shift_labels: Tensor | None = None) -> Tensor:
-        """Compute the loss of ``p``, the student's probabilities, and ``q``, the teacher's."""
+        """Compute the loss of probabilities ``(..., classes)``, ``p`` of the student first."""
         wide = p.to(shapes.accumulator(p))
         # The gradient of log is infinite at 0, but finite at the smallest normal number.
         log_p = wide.clamp(min=torch.finfo(wide.dtype).tiny).log()

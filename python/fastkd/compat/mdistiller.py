@@ -30,8 +30,8 @@ def dkd_loss(
 ) -> Tensor:
     """Compute T^2 times the mean over rows of alpha * TCKD + beta * NCKD.
 
-    The loss is that of Zhao et al., "Decoupled Knowledge Distillation" (CVPR 2022). TCKD is
-    the KL of the target class against all other classes; NCKD is the KL among the other classes.
+    The loss comes from Zhao et al., "Decoupled Knowledge Distillation" (CVPR 2022). TCKD is the KL
+    of the target class against all other classes; NCKD is the KL among the other classes.
     The default configuration of mdistiller has alpha 1, beta 8 and temperature 4.
 
     Args:

@@ -10,7 +10,9 @@ from fastkd.compat.convention import check_positive
 
 
 def kd_ce_loss(logits_S: Tensor, logits_T: Tensor, temperature: float | Tensor = 1) -> Tensor:
-    """Compute the mean over rows of -sum p log q, without T^2; p is the teacher, q the student.
+    """Compute the mean over rows of -sum p log q, without T^2.
+
+    p is the teacher's distribution, and q the student's distribution.
 
     Args:
         logits_S, logits_T: logits of student and teacher, ``(..., C)``, with C classes.

@@ -99,7 +99,7 @@ class KDLoss(nn.Module):
 class LogitStdKDLoss(KDLoss):
     """Compute :class:`KDLoss` with standardized logits (mean 0, deviation 1) in the soft term.
 
-    The loss is that of Sun et al., "Logit Standardization in Knowledge Distillation" (CVPR 2024).
+    The loss comes from Sun et al., "Logit Standardization in Knowledge Distillation" (CVPR 2024).
     Arguments are those of :class:`KDLoss`, and ``eps``, which must be 1e-7, after ``temperature``.
 
     Example:

@@ -27,9 +27,9 @@ def generalized_jsd_loss(
 ) -> Tensor:
     """Compute beta KL(p || m) + (1 - beta) KL(q || m) with m = beta p + (1 - beta) q.
 
-    p is the teacher's distribution, and q the student's. The formula is equation 1 of Agarwal et
-    al., "On-Policy Distillation of Language Models" (2023). The loss has no T^2 and no shift: label
-    i belongs to row i of the logits, as in GKDTrainer.
+    p is the teacher's distribution, and q the student's distribution. The formula is equation 1 of
+    Agarwal et al., "On-Policy Distillation of Language Models" (2023). The loss has no T^2 and no
+    shift: label i belongs to row i of the logits, as in GKDTrainer.
 
     Args:
         student_logits, teacher_logits: ``(..., C)``, with C classes.

@@ -82,7 +82,7 @@ def _trace(model: nn.Module, inputs: tuple[Tensor, ...], request: Request) -> Ex
     shapes = {0: batch}
     try:
         return torch.export.export(model, example, dynamic_shapes=((shapes,) * len(inputs),))
-    except Exception as error:  # torch.export raises many types, some of them private
+    except Exception as error:  # torch.export raises exceptions of many types, some private
         reason = " ".join(str(error).partition("Suggested fixes")[0].split())[:500]
         raise ValueError(
             f"student cannot be traced by torch.export with batches of any size: {reason}"

@@ -1,4 +1,4 @@
-"""Compare the loss with float64 and with eager PyTorch, on the user's tensors."""
+"""Compare the loss with a float64 reference and with eager PyTorch, on the user's tensors."""
 
 from __future__ import annotations
 
@@ -68,8 +68,9 @@ class Verification(NamedTuple):
 
 
 def _compute_eager(rows: Call) -> Tensor:
-    """Compute the loss by ``F.kl_div`` and ``F.cross_entropy``, or, for options that these lack, by
-    :mod:`fastkd.reference`.
+    """Compute the loss by ``F.kl_div`` and ``F.cross_entropy``, or by :mod:`fastkd.reference`.
+
+    The reference computes options that the functions of PyTorch lack.
     """
     o = rows.objective
     soft_labels = rows.labels is not None and rows.labels.is_floating_point()
@@ -108,7 +109,7 @@ def verify(
     show: bool = True,
     **options: Any,
 ) -> Verification:
-    """Compare :func:`fastkd.loss` with float64 and with eager PyTorch on your tensors.
+    """Compare :func:`fastkd.loss` on your tensors with a float64 reference and eager PyTorch.
 
     The tensors are not changed and get no gradient. The function needs the memory of one gradient,
     and eager PyTorch needs a few times that memory. If eager PyTorch runs out of memory, eager

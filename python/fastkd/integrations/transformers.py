@@ -93,7 +93,7 @@ class DistillationMixin:
         _check_teacher(teacher)
         super().__init__(*arguments, **options)
         _check_trainer(self, self.kd_loss)
-        # Makes the trainer pass num_items_in_batch, instead of dividing by the number of batches.
+        # True makes the trainer pass num_items_in_batch, and not divide by the number of batches.
         self.model_accepts_loss_kwargs = True
         # The trainer drops an input that neither the model's signature nor label_names has.
         self.label_names = self.label_names or ["labels"]
@@ -181,7 +181,7 @@ def _check_teacher(teacher: object) -> None:
 
 
 def _check_trainer(trainer: Any, kd_loss: KDLoss) -> None:
-    """Raise if the trainer has a loss function, or label smoothing other than kd_loss's."""
+    """Raise if the trainer has a loss function, or a label smoothing that kd_loss contradicts."""
     if getattr(trainer, "compute_loss_func", None) is not None:
         raise ValueError(
             "compute_loss_func must be None with DistillationMixin, whose loss is kd_loss; got "

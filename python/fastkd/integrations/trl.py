@@ -75,8 +75,9 @@ def chunked_divergence_loss(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Compute the generalized Jensen-Shannon divergence of two heads, with TRL's arguments.
 
-    The function replaces ``_chunked_divergence_loss`` of ``trl.trainer.distillation_trainer``. With
-    p the teacher, q the student and m = beta p + (1 - beta) q, the loss of a token is
+    The function replaces ``_chunked_divergence_loss`` of ``trl.trainer.distillation_trainer``. Let
+    p be the teacher's distribution, q the student's distribution, and m = beta p + (1 - beta) q.
+    The loss of a token is
 
     - beta = 0: KL(p || q), the forward KL;
     - 0 < beta < 1: beta KL(p || m) + (1 - beta) KL(q || m);
@@ -267,7 +268,7 @@ def _compute_hidden(model: Any, tokens: Mapping[str, Tensor]) -> Tensor:
 
 
 def _make_head_arguments(model: Any, owner: str) -> dict[str, Any]:
-    """Return the arguments of ``chunked_divergence_loss`` for a head, in ``_make_head``'s order."""
+    """Return the arguments of ``chunked_divergence_loss`` for a head, ordered as in _make_head."""
     head, config = model.get_output_embeddings(), model.config.get_text_config()
     return {
         f"{owner}_lm_head_weight": head.weight,

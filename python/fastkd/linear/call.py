@@ -143,7 +143,7 @@ def promote_loss_dtype(*dtypes: torch.dtype) -> torch.dtype:
 
 
 def allocate_outputs(inputs: Inputs, call: LinearCall) -> Outputs:
-    """Allocate the results of a call."""
+    """Allocate the loss and the gradients that a call needs."""
     hidden, weight = inputs.hidden, inputs.weight
     acc = promote_loss_dtype(call.dtype, call.teacher_dtype)
     fields = len(reference.Terms._fields)

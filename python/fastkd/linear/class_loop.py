@@ -157,7 +157,7 @@ class _Loop:
     def write_gradients(self, stats: Tensor, out: Outputs, power: Tensor | None) -> None:
         """Run the second pass over the classes, which writes the gradients to ``out``.
 
-        ``out.hidden`` has only rows that are not ignored, in the dtype in which they are summed.
+        ``out.hidden`` has only rows that are not ignored, in the dtype of the sum over chunks.
         """
         call = self.call
         for part, core, slope in self.chunks(writes=True):

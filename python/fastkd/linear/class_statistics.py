@@ -30,8 +30,8 @@ class RowStatistics:
         """Start without classes; ``like`` has the dtype and device of the kernels' statistics."""
         o = self.objective = objective
         self.like = like
-        # The factors log2(e) / t of the exponents are rounded once, as in the kernels. A Python
-        # number divided by a tensor would be rounded twice.
+        # The factors log2(e) / temperature of the exponents are rounded once, as in the kernels. A
+        # Python number divided by a tensor would be rounded twice.
         self.hard_slope = torch.full_like(like, _LOG2E)
         self.student_slope, self.teacher_slope = (
             self.hard_slope / (t.to(like) if isinstance(t, Tensor) else torch.full_like(like, t))

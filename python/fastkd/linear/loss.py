@@ -1,4 +1,4 @@
-"""Compute the loss of a Head student in chunks of logits: plan, loop, op and derivatives."""
+"""Compute the loss of a Head student in chunks of logits, and differentiate the loss."""
 
 from __future__ import annotations
 

@@ -22,17 +22,17 @@ LEAST_ROWS = {"cuda": 512, "cpu": 128}
 """Fewest rows of a chunk if there is no ``max_workspace``. The bound limits the number of chunks:
 each chunk reads both weights and adds to the complete gradient of the student's weight."""
 FEW_ROWS = {"cuda": 256, "cpu": 32}
-"""Chunks of fewer rows take longer than chunks of classes, although those compute logits twice."""
+"""Chunks of fewer rows take longer than chunks of classes, which compute the logits twice."""
 CLASSES = {"cuda": 8192, "cpu": 4096}
 """Most classes of a chunk of classes, by default."""
 PADDING = 8
 """Masked classes at the end of each row in a chunk of classes. A label outside the chunk becomes
-the first of them; the count keeps rows of 16-bit logits aligned to 16 bytes."""
-ALIGNMENT = 256  # bytes, of the start of each buffer of logits
+the first masked class. 8 classes keep rows of 16-bit logits aligned to 16 bytes."""
+ALIGNMENT = 256  # bytes of which the address of each buffer of logits is a multiple
 _FEWEST_CLASSES = 64
 """Classes of the smallest chunk, whose logits may lie outside the weight's gradient."""
 _MULTIPLE = 64
-"""Larger chunks have a multiple of this number of rows or classes, for whole tiles of products."""
+"""Larger chunks have a multiple of this number of rows or classes, which suits matrix products."""
 _ROW_STATISTICS_BYTES = 128
 """Bytes of the loss, label and statistics of a row in the loop over chunks of classes."""
 
@@ -225,7 +225,7 @@ def _plan_rows(
 
 
 def _choose_chunk_size(rows: int, most: int) -> int:
-    """Return the size of the fewest equal chunks of at most ``most`` rows."""
+    """Return the rows of a chunk, for the fewest equal chunks of at most ``most`` rows."""
     if most >= _MULTIPLE:
         most -= most % _MULTIPLE
     chunk = -(-rows // -(-rows // most))

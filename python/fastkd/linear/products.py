@@ -143,6 +143,6 @@ def round_in_place(total: Tensor, dtype: torch.dtype) -> Tensor:
     """Round ``total`` to a narrower ``dtype`` in place; the result is the start of its memory."""
     flat = total.view(-1)
     result = flat.view(dtype)[: flat.numel()]
-    for block in _split_classes(flat.numel(), 1):  # the result's block ends before unread numbers
+    for block in _split_classes(flat.numel(), 1):  # a block overwrites only numbers that were read
         result[block] = flat[block].to(dtype)
     return result.view(total.shape)

@@ -67,7 +67,7 @@ def jsd(log_p: Tensor, log_q: Tensor, mix: float) -> Tensor:
 
 
 def skewed_forward_kl(log_p: Tensor, log_q: Tensor, mix: float) -> Tensor:
-    """Compute KL(p || mix p + (1 - mix) q), p the teacher, q the student."""
+    """Compute KL(p || mix p + (1 - mix) q)."""
     return _kl(log_p, _log_mixture(log_p, log_q, mix))
 
 
@@ -177,7 +177,7 @@ class Divergence(NamedTuple):
     formula: str
     source: str
     compares: str = "probabilities"
-    """Input of ``compute``: log-probabilities for "probabilities", softened logits for "logits"."""
+    """Input of ``compute``: "probabilities" means log-probabilities, "logits" softened logits."""
     mix: float | None = None
     """The default of ``mix``; None if the divergence has no ``mix``."""
     mix_meaning: str = ""

@@ -1,4 +1,4 @@
-"""Define the loss with a sparse teacher in plain PyTorch (docs/maths.md, section 13)."""
+"""Define the loss with a sparse teacher in PyTorch operations (docs/maths.md, section 13)."""
 
 from __future__ import annotations
 
@@ -201,7 +201,7 @@ def terms(
     valid = torch.ones(logits.shape[:-1], dtype=torch.bool, device=logits.device)
     if labels is not None:
         valid = labels != ignore_index
-        # Ignored rows are replaced before any computation, so that a NaN in them has no effect.
+        # Ignored rows are replaced before any computation, so that NaN in such a row has no effect.
         logits = logits.where(valid.unsqueeze(-1), torch.zeros_like(logits))
         indices = indices.where(valid.unsqueeze(-1), torch.full_like(indices, -1))
     log_q = F.log_softmax(logits / column(temperature), -1)

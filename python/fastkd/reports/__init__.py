@@ -137,8 +137,8 @@ def report(
     - **Peak memory**: the growth of resident memory on the CPU while the model is loaded (a module
       is copied) and called with the largest batch. Linux only.
     - **Answers**, over all rows of the loader that are not ignored: accuracy with its 95 % Wilson
-      interval, cross entropy in nats, agreement (the share of rows on which the model's most
-      probable class is the teacher's) and the expected calibration error,
+      interval, cross entropy in nats, agreement (the share of rows on which model and teacher have
+      the same most probable class) and the expected calibration error,
       ``sum_b n_b / n |accuracy_b - confidence_b|`` over 15 equal bins b of confidence, with n_b of
       the n rows (Guo et al., "On Calibration of Modern Neural Networks", 2017). Each model runs on
       its own device.
@@ -155,7 +155,7 @@ def report(
     Args:
         teacher: model that returns logits ``(B, ..., C)`` of B samples and C classes, or an output
             that has ``.logits``.
-        students: one model, or several by name, such as
+        students: a model, or a mapping of names to models, such as
             ``{"alone": module, "int8": "student.onnx"}``.
         loader: held-out batches in a form that :mod:`fastkd.batches` lists, with labels
             ``(B, ...)``. Without labels there is no accuracy, cross entropy or calibration error.
@@ -204,7 +204,7 @@ def report(
     validation.check_ignore_index(ignore_index)
     if threads is not None:
         validation.check_count("threads", threads)
-    extras.check("report", "matplotlib.figure", *(["rich"] if show else []))  # for save and show
+    extras.check("report", "matplotlib.figure", *(["rich"] if show else []))  # for save, show
     previous = torch.get_num_threads()
     torch.set_num_threads(threads or previous)
     try:

@@ -259,9 +259,10 @@ def name_device(device: object) -> str:
 def summarize_turns(turns: Sequence[Turn], batch_size: int) -> tuple[dict[str, Latency], list[str]]:
     """Compute each model's latency, the teacher's first, and warnings.
 
-    The speedup is the ratio of the fastest calls of a turn, which other programs disturb least, and
-    the median of this ratio over turns. The speedup is withheld if the ratio of the median
-    latencies differs much, or if the process waited for processors in most turns.
+    The speedup is the median over turns of the teacher's fastest call divided by the model's
+    fastest call, because other programs disturb fast calls least. The speedup is withheld if the
+    ratio of the median latencies differs much, or if the process waited for processors in most
+    turns.
     """
     quiet = [turn for turn in turns if turn.share >= QUIET]
     is_quiet = 2 * len(quiet) >= len(turns)
@@ -349,7 +350,7 @@ def _read_processor_time() -> tuple[int, int]:
     """
     running = waiting = 0
     for file in pathlib.Path("/proc/self/task").glob("*/schedstat"):
-        with contextlib.suppress(OSError):  # a thread that has ended
+        with contextlib.suppress(OSError):  # the thread has ended
             counts = file.read_text().split()
             running, waiting = running + int(counts[0]), waiting + int(counts[1])
     return running, waiting

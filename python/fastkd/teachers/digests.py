@@ -61,7 +61,7 @@ def digest_inputs(inputs: Any, count: int, lengths: list[int] | None) -> Tensor:
 
 
 def _unpack(tensor: Tensor) -> Iterator[Tensor]:
-    """Yield the plain tensors inside a quantized tensor or a wrapper subclass, or the tensor."""
+    """Yield ``tensor``, or the plain tensors inside a quantized tensor or a wrapper subclass."""
     if tensor.is_quantized:
         yield from (tensor.int_repr(), tensor.dequantize())
     elif hasattr(tensor, "__tensor_flatten__"):

@@ -88,7 +88,7 @@ class Entries:
         raise ValueError(f"{self.field}[{position}]: {message}")
 
     def strip_prefixes(self) -> None:
-        """Remove the prefix "token_id:" of each token; raise for a token without a prefix."""
+        """Remove the prefix "token_id:" of all tokens; raise for text without the prefix."""
         kinds = _get_types(self.ids)
         if kinds <= {int}:
             return
@@ -188,7 +188,7 @@ class Entries:
         )
 
     def check_rows(self, log_probs: Tensor, indices: Tensor) -> None:
-        """Raise if a position lists a token twice, or probabilities that add up to more than 1."""
+        """Raise if a position lists a token twice, or if its probabilities sum to over 1.1."""
         duplicate = definitions.find_duplicate(indices)
         if (duplicate >= 0).any():
             position = int((duplicate >= 0).nonzero()[0])
@@ -207,9 +207,9 @@ class Entries:
     def check_tokens(
         self, indices: Tensor, tokens: Sequence[int] | Tensor, lists_tokens: bool
     ) -> None:
-        """Raise if the number of positions, or a position that lacks its token, contradicts tokens.
+        """Raise unless the reply has a position for each token.
 
-        ``lists_tokens``: True if each position must list the sequence's own token.
+        ``lists_tokens``: True if each position must also list its token.
         """
         try:
             ids = tokens if isinstance(tokens, Tensor) else _to_tensor("q", tokens, torch.int64)

@@ -70,7 +70,7 @@ class Shard(NamedTuple):
 
 
 def compute_checksums(shard: Shard, starts: Tensor, lengths: Tensor) -> Tensor:
-    """Compute the CRC-32 of the rows of each sample i, from ``starts[i]``, ``lengths[i]`` rows."""
+    """Compute, for each sample i, the CRC-32 of ``lengths[i]`` rows from row ``starts[i]`` on."""
     sums = [0] * len(starts)
     for tensor in (shard.log_probs, shard.indices):
         if tensor is not None:
@@ -199,7 +199,7 @@ def _read_header(texts: dict[str, str], file: Any) -> Header:
 
 
 def _parse(texts: dict[str, str], key: str, kind: Any, low: float, high: float) -> Any:
-    """Parse a number in [low, high)."""
+    """Return a text of the header as a number; raise unless low <= number < high."""
     text = texts.get(key, "")[:40]
     with contextlib.suppress(ValueError):
         value = kind(text)

@@ -1,4 +1,4 @@
-"""Train the student's intermediate features to match the teacher's: feature hints (FitNets)."""
+"""Train intermediate features of a student to match features of a teacher: hints (FitNets)."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ class LoaderState:
 
     def __init__(self) -> None:
         """Start before the first pass."""
-        self.restored: dict[str, Any] = {}  # random states that iterate() sets, and then empties
+        self.restored: dict[str, Any] = {}  # random states that iterate() restores and then drops
         self._generators: list[torch.Generator] = []
         self.reset()
 

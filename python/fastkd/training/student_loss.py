@@ -116,7 +116,10 @@ class StudentLoss(nn.Module):
         return validation.to_int64(targets)
 
     def count_rows(self, values: Tensor) -> Tensor:
-        """Return the number of rows of logits or probabilities, or of labels that count, as 0-d."""
+        """Return, as a 0-d tensor, the number of rows, or of labels that are not ignored.
+
+        ``values``: logits, probabilities or labels.
+        """
         if values.is_floating_point():
             rows = values.numel() // int(values.shape[self.loss.dim])
             return torch.tensor(rows, device=values.device)
