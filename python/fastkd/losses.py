@@ -383,8 +383,8 @@ class KDLoss(nn.Module):
 
     def _set_option(self, name: str, value: object) -> None:
         """Store an option as a parameter, a buffer or a field, without a check."""
-        # register_parameter() and register_buffer() refuse a name that is an attribute, which each
-        # option is.
+        # register_parameter() and register_buffer() refuse the name of an existing attribute, and
+        # every option is an attribute.
         self._parameters.pop(name, None)
         self._buffers.pop(name, None)
         self._non_persistent_buffers_set.discard(name)

@@ -61,7 +61,7 @@ _DENSE_OPTIONS = (
 
 
 def make_listed(teacher: TopK | Sampled) -> Listed:
-    """Convert a sparse teacher to a ``Listed``."""
+    """Return the lists of a sparse teacher; a sampled token becomes a list of length 1."""
     if isinstance(teacher, TopK):
         return Listed(*teacher, None)
     log_probs, tokens, estimator = teacher

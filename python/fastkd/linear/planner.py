@@ -15,14 +15,15 @@ from fastkd.linear import products
 
 MIB = 2**20
 LOGITS_BYTES = {"cuda": 2048 * MIB, "cpu": 48 * MIB}
-"""Bytes of the logits of student and teacher in a chunk of rows, if there is no ``max_workspace``.
-Matrix products of 2048 rows on a GPU, or 256 rows on a CPU, are about as fast per row as larger
-products."""
+"""Bound, in bytes, for the logits of student and teacher in a chunk of rows, if there is no
+``max_workspace``. Matrix products of 2048 rows on a GPU, or 256 rows on a CPU, are about as fast
+per row as larger products."""
 LEAST_ROWS = {"cuda": 512, "cpu": 128}
 """Fewest rows of a chunk if there is no ``max_workspace``. The bound limits the number of chunks:
 each chunk reads both weights and adds to the complete gradient of the student's weight."""
 FEW_ROWS = {"cuda": 256, "cpu": 32}
-"""Chunks of fewer rows take longer than chunks of classes, which compute the logits twice."""
+"""Chunks of fewer rows take longer than chunks of classes, although the latter compute the logits
+twice."""
 CLASSES = {"cuda": 8192, "cpu": 4096}
 """Most classes of a chunk of classes, by default."""
 PADDING = 8

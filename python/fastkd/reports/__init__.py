@@ -204,7 +204,8 @@ def report(
     validation.check_ignore_index(ignore_index)
     if threads is not None:
         validation.check_count("threads", threads)
-    extras.check("report", "matplotlib.figure", *(["rich"] if show else []))  # for save, show
+    # Report.save() needs matplotlib, and ``show`` needs Rich.
+    extras.check("report", "matplotlib.figure", *(["rich"] if show else []))
     previous = torch.get_num_threads()
     torch.set_num_threads(threads or previous)
     try:

@@ -417,7 +417,7 @@ class Trainer:
         }
 
     def _find_stateful(self) -> dict[str, Any]:
-        """Return scheduler and average, whose state Accelerate would store as unsafe pickles."""
+        """Return scheduler and average, whose state Accelerate would write as unsafe pickles."""
         parts = {"scheduler": self.scheduler, "ema": self.ema}
         return {name: part for name, part in parts.items() if part is not None}
 
