@@ -25,7 +25,7 @@ INTEGERS = (
 def suggest(value: object, accepted: Iterable[str], hints: Mapping[str, str] | None = None) -> str:
     """Return ". Did you mean 'name'?" for a misspelled name, or "" if no name is similar.
 
-    ``hints``: maps frequent mistakes to the sentence to return instead.
+    ``hints``: maps a frequent mistake to the sentence that is returned for this mistake.
     """
     if not isinstance(value, str):
         return ""

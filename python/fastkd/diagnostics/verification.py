@@ -28,7 +28,10 @@ _LEAST_TOLERANCE = 1e-5
 
 
 class Verification(NamedTuple):
-    """Hold the result of :func:`verify`; errors are ||x - y|| / ||y||, where y is in float64."""
+    """Hold the result of :func:`verify`.
+
+    An error is the 2-norm of the difference from float64, divided by the 2-norm in float64.
+    """
 
     agrees: bool
     """True if loss and gradient are as accurate as in eager PyTorch, or as the dtype allows."""

@@ -51,8 +51,8 @@ def plan(
 
     A plan depends on the shapes, dtypes and device of the tensors, on which tensors require grad,
     on autocast, and on the options of the loss. The function computes no logits. A plan serves
-    every call that agrees in these properties and has no more rows than the plan. Without a GPU, or
-    before the tensors exist, pass tensors on the meta device: the plan is then for a GPU.
+    later calls that differ only in their data, or that have fewer rows. Without a GPU, or before
+    the tensors exist, pass tensors on the meta device: the plan is then for a GPU.
 
     By default there is one chunk of rows if its logits fit in 2 GiB on a GPU or 48 MiB on a CPU.
     Otherwise the plan has the fewest chunks of equal size that fit.
