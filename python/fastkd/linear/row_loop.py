@@ -76,7 +76,7 @@ def run(inputs: Inputs, call: LinearCall, counted: Tensor | None, power: Tensor 
         if grad is None:
             continue
         del logits, teacher_logits
-        if chunk == rows:  # free all buffers but the gradient's
+        if chunk == rows:  # free every buffer except the gradient
             del buffer, teacher_buffer
         if part_slope is not None:
             grad.mul_(part_slope)
