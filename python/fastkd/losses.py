@@ -122,8 +122,8 @@ def loss(
             Default -100.
         reduction: ``"mean"`` divides both terms by the number of rows that are not ignored, and is
             0 if every row is ignored. ``"sum"`` adds the rows. ``"none"`` returns one loss for each
-            row, ``(...)``; its backward pass reads the logits again, since it keeps no gradient.
-            Default ``"mean"``.
+            row, ``(...)``; the backward pass of ``"none"`` reads the logits again, because the
+            forward pass keeps no gradient. Default ``"mean"``.
         label_smoothing: smoothing of the labels in the hard term, in [0, 1], as in
             :func:`torch.nn.functional.cross_entropy`. Default 0.
         class_weight: ``(C,)`` weights of the classes in the hard term, the ``weight`` of
@@ -159,16 +159,16 @@ def loss(
 
             - label i + 1;
             - row i of a teacher's logits, Head or Routed;
-            - entry i + 1 of a TopK or Sampled. Inference servers return this order; ``torch.topk``
-              of logits and a cached teacher do **not**.
+            - entry i + 1 of a TopK or Sampled. Inference servers return entry i + 1 for token
+              i + 1; ``torch.topk`` of logits and a cached teacher do **not**.
 
             The last row of each sequence has no label and is ignored. Options with one number for
             each row are indexed like the labels. Logits are not copied. Default 0: labels are
             aligned with the rows already.
         inplace: write the gradient over the student's logits, which saves a tensor of their size.
             ``student`` holds no logits afterwards, and using it in a later backward pass is an
-            error. Ignored without gradients, under torch.compile and under function transforms.
-            Raises an error for a call that no single-pass kernel computes. Default False.
+            error. The option is ignored without gradients, under torch.compile and under function
+            transforms. A call that no single-pass kernel computes raises an error. Default False.
         chunks: how many of a Head's logits are in memory at a time: ``"auto"``, or a result of
             :func:`fastkd.chunks.plan`, which bounds the memory. Default ``"auto"``.
 
@@ -190,11 +190,11 @@ def loss(
         +inf with a finite gradient. A row with NaN or +inf among its logits, or of -inf alone,
         gives NaN.
 
-        With a TopK, these rules hold for the listed classes. With ``tail="ghost"``, the teacher's
-        extra class has probability 0 if no unmasked class remains for it, or if the listed
-        probabilities sum to 1 or more. The listed probabilities are then divided by their sum. The
-        reverse and the symmetric KL would be infinite with probability 0, so the extra class has a
-        probability of at least 2^-24 (2^-53 in float64) for these divergences.
+        With a TopK, the rules for masked classes hold for listed classes. With ``tail="ghost"``,
+        the teacher's extra class has probability 0 if no unmasked class remains for it, or if the
+        listed probabilities sum to 1 or more. The listed probabilities are then divided by their
+        sum. The reverse and the symmetric KL would be infinite with probability 0, so the extra
+        class has a probability of at least 2^-24 (2^-53 in float64) for these divergences.
 
     Raises:
         TypeError, ValueError: for invalid arguments, before anything is computed. The
