@@ -193,8 +193,8 @@ def loss(
         With a TopK, the rules for masked classes hold for listed classes. With ``tail="ghost"``,
         the teacher's extra class has probability 0 if no unmasked class remains for it, or if the
         listed probabilities sum to 1 or more. The listed probabilities are then divided by their
-        sum. The reverse and the symmetric KL would be infinite with probability 0, so the extra
-        class has a probability of at least 2^-24 (2^-53 in float64) for these divergences.
+        sum. The reverse and the symmetric KL would be infinite with probability 0. For these two
+        divergences, the extra class has a probability of at least 2^-24 (2^-53 in float64).
 
     Raises:
         TypeError, ValueError: for invalid arguments, before anything is computed. The

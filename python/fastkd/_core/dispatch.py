@@ -98,8 +98,8 @@ def _compute_sparse(call: Call, with_terms: bool) -> Tensor:
         return loss
     with torch.no_grad():
         student = call.student.detach()
-        # The dense op returns the cross entropy and the student's entropy. Both are independent of
-        # the teacher, so the student's logits are passed as the teacher's.
+        # The dense op returns the cross entropy and the student's entropy, which do not depend on
+        # the teacher. So the student's logits are passed as the teacher's logits.
         dtype, divisor = shapes.accumulator(student), o.normalizer
         self_only = o._replace(
             divergence="forward_kl",
@@ -164,8 +164,8 @@ def _compute_in_two_passes(call: Call, with_terms: bool) -> Tensor | None:
         return None
     total = total * compute_divisor_ratio(call)
     o = o._replace(hard_weight=0.0, class_weight=None, label_smoothing=0.0)
-    # The student was converted to float32 or float64, so that autograd adds the gradients of both
-    # passes before it rounds the sum to the dtype of the logits.
+    # The student was converted to float32 or float64. So autograd adds the gradients of both passes
+    # and then rounds the sum to the dtype of the logits.
     divergence = call._replace(student=student, labels=indices, objective=o)
     out = dense.compute(divergence, with_terms)
 

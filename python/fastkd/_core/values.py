@@ -152,8 +152,8 @@ class Sampled(NamedTuple):
     Args:
         log_probs: ``(...)`` float64, float32, bfloat16 or float16: the natural logarithm of the
             teacher's probability of each row's token, at the temperature of the loss.
-        tokens: ``(...)`` class indices of any integer dtype. A row is padding if its token is
-            negative or its log-probability is -inf; its soft term is then 0.
+        tokens: ``(...)`` class indices of any integer dtype. A row is padding, with a soft term of
+            0, if its token is negative or its log-probability is -inf.
         estimator: ``"k1"``, ``"k2"`` or ``"k3"``, as above. Default ``"k1"``.
 
     Raises:

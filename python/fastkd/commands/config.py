@@ -20,7 +20,7 @@ _MAX_DEPTH = 50
 
 
 class Value:
-    """Accept any value, unlike ``typing.Any``, for which jsonargparse imports a named class."""
+    """Accept any value; for ``typing.Any``, jsonargparse would import a class named by a value."""
 
 
 @dataclasses.dataclass(frozen=True)

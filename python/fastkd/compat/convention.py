@@ -29,9 +29,9 @@ def convert_reduction(
 def choose_divergence(beta: float) -> dict[str, Any]:
     """Return fastkd's options for the generalized Jensen-Shannon divergence of TRL and Liger.
 
-    The divergence is beta KL(p || m) + (1 - beta) KL(q || m) with m = beta p + (1 - beta) q, the
-    teacher's p and the student's q. For beta = 0 and 1 this formula is 0, and both libraries use
-    the forward and the reverse KL instead.
+    Let p be the teacher's and q the student's distribution, and m = beta p + (1 - beta) q. The
+    divergence is beta KL(p || m) + (1 - beta) KL(q || m). For beta = 0 and 1 this formula is 0, and
+    TRL and Liger use the forward and the reverse KL instead.
     """
     validation.check_number("beta", beta, 0.0, 1.0)
     if beta == 0:

@@ -24,7 +24,7 @@ The trainers differ from TRL's in these points:
 - A logit of -inf masks its class. If student and teacher both mask a class, TRL's losses are NaN;
   here the class contributes 0.
 - TRL's ``DistillationTrainer`` computes forward and reverse KL as differences of large sums, which
-  can be negative. Here both divergences are at least 0.
+  can be negative. Here the forward and the reverse KL are at least 0.
 - TRL's ``GKDTrainer`` divides by the tokens of all processes, and then averages the gradients over
   processes, which divides again. Here the loss is multiplied by the number of processes, as TRL's
   ``SFTTrainer`` does.

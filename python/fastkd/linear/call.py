@@ -162,8 +162,8 @@ def allocate_outputs(inputs: Inputs, call: LinearCall) -> Outputs:
 def find_counted_rows(labels: Tensor | None, ignore_index: int) -> Tensor | None:
     """Return the indices of the rows that are not ignored, or None to compute all rows.
 
-    All rows are computed if no row is ignored, if labels are None or probabilities, or during the
-    capture of a CUDA graph, which forbids the synchronization of ``nonzero()``.
+    All rows are computed if no row is ignored, or if labels are None or probabilities. The capture
+    of a CUDA graph also computes all rows, because a capture forbids synchronization.
     """
     if labels is None or labels.is_floating_point():
         return None

@@ -164,7 +164,7 @@ def make_sizes(inputs: Inputs, call: LinearCall) -> Sizes:
         is_fused = dispatch.is_fused(inputs.hidden, labels, make_objective(inputs, call))
     else:
         # A chunk has the student's logits, their gradient, two lists of at most 8 bytes an entry,
-        # and a copy of the two lists, which the kernel needs.
+        # and the kernel's copies of the two lists.
         is_fused, teacher_dtype = (
             topk.is_fused(inputs.hidden, make_objective(inputs, call)),
             call.dtype,

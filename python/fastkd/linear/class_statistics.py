@@ -4,7 +4,7 @@ For a part of the classes, the kernels return the sums of exponentials and the d
 there were no other classes. The chain rule (docs/maths.md, section 14) combines divergences: the
 divergence of all classes is the divergence between the parts, plus the mean of the divergences
 within the parts. The mean weighs each part by the teacher's probability of the part, or, for the
-reverse KL, by the student's probability. Arithmetic on these few numbers of a row is float64.
+reverse KL, by the student's probability. The arithmetic of this module is float64.
 """
 
 from __future__ import annotations
@@ -39,8 +39,9 @@ class RowStatistics:
         )
         lowest = like.new_full((rows,), -math.inf)
         self.student_top, self.teacher_top = lowest, lowest
-        # The masses are log2 of the sums of exp(z / t), exp(z) and exp(w / u), where z are the
-        # student's logits, w the teacher's logits, and t and u the temperatures of the two.
+        # The masses are log2 of the sums of exp(z / t), exp(z) and exp(w / u). Here z are the
+        # student's logits, t the student's temperature, w the teacher's logits, and u the teacher's
+        # temperature.
         self.student_mass = self.hard_mass = self.teacher_mass = lowest.double()
         self.divergence = torch.zeros_like(self.student_mass)
         self.label_logit = lowest.double()

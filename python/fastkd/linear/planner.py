@@ -29,11 +29,11 @@ CLASSES = {"cuda": 8192, "cpu": 4096}
 PADDING = 8
 """Masked classes at the end of each row in a chunk of classes. A label outside the chunk becomes
 the first masked class. 8 classes keep rows of 16-bit logits aligned to 16 bytes."""
-ALIGNMENT = 256  # bytes of which the address of each buffer of logits is a multiple
+ALIGNMENT = 256  # bytes; each buffer of logits begins at a multiple of ALIGNMENT in its memory
 _FEWEST_CLASSES = 64
 """Classes of the smallest chunk, whose logits may lie outside the weight's gradient."""
 _MULTIPLE = 64
-"""Larger chunks have a multiple of this number of rows or classes, which suits matrix products."""
+"""Larger chunks have a multiple of this number of rows or classes, a tile of matrix products."""
 _ROW_STATISTICS_BYTES = 128
 """Bytes of the loss, label and statistics of a row in the loop over chunks of classes."""
 

@@ -346,7 +346,7 @@ def _time_in_turns(
 def _read_processor_time() -> tuple[int, int]:
     """Return the nanoseconds that this process's threads ran, and waited for a processor.
 
-    Both numbers are 0 on systems other than Linux.
+    On systems other than Linux, return 0 and 0.
     """
     running = waiting = 0
     for file in pathlib.Path("/proc/self/task").glob("*/schedstat"):

@@ -151,7 +151,7 @@ class TeacherCache:
             temperature: the teacher's temperature in the loss. A cache of all classes fits every
                 temperature.
             ids: samples that must be in the cache.
-            batch: a batch of the loader, with ids (:class:`WithIds`). Its inputs must equal the
+            batch: a batch of the loader, with ids (:class:`WithIds`), whose inputs must equal the
                 teacher's inputs. Omit ``batch`` if inputs are augmented at random.
 
         Raises:

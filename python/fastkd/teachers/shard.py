@@ -12,7 +12,7 @@ A shard is a safetensors file with these tensors, for n samples with R rows in t
 The file's header holds the fields of :class:`Header`, ``kl``, ``tail`` and ``crc32`` as text.
 ``crc32`` covers everything but ``log_probs`` and ``indices`` (:func:`_compute_crc32`), and
 :func:`read` checks it. A :class:`fastkd.teachers.TeacherCache` checks a sample when it first reads
-the sample. A CRC-32 detects damage, such as a flipped bit, but no forgery, because a forger can
+the sample. A CRC-32 detects damage, such as a flipped bit, but not forgery, because a forger can
 compute the CRC-32 of the forged data.
 """
 

@@ -18,8 +18,8 @@ class LoaderState:
     """Count the batches of a pass, and store the random states that determine the next batches.
 
     A restored pass first draws and drops the batches before its position, since datasets and worker
-    processes may have random states that cannot be saved. Accelerate's loader draws one batch
-    ahead. So the last dropped batch is drawn with the random states of its first draw. Between two
+    processes may have random states that cannot be saved. The last dropped batch is drawn with the
+    random states of its first draw, because Accelerate's loader draws one batch ahead. Between two
     passes, the position is 0, and the random states determine the next shuffle.
     """
 
