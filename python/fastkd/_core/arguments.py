@@ -250,7 +250,10 @@ def check_tail(tail: str, options: Options) -> None:
 
 
 def check_options_are_default(options: Options, names: Sequence[str], context: str) -> None:
-    """Raise if an option in ``names`` is not its default; the message ends with ``context``."""
+    """Raise if an option in ``names`` is not its default.
+
+    ``context``: a phrase for the message that names what does not support the options.
+    """
     for name in names:
         value, default = getattr(options, name), options._field_defaults[name]
         if isinstance(value, Tensor) or value != default:

@@ -439,7 +439,7 @@ class Trainer:
         return prepared[even]
 
     def _show_bar(self, loader: Any, first: int, epochs: int) -> Any:
-        """Show a bar for the steps of ``epochs`` epochs, of which ``first`` is the first."""
+        """Show a bar for the steps of ``epochs`` epochs, beginning with the epoch ``first``."""
         try:
             steps = math.ceil(len(loader) / self._accumulate)
         except TypeError:  # an iterable dataset or a generator has no length
