@@ -6,12 +6,12 @@
 >>> fastkd.loss(student, teacher, labels, temperature=2.0, alpha=0.5).backward()
 
 ``loss``, ``terms`` and ``KDLoss`` compute the loss. Student and teacher are tensors of logits, or a
-``Head``: a linear layer whose logits are never all in memory. A teacher may also be a ``TopK``, the
-log-probabilities of a few classes, or several tensors. ``Trainer``, ``Hint``, ``teachers`` and
-``report`` train a student and measure it. ``export`` writes a student as a program for a device,
-and ``deployment`` loads such programs. ``explain``, ``verify``, ``check_inputs`` and
-``check_logits`` describe and check a call. ``fastkd.compat`` has the names and conventions of other
-libraries, and ``fastkd.integrations`` works inside their trainers.
+``Head``: a linear layer whose logits are never all in memory. A teacher may also be several
+tensors, a ``TopK``, a ``Sampled`` or a ``Routed``. ``Trainer``, ``Hint``, ``teachers`` and
+``report`` train a student and measure the student. ``export`` writes a student as a program for a
+device, and ``deployment`` loads such programs. ``explain``, ``verify``, ``check_inputs`` and
+``check_logits`` describe and check a call. ``fastkd.compat`` offers the losses of other libraries
+under their names, and ``fastkd.integrations`` connects fastkd to the trainers of other libraries.
 """
 
 import importlib

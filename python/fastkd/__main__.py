@@ -22,7 +22,7 @@ _COMMANDS = (distill, sweep, report, export)
 
 
 def info() -> dict[str, str]:
-    """Return versions, the kernels that are built and in use, and the number of threads."""
+    """Return what ``fastkd info`` prints: versions, kernels, devices and threads."""
     facts = {
         "fastkd": fastkd.__version__,
         "torch": f"{torch.__version__} (CUDA {torch.version.cuda or 'not in this build'})",
@@ -45,7 +45,7 @@ def info() -> dict[str, str]:
 
 
 def main() -> None:
-    """Run the command that the command line names."""
+    """Parse the command line, and run the command that it names."""
     parser = argparse.ArgumentParser(prog="fastkd", description="Knowledge distillation.")
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("info", help="print versions, kernels and threads for a bug report")

@@ -1,10 +1,10 @@
-"""Split the batches of a loader, move them to a device, and pass them to a model.
+"""Split the batches of a data loader, move them to a device, and pass them to a model.
 
 A batch is one of
 
 - ``(inputs, labels)``, ``(inputs,)`` or a tensor of inputs;
-- ``(inputs, labels, ids)``: a :class:`Labelled`, or any tuple of three. The ids are those of the
-  samples in a :class:`fastkd.teachers.TeacherCache`;
+- ``(inputs, labels, ids)``: a :class:`Labelled`, or any tuple of three. The ids number the samples
+  of a :class:`fastkd.teachers.TeacherCache`;
 - an :class:`Unlabelled`, ``(inputs, ids)``;
 - a mapping with ``"labels"`` and ``"ids"``, both optional. All other entries of the mapping are
   keyword arguments of the models, as in Hugging Face's libraries.
@@ -32,7 +32,7 @@ NO_BATCH = (
 
 
 class Labelled(NamedTuple):
-    """Hold a sample of :class:`WithIds`, or a batch, as ``default_collate`` makes it of samples."""
+    """Hold a sample of :class:`WithIds` with labels, or a batch of such samples."""
 
     inputs: Any
     labels: Any
@@ -47,7 +47,7 @@ class Unlabelled(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """Hold the parts of a batch, as :func:`split` returns them."""
+    """Hold the parts of a batch that :func:`split` returns."""
 
     inputs: Any
     """A tensor, a tuple of positional arguments, or a mapping of keyword arguments."""
@@ -65,7 +65,7 @@ class WithIds(Dataset[Any]):
 
     Raises:
         TypeError: for a dataset without ``__len__`` and ``__getitem__``, or for a sample that is a
-            tuple or list, but not of one or two values.
+            tuple or list of 0 or more than 2 values.
 
     Example:
         >>> import torch, fastkd
@@ -77,7 +77,7 @@ class WithIds(Dataset[Any]):
     """
 
     def __init__(self, dataset: Dataset[Any]) -> None:
-        """Wrap ``dataset``."""
+        """Wrap the map-style ``dataset``."""
         if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
             raise TypeError(
                 "dataset must be map-style, with __len__ and __getitem__; got "
@@ -111,7 +111,7 @@ def split(batch: Any) -> Batch:
     """Split a loader's batch into inputs, labels and ids; the module lists the accepted forms.
 
     Raises:
-        TypeError: for a batch of no accepted form, or for ids that are not a 1-d integer tensor.
+        TypeError: for a batch in no accepted form, or for ids that are not a 1-d integer tensor.
 
     Example:
         >>> import torch
@@ -139,7 +139,7 @@ def split(batch: Any) -> Batch:
 
 
 def check_ids(ids: object) -> Tensor:
-    """Return ids as int64, or raise TypeError unless they are a 1-d integer tensor."""
+    """Return ids as int64; raise TypeError unless they are a 1-d integer tensor."""
     description = type(ids).__name__
     if isinstance(ids, Tensor):
         is_integer = not (ids.is_floating_point() or ids.is_complex() or ids.dtype is torch.bool)
@@ -150,7 +150,7 @@ def check_ids(ids: object) -> Tensor:
 
 
 def logits(model: nn.Module, inputs: Any) -> Tensor:
-    """Call ``model`` on a batch's inputs, and return the logits that its output holds."""
+    """Call ``model`` on a batch's inputs, and return the logits of the model's output."""
     return logits_of(outputs(model, inputs), model)
 
 
@@ -182,9 +182,9 @@ def arguments(model: nn.Module, inputs: Any) -> tuple[Sequence[Any], Mapping[str
     """Make the positional and the keyword arguments of ``model`` from a batch's inputs.
 
     A mapping becomes keyword arguments; a tuple or list becomes positional arguments. A model that
-    takes ``use_cache`` gets ``use_cache=False`` unless the inputs have the key. With a key-value
-    cache, transformers ignores where ``position_ids`` restart, so the sequences of a packed batch
-    would attend to one another.
+    takes ``use_cache`` gets ``use_cache=False`` unless the inputs have this key. With a key-value
+    cache, models of transformers ignore where ``position_ids`` restart, so the sequences of a
+    packed batch would attend to one another.
     """
     positional: Sequence[Any] = ()
     keywords: Mapping[str, Any] = {}
@@ -216,7 +216,7 @@ def logits_of(output: Any, model: nn.Module) -> Tensor:
 def _has_keyword(model: nn.Module, keyword: str, positional: int) -> bool:
     """Return True if ``model`` takes ``keyword`` after ``positional`` positional arguments.
 
-    A wrapper whose forward has ``**keywords`` takes the keywords of the model that it wraps.
+    A wrapper whose forward has ``**keywords`` takes the keywords of the wrapped model.
     """
     try:
         parameters = inspect.signature(model.forward).parameters
@@ -226,7 +226,7 @@ def _has_keyword(model: nn.Module, keyword: str, positional: int) -> bool:
         return list(parameters).index(keyword) >= positional
     if all(parameter.kind is not parameter.VAR_KEYWORD for parameter in parameters.values()):
         return False
-    # The attribute is "module" in DistributedDataParallel and AveragedModel, "_orig_mod" in a
+    # The wrapped model is "module" in DistributedDataParallel and AveragedModel, "_orig_mod" in a
     # compiled module, and "base_model" in models of transformers and PEFT.
     for name in ("module", "_orig_mod", "base_model"):
         inner = getattr(model, name, None)
@@ -236,10 +236,10 @@ def _has_keyword(model: nn.Module, keyword: str, positional: int) -> bool:
 
 
 def size(batch: Any, labels: Tensor | None) -> int:
-    """Return the number of samples: the length of the first tensor in a batch or its labels.
+    """Return the number of samples: the length of the first tensor in ``batch`` or ``labels``.
 
     Raises:
-        TypeError: if batch and labels contain no tensor of at least 1 dimension.
+        TypeError: if ``batch`` and ``labels`` contain no tensor of at least 1 dimension.
     """
     for tensor in tensors((batch, labels)):
         if tensor.dim():
@@ -266,7 +266,7 @@ def tensors(value: Any) -> Iterator[Tensor]:
 
 
 def map_tensors(function: Callable[[Tensor], Tensor], value: Any) -> Any:
-    """Replace each tensor in nested tuples, lists and mappings by the function's result."""
+    """Replace each tensor in nested tuples, lists and mappings by ``function(tensor)``."""
     if isinstance(value, Tensor):
         return function(value)
     if isinstance(value, Mapping):
@@ -290,7 +290,7 @@ def to(value: Any, device: torch.device, dtype: torch.dtype | None = None) -> An
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Set ``model`` to evaluation mode without gradients; restore each submodule's mode afterwards.
 
-    A module without modes, such as that of an exported program, stays as it is.
+    Modules of exported programs, whose mode cannot be set, are left unchanged.
     """
     modes = [(module, module.training) for module in model.modules()]
     try:

@@ -1,4 +1,4 @@
-"""Import packages of fastkd's extras where they are used: ``import fastkd`` needs torch alone."""
+"""Import optional packages (extras) where they are used; ``import fastkd`` needs torch alone."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ class MissingPackageError(ImportError):
 def check(extra: str, *modules: str) -> None:
     """Raise MissingPackageError unless all ``modules`` can be imported.
 
-    Call this function before work that would be lost if a later import failed.
+    Call ``check`` before work that would be lost if a later import failed.
     """
     for module in modules:
         load(module, extra)

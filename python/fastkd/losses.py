@@ -78,10 +78,10 @@ def loss(
 
     This is the loss of Hinton, Vinyals and Dean, "Distilling the Knowledge in a Neural Network"
     (2015). T^2 keeps the size of the soft gradients independent of T. One pass reads the logits and
-    writes the gradient. Arithmetic is float64 if either input is float64, else float32. No digits
-    cancel when the student is close to its teacher. Options such as ``divergence`` change the
-    formula. docs/objectives.md lists the objectives without a kernel, which PyTorch operations
-    compute. :func:`fastkd.explain` describes in words what a set of options computes.
+    writes the gradient. Arithmetic is float64 if student or teacher is float64, else float32. The
+    loss stays accurate when the student is close to its teacher. Options such as ``divergence``
+    change the formula. docs/objectives.md lists the options without a kernel, for which PyTorch
+    operations compute the loss. :func:`fastkd.explain` describes in words what options compute.
 
     Args:
         student: ``(..., C)`` logits, float64, float32, bfloat16 or float16, or a
@@ -122,8 +122,8 @@ def loss(
             Default -100.
         reduction: ``"mean"`` divides both terms by the number of rows that are not ignored, and is
             0 if every row is ignored. ``"sum"`` adds the rows. ``"none"`` returns one loss for each
-            row, ``(...)``; its backward pass reads the logits again, since it keeps no gradient.
-            Default ``"mean"``.
+            row, ``(...)``; the backward pass of ``"none"`` reads the logits again, because the
+            forward pass keeps no gradient. Default ``"mean"``.
         label_smoothing: smoothing of the labels in the hard term, in [0, 1], as in
             :func:`torch.nn.functional.cross_entropy`. Default 0.
         class_weight: ``(C,)`` weights of the classes in the hard term, the ``weight`` of
@@ -159,23 +159,23 @@ def loss(
 
             - label i + 1;
             - row i of a teacher's logits, Head or Routed;
-            - entry i + 1 of a TopK or Sampled. Inference servers return this order; ``torch.topk``
-              of logits and a cached teacher do **not**.
+            - entry i + 1 of a TopK or Sampled. Inference servers return entry i + 1 for token
+              i + 1; ``torch.topk`` of logits and a cached teacher do **not**.
 
             The last row of each sequence has no label and is ignored. Options with one number for
             each row are indexed like the labels. Logits are not copied. Default 0: labels are
             aligned with the rows already.
         inplace: write the gradient over the student's logits, which saves a tensor of their size.
             ``student`` holds no logits afterwards, and using it in a later backward pass is an
-            error. Ignored without gradients, under torch.compile and under function transforms.
-            Calls that no single-pass kernel computes raise an error. Default False.
+            error. The option is ignored without gradients, under torch.compile and under function
+            transforms. A call that no single-pass kernel computes raises an error. Default False.
         chunks: how many of a Head's logits are in memory at a time: ``"auto"``, or a result of
             :func:`fastkd.chunks.plan`, which bounds the memory. Default ``"auto"``.
 
-    A TopK supports class indices as labels, and the divergences of probabilities except ``"dkd"``.
-    A TopK supports none of ``teacher_temperature``, ``teacher_form``, ``teacher_weights``,
-    ``ensemble``, ``standardize``, ``class_weight``, ``dim`` and ``inplace``. A Sampled teacher
-    supports the options of a TopK except ``divergence`` and ``mix``.
+    A TopK supports labels that are class indices, and the divergences of probabilities except
+    ``"dkd"``. A TopK supports none of ``teacher_temperature``, ``teacher_form``,
+    ``teacher_weights``, ``ensemble``, ``standardize``, ``class_weight``, ``dim`` and ``inplace``. A
+    Sampled supports the options that a TopK supports, except ``divergence`` and ``mix``.
 
     With a Head as student, temperature and weights get no gradient. A Head as student supports none
     of ``teacher_form``, ``teacher_weights``, ``ensemble``, ``dim`` and ``inplace``; with a Routed
@@ -184,16 +184,17 @@ def loss(
     graph capture, all rows are computed; the hidden states of ignored rows must then be finite.
 
     Returns:
-        A 0-d tensor, or ``(...)`` with ``reduction="none"``, float32 (float64 if either input is
-        float64). A logit of -inf masks its class. For the forward KL, a class masked by the teacher
-        contributes 0. A class masked only by the student makes the loss +inf with a finite
-        gradient. A row with NaN or +inf among its logits, or of -inf alone, gives NaN.
+        A 0-d tensor, or ``(...)`` with ``reduction="none"``. The dtype is float64 if student or
+        teacher is float64, else float32. A logit of -inf masks its class. For the forward KL, a
+        class masked by the teacher contributes 0. A class masked only by the student makes the loss
+        +inf with a finite gradient. A row with NaN or +inf among its logits, or of -inf alone,
+        gives NaN.
 
-        With a TopK, these rules hold for the listed classes. With ``tail="ghost"``, the teacher's
-        extra class has probability 0 if no unmasked class remains for it, or if the listed
-        probabilities sum to 1 or more. The listed probabilities are then divided by their sum. The
-        reverse and the symmetric KL would be infinite with probability 0, so the extra class has a
-        probability of at least 2^-24 (2^-53 in float64) for these divergences.
+        With a TopK, the rules for masked classes hold for listed classes. With ``tail="ghost"``,
+        the teacher's extra class has probability 0 if no unmasked class remains for it, or if the
+        listed probabilities sum to 1 or more. The listed probabilities are then divided by their
+        sum. The reverse and the symmetric KL would be infinite with probability 0. For these two
+        divergences, the extra class has a probability of at least 2^-24 (2^-53 in float64).
 
     Raises:
         TypeError, ValueError: for invalid arguments, before anything is computed. The
@@ -258,17 +259,17 @@ def terms(
     chunks: Plan | Literal["auto"] = "auto",
     **unknown: NoReturn,
 ) -> Terms:
-    """Compute the loss and the quantities worth logging about it; arguments as in :func:`loss`.
+    """Compute the loss and its terms for logging; the arguments are those of :func:`loss`.
 
     An objective with a kernel takes one pass over the logits. ``class_weight`` and probabilities as
     labels need extra passes, and a TopK needs three extra passes over the student's logits.
 
     Returns:
-        A :class:`fastkd.Terms`, whose fields are reduced like the loss. ``loss`` alone carries a
-        gradient. With a TopK, ``teacher_entropy`` is that of the listed classes and the tail. With
-        a Sampled teacher, ``teacher_entropy`` and ``agreement`` are NaN, because one class does not
-        determine them. CUDA is not synchronized, except once to count rows if the student is a Head
-        with class-index labels.
+        A :class:`fastkd.Terms`, whose fields are reduced like the loss. ``loss`` alone has a
+        gradient. With a TopK, ``teacher_entropy`` is the entropy of the listed classes and the
+        tail. With a Sampled, ``teacher_entropy`` and ``agreement`` are NaN, because one class does
+        not determine them. A call with a Head as student and class indices as labels synchronizes
+        CUDA once; other calls do not.
 
     Example:
         >>> import torch, fastkd
@@ -285,9 +286,9 @@ def terms(
         mix, teacher_form, teacher_weights, ensemble, standardize, dim, shift, inplace, chunks,
     )  # fmt: skip
     total, *logged = packed.unbind(0)
-    if shift and labels is None:  # zero labels were added, only to mark ignored rows
+    if shift and labels is None:  # shift_labels() added labels that the caller did not pass
         logged[0] = torch.zeros_like(logged[0])
-    if not isinstance(teacher, (TopK, Sampled)):  # a dense teacher lists all classes
+    if not isinstance(teacher, (TopK, Sampled)):  # the masses of a dense teacher are 1
         rows = student.hidden[..., 0] if isinstance(student, Head) else student.select(dim, 0)
         one, valid = torch.ones_like(rows, dtype=total.dtype), None
         if labels is not None and not labels.is_floating_point():
@@ -309,8 +310,8 @@ class KDLoss(nn.Module):
     Options are those of :func:`fastkd.loss`, checked when the module is made. ``forward`` and
     :meth:`terms` take ``(student, teacher, labels=None)``. Options that are tensors are buffers,
     which follow the module to another device. A ``temperature`` or a weight that is an
-    ``nn.Parameter`` is a parameter of the module and learns. Options are attributes that may be
-    assigned: ``criterion.temperature = 2.0``.
+    ``nn.Parameter`` becomes a parameter of the module. Options are attributes that may be assigned:
+    ``criterion.temperature = 2.0``.
 
     Example:
         >>> import torch, fastkd
@@ -345,7 +346,7 @@ class KDLoss(nn.Module):
         chunks: Plan | Literal["auto"] = "auto",
         **unknown: NoReturn,
     ) -> None:
-        """Check the options, and store them."""
+        """Check and store the options."""
         if extra or unknown:
             takes = "no positional arguments"
             raise_for_call("KDLoss", takes, len(extra), unknown, Options._fields)
@@ -356,7 +357,7 @@ class KDLoss(nn.Module):
             teacher_weights, ensemble, standardize, dim, shift, inplace, chunks,
         )  # fmt: skip
         _check_options(options)
-        self._static_options = options  # with None in the place of tensors
+        self._static_options = options  # _set_option() puts None in the place of each tensor
         for name, value in options._asdict().items():
             if isinstance(value, Tensor):
                 self._set_option(name, value)
@@ -371,7 +372,7 @@ class KDLoss(nn.Module):
 
     @property
     def options(self) -> dict[str, Any]:
-        """Return the options that are not defaults; tensors are on the module's device."""
+        """Return the options that differ from their defaults."""
         return self._current_options().nondefault
 
     def _current_options(self) -> Options:
@@ -381,8 +382,9 @@ class KDLoss(nn.Module):
         return self._static_options._replace(**tensors)
 
     def _set_option(self, name: str, value: object) -> None:
-        """Set an option, without a check."""
-        # register_parameter() and register_buffer() refuse the name of an attribute.
+        """Store an option as a parameter, a buffer or a field, without a check."""
+        # register_parameter() and register_buffer() refuse the name of an existing attribute, and
+        # every option is an attribute.
         self._parameters.pop(name, None)
         self._buffers.pop(name, None)
         self._non_persistent_buffers_set.discard(name)
@@ -414,7 +416,6 @@ class KDLoss(nn.Module):
 
 
 def _check_options(options: Options) -> None:
-    """Check the options, without logits."""
     resolve(options, has_labels=True, teachers=None)
     linear.chunks.check_plan(options.chunks)
 
@@ -422,7 +423,7 @@ def _check_options(options: Options) -> None:
 def _compute(
     with_terms: bool, student: Student, teacher: Teacher, labels: Tensor | None, *values: Any
 ) -> Tensor:
-    """Compute the loss, or all terms stacked; ``values``: the fields of ``Options``."""
+    """Compute the loss, or all terms stacked, from the fields of ``Options`` (``values``)."""
     if not native.is_dynamo_compiling():
         out = fast_path.run(with_terms, student, teacher, labels, values)
         if out is not None:

@@ -1,4 +1,7 @@
-"""Check arguments. Every message names the argument, what was given, and what is accepted."""
+"""Check numbers, names, folders and labels that are passed to any part of fastkd.
+
+Every message names the argument, what was given, and what is accepted.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +25,7 @@ INTEGERS = (
 def suggest(value: object, accepted: Iterable[str], hints: Mapping[str, str] | None = None) -> str:
     """Return ". Did you mean 'name'?" for a misspelled name, or "" if no name is similar.
 
-    ``hints``: sentences to return for names that are its keys, instead of a suggestion.
+    ``hints``: maps a frequent mistake to the sentence that is returned for this mistake.
     """
     if not isinstance(value, str):
         return ""
@@ -37,7 +40,7 @@ def suggest(value: object, accepted: Iterable[str], hints: Mapping[str, str] | N
 def check_one_of(
     name: str, value: object, accepted: Sequence[str], hints: Mapping[str, str] | None = None
 ) -> int:
-    """Return the index of ``value`` in ``accepted``; raise if it is not one of these names.
+    """Return the index of ``value`` in ``accepted``; raise if ``value`` is not in ``accepted``.
 
     ``hints``: as in :func:`suggest`.
     """
@@ -86,9 +89,9 @@ def check_count(name: str, value: object, least: int = 1) -> None:
 
 
 def check_folder(name: str, value: object, otherwise: str = "") -> pathlib.Path:
-    """Return ``value`` as the path of a folder that exists or can be made.
+    """Return ``value`` as the path of a folder that exists or can be made; raise for a file.
 
-    ``otherwise``: what else is accepted, for the message.
+    ``otherwise``: a phrase for the message, about accepted values that are no folder.
     """
     if not isinstance(value, (str, os.PathLike)):
         raise TypeError(f"{name} must be a folder's path{otherwise}; got {type(value).__name__}")
@@ -108,9 +111,9 @@ def check_ignore_index(value: object) -> None:
 
 
 def to_int64(labels: Tensor) -> Tensor:
-    """Convert class indices to int64, and return probabilities as they are.
+    """Convert class indices to int64, and return probabilities unchanged.
 
-    PyTorch converts a number to the dtype of the tensor that it is compared with: -100 becomes 156
-    for uint8.
+    Comparisons need int64: PyTorch converts an ``ignore_index`` of -100 to 156 to compare it with
+    uint8 labels.
     """
     return labels.long() if labels.dtype in INTEGERS else labels

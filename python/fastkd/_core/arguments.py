@@ -1,4 +1,4 @@
-"""Check the arguments of a call, and convert them to what the kernels and formulas take."""
+"""Check the arguments of a loss, and convert them to a ``Call`` for kernels and formulas."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Call(NamedTuple):
     dtype: torch.dtype
     """The dtype of the arithmetic and the loss: float32, or float64 if any logits are float64."""
     listed: Listed | None = None
-    """A sparse teacher, instead of ``teachers``."""
+    """The sparse teacher, if there is one; ``teachers`` is then empty."""
     inplace: bool = False
 
 
@@ -54,7 +54,6 @@ SPARSE_DIVERGENCES = tuple(
     for name, divergence in reference.DIVERGENCES.items()
     if divergence.compares == "probabilities" and not divergence.needs_labels
 )
-"""The divergences that a sparse teacher supports."""
 _DENSE_OPTIONS = (
     "teacher_temperature", "class_weight", "teacher_form", "teacher_weights", "ensemble",
     "standardize", "dim", "inplace",
@@ -62,7 +61,7 @@ _DENSE_OPTIONS = (
 
 
 def make_listed(teacher: TopK | Sampled) -> Listed:
-    """Convert a sparse teacher to lists, with k = 1 for a sampled token."""
+    """Return the lists of a sparse teacher; a sampled token becomes a list of length 1."""
     if isinstance(teacher, TopK):
         return Listed(*teacher, None)
     log_probs, tokens, estimator = teacher
@@ -70,9 +69,9 @@ def make_listed(teacher: TopK | Sampled) -> Listed:
 
 
 def prepare(student: Tensor, teacher: object, labels: Tensor | None, options: Options) -> Call:
-    """Check all arguments of a call for logits: types, shapes, devices, and how options combine.
+    """Check all arguments of a call for logits, and convert them.
 
-    Kernels detect bad indices and labels; :func:`raise_for_kernel_error` then explains the error.
+    Kernels detect class indices and labels out of range.
     """
     validation.check_count("shift", options.shift, 0)
     if options.shift:
@@ -130,10 +129,7 @@ def prepare(student: Tensor, teacher: object, labels: Tensor | None, options: Op
 def check_tensors(
     objective: Objective, student: Tensor, labels: Tensor | None, dtype: torch.dtype
 ) -> Objective:
-    """Check the tensors of an objective against the student, and convert them.
-
-    Per-row options become ``(...)`` in ``dtype``; 0-d tensors stay 0-d.
-    """
+    """Check the option tensors against the student, and convert them to ``dtype``."""
 
     def convert(name: str, check_data: Callable[[str, Tensor], None]) -> float | Tensor:
         value: float | Tensor = getattr(objective, name)
@@ -179,10 +175,10 @@ def shift_rows(value: Tensor, n: int, fill: float, dim: int = -1) -> Tensor:
 def shift_labels(
     student: Tensor, teacher: object, labels: Tensor | None, options: Options
 ) -> tuple[object, Tensor, Options]:
-    """Move labels, lists and per-row options to the rows that predict them.
+    """Move labels, lists and per-row options to the rows whose logits predict the labels.
 
     The last rows, which have no label, get ``ignore_index``. Values of a wrong shape are returned
-    unchanged; later checks raise an error.
+    unchanged, because later checks raise an error for them.
     """
     n, rows = options.shift, student.select(options.dim, 0).shape
     if not rows:
@@ -190,7 +186,8 @@ def shift_labels(
             f"shift={n} needs logits (..., positions, C); got the shape {tuple(student.shape)}"
         )
     if labels is None:
-        # Zero labels only mark the rows to ignore: the hard term gets weight 0.
+        # shift_rows() below fills these labels with ignore_index in the last rows. The zeros have
+        # no effect, because the hard term gets weight 0.
         resolve(options, has_labels=False, teachers=None)
         soft_weight = 1.0 if options.soft_weight is None else options.soft_weight
         options = options._replace(alpha=None, hard_weight=0.0, soft_weight=soft_weight)
@@ -218,7 +215,7 @@ def shift_labels(
 
 
 def check_teacher_has_no_gradient(name: str, value: Tensor) -> None:
-    """Raise if an output of the teacher requires grad; ``name``: the argument, for the message."""
+    """Raise if ``value``, an output of the teacher, requires grad."""
     if checks.is_differentiated(value):
         raise ValueError(
             f"{name} requires grad, but the loss gives the teacher none: compute it under "
@@ -227,7 +224,7 @@ def check_teacher_has_no_gradient(name: str, value: Tensor) -> None:
 
 
 def check_sparse_options(teacher: TopK | Sampled, options: Options) -> None:
-    """Raise if an option is given that a sparse teacher does not support."""
+    """Raise if an option is set that a sparse teacher does not support."""
     if isinstance(teacher, TopK):
         return check_tail(teacher.tail, options)
     context = "a Sampled as teacher"
@@ -255,7 +252,7 @@ def check_tail(tail: str, options: Options) -> None:
 def check_options_are_default(options: Options, names: Sequence[str], context: str) -> None:
     """Raise if an option in ``names`` is not its default.
 
-    ``context``: what does not support these options, for the message.
+    ``context``: a phrase for the message that names what does not support the options.
     """
     for name in names:
         value, default = getattr(options, name), options._field_defaults[name]
@@ -270,7 +267,7 @@ def check_options_are_default(options: Options, names: Sequence[str], context: s
 
 
 def check_sparse(teacher: TopK | Sampled) -> None:
-    """Raise unless the fields of a sparse teacher fit each other."""
+    """Raise unless the fields of a sparse teacher are valid."""
     if isinstance(teacher, TopK):
         check_topk(teacher, "teacher")
     else:
@@ -300,7 +297,7 @@ def check_fits_rows(teacher: TopK | Sampled, logits: Tensor) -> None:
 
 
 def find_teacher_rows(routed: Routed, rows: torch.Size, device: torch.device) -> list[Tensor]:
-    """Check a routed teacher, and return the indices of each teacher's rows, flattened."""
+    """Check a routed teacher; return the indices of each teacher's rows in the flattened rows."""
     check_routed(routed, "teacher")
     teachers, indices = routed
     for name, shape in [("indices", indices.shape)] + [
@@ -384,7 +381,7 @@ def _check_inplace(student: Tensor, teachers: Sequence[Tensor], reduction: str) 
 
 
 def _has_overlap(tensor: Tensor) -> bool:
-    """Return True if entries may share memory: a stride is within the reach of smaller strides."""
+    """Return True if two entries may share memory, judged by the strides alone."""
     reach = 1
     for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
         if size > 1 and stride < reach:
@@ -414,8 +411,8 @@ def raise_for_kernel_error(error: RuntimeError, call: Call) -> None:
             f"of shape {tuple(student.shape)}, the classes last, at {student.data_ptr():#x}"
         )
     if "API call failed" in str(error):
-        # The stable ABI drops the type and the message of an exception. If memory ran out, this
-        # allocation raises torch's own OutOfMemoryError, which trainers catch to halve batches.
+        # torch's stable ABI drops the type and the message of an exception. If memory ran out, this
+        # allocation raises torch's OutOfMemoryError, which trainers catch to halve batches.
         torch.empty((3, *student.shape), dtype=student.dtype, device=student.device)
     if student.device.type == "cpu":
         checks.check_rows(student, labels, objective.ignore_index, objective.temperature)

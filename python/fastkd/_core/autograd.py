@@ -6,8 +6,8 @@ For each loss ``op`` of csrc/torch/library.cpp and topk.cpp, three more ops take
 - ``op_backward_`` scales or writes the gradient in the backward pass;
 - ``op_gradient`` computes the gradient by differentiable operations.
 
-csrc/torch/eager.cpp implements this autograd in C++. The C++ code replaces this module's autograd
-if it was built with the installed version of torch.
+csrc/torch/eager.cpp implements the same autograd in C++, which replaces this module's autograd if
+eager.cpp was built with the installed version of torch.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ def is_transformed() -> bool:
 
 
 def is_batch(grad_output: Tensor) -> bool:
-    """Return True for a batch of gradients (is_grads_batched=True), or under a transform."""
+    """Return True for a batch of gradients (is_grads_batched=True) or under torch.func."""
     return torch._C._functorch.is_legacy_batchedtensor(grad_output) or is_transformed()
 
 
 def is_formula_needed(grad_output: Tensor) -> bool:
     """Return True if a backward pass must consist of differentiable PyTorch operations.
 
-    Either ``create_graph=True`` differentiates the backward pass, or ``grad_output`` is a batch.
+    ``create_graph=True`` needs differentiable operations, and so does a batch of gradients.
     """
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
         return torch.is_grad_enabled()
@@ -58,9 +58,9 @@ def is_traced() -> bool:
 
 
 def is_writable(tensor: Tensor) -> bool:
-    """Return True if ``tensor``'s memory may be read and written directly.
+    """Return True if the memory of ``tensor`` may be read and written directly.
 
-    Return False while operations are traced, and for tensor subclasses.
+    Return False while operations are traced, and for an instance of a subclass of Tensor.
     """
     if torch.compiler.is_compiling():
         return False
@@ -68,7 +68,7 @@ def is_writable(tensor: Tensor) -> bool:
 
 
 class Ops(NamedTuple):
-    """Hold a loss, the ops of its gradient, and the layout of the arguments of these ops."""
+    """Hold the op of a loss, the ops of its gradient, and the layout of their arguments."""
 
     loss: Any
     loss_into: Any
@@ -84,7 +84,7 @@ class Ops(NamedTuple):
     """Index of ``reduction`` among the arguments after the student."""
 
     def compute(self, student: Tensor, *arguments: Any) -> Tensor:
-        """Compute the loss; this is the autograd kernel of ``loss`` in builds without eager.cpp."""
+        """Compute the loss, as the autograd kernel of ``loss`` in builds without eager.cpp."""
         if torch.is_grad_enabled() and student.requires_grad:
             return _FusedLoss.apply(student, self, arguments)  # type: ignore[no-any-return,no-untyped-call]
         with torch._C._AutoDispatchBelowAutograd():
@@ -95,10 +95,10 @@ _LOSSES: dict[str, Ops] = {}
 
 
 def register(name: str, *, strided: bool, formula: Callable[..., Tensor]) -> None:
-    """Make the op ``name`` differentiable.
+    """Make the op ``name`` differentiable; the op ``name_gradient`` differentiates ``formula``.
 
-    ``formula``: computes the loss by differentiable operations; its gradient becomes the op
-    ``name_gradient``. ``strided``: see :class:`Ops`.
+    ``formula``: a function that computes the loss by differentiable operations. ``strided``: see
+    :class:`Ops`.
     """
 
     def differentiate(grad_output: Tensor, student: Tensor, *arguments: Any) -> Tensor:
@@ -132,7 +132,7 @@ _LIBRARY: Any = torch.library.Library("fastkd", "IMPL")  # type: ignore[no-untyp
 
 @contextlib.contextmanager
 def without_cpp() -> Iterator[None]:
-    """Use this module's autograd in the context, as a build without eager.cpp does; for tests."""
+    """Use this module's autograd in a ``with`` statement, even if eager.cpp is built; for tests."""
     library: Any = torch.library.Library("fastkd", "IMPL")  # type: ignore[no-untyped-call]
     eager, native.EAGER = native.EAGER, None
     for name, ops in _LOSSES.items():
@@ -150,10 +150,11 @@ def without_cpp() -> Iterator[None]:
 def prepare_call(
     name: str, arguments: tuple[Any, ...], places: Sequence[int]
 ) -> Callable[..., Tensor]:
-    """Bind all arguments of the op ``name`` but the tensors at ``places``.
+    """Bind the arguments of the op ``name``; return a function of the tensors at ``places``.
 
-    ``arguments``: those of the op, in the order of its schema, with None at ``places``. The first
-    place is the student's. Where the op takes a list, the tensor becomes its only element.
+    ``arguments``: the arguments in the order of the op's schema, with None at ``places``.
+    ``places``: indices into ``arguments``, the student's first. The function puts a tensor into a
+    list where the op takes a list.
     """
     ops, eager = _LOSSES[name], native.EAGER
     schema = ops.loss._schema.arguments
@@ -165,8 +166,9 @@ def prepare_call(
             complete[place] = (tensor,) if in_list else tensor
         student, *others = complete
         if torch.is_grad_enabled() and student.requires_grad:
-            # The dispatcher would flatten the arguments. Loss and backward would take 4.7 instead
-            # of 2.9 times s.sum().backward(), for 8 x 10 logits on one CPU thread (2026-12-01).
+            # ops.loss() would flatten the arguments in the dispatcher. For 8 x 10 logits on one CPU
+            # thread, loss and backward would take 4.7 times the duration of
+            # student.sum().backward(), instead of 2.9 times (2026-12-01).
             return _FusedLoss.apply(student, ops, others)  # type: ignore[no-any-return,no-untyped-call]
         return ops.loss(student, *others)  # type: ignore[no-any-return]
 
@@ -187,7 +189,7 @@ class _FusedLoss(torch.autograd.Function):
             out = ops.loss_into(grad, student, *arguments)
         else:
             out = ops.loss(student, *arguments)
-        # Saved tensors must not change, and the first backward pass scales ``grad`` in place.
+        # save_for_backward() forbids changes, and the first backward pass scales grad in place.
         ctx.grad = grad
         saved: list[Tensor | None] = [student, stats]
         numbers = list(arguments)
@@ -226,9 +228,9 @@ class _FusedLoss(torch.autograd.Function):
             tensors = tensors[count:]
         if uses_formula:
             return _compute_gradient(ops, student, arguments, grad_output), None, None
-        # A trace computes an fp16 gradient again: grad_output may be a loss scale, which cannot
-        # restore numbers that have underflowed. A second backward pass (retain_graph=True) has no
-        # cached gradient.
+        # While operations are traced, a float16 gradient is recomputed: grad_output may be a loss
+        # scale, which cannot restore numbers that underflowed in grad. In a second backward pass
+        # (retain_graph=True), grad is None.
         filled = may_write and grad is not None
         grad = grad if filled else _empty_gradient(student, ops.strided)
         statistics = (stats,) if ops.has_stats else ()
@@ -239,10 +241,7 @@ class _FusedLoss(torch.autograd.Function):
 def _compute_gradient(
     ops: Ops, student: Tensor, arguments: Sequence[Any], grad_output: Tensor
 ) -> Tensor:
-    """Compute grad_output times the gradient by differentiable operations.
-
-    ``grad_output`` may be a batch.
-    """
+    """Compute ``grad_output``, which may be a batch, times the gradient by the op ``gradient``."""
     if not is_batch(grad_output):
         return ops.gradient(grad_output, student, *arguments)  # type: ignore[no-any-return]
     one = torch.ones(grad_output.shape, dtype=grad_output.dtype, device=grad_output.device)

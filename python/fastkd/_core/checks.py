@@ -1,8 +1,8 @@
-"""Check arguments. Every message names the argument, what was given, and what is accepted.
+"""Check the arguments of the losses.
 
-The checks that each call makes are cheap: they read shapes, dtypes and numbers. Tensors with one
-number for each row are read if that needs no synchronization (:func:`is_readable`). Only
-:func:`fastkd.check_inputs` reads logits.
+Every message names the argument, what was given, and what is accepted. Tensors with one number for
+each row are read if reading them needs no synchronization (:func:`is_readable`). Logits are not
+read; :func:`fastkd.check_inputs` reads them.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from fastkd import reference
 from fastkd._core import mistakes
 from fastkd.validation import FLOATS, INTEGERS, check_number, to_int64
 
-# Within this range a temperature, its square and the inverse of either are normal float32 numbers.
+# For a temperature T in this range, T, T^2, 1 / T and 1 / T^2 are normal float32 numbers.
 LEAST_TEMPERATURE, MOST_TEMPERATURE = 1e-18, 1e18
 _TEMPERATURE_RANGE = f"from {LEAST_TEMPERATURE:g} to {MOST_TEMPERATURE:g}"
 
 
 def check_dense(name: str, value: Tensor) -> None:
-    """Raise TypeError for a sparse, nested or mkldnn tensor, without running an operation on it."""
+    """Raise TypeError for a sparse, nested or mkldnn tensor."""
     if value.is_nested:
         kind, convert = "a nested one", f"torch.nested.to_padded_tensor({name}, padding)"
     elif value.layout is not torch.strided:
@@ -47,7 +47,7 @@ def check_floats(name: str, value: object) -> None:
 
 
 def check_student(value: Tensor, dim: int = -1) -> None:
-    """Raise unless ``value`` is a tensor of logits with at least one class."""
+    """Raise unless ``value`` is a tensor of logits with at least one class in ``dim``."""
     check_floats("student", value)
     if value.dim() <= max(dim, 0) or value.shape[dim] == 0:
         layout = "(..., classes)" if dim == -1 else "(N, classes, ...)"
@@ -57,9 +57,9 @@ def check_student(value: Tensor, dim: int = -1) -> None:
 
 
 def check_teacher(student: Tensor, name: str, value: Tensor, dim: int = -1) -> None:
-    """Raise unless ``value`` are logits of the student's shape and device.
+    """Raise unless ``value`` is a tensor of logits with the student's shape and device.
 
-    The message names slices that fit if only the numbers of classes differ.
+    If only the numbers of classes differ, the message names slices that fit.
     """
     check_floats(name, value)
     if student.shape != value.shape:
@@ -112,7 +112,7 @@ def check_labels(value: object, student: Tensor) -> bool:
 
 
 def to_savable(value: Tensor) -> Tensor:
-    """Return a tensor that autograd can save: a copy if made under ``torch.inference_mode()``."""
+    """Return ``value``; copy a tensor of ``torch.inference_mode()``, which autograd cannot save."""
     if torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return value
     return value.clone() if value.is_inference() else value
@@ -121,7 +121,7 @@ def to_savable(value: Tensor) -> Tensor:
 def check_class_count(
     divergence: str, standardize: bool, soft_labels: bool, student: Tensor
 ) -> None:
-    """Raise if an option lacks the two classes, or the class indices as labels, that it needs."""
+    """Raise if the call lacks the two classes, or the class-index labels, that an option needs."""
     if divergence == "dkd" and soft_labels:
         raise ValueError('divergence="dkd" needs class indices as labels; got probabilities')
     option = "standardize=True" if standardize else f"divergence={divergence!r}"
@@ -156,7 +156,7 @@ def check_scalar_temperature(name: str, value: object) -> float:
 
 
 def _as_float_tensor(name: str, value: object) -> Tensor | None:
-    """Return ``value`` if it is a floating-point tensor, None if it is no tensor; else raise."""
+    """Return ``value`` if it is a floating-point tensor, or None if it is no tensor; else raise."""
     if not isinstance(value, Tensor):
         return None
     if not value.is_floating_point():
@@ -165,7 +165,7 @@ def _as_float_tensor(name: str, value: object) -> Tensor | None:
 
 
 def check_temperature(name: str, value: object) -> float | Tensor:
-    """Check a temperature: a number, or a floating-point tensor, whose data is not read."""
+    """Check a temperature: a number, or a floating-point tensor. The tensor's data is not read."""
     tensor = _as_float_tensor(name, value)
     return check_scalar_temperature(name, value) if tensor is None else tensor
 
@@ -221,9 +221,9 @@ def is_differentiated(value: Tensor) -> bool:
 
 
 def check_teacher_weights(value: object, teachers: int | None) -> tuple[float, ...] | None:
-    """Return one positive number for each teacher, or None.
+    """Check that there is a positive number for each teacher, and return a tuple; None stays None.
 
-    ``teachers``: number of teachers, or None if that is not known yet.
+    ``teachers``: the number of teachers, or None if the number is not known yet.
     """
     if value is None:
         return None
@@ -245,9 +245,9 @@ def check_teacher_weights(value: object, teachers: int | None) -> tuple[float, .
 
 
 def check_divisor(value: object, name: str = "normalizer") -> float | Tensor:
-    """Check the divisor of a mean; return it as a float or a 0-d tensor.
+    """Check the divisor of a mean, and return a float or a 0-d tensor.
 
-    0 is accepted here; :func:`check_nonzero` decides if it is valid.
+    A divisor of 0 is accepted, since it is valid if every row is ignored (:func:`check_nonzero`).
     """
     if not isinstance(value, Tensor):
         is_zero = type(value) in (int, float) and value == 0
@@ -268,10 +268,10 @@ def check_nonzero(
     ignore_index: int,
     name: str = "normalizer",
 ) -> float | Tensor:
-    """Return the normalizer, or 1 if it is 0 and every row is ignored, so that the mean is 0.
+    """Raise for a normalizer of 0 unless every row is ignored; else return the mean's divisor.
 
-    Raise for a normalizer of 0 if a row is not ignored. If the labels are not readable
-    (:func:`is_readable`), a 0 becomes a tensor, and the mean of ignored rows is still 0.
+    The divisor is 1 in place of a normalizer of 0, so that the mean over ignored rows is 0. If the
+    labels are not readable (:func:`is_readable`), a tensor of 0 is returned, and nothing is raised.
     """
     if isinstance(normalizer, Tensor):
         if not is_readable(normalizer) or normalizer.item() != 0:
@@ -317,7 +317,7 @@ def check_row_weights(name: str, value: Tensor) -> None:
 
 
 def check_row_temperatures(name: str, value: Tensor) -> None:
-    """Raise unless all temperatures are positive, finite and from 1e-18 to 1e18."""
+    """Raise unless all temperatures are from 1e-18 to 1e18."""
     bad = ~((value > 0) & value.isfinite())
     raise_for_first(bad, value, f"{name} must be positive and finite")
     # Compare in float64, because float16 cannot represent either bound.
@@ -342,7 +342,7 @@ def check_rows(
 def raise_for_first(
     bad: Tensor, value: Tensor, message: str, hint: Callable[[float], str] = lambda _: ""
 ) -> None:
-    """Raise for the first bad row; the message has the row, its value, and the value's hint."""
+    """Raise for the first row where ``bad`` is True; the message has the row and its value."""
     if bad.any():
         row = int(bad.flatten().nonzero()[0])
         first = value.flatten()[row].item()
@@ -357,7 +357,7 @@ def check_lists(
     ignore_index: int,
     name: str = "indices",
 ) -> None:
-    """Raise for the first row with an invalid list; ``name``: the field of the class indices."""
+    """Raise for the first row with an invalid list; messages call the class indices ``name``."""
     counts = torch.ones_like(indices[..., 0], dtype=torch.bool)
     if labels is not None:
         counts = labels != ignore_index

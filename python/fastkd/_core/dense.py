@@ -30,17 +30,17 @@ class Arguments(NamedTuple):
 
     teachers: tuple[Tensor, ...]
     row_temperatures: Tensor | None = None
-    """``(2, rows)``; replaces ``mixture_temperature`` and ``teachers_temperature`` if given."""
+    """Flattened ``(2, rows)``: ``mixture_temperature`` and ``teachers_temperature`` of each row."""
     shares: tuple[float, ...] = ()
-    """The weight of each teacher in the mixture; empty for a single teacher, given as logits."""
+    """The weight of each teacher in the mixture; empty if the only teacher is logits."""
     probabilities: bool = False
     ensemble: int = 0
     mixture_temperature: float = 1.0
-    """The student's temperature, which the loss applies to the mixture."""
+    """The student's temperature, by which the loss divides the mixture."""
     teachers_temperature: float = 1.0
     labels: Tensor | None = None
     row_settings: Tensor | None = None
-    """``(4, rows)``; replaces the temperatures and the weights if given."""
+    """Flattened ``(4, rows)``: both temperatures and both weights of each row."""
     denominator: Tensor | None = None
     temperature: float = 1.0
     teacher_temperature: float = 1.0
@@ -88,12 +88,11 @@ def make_arguments(call: Call, with_terms: bool) -> Arguments:
 def make_row_numbers(
     call: Call, numbers: tuple[float | Tensor, ...]
 ) -> tuple[tuple[float, ...], Tensor | None]:
-    """Return temperatures and weights as scalars, and as a tensor if any of them is a tensor.
+    """Return temperatures and weights as scalars, and as a flat tensor if any is a tensor.
 
-    The kernels read the tensor, or the scalars if it is None. The tensor is flat and has each
-    number for each row. ``numbers`` begins with the temperatures of student and teacher. If the
-    scalars for both temperatures are equal, the kernels assume that both temperatures of each row
-    are equal, too (csrc/kernels.h).
+    The kernels read the tensor, or the scalars if the tensor is None. ``numbers`` begins with the
+    temperatures of student and teacher. If the scalars for both temperatures are equal, the kernels
+    assume that both temperatures of each row are equal, too (csrc/kernels.h).
     """
     if not any(isinstance(number, Tensor) for number in numbers):
         return numbers, None  # type: ignore[return-value]
@@ -112,7 +111,7 @@ def make_row_numbers(
 def _make_settings(
     objective: Objective, numbers: Iterable[Any], with_terms: bool
 ) -> dict[str, Any]:
-    """Return the arguments that hold for all rows; ``numbers``: the values of PER_ROW_OPTIONS."""
+    """Return the scalar arguments of the op; ``numbers``: the values of PER_ROW_OPTIONS."""
     o = objective
     return {
         **dict(zip(PER_ROW_OPTIONS, numbers, strict=True)),
@@ -138,7 +137,7 @@ def prepare_call(objective: Objective, with_terms: bool) -> Callable[..., Tensor
 
 
 def mix_teachers(arguments: Arguments, dtype: torch.dtype) -> Tensor:
-    """Return the logits of the teacher, or of the mixture of several teachers, as one tensor."""
+    """Return the teacher's logits, or the logits of the mixture of several teachers."""
     if not arguments.shares:
         return arguments.teachers[0]
     with torch.no_grad():
@@ -159,7 +158,7 @@ def compute(call: Call, with_terms: bool) -> Tensor:
 
 
 class _InplaceLoss(torch.autograd.Function):
-    """Compute the loss; the forward pass writes the gradient over the student's logits."""
+    """Compute the loss, and write the gradient over the student's logits in the forward pass."""
 
     @staticmethod
     def forward(ctx: Any, student: Tensor, *arguments: Any) -> Any:
@@ -187,23 +186,22 @@ class _InplaceLoss(torch.autograd.Function):
 
 
 def scale_(grad: Tensor, factor: Tensor, stats: Tensor | None = None) -> Tensor:
-    """Multiply ``grad`` by ``factor`` in place, without synchronizing; a factor of 1 is cheap.
+    """Multiply ``grad`` by a 0-d ``factor`` in place, without synchronizing CUDA.
 
-    ``factor``: a 0-d tensor. ``stats``: the statistics from ``loss_into``, if it wrote ``grad``.
+    ``stats``: the statistics from ``loss_into``, if that op wrote ``grad``.
     """
     out = grad
     if stats is None:
         if grad.device.type not in KERNEL_DEVICES or grad.numel() == 0 or not grad.is_contiguous():
             return grad.mul_(factor)
         out, stats = grad.view(1, -1), factor.new_zeros(STATS + 1)
-    if factor.dtype is not accumulator(grad):  # float64 because of a float64 teacher
+    if factor.dtype is not accumulator(grad):  # a float64 teacher makes the loss float64
         return grad.mul_(factor)
     _loss_backward_(out, factor, stats, out, *Arguments((out,)), True)
     return grad
 
 
 def _compute_by_operations(student: Tensor, *flat: Any) -> Tensor:
-    """Compute the loss by differentiable PyTorch operations."""
     a = Arguments(*flat)
     name = DIVERGENCES[a.divergence]
     if a.labels is None and reference.DIVERGENCES[name].needs_labels:

@@ -24,13 +24,13 @@ _loss_into = torch.ops.fastkd.loss_into.default
 _loss_backward_ = torch.ops.fastkd.loss_backward_.default
 
 IN_TWO_PASSES = frozenset({"labels of probabilities", "class_weight= with label_smoothing="})
-"""Features that need a second kernel pass, and do not support ``inplace``."""
+"""Features that need a second pass of the kernels and do not support ``inplace``."""
 
 
 def list_missing_features(
     student: Tensor, labels: Tensor | None, objective: Objective
 ) -> list[str]:
-    """Return the features of a call that a single kernel pass lacks, as named in messages."""
+    """Return the features of a call that one pass of the kernels lacks, as named in messages."""
     o = objective
     if student.device.type not in KERNEL_DEVICES:
         return [f"logits on {student.device.type}"]
@@ -47,7 +47,7 @@ def list_missing_features(
 
 
 def is_fused(student: Tensor, labels: Tensor | None, objective: Objective) -> bool:
-    """Return True if one pass of the kernels computes the call; the call may then be in place."""
+    """Return True if one pass of the kernels computes the call."""
     return not is_transformed() and not list_missing_features(student, labels, objective)
 
 
@@ -96,7 +96,7 @@ def _compute_sparse(call: Call, with_terms: bool) -> Tensor:
 
 
 def _compute_fused(call: Call, with_terms: bool) -> Tensor:
-    """Compute a call by one pass of the kernels; class weights become row weights."""
+    """Compute a call by one pass of the kernels, with class weights as row weights."""
     o, hard = call.objective, None
     if o.class_weight is not None:
         assert call.labels is not None
@@ -104,7 +104,7 @@ def _compute_fused(call: Call, with_terms: bool) -> Tensor:
             call.labels.clamp(0, len(o.class_weight) - 1)
         ] * compute_divisor_ratio(call)
         o = o._replace(class_weight=None)
-        if with_terms:  # the op's hard term ignores class weights
+        if with_terms:  # the hard term that the op returns lacks the class weights
             hard_only = o._replace(hard_weight=weight, soft_weight=0.0)
             with torch.no_grad():
                 hard = _compute_fused(call._replace(objective=hard_only, inplace=False), False)
@@ -116,9 +116,9 @@ def _compute_fused(call: Call, with_terms: bool) -> Tensor:
 def _compute_in_two_passes(call: Call, with_terms: bool) -> Tensor | None:
     """Compute the divergence, then the cross entropy with probabilities by a second pass.
 
-    The cross entropy is the soft cross entropy of a teacher at temperature 1, whose probabilities
-    are the smoothed and weighted labels. Return None if a probability is negative or a row of
-    probabilities sums to 0: the kernels do not accept these probabilities.
+    The second pass computes the soft cross entropy with a teacher at temperature 1, whose
+    probabilities are the smoothed and weighted labels. Return None if a probability is negative or
+    a row of probabilities sums to 0, because the kernels do not accept such a teacher.
     """
     assert call.labels is not None
     labels, o, student = call.labels, call.objective, call.student.to(call.dtype)
@@ -136,7 +136,8 @@ def _compute_in_two_passes(call: Call, with_terms: bool) -> Tensor | None:
         return None
     total = total * compute_divisor_ratio(call)
     o = o._replace(hard_weight=0.0, class_weight=None, label_smoothing=0.0)
-    # The student is in the dtype of the arithmetic: the sum of both gradients is rounded once.
+    # The student was converted to float32 or float64. So autograd adds the gradients of both passes
+    # and then rounds the sum to the dtype of the logits.
     divergence = call._replace(student=student, labels=indices, objective=o)
     out = dense.compute(divergence, with_terms)
 
@@ -162,7 +163,7 @@ def _compute_in_two_passes(call: Call, with_terms: bool) -> Tensor | None:
 
 
 def compute_statistics(call: Call) -> tuple[Tensor, Tensor]:
-    """Return each row's divergence, and the statistics for its gradient (Stat in kernels.h)."""
+    """Return each row's divergence, and the statistics for its gradient (csrc/kernels.h: Stat)."""
     assert call.objective.reduction == "none"
     terms, stats = _loss_into(None, call.student, *dense.make_arguments(call, True), True)
     return terms[reference.Terms._fields.index("soft")], stats

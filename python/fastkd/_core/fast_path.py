@@ -1,6 +1,6 @@
-"""Run a call of the loss with cached options if its tensors pass a few cheap checks.
+"""Run the loss with cached options if the tensors of a call pass a few cheap checks.
 
-The slow path (arguments.py, dispatch.py) checks every argument of every call.
+The slow path (arguments.py, dispatch.py) checks every argument.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ def run(
 ) -> Tensor | None:
     """Compute the loss, or all terms stacked; return None if the slow path must compute it.
 
-    ``options``: the fields of :class:`Options`. None is returned for unsupported and for
-    invalid arguments.
+    ``options``: the fields of :class:`Options`. The result is also None for invalid arguments,
+    which the slow path reports.
     """
     try:
         if type(teacher) is TopK:
@@ -52,14 +52,14 @@ def run(
         call = _find_call(None, with_terms, labels is not None, options)
         return None if call is None else call(student, teacher, labels)
     except RuntimeError:
-        # The op refused the tensors. The slow path converts them, or explains why they are invalid.
+        # The op refused the tensors. The slow path converts the tensors, or reports an error.
         return None
 
 
 def _find_call(
     tail: str | None, with_terms: bool, has_labels: bool, options: tuple[Any, ...]
 ) -> _BoundOp:
-    """Return the op with these options bound, or None if the fast path lacks an option."""
+    """Return the op with ``options`` bound, or None if the fast path lacks an option."""
     # The key includes types, because True == 1 == 1.0, and native.EAGER, because tests replace it.
     types = tuple(map(type, options))
     key = (native.EAGER, tail, with_terms, has_labels, types, options)
@@ -105,10 +105,10 @@ def _bind(tail: str | None, with_terms: bool, has_labels: bool, options: Options
 
 
 def is_eligible(student: object, teacher: object, labels: object) -> bool:
-    """Return True if the kernels may take these logits and class indices as they are.
+    """Return True if the kernels may take the logits and class indices without conversion.
 
-    ``teacher``: logits, or the log-probabilities of a sparse teacher. The op checks shapes,
-    floating-point dtypes and memory layouts, and raises RuntimeError for unsupported ones.
+    ``teacher``: logits, or the log-probabilities of a sparse teacher. Shapes, floating-point dtypes
+    and memory layouts are not checked here: the op checks them.
     """
     if type(student) not in _TENSORS or type(teacher) not in _TENSORS:
         return False
@@ -129,7 +129,6 @@ def is_eligible(student: object, teacher: object, labels: object) -> bool:
 
 
 def _is_sparse_eligible(student: Any, log_probs: Any, indices: Any, labels: object) -> bool:
-    """Return True if the kernels may take this student, sparse teacher and labels unchanged."""
     return (
         is_eligible(student, log_probs, labels)
         and type(indices) is Tensor

@@ -61,9 +61,9 @@ def raise_for_call(
     unknown: Mapping[str, object],
     accepted: Sequence[str],
 ) -> NoReturn:
-    """Raise the TypeError of a call with ``count`` positional arguments or unknown keywords.
+    """Raise TypeError for an unknown keyword, or for too many positional arguments (``count``).
 
-    ``takes``: the positional arguments that the function takes, for the message.
+    ``takes``: a phrase for the message that says which positional arguments the function takes.
     """
     if unknown:
         name = next(iter(unknown))
@@ -87,7 +87,7 @@ def hide_catch_all(function: _Function) -> _Function:
 
 
 def hint_for_type(name: str, value: object) -> str:
-    """Return a sentence for an error message: what to pass instead of ``value``."""
+    """Return the end of an error message, which says what to pass instead of ``value``."""
     hint = ""
     if isinstance(value, Tensor):
         integer = not value.is_floating_point() and not value.is_complex()
@@ -109,7 +109,7 @@ def hint_for_type(name: str, value: object) -> str:
 
 
 def hint_for_labels(shape: Sequence[int], logits: Sequence[int]) -> str:
-    """Return a sentence for an error message: how to make labels fit the logits."""
+    """Return the end of an error message, which says how to make labels fit the logits."""
     shape, logits, hint = tuple(shape), tuple(logits), ""
     rows = logits[:-1]
     if shape == (*rows, 1):
@@ -125,7 +125,7 @@ def hint_for_labels(shape: Sequence[int], logits: Sequence[int]) -> str:
 
 
 def hint_for_label(label: float) -> str:
-    """Return a sentence for an error message: how to correct a label that is out of range."""
+    """Return the end of an error message about a label out of range."""
     if label < 0:
         return f". ignore_index={label} ignores such rows"
     return ". Classes are numbered from 0"

@@ -1,4 +1,4 @@
-"""Load the native library (the ops) and, if it fits the installed torch, C++ autograd."""
+"""Load the native ops, and load autograd in C++ if it was built with the installed torch."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ CUDA_KERNELS = bool(_C.cuda_architectures)
 def _load_eager() -> tuple[Any, str]:
     """Register autograd in C++ (csrc/torch/eager.cpp) if it was built with the installed torch.
 
-    Return the module, or None, and a description for ``fastkd info``.
+    Return the module (None if not registered) and a description for ``fastkd info``.
     """
     try:
         from fastkd import _eager

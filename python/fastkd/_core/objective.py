@@ -1,4 +1,4 @@
-"""Define the options of a loss as passed by the caller, and with every default filled in."""
+"""Define the options of a loss: as the caller passes them, and with every default filled in."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ PER_ROW_OPTIONS = ("temperature", "teacher_temperature", "hard_weight", "soft_we
 
 
 class Options(NamedTuple):
-    """Hold the options of :func:`fastkd.loss` as passed by the caller, and their defaults."""
+    """Hold the options of :func:`fastkd.loss` as the caller passes them."""
 
     temperature: float | Tensor | None = None
     teacher_temperature: float | Tensor | None = None
@@ -71,9 +71,9 @@ class Objective(NamedTuple):
 def resolve(
     options: Options, *, has_labels: bool, teachers: int | None, default_temperature: float = 2.0
 ) -> Objective:
-    """Validate the options that do not depend on the logits, and fill in defaults.
+    """Check the options without logits, and fill in defaults.
 
-    ``teachers``: number of teachers, or None if that is not known yet.
+    ``teachers``: the number of teachers, or None if the number is not known yet.
     """
     o = options
     validation.check_one_of(
@@ -174,7 +174,7 @@ def _check_mix(divergence: str, mix: object) -> float | None:
     checked = validation.check_number(
         "mix", mix, low, high, open_low=definition.mix_open, open_high=definition.mix_open
     )
-    if definition.mix_open and 1 - checked == 1:  # the mixture would be one distribution
+    if definition.mix_open and 1 - checked == 1:  # the mixture would be teacher or student alone
         raise ValueError(
             f"mix is too small for float64: 1 - mix must be less than 1; got {checked!r}"
         )

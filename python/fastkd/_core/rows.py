@@ -12,18 +12,18 @@ from fastkd import reference
 from fastkd._core.arguments import Call
 from fastkd._core.objective import PER_ROW_OPTIONS, Objective
 
-# The reference keeps about 14 tensors of the logits' size for its backward pass. Inputs
-# with more logits than a part are split, and the backward pass computes each part again.
+# The reference saves about 14 tensors of the logits' size for its backward pass. Larger inputs are
+# split into parts, and the backward pass recomputes each part, which bounds the memory.
 MAX_LOGITS_PER_PART = 2**24
 
 
 def compute_reference_terms(call: Call) -> reference.Terms:
-    """Compute the terms of all rows at once, by the reference."""
+    """Compute the terms of all rows at once by :mod:`fastkd.reference`."""
     return reference.terms(call.student, call.teachers, call.labels, **call.objective._asdict())
 
 
 def map_rows(call: Call, function: Callable[[Tensor], Tensor]) -> Call:
-    """Apply a function to each tensor of the call that has rows."""
+    """Apply a function to every tensor of the call whose first dimensions are the rows."""
     o = call.objective._asdict()
     for name in PER_ROW_OPTIONS:
         if isinstance(o[name], Tensor) and o[name].dim():
@@ -39,7 +39,7 @@ def map_rows(call: Call, function: Callable[[Tensor], Tensor]) -> Call:
 def flatten_rows(call: Call) -> tuple[Call, tuple[float | Tensor, float | Tensor]]:
     """Flatten the rows; return the call, and the divisors of the hard and the soft term.
 
-    A mean becomes a sum, whose weights are divided by the divisors.
+    The reduction "mean" becomes "sum", and the weights of the terms are divided by the divisors.
     """
     dims = call.student.dim() - 1
     call = map_rows(call, lambda x: x.flatten(0, dims - 1) if dims else x.unsqueeze(0))
@@ -64,7 +64,7 @@ def compute_mean_divisors(
     count = valid.sum().clamp(min=1).to(dtype)
     if o.class_weight is None:
         return count, count
-    # A label out of range makes the loss of its row NaN, so any weight serves for it here.
+    # The loss of a row whose label is out of range is NaN, so the weight of that row is irrelevant.
     classes = labels.clamp(0, len(o.class_weight) - 1)
     weight = (o.class_weight[classes] * valid).sum(dtype=dtype)
     return weight.where(weight != 0, torch.ones_like(weight)), count
@@ -78,7 +78,7 @@ def _compute_divisors(call: Call) -> tuple[float | Tensor, float | Tensor]:
 def compute_divisor_ratio(call: Call) -> float | Tensor:
     """Return the soft term's divisor divided by the hard term's divisor.
 
-    Kernels divide both terms by the soft term's divisor.
+    The kernels divide both terms by the soft term's divisor, so the hard term needs this factor.
     """
     if call.objective.reduction != "mean" or call.objective.normalizer is not None:
         return 1.0
@@ -87,12 +87,13 @@ def compute_divisor_ratio(call: Call) -> float | Tensor:
 
 
 def compute_checkpointed(call: Call) -> reference.Terms:
-    """Compute the terms by the reference, in temporary memory that does not grow with the rows."""
+    """Compute the terms by :mod:`fastkd.reference`, in parts that bound the temporary memory."""
     if call.student.numel() <= MAX_LOGITS_PER_PART:
         return compute_reference_terms(call)
     rows, (hard_divisor, soft_divisor) = flatten_rows(call)
     step = max(1, MAX_LOGITS_PER_PART // call.student.shape[-1])
-    # Autograd concatenates the gradients of split() once, but adds up full tensors for slices.
+    # The backward pass of split() concatenates the gradients of the parts. The backward pass of
+    # slices would add a tensor of the full size for each part.
     splits: dict[int, tuple[Tensor, ...]] = {}
     map_rows(rows, lambda x: splits.setdefault(id(x), x.split(step))[0])  # type: ignore[no-untyped-call]
     parts = [

@@ -1,7 +1,4 @@
-"""Define fake kernels of the native ops, which give the layouts of their results.
-
-FakeTensor, meta tensors and torch.compile call the fake kernels.
-"""
+"""Register fake kernels of the native ops for meta tensors, FakeTensor and torch.compile."""
 
 from __future__ import annotations
 
@@ -14,9 +11,9 @@ from torch import Tensor
 
 from fastkd import reference
 
-REDUCTIONS = reference.REDUCTIONS  # the index of a name is its number in C++
+REDUCTIONS = reference.REDUCTIONS  # the index of a name is its number in csrc
 TERMS = len(reference.Terms._fields) - len(reference.Terms._field_defaults)
-STATS = 7  # Stat in csrc/kernels.h
+STATS = 7  # equals kStats of csrc/kernels.h
 
 
 def accumulator(*logits: Tensor) -> torch.dtype:
@@ -28,8 +25,8 @@ def accumulator(*logits: Tensor) -> torch.dtype:
 def check_devices(*arguments: Any) -> None:
     """Raise RuntimeError unless all tensors among the arguments of an op are on one device.
 
-    If any tensor is on "meta", the dispatcher calls the fake kernels. Fake kernels return
-    uninitialized memory, which must not happen for tensors on a device other than "meta".
+    If any tensor is on "meta", the dispatcher calls a fake kernel. For tensors on other devices, a
+    fake kernel would return uninitialized memory as the result.
     """
     lists = [each if isinstance(each, (list, tuple)) else [each] for each in arguments]
     devices = {tensor.device for each in lists for tensor in each if isinstance(tensor, Tensor)}
@@ -50,8 +47,9 @@ def _make_fake_out(
 def _make_fake_gradient(student: Tensor, strided: bool) -> Tensor:
     """Return a tensor laid out like a gradient (gradient_strides in csrc/torch/gradient_strides.h).
 
-    The tensor has the student's order if ``strided`` is True, and only the student's classes are
-    out of order, as in (N, C, H, W). Otherwise the tensor is contiguous.
+    If ``strided`` is True and the student is a view of contiguous logits such as (N, C, H, W) with
+    the classes moved last, the gradient has the student's order in memory. Otherwise the gradient
+    is contiguous.
     """
     *shape, classes = student.shape
     place = len(shape)

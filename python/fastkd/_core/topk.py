@@ -1,8 +1,8 @@
 """Call the op of sparse teachers, and register its fake kernels and its gradient.
 
-The formula in plain PyTorch, :func:`fastkd.reference.topk.terms`, is used for second derivatives,
-for gradients of options, under function transforms and on devices without kernels. docs/maths.md,
-section 13, derives the loss.
+:func:`fastkd.reference.topk.terms` replaces the op for second derivatives, for gradients of
+options, under function transforms, and on devices without kernels. docs/maths.md, section 13,
+derives the loss.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def is_fused(student: Tensor, objective: Objective) -> bool:
 def _encode_numbers(
     objective: Objective, tail: str, estimator: str | None, with_terms: bool
 ) -> tuple[Any, ...]:
-    """Return the op's denominator (None if the normalizer is a number) and numbers."""
+    """Return the op's denominator (None if the normalizer is no tensor) and ``_NUMBERS``."""
     o = objective
     is_tensor = isinstance(o.normalizer, Tensor)
     rows = (o.temperature, o.hard_weight, o.soft_weight)
@@ -61,14 +61,13 @@ def _encode_numbers(
 
 
 def convert_lists(call: Call) -> tuple[Tensor, Tensor]:
-    """Return the listed indices and log-probabilities, in the dtypes of the op."""
+    """Return the teacher's class indices and log-probabilities, in the dtypes of the op."""
     assert call.listed is not None
     log_probs, indices = call.listed[:2]
     return to_savable(indices.long()), to_savable(log_probs.detach().to(call.dtype))
 
 
 def _make_arguments(call: Call, with_terms: bool) -> tuple[Any, ...]:
-    """Return the arguments of the op (csrc/torch/topk.cpp)."""
     assert call.listed is not None
     o = call.objective
     _, row_settings = make_row_numbers(
@@ -118,7 +117,6 @@ def _compute_op_by_operations(
     denominator: Tensor | None,
     *numbers: Any,
 ) -> Tensor:
-    """Compute the op's loss by differentiable PyTorch operations."""
     options = dict(zip(_NUMBERS, numbers, strict=True))
     del options["with_terms"]
     if row_settings is not None:

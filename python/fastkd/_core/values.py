@@ -14,10 +14,10 @@ from fastkd._core import checks
 
 Tail = Literal["ghost", "renormalize", "ignore"]
 TAILS: tuple[Tail, ...] = get_args(Tail)
-"""The index of a name is its ``Tail`` value in csrc/topk.h."""
+"""The index of a name equals its value in the enum ``Tail`` of csrc/topk.h."""
 Estimator = Literal["k1", "k2", "k3"]
 ESTIMATORS: tuple[Estimator, ...] = get_args(Estimator)
-"""The index of a name, plus 1, is its ``Estimator`` value in csrc/topk.h."""
+"""The index of a name plus 1 equals its value in the enum ``Estimator`` of csrc/topk.h."""
 
 
 class Head(NamedTuple):
@@ -69,46 +69,46 @@ class Head(NamedTuple):
 class TopK(NamedTuple):
     """Hold the log-probabilities of a teacher's k most probable classes, in place of all logits.
 
-    The fields are in the order of what ``torch.topk`` returns::
+    The first two fields have the order of the results of ``torch.topk``::
 
         teacher = fastkd.TopK(*torch.log_softmax(teacher_logits / T, -1).topk(k))
 
-    With K the listed classes, p_i = exp(log_probs) the teacher's probabilities and
-    q = softmax(student / T) the student's, ``tail`` chooses what the divergence compares:
+    Let K be the listed classes, p = exp(log_probs) the teacher's probabilities, and
+    q = softmax(student / T) the student's probabilities. ``tail`` chooses what is compared:
 
-    - ``"ghost"``: the classes outside K count as one extra class, the ghost. The ghost has the
-      probability 1 - sum over K of p for the teacher, and the sum outside K of q for the student.
-      The student learns the total probability of the classes outside K, but not the probability of
-      each. (As in Model-Optimizer, DistillKit's "symmetric_uniform" and TRL's tail bucket.)
-    - ``"renormalize"``: both distributions are divided by their sum over K. The student's
-      probability of classes outside K has no influence. (As in TRL without tail.)
-    - ``"ignore"``: the sum over K of p log(p / q), which may be negative. If ``log_probs`` minus
-      their ``logsumexp`` over K are passed, the sum is KL(teacher truncated to K || student). (As
-      in DistillKit's "zero".) Only the forward KL supports ``"ignore"``. The sum over K of the
-      reverse KL, for example, falls as the student leaves K.
+    - ``"ghost"``: the classes outside K count as one extra class, the ghost. The ghost's
+      probability is 1 - sum over K of p for the teacher, and the sum of q outside K for the
+      student. The student learns the total probability of the classes outside K, but not the
+      probability of each class. Model-Optimizer, DistillKit's "symmetric_uniform" and TRL's tail
+      bucket use a ghost.
+    - ``"renormalize"``: p and q are divided by their sums over K. The student's probability of
+      classes outside K has no influence. TRL without a tail renormalizes.
+    - ``"ignore"``: the loss is the sum over K of p log(p / q), which may be negative. If
+      ``log_probs`` minus their ``logsumexp`` over K are passed, the sum is
+      KL(teacher truncated to K || student). DistillKit's "zero" ignores the tail. Only the forward
+      KL supports ``"ignore"``: a sum over K of the reverse KL would fall as the student moves
+      probability out of K.
 
-    The listed classes may be the most probable ones of teacher or student, or any classes. Every
-    divergence that compares probabilities is available (:func:`fastkd.loss` lists them).
+    Any classes may be listed, such as the most probable classes of teacher or student. A ``TopK``
+    supports every divergence that compares probabilities, except ``"dkd"``.
 
     vLLM returns log-probabilities at T = 1 unless it runs with ``--logprobs-mode
     processed_logprobs``; SGLang scores generated tokens at the request's temperature. The loss
-    cannot re-soften a truncated list. Pass log-probabilities computed at the loss's temperature;
-    the default temperature with a ``TopK`` is 1.
+    cannot apply another temperature to a list of some classes. Pass log-probabilities computed at
+    the loss's temperature; the default temperature with a ``TopK`` is 1.
 
     A ``TopK`` is a named tuple, so pytrees, ``torch.compile``, data loaders and Accelerate handle
     it.
 
     Args:
         log_probs: ``(..., k)`` float64, float32, bfloat16 or float16: natural logarithms of the
-            teacher's probabilities at the temperature of the loss. The loss does not apply a
-            temperature to ``log_probs``. ``tail="renormalize"`` divides the probabilities by their
-            sum; ``"ghost"`` does so only if they sum to more than 1 or K has all unmasked
-            classes.
+            teacher's probabilities at the temperature of the loss. ``tail="renormalize"`` divides
+            the probabilities by their sum. ``"ghost"`` divides them by their sum only if the sum
+            is above 1 or K has all unmasked classes.
         indices: ``(..., k)`` class indices of any integer dtype, in any order, different within a
-            row. An entry is padding if its index is negative or its log-probability is -inf;
-            inference servers and TRL use both forms. A padding entry is ignored: its class does not
-            belong to K.
-        tail: how classes that are not listed enter the divergence, as above. Default ``"ghost"``.
+            row. An entry is padding if its index is negative or its log-probability is -inf.
+            Padding is ignored: the class of the entry does not belong to K.
+        tail: ``"ghost"``, ``"renormalize"`` or ``"ignore"``, as above. Default ``"ghost"``.
 
     Raises:
         TypeError, ValueError: for invalid arguments.
@@ -132,8 +132,8 @@ class Sampled(NamedTuple):
     """Hold the teacher's log-probability of one sampled token per row, in place of all logits.
 
     The tokens must be sampled from q = softmax(student / T), the student at the temperature of the
-    loss (on-policy distillation). The soft term, before its weight and T^2, is an estimate of the
-    reverse KL, KL(q || p), from the token y of the row::
+    loss (on-policy distillation). Let p be the teacher's probabilities. The soft term, before its
+    weight and T^2, estimates the reverse KL, KL(q || p), from the token y of the row::
 
         d = log p(y) - log q(y)
         k1:  value -d                gradient -d * grad log q(y)
@@ -143,8 +143,8 @@ class Sampled(NamedTuple):
     (J. Schulman, "Approximating KL Divergence", 2020.) The expected value of k1 and of k3 is
     KL(q || p); k2 is biased. k1 may be negative, and usually has a higher variance than k3. The
     expected gradient of k1 and of k2 is the gradient of KL(q || p); that of k3 is the gradient of
-    KL(p || q). The gradient of k1 is the policy gradient with the advantage d, detached. A token
-    whose student logit is -inf has an infinite value and a gradient of 0.
+    KL(p || q). The gradient of k1 is the policy gradient with the advantage d, detached. If the
+    student's logit of the token is -inf, the value is infinite and the gradient is 0.
 
     A ``Sampled`` is a named tuple, so pytrees, ``torch.compile``, data loaders and Accelerate
     handle it.
@@ -152,8 +152,8 @@ class Sampled(NamedTuple):
     Args:
         log_probs: ``(...)`` float64, float32, bfloat16 or float16: the natural logarithm of the
             teacher's probability of each row's token, at the temperature of the loss.
-        tokens: ``(...)`` class indices of any integer dtype. A row is padding if its token is
-            negative or its log-probability is -inf; its soft term is then 0.
+        tokens: ``(...)`` class indices of any integer dtype. A row is padding, with a soft term of
+            0, if its token is negative or its log-probability is -inf.
         estimator: ``"k1"``, ``"k2"`` or ``"k3"``, as above. Default ``"k1"``.
 
     Raises:
@@ -177,8 +177,8 @@ class Sampled(NamedTuple):
 class Routed(NamedTuple):
     """Assign one of several teachers to each row, such as a specialist for each task.
 
-    The loss reads each teacher only in the rows that are assigned to it. A Head computes logits
-    for its assigned rows only.
+    The loss reads each teacher only in the rows that are assigned to that teacher. A Head computes
+    the logits of its assigned rows only.
 
     A ``Routed`` is a named tuple, so pytrees, ``torch.compile``, data loaders and Accelerate handle
     it.
@@ -204,7 +204,7 @@ class Routed(NamedTuple):
 
 
 def check_head(head: Head, name: str = "Head") -> None:
-    """Raise unless the fields of a head fit each other; ``name``: the argument, for the message."""
+    """Raise unless the fields of a head are valid; messages call the head ``name``."""
     for field in ("hidden", "weight", "bias"):
         value = getattr(head, field)
         if value is not None or field != "bias":
@@ -229,7 +229,7 @@ def check_head(head: Head, name: str = "Head") -> None:
 
 
 def check_topk(topk: TopK, name: str = "TopK") -> None:
-    """Raise unless the fields of a TopK fit each other; ``name``: the argument, for the message."""
+    """Raise unless the fields of a TopK are valid; messages call the TopK ``name``."""
     _check_listed(name, topk.log_probs, "indices", topk.indices, "(..., k) with k >= 1")
     if topk.indices.dim() == 0 or topk.indices.shape[-1] == 0:
         raise ValueError(
@@ -240,7 +240,7 @@ def check_topk(topk: TopK, name: str = "TopK") -> None:
 
 
 def check_sampled(sampled: Sampled, name: str = "Sampled") -> None:
-    """Raise unless a Sampled's fields fit each other; ``name``: the argument, for the message."""
+    """Raise unless the fields of a Sampled are valid; messages call the Sampled ``name``."""
     _check_listed(name, sampled.log_probs, "tokens", sampled.tokens, "(...)")
     validation.check_one_of(f"{name}.estimator", sampled.estimator, ESTIMATORS)
 
@@ -284,7 +284,7 @@ def _check_listed(name: str, log_probs: object, field: str, indices: object, sha
 
 
 def _describe(value: Head | TopK | Sampled) -> str:
-    """Return the repr of a named tuple of tensors, without the tensors' values."""
+    """Return the ``repr`` of a named tuple, with dtype, shape and device in place of a tensor."""
 
     def describe_field(field: object) -> str:
         if not isinstance(field, Tensor):

@@ -15,12 +15,12 @@ from typing import Any, Literal
 from fastkd import extras, validation
 from fastkd.commands.factories import ConfigError, Factories
 
-# The YAML parser recurses once per level of nesting.
+# Bounds the recursion of the YAML parser, which recurses once for each level of nesting.
 _MAX_DEPTH = 50
 
 
 class Value:
-    """Accept any value. For ``typing.Any``, jsonargparse imports a class that the value names."""
+    """Accept any value; for ``typing.Any``, jsonargparse would import a class named by a value."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,13 +156,13 @@ def run(command: Callable[..., None], arguments: Sequence[str]) -> None:
 
 
 def _make_training(namespace: Any) -> Training:
-    """Return the options of a training; a null in the file stands for the field's default."""
+    """Return the options of a training; a null in the file means the field's default."""
     values = {field.name: namespace[field.name] for field in dataclasses.fields(Training)}
     return Training(**{name: value for name, value in values.items() if value is not None})
 
 
 def _parse_value(value: Any) -> Any:
-    """Parse JSON text, such as ``8`` or ``[0.9, 0.99]``; return a value that is no JSON text."""
+    """Parse JSON text, such as ``8`` or ``[0.9, 0.99]``; return other values unchanged."""
     if isinstance(value, str):
         with contextlib.suppress(ValueError, RecursionError):
             return json.loads(value)
@@ -172,7 +172,7 @@ def _parse_value(value: Any) -> Any:
 def _read(path: pathlib.Path) -> dict[str, Any]:
     """Read a configuration file: YAML without aliases.
 
-    A short file with nested aliases would stand for billions of values.
+    Aliases are refused, because a short file with nested aliases may expand to billions of values.
     """
     yaml = extras.load("yaml", "train")
     if path.exists() and not path.is_file():  # reading a named pipe waits for a writer
@@ -206,17 +206,17 @@ def _read(path: pathlib.Path) -> dict[str, Any]:
 
 
 def shorten_message(error: Exception) -> str:
-    """Return the beginning of an error's message in one line, without jsonargparse's decoration."""
+    """Return the first 300 characters of an error's message, as one line without markup."""
     text = re.sub(r"Parser key \"([^\"]+)\"|<class '([^']+)'>", r"\1\2", str(error))
     return " ".join(text.split())[:300]
 
 
 @contextlib.contextmanager
 def raise_as_config_error(key: str = "") -> Iterator[None]:
-    """Re-raise ValueError, TypeError and OSError as ConfigError for ``key``.
+    """Re-raise ValueError, TypeError and OSError as ConfigError, with ``key`` before the message.
 
-    Do not wrap user code, whose errors need a traceback. Without ``key``, the error's message must
-    name the option.
+    Do not wrap user code, whose errors need a traceback. Omit ``key`` if the messages name the
+    option.
     """
     try:
         yield

@@ -148,7 +148,7 @@ def make_trainer(
 def make_teacher_and_data(
     training: Training, factories: Factories, loss: losses.KDLoss, accelerator: Any
 ) -> tuple[Any, Any, Any]:
-    """Make the teacher, a model or a cache, and the data; with a cache, give the samples ids."""
+    """Make the teacher (a model or a cache) and the data, whose samples get ids for a cache."""
     train, validation = (factories.make_data(each, training) for each in ("train", "validation"))
     live = factories.make_model("teacher", training) if training.teacher else None
     if not training.teacher_cache:
@@ -174,7 +174,7 @@ def _make_cache(
     loss: losses.KDLoss,
     accelerator: Any,
 ) -> teachers.TeacherCache:
-    """Open the teacher's cache; if ``live`` is a model, first compute the missing entries."""
+    """Compute missing entries of the teacher's cache if ``live`` is a model; open the cache."""
     folder = pathlib.Path(training.teacher_cache)
     if live is not None:
         top_k = training.teacher_top_k or None
@@ -182,7 +182,7 @@ def _make_cache(
         options: Any = {"dtype": torch.float16, "top_k": top_k, "temperature": temperature}
         with raise_as_config_error("teacher_cache"):
             cache = writing.open_existing(folder, **options, teacher=teachers.fingerprint(live))
-        if cache is not None:  # check before samples are added
+        if cache is not None:  # check the cached samples before precompute() adds samples
             _check_inputs(cache, samples, first_validation, training.batch_size)
         # Each process computes its share of the samples.
         share = range(accelerator.process_index, len(samples), accelerator.num_processes)
@@ -202,7 +202,7 @@ def _make_cache(
 
 
 def _get_teacher_temperature(loss: losses.KDLoss, top_k: int | None) -> float:
-    """Return the temperature at which the loss takes the teacher's probabilities."""
+    """Return the temperature at which the loss needs the teacher's probabilities."""
     default = 2.0 if top_k is None else 1.0
     return float(loss.teacher_temperature or loss.temperature or default)
 
@@ -210,9 +210,9 @@ def _get_teacher_temperature(loss: losses.KDLoss, top_k: int | None) -> float:
 def _check_inputs(
     cache: teachers.TeacherCache, samples: teachers.WithIds, first_validation: int, count: int
 ) -> None:
-    """Raise ConfigError if the inputs of cached samples differ from those of ``samples``.
+    """Raise ConfigError if the cache was computed from inputs that differ from ``samples``.
 
-    Compare up to ``count`` samples, the first of the training data and of the validation data.
+    Compare the first ``count`` samples of the training data and of the validation data.
     """
     for first in (0, first_validation):
         ids = torch.arange(first, min(first + count, len(samples)))
@@ -252,7 +252,7 @@ def _make_scheduler(
 
 def _write(output: pathlib.Path, student: nn.Module, history: list[dict[str, Any]]) -> None:
     """Write the student and its history, each file completely or not at all."""
-    # JSON has no NaN, and without labels the accuracy is NaN.
+    # JSON has no NaN, which is the accuracy without labels.
     finite = [{k: v if math.isfinite(v) else None for k, v in each.items()} for each in history]
     output.mkdir(parents=True, exist_ok=True)
     part = output / "student.part"
@@ -262,4 +262,4 @@ def _write(output: pathlib.Path, student: nn.Module, history: list[dict[str, Any
         part.write_text(json.dumps(finite, indent=1) + "\n", encoding="utf-8")
         os.replace(part, output / "history.json")
     finally:
-        part.unlink(missing_ok=True)  # left by a failed write, such as on a full disk
+        part.unlink(missing_ok=True)  # remains after a failed write, such as on a full disk

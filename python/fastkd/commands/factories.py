@@ -1,9 +1,9 @@
 """Make the models and data of a configuration, by calling functions of trusted modules only.
 
 A configuration may come from somebody else, and must not be able to run any code. A factory is a
-function or class that is named ``module:function``. A module is trusted, and imported, only if
-it is in the configuration file's folder or is named by ``--module``. A trusted module must also
-define the factory: ``my_models:system`` is refused if it is ``os.system``.
+function or class that a configuration names as ``module:function``. A module is trusted, and
+imported, only if the module is in the configuration file's folder or ``--module`` names it. A
+trusted module must also define the factory: ``my_models:system`` is refused if it is ``os.system``.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ class ConfigError(ValueError):
 class Factories:
     """Call the factories named in the options of a training, if their modules are trusted.
 
-    Each method takes the name of one option, such as ``student``, and all options of the training.
-    For ``student`` a method reads ``student``, ``student_options`` and ``student_weights``.
+    Each method takes the name of one option and all options of the training. For the name
+    ``student``, a method reads ``student``, ``student_options`` and ``student_weights``.
     """
 
     def __init__(self, folder: pathlib.Path, modules: Sequence[str]) -> None:
-        """Trust the modules in ``folder`` and those named ``modules``, with their submodules."""
+        """Trust the modules in ``folder`` and the modules named ``modules``, with submodules."""
         self._folder, self._modules = folder.resolve(), tuple(modules)
         # Folders at the end of sys.path cannot replace modules of Python or of installed packages.
         for path in (str(self._folder), str(pathlib.Path.cwd())):
@@ -55,7 +55,7 @@ class Factories:
         return data
 
     def make_model(self, name: str, training: Any) -> nn.Module:
-        """Make a module, and load its weights if the training names a file of weights."""
+        """Make a module, and load weights if the training names a file of weights."""
         path = pathlib.Path(getattr(training, f"{name}_weights"))
         if path.name and (path.suffix != ".safetensors" or not path.is_file()):
             raise ConfigError(
@@ -115,7 +115,7 @@ class Factories:
 
 
 def _find_spec(module: str) -> importlib.machinery.ModuleSpec | None:
-    """Find a module's top-level package without importing anything."""
+    """Find the top-level package of a module without an import."""
     try:
         return importlib.util.find_spec(module.partition(".")[0])
     except ValueError:  # a module that was made in memory has no spec

@@ -111,7 +111,7 @@ def sweep(
         trainer = distill.make_trainer(
             options, student, optimizer, loader, loss, teacher, accelerator, progress=False
         )
-        torch.manual_seed(run.seed)  # so that the order of the data is that of distill
+        torch.manual_seed(run.seed)  # so that the data come in the same order as in distill()
         trainer.fit(loader, options.epochs)
         done[run] = trainer.evaluate(held_out).accuracy
         with (folder / "sweep.jsonl").open("a", encoding="utf-8") as stream:
@@ -125,7 +125,6 @@ def sweep(
 
 
 def _draw_samples(data: Any, run: Run) -> Any:
-    """Return the run's share of the samples, drawn with its seed."""
     order = torch.randperm(len(data), generator=torch.Generator().manual_seed(run.seed))
     return Subset(data, order[: math.ceil(run.share * len(data))].tolist())
 
@@ -133,7 +132,7 @@ def _draw_samples(data: Any, run: Run) -> Any:
 def _make_loss(
     training: Training, divergence: str, temperature: float, alpha: float
 ) -> losses.KDLoss:
-    """Make the configuration's loss with the given ``alpha``, divergence and temperature."""
+    """Make the configuration's loss with these options; an empty ``divergence`` sets none."""
     options: Any = {**training.loss, "alpha": alpha}
     if divergence:
         options |= {"divergence": divergence, "temperature": temperature}
@@ -147,8 +146,8 @@ def _make_loss(
 def _read(file: pathlib.Path, training: Training) -> Accuracies:
     """Return the results in the file, and prepare the file for appending results.
 
-    The first line is the configuration. A process that was killed may leave an incomplete last
-    line, which is removed.
+    The first line of the file is the configuration. An incomplete last line, which a killed process
+    may leave, is removed.
     """
     options = dataclasses.asdict(training)
     for name in ("output", "seed", "checkpoints"):
@@ -172,7 +171,7 @@ def _describe(run: Run) -> str:
 
 
 def _summarize(values: list[float]) -> tuple[float, float]:
-    """Return mean and standard error of shares, in percent; the error of a single value is NaN."""
+    """Return mean and standard error in percent; the error of a single value is NaN."""
     error = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else math.nan
     return 100 * statistics.mean(values), 100 * error
 
@@ -186,7 +185,7 @@ def _compare(rows: Accuracies) -> Iterator[tuple[Run, list[float], list[float]]]
 
 
 def _tabulate(rows: Accuracies) -> Iterator[str]:
-    """Yield the lines of the table, and a sentence about its best row."""
+    """Yield the lines of the table, and a sentence about the table's best row."""
     yield "| share | divergence | T | alpha | accuracy, % | gain over training alone, points |"
     yield "|-:|-|-:|-:|-:|-:|"
     best = (-math.inf, math.nan, "")

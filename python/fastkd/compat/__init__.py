@@ -1,10 +1,9 @@
 """Compute the distillation losses of other libraries, with equal values, by fastkd's fused pass.
 
-Libraries disagree on which term ``alpha`` weighs, on T squared, on what a mean divides by and on
-which rows are masked. Each module of this package is named after a library. The module has the
-library's names, signatures and conventions, so switching means changing an import.
-``docs/compat.md`` compares the conventions and lists where an adapter differs from its library on
-purpose.
+Libraries disagree on the term that ``alpha`` weighs, on T squared, on the divisor of a mean, and on
+the rows that are masked. Each module of this package is named after a library, and has the
+library's names, signatures and conventions, so that only an import changes. ``docs/compat.md``
+compares the conventions, and lists where a module differs from its library on purpose.
 
 >>> import torch
 >>> from fastkd.compat.torchtune import ForwardKLLoss

@@ -20,15 +20,15 @@ class LigerFusedLinearKLTopKLogprobLoss(nn.Module):
     Args:
         weight_hard_loss: weight of the cross entropy, in [0, 1]; axolotl's ``kd_ce_alpha``.
         weight_soft_loss: weight of the divergence, in [0, 1]; axolotl's ``kd_alpha``.
-        temperature: T > 0 of the student. The teacher's lists must have the same temperature.
-        beta: weight of the teacher in the mixture of the Jensen-Shannon divergence, in [0, 1]; 0 is
-            forward KL, 1 (default) reverse KL.
+        temperature: T > 0 of the student. The teacher's lists must be computed at T as well.
+        beta: weight of the teacher in the mixture of the Jensen-Shannon divergence, in [0, 1]. 0
+            gives the forward KL, and 1, the default, the reverse KL.
         ignore_index: tokens with this label do not count in the cross entropy. Default -100.
         compiled, chunk_size: have no effect; :func:`fastkd.loss` plans the chunks.
-        compute_ce_loss: False leaves out the cross entropy. Default True.
-        normalize_topk: True (default): student and teacher are both renormalized over the list.
-            False: the divergence is the sum over the list of p log(p / q). The teacher's p and the
-            student's q are probabilities among all classes, and ``beta`` must be 0.
+        compute_ce_loss: False omits the cross entropy. Default True.
+        normalize_topk: True renormalizes student and teacher over the list. If False, ``beta`` must
+            be 0, and the divergence is the sum over the list of p log(p / q), where the teacher's p
+            and the student's q are not renormalized. Default True.
 
     Example:
         >>> import torch
@@ -80,7 +80,7 @@ class LigerFusedLinearKLTopKLogprobLoss(nn.Module):
         true_labels: Tensor,
         student_bias: Tensor | None = None,
     ) -> Tensor:
-        """Compute the loss of one batch.
+        """Compute the loss of one batch, a 0-d tensor.
 
         Args:
             lm_head_weight: ``(C, width)``, with C classes.

@@ -1,4 +1,4 @@
-"""Check and translate the options of other libraries, for all adapters."""
+"""Check the options of other libraries, and translate them to fastkd's options."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ def convert_reduction(
 def choose_divergence(beta: float) -> dict[str, Any]:
     """Return fastkd's options for the generalized Jensen-Shannon divergence of TRL and Liger.
 
-    The divergence is beta KL(p || m) + (1 - beta) KL(q || m) with m = beta p + (1 - beta) q, the
-    teacher's p and the student's q. For beta = 0 and 1 this formula is 0, and both libraries use
-    the forward and the reverse KL instead.
+    Let p be the teacher's and q the student's distribution, and m = beta p + (1 - beta) q. The
+    divergence is beta KL(p || m) + (1 - beta) KL(q || m). For beta = 0 and 1 this formula is 0, and
+    TRL and Liger use the forward and the reverse KL instead.
     """
     validation.check_number("beta", beta, 0.0, 1.0)
     if beta == 0:
@@ -40,33 +40,33 @@ def choose_divergence(beta: float) -> dict[str, Any]:
 
 
 def mask_rows(labels: Tensor | None, ignore_index: int) -> dict[str, Any]:
-    """Return fastkd's options for labels that mask rows, but add no hard term."""
+    """Return fastkd's options for labels that mask rows and add no hard term."""
     if labels is None:
         return {}
     return {"labels": labels, "hard_weight": 0.0, "ignore_index": ignore_index}
 
 
 def check_none(name: str, value: object, reason: str) -> None:
-    """Raise ValueError if an argument that the adapter does not support was passed."""
+    """Raise ValueError if ``value``, which the adapter does not support, is not None."""
     if value is not None:
         raise ValueError(f"{name} must be None: {reason}; got {value!r}")
 
 
 def check_positive(name: str, value: float) -> float:
-    """Return ``value`` as a float, or raise unless it is a positive, finite number."""
+    """Return ``value`` as a float; raise unless ``value`` is positive and finite."""
     return validation.check_number(name, value, 0.0, math.inf, open_low=True)
 
 
 def check_weight(name: str, value: float) -> float:
-    """Return ``value`` as a float, or raise unless it is finite and at least 0."""
+    """Return ``value`` as a float; raise unless ``value`` is finite and at least 0."""
     return validation.check_number(name, value, 0.0, math.inf)
 
 
 def check_normalizer(
     name: str, value: float | Tensor, labels: Tensor | None, ignore_index: int
 ) -> float | Tensor:
-    """Return the divisor of the sum over rows, or raise unless it is positive.
+    """Return the divisor of the sum over rows; raise unless ``value`` is positive.
 
-    ``value`` is a number or a tensor with one element. 0 is accepted if every row is ignored.
+    ``value``: a number or a tensor with one element. 0 is accepted if every row is ignored.
     """
     return checks.check_nonzero(checks.check_divisor(value, name), labels, ignore_index, name)

@@ -14,15 +14,15 @@ from fastkd.compat.convention import check_positive, convert_reduction
 class DistillationLoss(nn.Module):
     """Compute DeiT's loss: (1 - alpha) * base_criterion + alpha * the teacher's term.
 
-    The loss is that of Touvron et al., "Training data-efficient image transformers & distillation
-    through attention" (2021). The two terms have different logits, so the base criterion is not
-    fused.
+    The loss comes from Touvron et al., "Training data-efficient image transformers & distillation
+    through attention" (2021). fastkd computes the teacher's term only, because the two terms have
+    different logits.
 
     Args:
         base_criterion: called with the class head's logits and the labels.
         teacher_model: called with the inputs, without gradient; returns logits ``(N, C)`` of C
-            classes. The mode of the teacher is not set, and ``.train()`` of this module reaches the
-            teacher, as in DeiT.
+            classes. As in DeiT, the teacher's mode is not set here, and ``train()`` of this module
+            also sets the teacher's mode.
         distillation_type: ``"none"``, the base criterion alone; ``"soft"``, tau^2 times the mean
             over rows and classes of p log(p / q), with the teacher's p and the student's q; or
             ``"hard"``, the cross entropy with the teacher's most probable class.

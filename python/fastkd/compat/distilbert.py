@@ -1,4 +1,4 @@
-"""Compute DistilBERT's loss on logits: the sum in ``Distiller.step`` of its research project."""
+"""Compute DistilBERT's loss of logits, the sum in ``Distiller.step`` of its research project."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ def step_loss(
 ) -> Tensor:
     """Compute alpha_ce T^2 KL + (alpha_mlm or alpha_clm) CE + alpha_mse squared error.
 
-    The loss is that of Sanh et al., "DistilBERT, a distilled version of BERT" (2019), and has the
-    defaults of DistilBERT's research project. KL and cross entropy mask different rows, but take
-    one pass over the logits.
+    The loss comes from Sanh et al., "DistilBERT, a distilled version of BERT" (2019), and the
+    defaults come from DistilBERT's research project. KL and cross entropy mask different rows, but
+    take one pass over the logits.
 
     Args:
         s_logits, t_logits: logits of student and teacher, ``(batch, tokens, C)``, with C classes.
-        attention_mask: ``(batch, tokens)``; soft terms ignore rows where it is 0.
-        lm_labels: ``(batch, tokens)``; the hard term ignores rows where it is -100.
+        attention_mask: ``(batch, tokens)``; the soft terms ignore rows with 0.
+        lm_labels: ``(batch, tokens)``; the hard term ignores rows with -100.
         temperature: T > 0 of the KL.
         alpha_ce: weight of the **soft** term.
         alpha_mlm: weight of the cross entropy of each token with its own label.
@@ -79,6 +79,6 @@ def step_loss(
 
 
 def _make_mean_weights(mask: Tensor, logits: Tensor) -> Tensor:
-    """Return row weights that turn a sum over rows into the mean over the rows of ``mask``."""
+    """Return weights of rows that turn a sum over rows into the mean over the rows in ``mask``."""
     weights = mask.to(shapes.accumulator(logits))
     return weights / weights.sum().clamp(min=1)

@@ -15,7 +15,9 @@ from fastkd.compat.convention import check_none, check_positive
 
 
 class LogitsDistillation:
-    """Compute T^2 times the mean over rows of KL(teacher || student). **The teacher comes first.**
+    """Compute T^2 times the mean over rows of KL(teacher || student).
+
+    **The teacher is the first argument** of ``compute_loss``.
 
     Args:
         temperature: T > 0. Default 3.
@@ -37,7 +39,7 @@ class LogitsDistillation:
     def compute_loss(
         self, teacher_outputs: Tensor, student_outputs: Tensor, **kwargs: Any
     ) -> Tensor:
-        """Compute the loss of logits ``(..., classes)``; ``kwargs`` are ignored, as by Keras."""
+        """Compute the loss of logits ``(..., classes)``; ``kwargs`` are ignored, as in Keras."""
         return losses.loss(student_outputs, teacher_outputs, temperature=self.temperature)
 
 
@@ -49,9 +51,9 @@ class Distiller(nn.Module):
         student: returns logits ``(N, C)``.
         distillation_losses: a :class:`LogitsDistillation`.
         distillation_loss_weights: must be None.
-        student_loss_weight: weight of the **hard** term, in [0, 1]. Default 0.5. At 1 the teacher
-            is not called.
-        name: no effect.
+        student_loss_weight: weight of the **hard** term, in [0, 1]. If 1, the teacher is not
+            called. Default 0.5.
+        name: has no effect.
 
     Example:
         >>> import torch
@@ -106,12 +108,12 @@ class Distiller(nn.Module):
     ) -> Tensor:
         """Compute the loss for inputs ``x`` and labels ``y``: class indices or probabilities.
 
-        Without ``y`` the loss is the weighted soft term alone. If ``y_pred``, the student's logits,
-        is None, the student is called, with ``training`` if it is a Keras model.
+        Without ``y``, the loss is the weighted soft term alone. ``y_pred`` are the student's
+        logits; if None, the student is called. ``training`` is passed to a Keras model.
         """
         check_none("sample_weight", sample_weight, "Keras' Distiller does not use it either")
         student_logits = _call(self.student, x, training) if y_pred is None else y_pred
-        teacher_logits = student_logits.detach()  # any logits will do if the soft term has weight 0
+        teacher_logits = student_logits.detach()  # without effect if the soft term has weight 0
         if self.student_loss_weight < 1:
             with torch.no_grad():
                 teacher_logits = _call(self.teacher, x, training=False)
@@ -123,6 +125,6 @@ class Distiller(nn.Module):
 
 
 def _call(model: nn.Module, x: Tensor | None, training: bool | None) -> Tensor:
-    """Call a model; Keras models, which have ``call``, take ``training``."""
+    """Call a model, and pass ``training`` to a Keras model, which has the attribute ``call``."""
     logits: Tensor = model(x, training=training) if hasattr(model, "call") else model(x)
     return logits

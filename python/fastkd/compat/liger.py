@@ -1,8 +1,7 @@
 """Compute Liger's KL, JSD and TVD of (log-)probabilities, without temperature and hard term.
 
-Log-probabilities are valid logits, since softmax(log q) = q, so these adapters pass them to
-:func:`fastkd.loss`. Calling :func:`fastkd.loss` with the logits saves log_softmax, its backward
-pass, and the tensors of the logits' size that both allocate.
+Log-probabilities are valid logits, since softmax(log q) = q. New code should pass logits to
+:func:`fastkd.loss`, which saves the time and memory of log_softmax and of its backward pass.
 """
 
 from __future__ import annotations
@@ -21,7 +20,8 @@ class LigerKLDIVLoss(nn.Module):
     Args:
         eps: must be 1e-10, Liger's default; nothing is clamped.
         reduction: ``"mean"`` (over all elements), ``"batchmean"`` or ``"sum"``. Default ``"mean"``.
-        log_target: True if the target holds log-probabilities, False (default) for probabilities.
+        log_target: True if the target holds log-probabilities, False for probabilities. Default
+            False.
 
     Example:
         >>> import torch
@@ -55,8 +55,8 @@ class LigerJSD(nn.Module):
     """Compute the generalized Jensen-Shannon divergence of log-probabilities, averaged over rows.
 
     Args:
-        beta: weight of the teacher in the mixture, in [0, 1]; 0 is forward KL, 1 reverse KL.
-            Default 0.5.
+        beta: weight of the teacher in the mixture, in [0, 1]. 0 gives the forward KL, and 1 the
+            reverse KL. Default 0.5.
         ignore_index: rows with this label are ignored. Default -100.
 
     Example:
@@ -105,7 +105,7 @@ class LigerTVDLoss(nn.Module):
         self.ignore_index = ignore_index
 
     def forward(self, p: Tensor, q: Tensor, shift_labels: Tensor | None = None) -> Tensor:
-        """Compute the loss of ``p``, the student's probabilities, and ``q``, the teacher's."""
+        """Compute the loss of probabilities ``(..., classes)``, ``p`` of the student first."""
         wide = p.to(shapes.accumulator(p))
         # The gradient of log is infinite at 0, but finite at the smallest normal number.
         log_p = wide.clamp(min=torch.finfo(wide.dtype).tiny).log()

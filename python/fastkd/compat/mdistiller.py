@@ -9,7 +9,7 @@ from fastkd.compat.convention import check_positive, check_weight
 
 
 def kd_loss(logits_student: Tensor, logits_teacher: Tensor, temperature: float) -> Tensor:
-    """Compute T^2 times the mean over rows of KL(teacher || student) of logits ``(rows, classes)``.
+    """Compute T^2 times the mean over rows of KL(teacher || student), for logits ``(N, C)``.
 
     Example:
         >>> import torch
@@ -30,8 +30,8 @@ def dkd_loss(
 ) -> Tensor:
     """Compute T^2 times the mean over rows of alpha * TCKD + beta * NCKD.
 
-    The loss is that of Zhao et al., "Decoupled Knowledge Distillation" (CVPR 2022). TCKD is
-    the KL of the target class against all other classes; NCKD is the KL among the other classes.
+    The loss comes from Zhao et al., "Decoupled Knowledge Distillation" (CVPR 2022). TCKD is the KL
+    of the target class against all other classes; NCKD is the KL among the other classes.
     The default configuration of mdistiller has alpha 1, beta 8 and temperature 4.
 
     Args:

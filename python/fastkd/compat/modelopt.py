@@ -13,8 +13,8 @@ class LogitsDistillationLoss(nn.Module):
 
     Args:
         temperature: T > 0. Default 1.
-        reduction: ``"mean"`` (over rows and classes), ``"batchmean"``, ``"sum"``, or ``"none"`` for
-            one loss for each row. Default ``"mean"``.
+        reduction: ``"mean"`` (over rows and classes), ``"batchmean"``, ``"sum"``, or ``"none"``,
+            which gives one loss for each row. Default ``"mean"``.
 
     Example:
         >>> import torch

@@ -1,4 +1,4 @@
-"""Compute ms-swift's gkd_loss: a generalized Jensen-Shannon divergence of logits or top-k lists."""
+"""Compute ms-swift's gkd_loss, a generalized Jensen-Shannon divergence of logits or top-k lists."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ def gkd_loss(
             whose list is all -inf is ignored.
         labels: ``(batch, length)``; tokens with -100 are ignored. If the teacher has labels, too,
             the n-th labeled token of the teacher belongs to the n-th labeled token of the student.
-        beta: in [0, 1]; 0 is forward KL, 1 reverse KL. Lists need a divergence that a
-            :class:`fastkd.TopK` supports.
+        beta: weight of the teacher in the mixture, in [0, 1]. 0 gives the forward KL, and 1 the
+            reverse KL.
         temperature: T > 0 of student and teacher.
 
     Example:
@@ -54,7 +54,7 @@ def gkd_loss(
     if teacher_output.labels is not None:
         teacher_valid = teacher_output.labels != -100
         if not torch.equal(teacher_valid, valid):
-            # The teacher's labeled tokens are those of the student, at different positions.
+            # Teacher and student have the same labeled tokens, at different positions.
             student, outputs = student[valid], [each[teacher_valid] for each in outputs]
             valid = valid[valid]
     teacher: Tensor | losses.TopK = outputs[0]

@@ -19,7 +19,7 @@ class KDLoss(nn.Module):
     Args:
         ignore_index: rows with this label are ignored. Default -100.
         temperature: T > 0. Default 1.
-        fp32_upcast, chunk_size: no effect.
+        fp32_upcast, chunk_size: have no effect.
         tp_group: must be None.
 
     Example:
@@ -51,7 +51,10 @@ class KDLoss(nn.Module):
         labels: Tensor,
         num_batch_labels: int | None = None,
     ) -> Tensor:
-        """Compute the loss of logits ``(..., C)``, with C classes, and labels ``(...)``."""
+        """Compute the loss of logits ``(..., C)`` and labels ``(...)``.
+
+        ``num_batch_labels`` replaces the number of rows as the divisor of the mean.
+        """
         for name, value in (("student_logits", student_logits), ("teacher_logits", teacher_logits)):
             if hasattr(value, "full_tensor"):
                 raise TypeError(

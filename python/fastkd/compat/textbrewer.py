@@ -1,4 +1,4 @@
-"""Compute TextBrewer's kd_ce_loss and kd_mse_loss, without T^2; each row may have a temperature."""
+"""Compute TextBrewer's kd_ce_loss and kd_mse_loss; a row may have its own temperature."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ from fastkd.compat.convention import check_positive
 
 
 def kd_ce_loss(logits_S: Tensor, logits_T: Tensor, temperature: float | Tensor = 1) -> Tensor:
-    """Compute the mean over rows of -sum p log q, of the teacher's p and the student's q.
+    """Compute the mean over rows of -sum p log q, without T^2.
+
+    p is the teacher's distribution, and q the student's distribution.
 
     Args:
         logits_S, logits_T: logits of student and teacher, ``(..., C)``, with C classes.
@@ -29,7 +31,7 @@ def kd_ce_loss(logits_S: Tensor, logits_T: Tensor, temperature: float | Tensor =
 def kd_mse_loss(logits_S: Tensor, logits_T: Tensor, temperature: float | Tensor = 1) -> Tensor:
     """Compute the mean over rows and classes of ((logits_S - logits_T) / temperature)^2.
 
-    The arguments are those of :func:`kd_ce_loss`.
+    :func:`kd_ce_loss` describes the arguments.
     """
     return _compute("mse", logits_S, logits_T, temperature)
 

@@ -15,17 +15,18 @@ class LogitDistillationTask(nn.Module):
     """Compute task_loss_weight * criterion + distill_loss_weight * T^2 * KL(teacher || student).
 
     Args:
-        student_model: returns logits ``(N, C)`` of C classes; the model that is trained.
+        student_model: the trained model, which returns logits ``(N, C)`` of C classes.
         teacher_model: returns logits ``(N, C)``; called without gradient, always in evaluation
             mode.
         criterion: called with logits and targets. Default: cross entropy, in one pass with
             the soft term.
         criterion_kwargs, teacher_pretrained_path, teacher_pretrained_cfg_overlay: must be None.
         loss_type: ``"kl"``, the only supported type.
-        distill_loss_weight: weight of the soft term.
-        task_loss_weight: weight of the hard term.
+        distill_loss_weight: weight of the soft term. Default ``1 - task_loss_weight``, or 1 if
+            ``task_loss_weight`` is None.
+        task_loss_weight: weight of the hard term. Default 1.
         temperature: T > 0. Default 1.
-        device, dtype, verbose: no effect.
+        device, dtype, verbose: have no effect.
 
     Example:
         >>> import torch

@@ -1,4 +1,4 @@
-"""Compute torchdistill's KDLoss and LogitStdKDLoss, of logits that its forward hooks store."""
+"""Compute torchdistill's KDLoss and LogitStdKDLoss of logits that forward hooks store."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ class KDLoss(nn.Module):
     Args:
         student_module_path, teacher_module_path: the key of the module in the dictionary of the
             student or of the teacher.
-        student_module_io, teacher_module_io: ``"input"`` or ``"output"`` of that module.
+        student_module_io, teacher_module_io: ``"input"`` or ``"output"`` of the module.
         temperature: T > 0.
-        alpha: weight of the **hard** term. With None or 0 the loss is the KL alone.
+        alpha: weight of the **hard** term. If None or 0, the loss is the KL alone.
         beta: weight of the soft term. Default ``1 - alpha``.
         reduction: ``"batchmean"``, ``"mean"`` or ``"sum"``, as in :class:`torch.nn.KLDivLoss`.
-            The hard term is a mean over rows, or a sum with ``"sum"``. Default ``"batchmean"``.
+            The hard term is a mean over rows, but a sum for ``"sum"``. Default ``"batchmean"``.
         weight: weights of the C classes in the hard term, ``(C,)``.
         ignore_index: rows with this target are ignored. Default -100.
         label_smoothing: smoothing of the labels in the hard term. Default 0.
@@ -99,8 +99,8 @@ class KDLoss(nn.Module):
 class LogitStdKDLoss(KDLoss):
     """Compute :class:`KDLoss` with standardized logits (mean 0, deviation 1) in the soft term.
 
-    The loss is that of Sun et al., "Logit Standardization in Knowledge Distillation" (CVPR 2024).
-    Arguments are those of :class:`KDLoss`, and after ``temperature`` an ``eps`` that must be 1e-7.
+    The loss comes from Sun et al., "Logit Standardization in Knowledge Distillation" (CVPR 2024).
+    Arguments are those of :class:`KDLoss`, and ``eps``, which must be 1e-7, after ``temperature``.
 
     Example:
         >>> import torch

@@ -1,4 +1,4 @@
-"""Compute torchtune's losses of tokens that labels select, at temperature 1, without hard term."""
+"""Compute torchtune's losses at temperature 1, without a hard term; labels mask tokens."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fastkd.compat.convention import mask_rows
 
 
 class _MaskedLoss(nn.Module):
-    """Mask rows by labels, which may have any shape with one label per row."""
+    """Mask rows by labels of any shape that has one label for each row."""
 
     def __init__(self, ignore_index: int = -100) -> None:
         super().__init__()
@@ -58,7 +58,7 @@ class ForwardKLLoss(_MaskedLoss):
 class ReverseKLLoss(ForwardKLLoss):
     """Compute the mean over rows of KL(student || teacher).
 
-    The arguments are those of :class:`ForwardKLLoss`.
+    :class:`ForwardKLLoss` describes the arguments.
     """
 
     divergence: losses.DivergenceName = "reverse_kl"
@@ -90,18 +90,19 @@ class SymmetricKLLoss(_MaskedLoss):
         options = self._make_options(student_logits, labels, normalize)
         options.update(divergence="symmetric_kl", mix=self.sym_kd_ratio)
         terms = losses.terms(student_logits, teacher_logits, **options)
-        # torchtune's forward term is the soft cross entropy: forward KL plus the teacher's entropy.
+        # torchtune has the soft cross entropy, which is forward KL plus the teacher's entropy, in
+        # place of the forward KL.
         return terms.loss + self.sym_kd_ratio * terms.teacher_entropy
 
 
 class ForwardKLWithChunkedOutputLoss(nn.Module):
     """Compute :class:`ForwardKLLoss` of a list of logits ``(batch, tokens / chunks, classes)``.
 
-    Prefer :class:`ForwardKLLoss` for logits in one tensor, which need a single pass.
+    For logits in one tensor, use :class:`ForwardKLLoss`, which makes a single pass.
 
     Args:
         num_output_chunks: the largest number of chunks. Default 8.
-        arguments, options: the arguments of the loss without chunks.
+        arguments, options: the arguments of :class:`ForwardKLLoss`.
 
     Example:
         >>> import torch
@@ -135,12 +136,18 @@ class ForwardKLWithChunkedOutputLoss(nn.Module):
 
 
 class ReverseKLWithChunkedOutputLoss(ForwardKLWithChunkedOutputLoss):
-    """Compute :class:`ReverseKLLoss` of lists of chunks."""
+    """Compute :class:`ReverseKLLoss` of a list of logits, ``(batch, tokens / chunks, classes)``.
+
+    Arguments are ``num_output_chunks``, and those of :class:`ReverseKLLoss`.
+    """
 
     loss_class = ReverseKLLoss
 
 
 class SymmetricKLWithChunkedOutputLoss(ForwardKLWithChunkedOutputLoss):
-    """Compute :class:`SymmetricKLLoss` of lists of chunks."""
+    """Compute :class:`SymmetricKLLoss` of a list of logits, ``(batch, tokens / chunks, classes)``.
+
+    Arguments are ``num_output_chunks``, and those of :class:`SymmetricKLLoss`.
+    """
 
     loss_class = SymmetricKLLoss

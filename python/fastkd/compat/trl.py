@@ -27,19 +27,19 @@ def generalized_jsd_loss(
 ) -> Tensor:
     """Compute beta KL(p || m) + (1 - beta) KL(q || m) with m = beta p + (1 - beta) q.
 
-    p is the teacher's distribution, and q the student's. The formula is equation 1 of Agarwal et
-    al., "On-Policy Distillation of Language Models" (2023). The loss has no T^2 and no shift: label
-    i belongs to row i of the logits, as in GKDTrainer.
+    p is the teacher's distribution, and q the student's distribution. The formula is equation 1 of
+    Agarwal et al., "On-Policy Distillation of Language Models" (2023). The loss has no T^2 and no
+    shift: label i belongs to row i of the logits, as in GKDTrainer.
 
     Args:
         student_logits, teacher_logits: ``(..., C)``, with C classes.
         labels: ``(...)``; rows with -100 are ignored.
-        beta: in [0, 1]; 0 is forward KL, 1 reverse KL. Default 0.5.
+        beta: in [0, 1]. 0 gives the forward KL, and 1 the reverse KL. Default 0.5.
         temperature: T > 0 of student and teacher. Default 1.
         reduction: ``"batchmean"``, ``"mean"`` (over rows and classes) or ``"sum"``. Default
             ``"batchmean"``.
-        num_items_in_batch: divides the sum, for any ``reduction``. A number, or a tensor of any
-            shape with equal elements. 0 is accepted if every label is -100.
+        num_items_in_batch: the divisor of the sum, in place of ``reduction``: a number, or a tensor
+            of any shape with equal elements. 0 is accepted if every label is -100.
 
     Example:
         >>> import torch

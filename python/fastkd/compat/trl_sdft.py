@@ -1,4 +1,4 @@
-"""Compute TRL's self-distillation losses, of its experimental SDFTTrainer and SDPOTrainer."""
+"""Compute the losses of TRL's experimental SDFTTrainer and SDPOTrainer (self-distillation)."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ def compute_full_logit_self_distillation_loss(
 
     Args:
         student_logits, teacher_logits: ``(..., C)``, with C classes.
-        distillation_alpha: the ``beta`` of :func:`fastkd.compat.trl.generalized_jsd_loss`: 0 is
-            forward KL, 1 reverse KL.
+        distillation_alpha: the ``beta`` of :func:`fastkd.compat.trl.generalized_jsd_loss`. 0 gives
+            the forward KL, and 1 the reverse KL.
 
     Example:
         >>> import torch
@@ -48,10 +48,9 @@ def compute_topk_self_distillation_loss(
     Args:
         student_logits, teacher_logits: ``(..., C)``, with C classes.
         distillation_topk: the number of classes.
-        distillation_alpha: as in :func:`compute_full_logit_self_distillation_loss`; a
-            :class:`fastkd.TopK` must support the divergence.
-        distillation_add_tail: if True, all other classes count as one extra class; if False,
-            student and teacher are renormalized over the chosen classes.
+        distillation_alpha: as in :func:`compute_full_logit_self_distillation_loss`.
+        distillation_add_tail: if True, the classes that are not chosen count as one extra class; if
+            False, student and teacher are renormalized over the chosen classes.
 
     Example:
         >>> import torch

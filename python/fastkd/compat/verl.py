@@ -1,4 +1,4 @@
-"""Compute the forward KL of verl's on-policy distillation, on a teacher's top-k lists."""
+"""Compute the forward KL of verl's on-policy distillation from a teacher's top-k lists."""
 
 from __future__ import annotations
 
@@ -19,17 +19,16 @@ def compute_forward_kl_topk(
     *,
     tail: Tail = "ignore",
 ) -> dict[str, Tensor]:
-    """Compute the loss of each token, and the probability of its list for student and teacher.
+    """Compute each token's loss, and the probabilities that student and teacher give its list.
 
     Args:
         student_logits: ``(1, tokens, C)``, with C classes, divided by the temperature already.
         teacher_topk_log_probs, teacher_topk_ids: nested tensors ``(batch, length, k)``, or
             ``(1, tokens, k)``. A list belongs to the logits at its position.
         config, data_format: have no effect.
-        tail: how classes that are not listed enter, as in :class:`fastkd.TopK`. ``"ignore"``
-            (default) is verl's sum over the list of p log(p / q), with the teacher's p and the
-            student's q. This sum may be negative; verl then clamps it at 0. ``"ghost"`` is a KL,
-            which is at least 0.
+        tail: the ``tail`` of a :class:`fastkd.TopK`. ``"ignore"`` gives verl's sum over the list of
+            p log(p / q), with the teacher's p and the student's q; verl clamps a negative sum at 0.
+            ``"ghost"`` gives a KL, which is at least 0. Default ``"ignore"``.
 
     Returns:
         ``"distillation_losses"``, ``"student_mass"`` and ``"teacher_mass"``, each ``(1, tokens)``.

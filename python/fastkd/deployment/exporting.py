@@ -1,4 +1,4 @@
-"""Export a student: check the arguments, write the file, compare it with the student."""
+"""Export a student: check the arguments, write the file, and compare file and student."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ _ONNX_BYTES = 2**31 - 2**20  # protobuf's limit of 2 GiB, less 1 MiB for the gra
 
 @dataclasses.dataclass(frozen=True)
 class Exported:
-    """Describe the file that :func:`fastkd.export` wrote, and its difference from the student."""
+    """Describe the file that :func:`fastkd.export` wrote, and how it differs from the student."""
 
     path: pathlib.Path
     bytes: int
     rows: int
-    """Number of rows on which file and student were compared."""
+    """Number of rows of logits on which file and student were compared."""
     difference: float
-    """Largest absolute difference of a logit."""
+    """Largest absolute difference between a logit of the file and of the student."""
     agreement: float
     """Share of rows on which file and student have the same most probable class."""
 
     def __str__(self) -> str:
-        """Return the figures in a sentence."""
+        """Return path, size, difference and agreement as text."""
         return (
             f"{self.path}: {self.bytes:,} bytes. On {self.rows:,} rows the largest difference of a "
             f"logit is {self.difference:.2g}, and the class is the same on {self.agreement:.1%}"
@@ -42,7 +42,7 @@ class Exported:
 
 
 class _Logits(nn.Module):
-    """Map a student's input tensors, in their order in a batch, to its logits."""
+    """Map the input tensors of a student, in the batch's order, to the student's logits."""
 
     def __init__(self, student: nn.Module, inputs: Any) -> None:
         super().__init__()
@@ -50,7 +50,6 @@ class _Logits(nn.Module):
         self._names = list(inputs) if isinstance(inputs, Mapping) else None
 
     def forward(self, *tensors: Tensor) -> Tensor:
-        """Return the logits."""
         inputs = tensors if self._names is None else dict(zip(self._names, tensors, strict=True))
         return batches.logits(self.student, inputs)
 
@@ -72,23 +71,24 @@ def export(
     temporary name, loaded, compared with the student, and renamed, so ``path`` never is an
     incomplete or wrong file. The student is copied, and not changed.
 
-    With ``quantize="int8"``, weights and activations have 8 bits, by static quantization: ONNX
-    Runtime's for ``"onnx"``, PT2E with ExecuTorch's ``XNNPACKQuantizer`` for ``"executorch"`` and
-    ``"torch"``. A quantized ``"torch"`` program is small, but PyTorch does not run it faster by
-    itself.
+    ``quantize="int8"`` quantizes weights and activations statically to 8 bits. ONNX Runtime
+    quantizes ``"onnx"`` programs, and PT2E with ExecuTorch's ``XNNPACKQuantizer`` quantizes
+    ``"executorch"`` and ``"torch"`` programs. A quantized ``"torch"`` program is smaller, but
+    PyTorch alone does not run the program faster.
 
     Args:
         student: module that returns logits ``(B, ..., C)`` of B samples and C classes, or an output
             that has ``.logits``.
         example: inputs of the student: a tensor, a tuple of tensors, or a mapping of keyword
-            arguments, each ``(B, ...)``. With ``quantize`` the inputs also calibrate the
-            ranges of the activations: give some hundred training samples.
+            arguments, each ``(B, ...)``. With ``quantize`` the inputs also calibrate the ranges of
+            the activations; pass a few hundred training samples.
         path: the file, which ends in ``.onnx``, ``.pte`` or ``.pt2`` for the formats below.
         format: ``"onnx"`` for ONNX Runtime, ``"executorch"`` for ExecuTorch with XNNPACK, or
-            ``"torch"`` for ``torch.export.load``.
-        quantize: ``"int8"``, or None for the student's own precision.
+            ``"torch"`` for ``torch.export.load``. Default ``"onnx"``.
+        quantize: ``"int8"``, or None for the student's dtype. Default None.
         rows: inputs on which to compare, in the form of ``example``. Default ``example``.
-        max_batch: largest batch of an ExecuTorch program, which reserves memory for it. Default 32.
+        max_batch: largest batch of an ExecuTorch program, which reserves memory for such a batch.
+            Default 32.
         dim: dimension of the classes in the logits. Default -1.
 
     Returns:
@@ -100,8 +100,8 @@ def export(
         TypeError: if ``student`` is no module, or ``example`` or ``rows`` hold no tensors.
         ValueError: if the student cannot be traced with batches of any size, if ``path`` does not
             fit the format, or if the program's logits are not finite or, without ``quantize``,
-            differ from the student's in the first half of their dtype's digits. In these cases
-            ``path`` is not written.
+            differ from the student's by more than sqrt(eps) times the largest logit, where eps is
+            the dtype's machine epsilon. In these cases ``path`` is not written.
         OSError: if the file cannot be written.
 
     Example:
@@ -147,7 +147,7 @@ def _check_arguments(
     quantize: str | None,
     max_batch: int,
 ) -> pathlib.Path:
-    """Return the path to write; raise if an argument other than the inputs is invalid."""
+    """Check the arguments other than the inputs, and return the path to write."""
     if not isinstance(student, nn.Module):
         raise TypeError(f"student must be a module; got {type(student).__name__}")
     validation.check_one_of("format", format, tuple(writing.SUFFIXES))
@@ -171,7 +171,7 @@ def _check_arguments(
 
 
 def check_path(path: str | os.PathLike[str], format: str) -> pathlib.Path:
-    """Return the path of a file to write, or raise if it does not fit the format."""
+    """Return ``path`` as a ``pathlib.Path``; raise if ``path`` does not fit the format."""
     if not isinstance(path, (str, os.PathLike)):
         raise TypeError(f"path must be a file's path; got {type(path).__name__}")
     path, suffix = pathlib.Path(path), writing.SUFFIXES[format]
@@ -183,7 +183,7 @@ def check_path(path: str | os.PathLike[str], format: str) -> pathlib.Path:
 
 
 def _check_inputs(name: str, inputs: Any, student: nn.Module) -> Any:
-    """Return inputs on the CPU in the student's dtype; raise if ``inputs`` are invalid."""
+    """Check ``inputs``, and return them on the CPU in the student's dtype."""
     values: Any = inputs.values() if isinstance(inputs, Mapping) else inputs
     values = [inputs] if isinstance(inputs, Tensor) else values
     values = list(values) if isinstance(values, (tuple, list, type({}.values()))) else []
@@ -203,7 +203,7 @@ def _check_inputs(name: str, inputs: Any, student: nn.Module) -> Any:
 def _compare(
     student: nn.Module, exported: nn.Module, rows: Any, dim: int, is_quantized: bool
 ) -> tuple[int, float, float]:
-    """Compare logits: return rows, largest difference, and share of equal most probable classes.
+    """Return the fields ``rows``, ``difference`` and ``agreement`` of :class:`Exported`.
 
     Raises:
         ValueError: if logits are not finite, or, without quantization, differ from the student's.

@@ -1,4 +1,4 @@
-"""Run exported programs as modules: ONNX Runtime, ExecuTorch and ``torch.export``."""
+"""Run programs of ONNX Runtime, ExecuTorch and ``torch.export`` as modules."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ ACCEPTED = (
     "a module, a torch.export.ExportedProgram, an onnxruntime.InferenceSession, an ExecuTorch "
     "program or method, or the path of an .onnx, .pte or .pt2 file"
 )
-COUNT = "fastkd_parameters"  # the key under which a file holds the number of parameters
+COUNT = "fastkd_parameters"  # the key of the number of parameters in a file
 _ONNX_DTYPES = {
     "tensor(float)": torch.float32,
     "tensor(float16)": torch.float16,
@@ -46,15 +46,15 @@ _EXECUTORCH_DTYPES = {
 
 
 class DeployedModel(nn.Module):
-    """Call an exported program like the module that it was exported from; see :func:`load`.
+    """Call an exported program as a module; :func:`load` makes a ``DeployedModel``.
 
-    The program runs on the CPU and is no part of the module's state: the module has no parameters.
+    The program runs on the CPU. The module has no parameters and no buffers.
 
     Attributes:
-        name: the file's name, or the runtime's.
+        name: the name of the file, or of the runtime.
         bytes: size of the file, or of the program in memory; None if unknown.
         parameter_count: number of the exported module's parameters; None if unknown.
-        source: what the program was loaded from.
+        source: the path or the object from which the program was loaded.
     """
 
     def __init__(
@@ -71,8 +71,8 @@ class DeployedModel(nn.Module):
         """Store ``run``, which maps a batch's inputs to logits.
 
         Each call of ``run`` gets at most ``batch`` samples, or exactly ``batch`` if ``is_fixed``.
-        ExecuTorch does not tell whether the size is fixed, so ``is_fixed`` is set when ``run``
-        refuses a smaller batch.
+        Metadata of ExecuTorch does not say if the batch size is fixed, so ``forward`` sets
+        ``is_fixed`` when ``run`` refuses a smaller batch.
         """
         super().__init__()
         self.name, self.bytes, self.parameter_count = name, bytes, parameter_count
@@ -80,7 +80,7 @@ class DeployedModel(nn.Module):
         self._run, self._batch, self._is_fixed = run, batch, is_fixed
 
     def forward(self, *positional: Any, **keywords: Any) -> Tensor:
-        """Return the logits of a batch, by several calls if the program's batch is smaller."""
+        """Return the logits of a batch, which is split or padded to the program's batch size."""
         inputs: Any = keywords or positional
         size = batches.size(inputs, None)
         if self._batch is None or size == self._batch:
@@ -99,12 +99,12 @@ class DeployedModel(nn.Module):
         return self._run(padded)[:size]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> nn.Module:
-        """Load the program again: a runtime's objects cannot be copied."""
+        """Load the program again, because the objects of a runtime cannot be copied."""
         return load(self.source)
 
     @property
     def is_file(self) -> bool:
-        """Return True if the program was loaded from a file, and can be loaded again."""
+        """Return True if the program was loaded from a file."""
         return isinstance(self.source, pathlib.Path)
 
     def extra_repr(self) -> str:
@@ -114,7 +114,7 @@ class DeployedModel(nn.Module):
 
 @contextlib.contextmanager
 def silence() -> Iterator[None]:
-    """Silence exporters and runtimes, which warn of their own deprecations and unused packages."""
+    """Silence the warnings of exporters and runtimes, which a user of fastkd cannot act on."""
     disabled = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
@@ -126,18 +126,18 @@ def silence() -> Iterator[None]:
 
 
 def take_samples(inputs: Any, index: Tensor) -> Any:
-    """Take the samples at ``index`` of a batch's inputs; a 0-d tensor belongs to no sample."""
+    """Return the samples at ``index`` of a batch's inputs; 0-d tensors are returned unchanged."""
     return batches.map_tensors(lambda t: t[index.to(t.device)] if t.dim() else t, inputs)
 
 
 def check_model(name: str, model: Any) -> None:
-    """Raise TypeError unless :func:`load` takes ``model``."""
+    """Raise TypeError unless :func:`load` takes the type of ``model``."""
     if not is_model(model):
         raise TypeError(f"{name} must be {ACCEPTED}; got {type(model).__name__}")
 
 
 def is_model(model: Any) -> bool:
-    """Return True if :func:`load` takes models of this type."""
+    """Return True if :func:`load` takes the type of ``model``."""
     kinds = (nn.Module, torch.export.ExportedProgram, str, os.PathLike)
     return isinstance(model, kinds) or _find_loader(model) is not None
 
@@ -151,13 +151,13 @@ def load(model: Any) -> nn.Module:
     Args:
         model: a module, a ``torch.export.ExportedProgram``, an ``onnxruntime.InferenceSession``, an
             ``executorch.runtime`` ``Program`` or ``Method``, or the path of an ``.onnx``, ``.pte``
-            or ``.pt2`` file. Only load a ``.pt2`` file that you trust: PyTorch may unpickle parts
-            of it, which can run code.
+            or ``.pt2`` file. Load only a ``.pt2`` file that you trust: PyTorch may unpickle parts
+            of the file, which can run code.
 
     Raises:
         ImportError: if the runtime's package is missing; the message names the extra.
         TypeError: if ``model`` has an unsupported type.
-        ValueError: if the file does not exist, or has a suffix other than these three.
+        ValueError: if the file does not exist, or does not end in ``.onnx``, ``.pte`` or ``.pt2``.
     """
     if isinstance(model, nn.Module):
         return model
@@ -172,7 +172,10 @@ def load(model: Any) -> nn.Module:
 
 
 def _find_loader(model: Any) -> Callable[[Any], DeployedModel] | None:
-    """Find the loader of a runtime's object by the name of its type, without an import."""
+    """Return the loader of a runtime's object, found by the name of the object's type.
+
+    The runtime is not imported. Return None for an object of no supported runtime.
+    """
     for kind in type(model).__mro__:
         package = kind.__module__.partition(".")[0]
         if (package, kind.__name__) == ("onnxruntime", "InferenceSession"):

@@ -17,22 +17,22 @@ SUFFIXES = {"onnx": ".onnx", "executorch": ".pte", "torch": ".pt2"}
 _PARTITIONER = "executorch.backends.xnnpack.partition.xnnpack_partitioner"
 _QUANTIZER = "executorch.backends.xnnpack.quantizer.xnnpack_quantizer"
 _PT2E = "torchao.quantization.pt2e.quantize_pt2e"
-# Samples in the traced batch. ATen's convolution has a branch for fewer than 16 samples. A program
-# traced through that branch would accept no larger batches.
+# Samples in the traced batch. ATen's convolution has a branch for fewer than 16 samples, and a
+# program traced through that branch would accept no larger batches.
 _TRACED_SAMPLES = 32
 
 
 class Request(NamedTuple):
-    """Describe a file to write."""
+    """Hold the properties of a file to write."""
 
     format: str
     is_quantized: bool
     max_batch: int
     """Largest batch of an ExecuTorch program."""
     names: list[str]
-    """Names of the inputs, for ONNX."""
+    """Names of the inputs in an ONNX model."""
     parameters: int
-    """Number of the model's parameters, for :func:`fastkd.deployment.load`."""
+    """Number of the model's parameters, which :func:`fastkd.deployment.load` reads."""
 
 
 def check_packages(format: str, is_quantized: bool) -> None:
@@ -74,7 +74,7 @@ def write(
 
 
 def _trace(model: nn.Module, inputs: tuple[Tensor, ...], request: Request) -> ExportedProgram:
-    """Trace a model whose batch may have any size, for ExecuTorch up to ``max_batch``."""
+    """Trace a model for batches of any size, or, for ExecuTorch, of up to ``max_batch``."""
     index = torch.arange(min(_TRACED_SAMPLES, request.max_batch)) % len(inputs[0])
     example = tuple(tensor[index] for tensor in inputs)
     limit = request.max_batch if request.format == "executorch" else None
@@ -82,7 +82,7 @@ def _trace(model: nn.Module, inputs: tuple[Tensor, ...], request: Request) -> Ex
     shapes = {0: batch}
     try:
         return torch.export.export(model, example, dynamic_shapes=((shapes,) * len(inputs),))
-    except Exception as error:  # torch.export raises many types, some of them private
+    except Exception as error:  # torch.export raises exceptions of many types, some private
         reason = " ".join(str(error).partition("Suggested fixes")[0].split())[:500]
         raise ValueError(
             f"student cannot be traced by torch.export with batches of any size: {reason}"
@@ -109,7 +109,8 @@ def _write_onnx(
         per_channel=True,
         activation_type=quantization.QuantType.QUInt8,
         weight_type=quantization.QuantType.QInt8,
-        # Weights of 7 bits: x86 processors without VNNI add products in 16 bits, which overflow.
+        # Use weights of 7 bits. Without VNNI, x86 processors add products in 16 bits, which would
+        # overflow for weights of 8 bits.
         reduce_range=True,
     )
 
@@ -129,7 +130,7 @@ class _CalibrationReader:
 
 
 def _quantize(program: ExportedProgram, inputs: tuple[Tensor, ...], request: Request) -> nn.Module:
-    """Quantize statically by PT2E, with a scale for each output channel of a weight."""
+    """Quantize a program statically by PT2E, with a scale for each output channel of a weight."""
     xnnpack, pt2e = extras.load(_QUANTIZER, "deploy"), extras.load(_PT2E, "deploy")
     config = xnnpack.get_symmetric_quantization_config(is_per_channel=True)
     quantizer = xnnpack.XNNPACKQuantizer().set_global(config)
@@ -146,18 +147,16 @@ def _quantize(program: ExportedProgram, inputs: tuple[Tensor, ...], request: Req
 
 
 class _Positional(nn.Module):
-    """Give a module the signature that :func:`_trace` expects."""
+    """Call a module with positional tensors, as :func:`_trace` does."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
 
     def forward(self, *tensors: Tensor) -> Tensor:
-        """Call the module."""
         output: Tensor = self.model(*tensors)
         return output
 
 
 def _split(inputs: tuple[Tensor, ...], request: Request) -> Iterator[tuple[Tensor, ...]]:
-    """Split the inputs into batches that the traced program takes."""
     return zip(*(torch.split(tensor, request.max_batch) for tensor in inputs), strict=True)

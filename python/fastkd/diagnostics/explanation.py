@@ -1,4 +1,4 @@
-"""Describe in words what a set of options computes."""
+"""Describe in words what the options of a loss compute."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ from fastkd.losses import KDLoss
 
 
 def _format_number(value: float | Tensor) -> str:
-    """Format a number, or describe a tensor."""
     if not isinstance(value, Tensor):
         return f"{value:g}"
     learned = ", learned" if value.requires_grad else ""
@@ -44,7 +43,7 @@ def _describe_weights(options: Options, objective: Objective) -> str:
 
 
 def _is_softened_again(objective: Objective) -> bool:
-    """Return True if the loss softens the teacher's probabilities again."""
+    """Return True if a teacher given as probabilities gets a temperature other than 1."""
     t = objective.teacher_temperature
     return objective.teacher_form != "logits" and (isinstance(t, Tensor) or t != 1.0)
 
@@ -157,7 +156,6 @@ _ESTIMATORS = {
 
 
 def _describe_sparse_teacher(teacher: TopK | Sampled) -> str:
-    """Describe the classes that a sparse teacher lists, and the treatment of other classes."""
     if isinstance(teacher, Sampled):
         text = _ESTIMATORS[teacher.estimator][1]
         return f"One class y of each row, sampled from the student. {text}"
@@ -165,11 +163,11 @@ def _describe_sparse_teacher(teacher: TopK | Sampled) -> str:
 
 
 def explain(*, teacher: TopK | Sampled | None = None, show: bool = True, **options: Any) -> str:
-    """Describe what a set of options computes: weights, T^2, denominators, masks, bias.
+    """Describe in words what options compute: weights, temperatures, labels, divisors and masks.
 
     Args:
         teacher: a sparse teacher, whose tail or estimator is described. Default: a dense teacher.
-        show: True to print the text.
+        show: print the text. Default True.
         options: the options of :func:`fastkd.loss`, which are checked.
 
     Returns:

@@ -1,4 +1,4 @@
-"""Check the data in the tensors of a call, which the loss checks only in part."""
+"""Check the data in the tensors of a call, beyond the checks that each call of the loss makes."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ def check_inputs(
 ) -> None:
     """Raise if the data of a call of :func:`fastkd.loss` with logits is not valid.
 
-    The loss does not synchronize CUDA, so a label or a temperature out of range cannot raise on
-    CUDA. A value out of range makes the loss and the gradient of its row NaN. This function
-    synchronizes, reads the data, and names the first invalid row. Use this function when a loss
-    becomes NaN. On the CPU the loss itself checks labels and temperatures.
+    Use this function when a loss becomes NaN. The function synchronizes CUDA, reads the data, and
+    names the first invalid row. On CUDA, the loss does not synchronize: a label or a temperature
+    out of range makes the loss and the gradient of its row NaN. On the CPU, the loss raises an
+    error for a label or a temperature out of range.
 
     Args:
         student: ``(..., C)``.
         teacher: ``(..., C)``.
         labels: ``(...)`` class indices, or None.
-        ignore_index: the label of rows that are ignored.
-        temperature: a number, or a tensor of shape ``(...)``.
+        ignore_index: the label of rows that are ignored. Default -100.
+        temperature: a number, or a tensor of shape ``(...)``. Default 1.
 
     Raises:
         ValueError: for shapes or devices that differ; for a label outside ``[0, C)`` that is not
@@ -79,7 +79,7 @@ def check_logits(logits: Tensor, name: str = "logits") -> bool:
 
     Args:
         logits: ``(..., C)``.
-        name: the name of the argument in the warning.
+        name: the name of the tensor in the warning. Default ``"logits"``.
 
     Returns:
         False if ``logits`` look like probabilities, else True.

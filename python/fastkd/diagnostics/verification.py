@@ -1,4 +1,4 @@
-"""Compare the loss with float64 and with eager PyTorch, on the user's tensors."""
+"""Compare the loss with a float64 reference and with eager PyTorch, on the user's tensors."""
 
 from __future__ import annotations
 
@@ -19,18 +19,22 @@ from fastkd._core.rows import compute_reference_terms, flatten_rows, map_rows
 from fastkd._core.values import Head, TopK
 from fastkd.losses import KDLoss
 
-# Gradients of at most this number of logits are computed in float64. Evenly spaced rows of a larger
-# tensor are checked.
+# Largest number of logits whose gradients are computed in float64. If a tensor has more logits, the
+# gradients of evenly spaced rows are checked.
 _MAX_CHECKED_LOGITS = {"cpu": 2**24, "cuda": 2**27}
-# float32 needs this tolerance: logits far from zero lost digits before the loss reads them.
+# Accepted relative error in float32, because logits far from 0 lost digits before the loss reads
+# the logits.
 _LEAST_TOLERANCE = 1e-5
 
 
 class Verification(NamedTuple):
-    """Hold the result of :func:`verify`; errors are relative to float64 (gradients: 2-norm)."""
+    """Hold the result of :func:`verify`.
+
+    An error is the 2-norm of the difference from float64, divided by the 2-norm in float64.
+    """
 
     agrees: bool
-    """True if loss and gradient are as accurate as eager PyTorch's, or as their dtype allows."""
+    """True if loss and gradient are as accurate as in eager PyTorch, or as the dtype allows."""
     loss_error: float
     gradient_error: float
     eager_loss_error: float | None
@@ -39,14 +43,14 @@ class Verification(NamedTuple):
     rounding_error: float
     """The error of the float64 gradient after rounding to the logits' dtype."""
     seconds: float
-    """Median time of a loss and its gradient."""
+    """Median duration of computing the loss and the gradient by fastkd."""
     eager_seconds: float | None
     speedup: float | None
     rows_checked: int
     """The number of rows whose gradients were compared; the loss was compared over all rows."""
 
     def __str__(self) -> str:
-        """Return a short table."""
+        """Return a table of errors and durations, and the verdict."""
         milliseconds = 1e3 * self.seconds, self.eager_seconds and 1e3 * self.eager_seconds
         lines = [f"{'':<16}{'fastkd':>10}{'eager PyTorch':>16}"]
         for name, ours, eager, form in (
@@ -67,7 +71,10 @@ class Verification(NamedTuple):
 
 
 def _compute_eager(rows: Call) -> Tensor:
-    """Compute the loss by PyTorch's functions, or by the reference for less common options."""
+    """Compute the loss by ``F.kl_div`` and ``F.cross_entropy``, or by :mod:`fastkd.reference`.
+
+    The reference computes options that the functions of PyTorch lack.
+    """
     o = rows.objective
     soft_labels = rows.labels is not None and rows.labels.is_floating_point()
     needs_reference = (
@@ -105,7 +112,7 @@ def verify(
     show: bool = True,
     **options: Any,
 ) -> Verification:
-    """Compare :func:`fastkd.loss` with float64 and with eager PyTorch on your tensors.
+    """Compare :func:`fastkd.loss` on your tensors with a float64 reference and eager PyTorch.
 
     The tensors are not changed and get no gradient. The function needs the memory of one gradient,
     and eager PyTorch needs a few times that memory. If eager PyTorch runs out of memory, eager
@@ -115,12 +122,12 @@ def verify(
         student: logits, as for :func:`fastkd.loss`.
         teacher: logits, or a sequence of several teachers' logits.
         labels: as for :func:`fastkd.loss`.
-        repeats: how often fastkd and eager PyTorch are timed.
-        show: True to print the result.
-        options: the options of :func:`fastkd.loss`; ``inplace`` makes no difference.
+        repeats: how often fastkd and eager PyTorch are timed. Default 10.
+        show: print the result. Default True.
+        options: the options of :func:`fastkd.loss`; ``inplace`` is ignored.
 
     Returns:
-        A :class:`Verification`; ``print`` shows it as a table, ``.agrees`` is the verdict.
+        A :class:`Verification`, whose ``agrees`` is the verdict.
 
     Raises:
         TypeError, ValueError: as :func:`fastkd.loss` does, and for ``repeats`` below 1.
@@ -202,7 +209,7 @@ def _compute_gradient(loss: Tensor, student: Tensor) -> Tensor:
 
 
 def _compute_exact(problem: Call, rows: Tensor, chunk: int) -> tuple[Tensor, Tensor]:
-    """Compute the loss of all rows and the gradient of ``rows``, in float64, by chunks of rows."""
+    """Compute the loss of all rows, and the gradient of ``rows``, in float64 and in chunks."""
     count, classes = problem.student.shape
     step = max(1, chunk // classes)
 
@@ -221,7 +228,7 @@ def _compute_exact(problem: Call, rows: Tensor, chunk: int) -> tuple[Tensor, Ten
 
 
 def _compute_error(value: Tensor, exact: Tensor) -> float:
-    """Compute ||value - exact|| / ||exact||; equal infinities, and NaN in both, have no error."""
+    """Compute ||value - exact|| / ||exact||; equal infinities have no error, nor do two NaNs."""
     value = value.detach().double().reshape(exact.shape)
     same = (value == exact) | (value.isnan() & exact.isnan())
     error = float(torch.linalg.vector_norm((value - exact).masked_fill(same, 0.0)))

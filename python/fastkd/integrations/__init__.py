@@ -1,4 +1,4 @@
-"""Use fastkd in the training loops of other libraries; each library has a module."""
+"""Use fastkd in the trainers of other libraries; each library has a module."""
 
 from fastkd.integrations import transformers
 

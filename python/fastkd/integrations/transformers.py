@@ -20,8 +20,8 @@ def causal_labels(batch: Mapping[str, Any]) -> Tensor | None:
     """Return the labels of a causal language model's batch, shifted to align with the logits.
 
     The logits at position i predict token i + 1, so labels ``(batch, length)`` are shifted left by
-    one, and the last position gets -100. If the batch has ``shift_labels``, these shifted labels
-    are returned unchanged. Pass this function to :class:`fastkd.Trainer` as ``labels=``.
+    one, and the last position gets -100. If the batch has ``shift_labels``, the function returns
+    them as int64, without a shift. Pass this function to :class:`fastkd.Trainer` as ``labels=``.
 
     Example:
         >>> import torch
@@ -44,8 +44,8 @@ class DistillationMixin:
     transformers' models, the loss is divided by ``num_items_in_batch``, the number of tokens in all
     batches of an optimizer step. With ``args.average_tokens_across_devices`` this number is summed
     over all processes. ``args.label_smoothing_factor`` smooths the labels of the hard term. The
-    student gets no labels, so it computes no loss itself. An encoder-decoder gets labels, because
-    they are its decoder's inputs.
+    student gets no labels, so that the model computes no loss. An encoder-decoder gets labels,
+    which are the inputs of its decoder.
 
     Student and teacher may be any modules that take a batch as keyword arguments. A model may
     return logits as a tensor, as the entry ``logits`` of an output, or in a tuple, as the first
@@ -57,7 +57,7 @@ class DistillationMixin:
             to the student's device.
         kd_loss: the loss, with ``reduction="mean"``, ``ignore_index=-100``, no ``normalizer`` and
             no learned parameters. Default ``KDLoss()``.
-        arguments, options: the arguments of the trainer; ``compute_loss_func`` must be None.
+        arguments, options: the trainer's arguments; ``compute_loss_func`` must be None.
 
     Raises:
         TypeError: if ``teacher`` is not a module or ``kd_loss`` is not a :class:`fastkd.KDLoss`.
@@ -93,16 +93,16 @@ class DistillationMixin:
         _check_teacher(teacher)
         super().__init__(*arguments, **options)
         _check_trainer(self, self.kd_loss)
-        # With this attribute the trainer counts tokens, instead of dividing by the batches.
+        # True makes the trainer pass num_items_in_batch, and not divide by the number of batches.
         self.model_accepts_loss_kwargs = True
-        # The trainer drops every input that is in neither the model's signature nor this list.
+        # The trainer drops an input that neither the model's signature nor label_names has.
         self.label_names = self.label_names or ["labels"]
         base = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
         config = getattr(base, "config", None)
         self._encoder_decoder = bool(getattr(config, "is_encoder_decoder", False))
-        # The trainer reads this attribute to count tokens. The trainer's value is False for causal
-        # models without "ForCausalLM" in their name, such as GPT2LMHeadModel. The count would
-        # then be too large by one token for each sequence.
+        # The trainer reads this attribute to count tokens, and sets it to False for causal models
+        # without "ForCausalLM" in their name, such as GPT2LMHeadModel. The count would then be too
+        # large by one token for each sequence.
         self._loss_shifts_labels = not self._encoder_decoder and _is_causal(base)
         self.teacher = teacher.requires_grad_(False).eval().to(self.args.device)
         self.kd_loss.to(self.args.device)
@@ -122,7 +122,6 @@ class DistillationMixin:
             arguments.pop("labels", None)
         outputs = batches.outputs(model, arguments)
         logits = _get_logits(outputs, model)
-        # Convert floating-point inputs, such as images, to the teacher's dtype.
         dtype = batches.dtype_of(self.teacher)
         arguments = batches.to(arguments, self.args.device, dtype)
         with torch.no_grad():
@@ -139,22 +138,22 @@ class DistillationMixin:
                 count = count.reshape(-1)[:1]
             options = {**options, "normalizer": count}
             if self.args.average_tokens_across_devices:
-                # Gradients are averaged over processes, but the count is summed over them.
+                # Gradients are averaged over processes, but the count is a sum over processes.
                 scale = self.accelerator.num_processes
             elif self.args.n_gpu > 1:
-                # nn.DataParallel: the trainer divided the count by the number of GPUs, but these
-                # logits come from all GPUs.
+                # With nn.DataParallel, the trainer divided the count by the number of GPUs, but
+                # the logits here come from all GPUs.
                 scale = 1 / self.args.n_gpu
         total = loss(logits, teacher, labels, **options) * scale
         if not return_outputs:
             return total
-        # The trainer takes the first item of outputs for the loss and drops it, unless they are a
-        # mapping. The first item of a tensor would be the first sample.
+        # The trainer drops the first item of outputs that are no mapping, as if the item were a
+        # loss. The first item of a tensor is the first sample.
         return total, outputs if isinstance(outputs, dict) else {"logits": logits}
 
 
 def _check_loss(kd_loss: object) -> None:
-    """Raise unless transformers.Trainer can normalize the loss and no option is learned."""
+    """Raise unless transformers.Trainer can normalize the loss, and no option requires grad."""
     if not isinstance(kd_loss, KDLoss):
         raise TypeError(f"kd_loss must be a fastkd.KDLoss; got {type(kd_loss).__name__}")
     # The trainer computes the normalizer: it counts the labels that are not -100.
@@ -172,7 +171,6 @@ def _check_loss(kd_loss: object) -> None:
 
 
 def _check_teacher(teacher: object) -> None:
-    """Raise TypeError unless the teacher is a module."""
     if isinstance(teacher, str):
         raise TypeError(
             f"teacher must be a torch.nn.Module; got the name {teacher!r}. Load it first: "
@@ -183,7 +181,7 @@ def _check_teacher(teacher: object) -> None:
 
 
 def _check_trainer(trainer: Any, kd_loss: KDLoss) -> None:
-    """Raise if the trainer has a loss function or label smoothing that conflicts with kd_loss."""
+    """Raise if the trainer has a loss function, or a label smoothing that kd_loss contradicts."""
     if getattr(trainer, "compute_loss_func", None) is not None:
         raise ValueError(
             "compute_loss_func must be None with DistillationMixin, whose loss is kd_loss; got "

@@ -1,4 +1,4 @@
-"""Compute the divergence of TRL's ``DistillationTrainer`` and ``GKDTrainer`` by fastkd.
+"""Compute the losses of TRL's ``DistillationTrainer`` and ``GKDTrainer`` by fastkd.
 
 Change one import, and nothing else::
 
@@ -6,10 +6,10 @@ Change one import, and nothing else::
     from fastkd.integrations.trl import GKDTrainer           # ... from trl.experimental.gkd import
 
 ``pip install fastkd[trl]`` installs what this module needs: TRL 1.16, the only series that is
-supported. The losses are computed from hidden states and heads, so logits as wide as the vocabulary
-exist only for a chunk of tokens. ``GKDTrainer`` makes two exceptions. The first step computes the
-logits of one sequence with each model, to check the head. An evaluation that asks for outputs
-computes all logits. Arguments, configurations and logged metrics are TRL's.
+supported. The losses are computed from hidden states and heads, so logits are in memory only for a
+chunk of tokens. ``GKDTrainer`` makes two exceptions. The first step computes the logits of one
+sequence with each model, to check the head. An evaluation that needs outputs computes all logits.
+Arguments, configurations and logged metrics are TRL's.
 
 The sum over tokens is divided as in TRL:
 
@@ -24,20 +24,20 @@ The trainers differ from TRL's in these points:
 - A logit of -inf masks its class. If student and teacher both mask a class, TRL's losses are NaN;
   here the class contributes 0.
 - TRL's ``DistillationTrainer`` computes forward and reverse KL as differences of large sums, which
-  can be negative. Here both divergences are at least 0.
+  can be negative. Here the forward and the reverse KL are at least 0.
 - TRL's ``GKDTrainer`` divides by the tokens of all processes, and then averages the gradients over
   processes, which divides again. Here the loss is multiplied by the number of processes, as TRL's
   ``SFTTrainer`` does.
 - If all tokens of an optimizer step are ignored, the loss of TRL's ``GKDTrainer`` is 0 / 0; here
   the loss is 0.
-- Logits of 16-bit hidden states are rounded to 16 bits, as by the models themselves. TRL's
-  ``DistillationTrainer`` computes such logits in float32. Both libraries continue
-  in float32.
+- Logits of 16-bit hidden states are rounded to 16 bits, as in the models. TRL's
+  ``DistillationTrainer`` computes logits in float32. Both fastkd and TRL compute the divergence of
+  these logits in float32.
 - If the teacher's head has more classes than the student's, TRL's ``DistillationTrainer`` drops
   the extra classes without renormalizing. Here different numbers of classes are an error.
 
-``GKDTrainer`` keeps TRL's ``num_items_in_batch`` with ``lmbda > 0`` and ``seq_kd``: the number of
-tokens in the data set's completions, not in the generated ones.
+With ``lmbda > 0`` or ``seq_kd``, ``GKDTrainer`` divides as TRL does: by the number of tokens in the
+data set's completions, not by the number of generated tokens.
 """
 
 from __future__ import annotations
@@ -75,8 +75,9 @@ def chunked_divergence_loss(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Compute the generalized Jensen-Shannon divergence of two heads, with TRL's arguments.
 
-    The function replaces ``_chunked_divergence_loss`` of ``trl.trainer.distillation_trainer``. With
-    p the teacher, q the student and m = beta p + (1 - beta) q, the loss of a token is
+    The function replaces ``_chunked_divergence_loss`` of ``trl.trainer.distillation_trainer``. Let
+    p be the teacher's distribution, q the student's distribution, and m = beta p + (1 - beta) q.
+    The loss of a token is
 
     - beta = 0: KL(p || q), the forward KL;
     - 0 < beta < 1: beta KL(p || m) + (1 - beta) KL(q || m);
@@ -143,12 +144,12 @@ def _gather(*parameters: Tensor | None) -> AbstractContextManager[Any]:
 def _make_head(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None, scale: float
 ) -> losses.Head:
-    """Return a head of gathered tensors, cast to the hidden state's dtype unless autocast is on."""
+    """Make a head of gathered tensors, cast to the dtype of ``hidden`` unless autocast is on."""
 
     def convert(parameter: Tensor) -> Tensor:
         if hasattr(parameter, "full_tensor"):  # a DTensor, under FSDP2
             parameter = parameter.full_tensor()
-        # Under autocast the loss casts, and sums the gradient in the parameter's dtype.
+        # Under autocast, the loss casts the parameter, and sums its gradient in its own dtype.
         if torch.is_autocast_enabled(hidden.device.type):
             return parameter
         return parameter.to(hidden.dtype)
@@ -179,16 +180,16 @@ class _Distillation:
 
 
 class _GKD:
-    """Run TRL's ``GKDTrainer`` with :func:`chunked_divergence_loss`, without tensors of all logits.
+    """Run TRL's ``GKDTrainer`` with :func:`chunked_divergence_loss`, a chunk of logits at a time.
 
     Arguments and configuration are those of ``trl.experimental.gkd.GKDTrainer`` (TRL 1.16). Student
     and teacher must be causal language models of transformers. Logits must be the product of the
     last hidden state and an ``nn.Linear``, scaled and soft-capped as the model's configuration
     says. The first step computes all logits of the batch's first sequence, to check this condition.
-    Later, all logits exist only if evaluation asks for them, for instance by ``compute_metrics``.
+    Later, all logits exist only if evaluation needs them, for instance for ``compute_metrics``.
 
     Raises:
-        ValueError: in the first step, if the logits of a model are not this product.
+        ValueError: in the first step, if the logits of a model are not such a product.
 
     Example:
         >>> def distill(student, teacher, args, data, tokenizer):
@@ -252,7 +253,7 @@ class _GKD:
 
 
 def _call_inside(wrapper: nn.Module, module: nn.Module, function: Any, *arguments: Any) -> Any:
-    """Call a function inside the forward of the wrapper around a module.
+    """Call ``function`` inside the forward of ``wrapper``, in place of the module's forward.
 
     The wrapper (DDP, FSDP, DeepSpeed) then prepares the module's parameters as in a forward pass.
     """
@@ -261,13 +262,13 @@ def _call_inside(wrapper: nn.Module, module: nn.Module, function: Any, *argument
 
 
 def _compute_hidden(model: Any, tokens: Mapping[str, Tensor]) -> Tensor:
-    """Return the input of the head, ``(batch, length, width)``."""
+    """Compute the hidden states that are the head's input, ``(batch, length, width)``."""
     base = model.get_base_model() if hasattr(model, "peft_config") else model
     return base.base_model(**tokens, use_cache=False).last_hidden_state  # type: ignore[no-any-return]
 
 
 def _make_head_arguments(model: Any, owner: str) -> dict[str, Any]:
-    """Return the arguments of ``chunked_divergence_loss`` for a head, in ``_make_head``'s order."""
+    """Return the arguments of ``chunked_divergence_loss`` for a head, ordered as in _make_head."""
     head, config = model.get_output_embeddings(), model.config.get_text_config()
     return {
         f"{owner}_lm_head_weight": head.weight,
@@ -278,7 +279,7 @@ def _make_head_arguments(model: Any, owner: str) -> dict[str, Any]:
 
 
 def _get_logit_scale(config: Any) -> float:
-    """Return the factor of a model's logits, from the configuration fields that TRL reads."""
+    """Return the factor of a model's logits from the fields of the configuration that TRL reads."""
     for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):
         scale = getattr(config, name, None)
         if scale is not None:
@@ -291,7 +292,7 @@ def _get_logit_scale(config: Any) -> float:
 
 @torch.no_grad()
 def _check_head(model: Any, tokens: Mapping[str, Tensor]) -> None:
-    """Raise ValueError unless the head gives the logits that the model itself computes."""
+    """Raise ValueError unless the last hidden state and the head give the model's logits."""
     name, head = type(model).__name__, model.get_output_embeddings()
     if not isinstance(head, nn.Linear):
         raise ValueError(
@@ -306,7 +307,7 @@ def _check_head(model: Any, tokens: Mapping[str, Tensor]) -> None:
     arguments = _make_head_arguments(model, "any").values()
     with _gather(head.weight, head.bias):
         logits = _make_head(hidden, *arguments).logits().to(expected.dtype)
-    tolerance = 0.01 * expected.abs().max().item()  # above rounding errors, also those of bfloat16
+    tolerance = 0.01 * expected.abs().max().item()  # larger than rounding errors of bfloat16
     if logits.shape != expected.shape or not torch.allclose(logits, expected, 0.0, tolerance):
         raise ValueError(
             f"the logits of {name} are not its last hidden state times its output embeddings, with "

@@ -1,4 +1,4 @@
-"""Check the arguments of a call whose student is a head, and convert them to a ``LinearCall``."""
+"""Check the arguments of a call whose student is a Head; convert them to a ``LinearCall``."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _LOGITS_OPTIONS = ("teacher_form", "teacher_weights", "ensemble", "dim", "inplac
 def prepare_heads(
     student: Head, teacher: Teacher, labels: Tensor | None, options: Options, with_terms: bool
 ) -> tuple[Inputs, LinearCall]:
-    """Check all arguments and flatten the rows; the chunks are not chosen yet."""
+    """Check all arguments and flatten the rows; ``chunk`` and ``by_classes`` are not chosen yet."""
     device, lead = student.hidden.device, student.hidden.shape[:-1]
     _check_head(student, "student", device)
     check_options_are_default(options, _LOGITS_OPTIONS, "a Head as student")
@@ -39,7 +39,8 @@ def prepare_heads(
             f"{type(teacher).__name__}"
         )
     dtype = _get_logits_dtype(student.hidden)
-    # Labels, options and lists are checked against a stand-in for the logits of zero strides.
+    # prepare() checks labels, options and lists against logits, in whose place a tensor with
+    # strides of 0 takes no memory.
     logits = torch.empty((), dtype=dtype, device=device).expand(*lead, len(student.weight))
     stand_in = logits if isinstance(teacher, Head) else teacher
     checked = prepare(logits, stand_in, labels, options._replace(chunks="auto"))
@@ -137,7 +138,7 @@ def _check_head(head: Head, owner: str, device: torch.device) -> None:
 
 
 def _check_teacher_head(student: Head, teacher: Head) -> None:
-    """Raise unless the teacher's head has the student's rows and classes and needs no gradient."""
+    """Raise unless the teacher's head has the student's rows and classes, and needs no gradient."""
     _check_head(teacher, "teacher", student.hidden.device)
     for name, student_size, teacher_size in (
         ("classes", student.weight.shape[:1], teacher.weight.shape[:1]),
@@ -153,12 +154,12 @@ def _check_teacher_head(student: Head, teacher: Head) -> None:
 
 
 def _get_autocast_dtype(device: torch.device) -> torch.dtype | None:
-    """Return the dtype of autocast, or None if it is off; the meta device stands for CUDA."""
+    """Return the dtype of autocast, or None if autocast is off; "meta" counts as CUDA."""
     kind = "cuda" if device.type == "meta" else device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
 
 
 def _get_logits_dtype(hidden: Tensor) -> torch.dtype:
-    """Return the dtype of a head's logits: autocast's, if on and ``hidden`` is not float64."""
+    """Return the dtype of autocast if it is on and ``hidden`` is not float64, else hidden.dtype."""
     autocast = _get_autocast_dtype(hidden.device)
     return hidden.dtype if autocast is None or hidden.dtype is torch.float64 else autocast

@@ -1,4 +1,4 @@
-"""Define a checked call of the loss of heads, its results, and helpers of the two chunk loops."""
+"""Define a checked call whose student is a Head, its results, and helpers of the chunk loops."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fastkd.linear import products
 
 
 class Inputs(NamedTuple):
-    """Hold the tensors of a call: rows flattened, classes last."""
+    """Hold the tensors of a call, with flattened rows."""
 
     hidden: Tensor
     weight: Tensor
@@ -35,22 +35,22 @@ class Inputs(NamedTuple):
     soft_weight: Tensor | None
     class_weight: Tensor | None
     denominator: Tensor | None
-    """The divisor of a mean."""
+    """The divisor of the loss if the reduction is "mean"."""
     grad_rows: Tensor | None
-    """The factor of each row's gradient: ``grad_output`` if the reduction is "none"."""
+    """The factor of each row's gradient: the ``grad_output`` of the reduction "none"."""
 
 
 OUTPUTS_OF_ROWS = ("hidden", "teacher_hidden", "teacher_logits", "topk_indices", "topk_log_probs")
-"""Fields of ``Inputs`` of shape ``(rows, n)``."""
+"""Fields of ``Inputs`` of shape ``(rows, n)``, where n is a width, the number of classes, or k."""
 _ROW_FIELDS = (*OUTPUTS_OF_ROWS, "labels", *PER_ROW_OPTIONS, "grad_rows")
 
 
 class LinearCall(NamedTuple):
-    """Hold the numbers and names of a call, in the order of the op's schema (loss.py)."""
+    """Hold the arguments of a call that are no tensors, in the order of the op's schema."""
 
     temperature: float
     teacher_temperature: float | None
-    """None: the student's temperature."""
+    """None if equal to the student's temperature."""
     hard_weight: float
     soft_weight: float
     ignore_index: int
@@ -68,12 +68,12 @@ class LinearCall(NamedTuple):
     student_scale: float
     teacher_scale: float
     dtype: torch.dtype
-    """The dtype of the student's logits: autocast's dtype, or that of the student's head."""
+    """The dtype of the student's logits: autocast's dtype, or the dtype of the hidden states."""
     teacher_dtype: torch.dtype
     accumulate: torch.dtype
     """The dtype in which the gradient of the weight is summed."""
     chunk: int
-    """Rows of a chunk, or, if ``by_classes``, the largest number of classes."""
+    """Largest number of rows of a chunk, or, if ``by_classes``, largest number of classes."""
     by_classes: bool
     hidden_grad: bool
     weight_grad: bool
@@ -82,14 +82,14 @@ class LinearCall(NamedTuple):
 
     @property
     def has_grads(self) -> bool:
-        """Return True if any gradient is asked for."""
+        """Return True if any tensor of the student's head needs a gradient."""
         return self.hidden_grad or self.weight_grad or self.bias_grad
 
 
 def is_mean_division_deferred(call: LinearCall) -> bool:
     """Return True if backward divides the gradients by the denominator of a float16 mean.
 
-    A division in the forward pass would make gradients underflow.
+    A division in the forward pass would make float16 gradients underflow.
     """
     # Dynamo of torch 2.10 cannot trace a property of LinearCall with dynamic sizes.
     return call.reduction == "mean" and call.dtype is torch.float16
@@ -126,10 +126,10 @@ def make_heads(inputs: Inputs, call: LinearCall) -> tuple[Head, Head | None]:
 
 
 class Outputs(NamedTuple):
-    """Hold the results of a call; gradients that are not asked for are empty."""
+    """Hold the results of a call; a gradient that is not needed is an empty tensor."""
 
     loss: Tensor
-    """The loss, or, with terms, all terms stacked."""
+    """The loss, or all terms stacked if ``LinearCall.with_terms``."""
     hidden: Tensor
     weight: Tensor
     """The gradient of the weight, in the dtype ``LinearCall.accumulate``."""
@@ -138,12 +138,12 @@ class Outputs(NamedTuple):
 
 
 def promote_loss_dtype(*dtypes: torch.dtype) -> torch.dtype:
-    """Return the dtype of a loss whose logits have these dtypes."""
+    """Return the dtype of a loss of logits with ``dtypes``: float64 or float32."""
     return torch.float64 if torch.float64 in dtypes else torch.float32
 
 
 def allocate_outputs(inputs: Inputs, call: LinearCall) -> Outputs:
-    """Allocate the results of a call."""
+    """Allocate the loss and the gradients that a call needs."""
     hidden, weight = inputs.hidden, inputs.weight
     acc = promote_loss_dtype(call.dtype, call.teacher_dtype)
     fields = len(reference.Terms._fields)
@@ -162,8 +162,8 @@ def allocate_outputs(inputs: Inputs, call: LinearCall) -> Outputs:
 def find_counted_rows(labels: Tensor | None, ignore_index: int) -> Tensor | None:
     """Return the indices of the rows that are not ignored, or None to compute all rows.
 
-    All rows are computed if no row is ignored, if labels are None or probabilities, or during the
-    capture of a CUDA graph. Counting rows synchronizes with the GPU, which a capture forbids.
+    All rows are computed if no row is ignored, or if labels are None or probabilities. The capture
+    of a CUDA graph also computes all rows, because a capture forbids synchronization.
     """
     if labels is None or labels.is_floating_point():
         return None
@@ -174,7 +174,7 @@ def find_counted_rows(labels: Tensor | None, ignore_index: int) -> Tensor | None
 
 
 def select_rows(inputs: Inputs, index: slice | Tensor) -> Inputs:
-    """Return the inputs with the rows at ``index`` alone."""
+    """Return ``inputs`` with only the rows at ``index``."""
     values = {name: getattr(inputs, name) for name in _ROW_FIELDS}
     has_rows = {name: x for name, x in values.items() if x is not None and x.dim()}
     return inputs._replace(**{name: x[index] for name, x in has_rows.items()})
@@ -183,7 +183,7 @@ def select_rows(inputs: Inputs, index: slice | Tensor) -> Inputs:
 def make_call(
     student: Tensor, teacher: Tensor | None, part: Inputs, objective: Objective, call: LinearCall
 ) -> Call:
-    """Make a chunk's call of the loss for logits; the teacher is sparse if ``teacher`` is None."""
+    """Make the call for the logits of a chunk; if ``teacher`` is None, the teacher is sparse."""
     dtype = promote_loss_dtype(call.dtype, call.teacher_dtype)
     if teacher is not None:
         return Call(student, (teacher,), part.labels, objective, dtype)
@@ -213,7 +213,8 @@ def add_gradients(
 ) -> None:
     """Add a chunk's part to the gradients of weight and bias; with ``first``, overwrite them.
 
-    If rows have factors, the caller must multiply the sums by ``power`` (:func:`compute_power`).
+    If ``power`` (:func:`compute_power`) is not None, the parts are divided by ``power``, and the
+    caller must multiply the sums by ``power``.
     """
     hidden, ones = part.hidden.to(call.dtype), grad.new_ones(len(grad), 1)
     if part.grad_rows is not None and power is not None:

@@ -22,7 +22,8 @@ __all__ = ["Plan", "plan"]
 
 _TYPICAL_ROWS = 4096
 _REFERENCE_LOGITS = 24
-"""Upper bound on logits-sized tensors saved by autograd for an unfused loss."""
+"""Upper bound on the number of logits-sized tensors that autograd saves for a loss without a
+kernel."""
 
 
 def __dir__() -> list[str]:
@@ -50,8 +51,8 @@ def plan(
 
     A plan depends on the shapes, dtypes and device of the tensors, on which tensors require grad,
     on autocast, and on the options of the loss. The function computes no logits. A plan serves
-    every call that agrees in these properties and has no more rows than the plan. Without a GPU, or
-    before the tensors exist, pass tensors on the meta device: the plan is then for a GPU.
+    later calls that differ only in their data, or that have fewer rows. Without a GPU, or before
+    the tensors exist, pass tensors on the meta device: the plan is then for a GPU.
 
     By default there is one chunk of rows if its logits fit in 2 GiB on a GPU or 48 MiB on a CPU.
     Otherwise the plan has the fewest chunks of equal size that fit.
@@ -61,7 +62,7 @@ def plan(
         max_workspace: bound for ``peak_bytes``, the memory in use beyond the inputs, which includes
             the gradients. If the bound leaves room for only a few rows at a time, the plan has
             chunks of classes. Chunks of classes compute the logits twice, and need little memory
-            besides the gradients. Default None: the bounds above.
+            besides the gradients. Default None: 2 GiB or 48 MiB of logits, as above.
         chunk_by: ``"rows"``, ``"classes"``, or ``"auto"``: chunks of rows unless ``max_workspace``
             is too small for them. docs/linear.md lists the options that chunks of classes support.
             Default ``"auto"``.
@@ -132,7 +133,7 @@ def check_plan(chunks: object) -> None:
 
 
 def choose_plan(chunks: Plan | Literal["auto"], inputs: Inputs, call: LinearCall) -> Plan:
-    """Return the plan of a call: ``chunks``, checked, or a new plan for ``"auto"``."""
+    """Return ``chunks`` if it is a plan that fits the call, or a new plan for ``"auto"``."""
     check_plan(chunks)
     if not isinstance(chunks, Plan):
         return plan_sizes(make_sizes(inputs, call))
@@ -162,8 +163,8 @@ def make_sizes(inputs: Inputs, call: LinearCall) -> Sizes:
     if inputs.topk_indices is None:
         is_fused = dispatch.is_fused(inputs.hidden, labels, make_objective(inputs, call))
     else:
-        # A chunk has the student's logits, their gradient, and two lists of at most 8 bytes an
-        # entry. The kernel needs a copy of both lists.
+        # A chunk has the student's logits, their gradient, two lists of at most 8 bytes an entry,
+        # and the kernel's copies of the two lists.
         is_fused, teacher_dtype = (
             topk.is_fused(inputs.hidden, make_objective(inputs, call)),
             call.dtype,
@@ -194,11 +195,11 @@ def make_sizes(inputs: Inputs, call: LinearCall) -> Sizes:
 
 
 def _count_rows(hidden: Tensor) -> int:
-    """Return the number of rows, or a typical number if a trace does not know the number."""
+    """Return the number of rows, or ``_TYPICAL_ROWS`` if a trace does not know the number."""
     rows = hidden.shape[0]
     if not autograd.is_traced():
         return rows
-    # A trace does not know the number of rows that a boolean mask selects.
+    # A trace does not know, for example, how many rows a boolean mask selects.
     from torch.fx.experimental.symbolic_shapes import statically_known_true
 
     return rows if statically_known_true(rows > 0) else _TYPICAL_ROWS

@@ -3,8 +3,8 @@
 Each chunk has some classes of all rows. One matrix product completes the chunk's rows of the
 weight's gradient, without a sum over chunks. The loss of a row is known only after all classes, so
 two passes compute the logits. The first pass gives the loss and the statistics of the rows
-(class_statistics.py), and the second pass gives the gradients. If they fit, the logits of a chunk
-lie in the part of the weight's gradient that is not written yet (``planner.divide_classes``).
+(class_statistics.py), and the second pass gives the gradients. Logits of a chunk lie in the
+unwritten part of the weight's gradient if that part is large enough (``planner.divide_classes``).
 """
 
 from __future__ import annotations
@@ -64,14 +64,14 @@ def list_missing_features(inputs: Inputs, call: LinearCall) -> list[str]:
 
 
 class _Loop:
-    """Compute loss and gradients of rows that are not ignored, in two passes over the classes."""
+    """Compute loss and gradients in two passes over the classes, without ignored rows."""
 
     def __init__(
         self, inputs: Inputs, call: LinearCall, weight_grad: Tensor, counted: Tensor | None
     ) -> None:
-        """Select the rows that are not ignored; ``weight_grad`` may be empty."""
+        """Select the rows at ``counted`` (None: all rows); ``weight_grad`` may be empty."""
         self.call, self.counted, self.teacher_logits = call, counted, inputs.teacher_logits
-        if counted is not None:  # the teacher's logits are selected chunk by chunk
+        if counted is not None:  # chunks() selects the rows of the teacher's logits
             inputs = select_rows(inputs._replace(teacher_logits=None), counted)
         inputs = inputs._replace(hidden=inputs.hidden.to(call.dtype))
         if inputs.teacher_hidden is not None:
@@ -92,10 +92,10 @@ class _Loop:
         )
 
     def chunks(self, *, writes: bool) -> Iterator[tuple[slice, Call, Tensor | None]]:
-        """Yield the logits of all classes, chunk by chunk; the next chunk overwrites the memory.
+        """Yield a chunk's classes, the call for their logits, and the soft cap's derivative.
 
-        Each item has the chunk's classes, the call of the loss for their logits, and the derivative
-        of the student's soft cap. The logits of the call end with ``PADDING`` masked classes.
+        The next chunk overwrites the logits. The call's logits end with ``PADDING`` masked classes.
+        ``writes``: the caller writes the gradients of each chunk.
         """
         call, inputs, rows = self.call, self.inputs, len(self.inputs.hidden)
         for start, size, is_inside in divide_classes(
@@ -126,12 +126,12 @@ class _Loop:
                 values[:, size:] = -math.inf
             labels, objective = inputs.labels, self.objective._replace(ignore_index=-1)
             if labels is not None:
-                # Labels become positions in the chunk. A label outside the chunk becomes the first
-                # masked class.
+                # A label becomes its position in the chunk, or, if it lies outside the chunk, the
+                # position of the first masked class.
                 positions = (labels - start).where(
                     (labels >= start) & (labels < start + size), size
                 )
-                # The capture of a CUDA graph does not remove ignored rows, so they are labeled -1.
+                # Ignored rows, which remain under the capture of a CUDA graph, get the label -1.
                 labels = positions.masked_fill(labels == call.ignore_index, -1)
             chunk = inputs._replace(labels=labels)
             yield part, make_call(buffers[0], buffers[1], chunk, objective, call), slope
@@ -149,15 +149,15 @@ class _Loop:
                 label_logits = core.student.gather(1, positions).squeeze(1)
             rows.add(divergence, stats, label_logits)
         labels = self.inputs.labels
-        if labels is not None:  # labels on a GPU are checked only here
+        if labels is not None:  # no earlier check reads labels on a GPU
             is_class = (labels >= 0) & (labels < len(self.inputs.weight))
             rows.invalidate(~is_class & (labels != self.call.ignore_index))
         return rows
 
     def write_gradients(self, stats: Tensor, out: Outputs, power: Tensor | None) -> None:
-        """Run the second pass over the classes, which writes the gradients.
+        """Run the second pass over the classes, which writes the gradients to ``out``.
 
-        ``out.hidden`` has the rows that are not ignored, in the dtype of the sum.
+        ``out.hidden`` has only rows that are not ignored, in the dtype of the sum over chunks.
         """
         call = self.call
         for part, core, slope in self.chunks(writes=True):
@@ -181,9 +181,10 @@ def _select_classes(head: Head, part: slice) -> Head:
 def run(inputs: Inputs, call: LinearCall, counted: Tensor | None, power: Tensor | None) -> Outputs:
     """Compute the loss and its gradients for a grad_output of 1.
 
-    At least one row must not be ignored. If ``is_mean_division_deferred()``, the caller must divide
-    the gradients by the denominator. The caller must multiply the gradients of weight and bias by
-    ``power``, unless it is None.
+    At least one row must not be ignored. ``counted``: the indices of the rows that are not ignored,
+    or None for all rows. If ``is_mean_division_deferred()``, the caller must divide the gradients
+    by the denominator. If ``power`` is not None, the caller must multiply the gradients of weight
+    and bias by ``power``.
     """
     out = allocate_outputs(inputs, call._replace(hidden_grad=False))
     loop = _Loop(inputs, call, out.weight, counted)

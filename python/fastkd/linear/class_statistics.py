@@ -1,12 +1,10 @@
 """Combine the statistics of parts of a row's classes into the row's statistics and loss.
 
 For a part of the classes, the kernels return the sums of exponentials and the divergence, as if
-there were no other classes. Sums of parts are added once they are relative to one maximum.
-Divergences of parts combine by the chain rule (docs/maths.md, section 14). The divergence of all
-classes is the divergence between the parts, plus the mean of the divergences within the parts. The
-mean weighs each part by the teacher's probability of the part, or, for the reverse KL, by the
-student's probability. The formula for the divergence between parts does not cancel. Arithmetic is
-float64, on a few numbers for each row.
+there were no other classes. The chain rule (docs/maths.md, section 14) combines divergences: the
+divergence of all classes is the divergence between the parts, plus the mean of the divergences
+within the parts. The mean weighs each part by the teacher's probability of the part, or, for the
+reverse KL, by the student's probability. The arithmetic of this module is float64.
 """
 
 from __future__ import annotations
@@ -29,11 +27,11 @@ class RowStatistics:
     """Accumulate the statistics of rows over parts of the classes."""
 
     def __init__(self, rows: int, objective: Objective, like: Tensor) -> None:
-        """Start with no class; ``like`` has the dtype and device of the kernel's statistics."""
+        """Start without classes; ``like`` has the dtype and device of the kernels' statistics."""
         o = self.objective = objective
         self.like = like
-        # The factors of the exponents are rounded as in the kernels. A number divided by a tensor
-        # would be rounded twice.
+        # The factors log2(e) / temperature of the exponents are rounded once, as in the kernels. A
+        # Python number divided by a tensor would be rounded twice.
         self.hard_slope = torch.full_like(like, _LOG2E)
         self.student_slope, self.teacher_slope = (
             self.hard_slope / (t.to(like) if isinstance(t, Tensor) else torch.full_like(like, t))
@@ -41,14 +39,15 @@ class RowStatistics:
         )
         lowest = like.new_full((rows,), -math.inf)
         self.student_top, self.teacher_top = lowest, lowest
-        # These are log2 of the sums of exp(z / t), exp(z) and exp(w / t), where z are the student's
-        # logits, w the teacher's, and t the temperature of each.
+        # The masses are log2 of the sums of exp(z / t), exp(z) and exp(w / u). Here z are the
+        # student's logits, t the student's temperature, w the teacher's logits, and u the teacher's
+        # temperature.
         self.student_mass = self.hard_mass = self.teacher_mass = lowest.double()
         self.divergence = torch.zeros_like(self.student_mass)
         self.label_logit = lowest.double()
 
     def add(self, within: Tensor, stats: Tensor, label_logits: Tensor | None) -> None:
-        """Add a part of the classes: the kernel's divergence ``within`` the part, and statistics.
+        """Add a part of the classes, from the kernels' divergence (``within``) and statistics.
 
         ``label_logits``: the student's logits of the labels; -inf for labels outside the part.
         """
@@ -94,27 +93,27 @@ class RowStatistics:
         return loss.to(self.like.dtype)
 
     def stats(self, scale: Tensor, has_labels: bool) -> Tensor:
-        """Return the statistics that the kernel for the gradient takes (Stat in kernels.h).
+        """Return the statistics that the gradient's kernel takes (Stat in csrc/kernels.h).
 
-        ``scale`` multiplies the gradient.
+        ``scale``: a factor of the gradient.
         """
         zeros = torch.zeros_like(self.student_mass)
         student = (self.student_top.double() * self.student_slope - self.student_mass).exp2()
         hard = (self.student_top.double() * self.hard_slope - self.hard_mass).exp2()
         teacher = (self.teacher_top.double() * self.teacher_slope - self.teacher_mass).exp2()
-        # The sum of slopes is the divergence for the reverse KL, and 0 for other divergences.
+        # kSlopeSum of csrc/kernels.h is the divergence for the reverse KL, else 0.
         slopes = self.divergence if self.objective.divergence == "reverse_kl" else zeros
         students = [self.student_top, student, hard if has_labels else zeros]
-        # The zeros stand for the number of classes, which only a mean over classes needs.
+        # The last zeros stand for kClassCount, which the divergences in DIVERGENCES do not need.
         rows = [*students, self.teacher_top, teacher, slopes, zeros, scale.reshape(1)]
         return torch.cat([row.to(self.like.dtype) for row in rows])
 
 
 def _combine(divergence: str, student: Tensor, teacher: Tensor, within: Tensor) -> Tensor:
-    """Return the divergence of two parts of the classes, taken together.
+    """Return the divergence of the union of two parts of the classes.
 
-    ``student``, ``teacher``: log2 of the probabilities of each part, ``(2, rows)``. ``within``: the
-    divergences within each part.
+    ``student``, ``teacher``: log2 of the probability of each part, ``(2, rows)``. ``within``: the
+    divergence within each part, ``(2, rows)``.
     """
     q, p = student.exp2().nan_to_num(0.0), teacher.exp2().nan_to_num(0.0)
     log_ratio = _LN2 * (teacher - student)

@@ -1,4 +1,4 @@
-"""Compute the loss of a Head student in chunks of logits: plan, loop, op and derivatives."""
+"""Compute the loss of a Head student in chunks of logits, and differentiate the loss."""
 
 from __future__ import annotations
 
@@ -53,13 +53,13 @@ def compute(
 def compute_routed(
     student: Head, teacher: Routed, labels: Tensor | None, options: Options, with_terms: bool
 ) -> Tensor:
-    """Compute the loss with one teacher for each row, by one call for the rows of each teacher."""
+    """Compute the loss with a Routed teacher by one call for the rows of each teacher."""
     check_head(student, "student")
     lead, device = student.hidden.shape[:-1], student.hidden.device
     rows_of = find_teacher_rows(teacher, lead, device)
     if options.class_weight is not None:
         raise ValueError("class_weight must be None with a Routed teacher; got a tensor")
-    logits = student.hidden[..., :1]  # a stand-in for the logits: only its rows are read
+    logits = student.hidden[..., :1]  # shift_labels() reads only the shape of the rows
     if options.shift:
         _, labels, options = shift_labels(logits, None, labels, options)
     counted = torch.ones(lead, dtype=torch.bool, device=device)
@@ -71,7 +71,7 @@ def compute_routed(
     for each, rows in zip(teacher.teachers, rows_of, strict=True):
 
         def select_rows(value: Tensor, trailing: int, rows: Tensor = rows) -> Tensor:
-            """Return the teacher's rows of ``value``; ``trailing``: dimensions after the rows."""
+            """Return the teacher's rows; ``trailing``: the number of dimensions after the rows."""
             return value.reshape(-1, *value.shape[value.dim() - trailing :])[rows]
 
         teacher_part: Any = (
@@ -102,7 +102,7 @@ def compute_routed(
 
 
 def _compute_in_chunks(inputs: Inputs, call: LinearCall) -> Outputs:
-    """Run the loop over chunks; while operations are traced, call it as a single op."""
+    """Run the loop over chunks; while operations are traced, call the op ``linear_loss``."""
     if autograd.is_traced():
         return Outputs(*torch.ops.fastkd.linear_loss(list(inputs), *call))
     return _run(inputs, call)
@@ -130,10 +130,7 @@ def _run(inputs: Inputs, call: LinearCall) -> Outputs:
 
 
 def _compute_by_operations(inputs: Inputs, call: LinearCall) -> Tensor:
-    """Compute the loss, or all terms, by differentiable operations on all rows at once.
-
-    Second derivatives and function transforms need this function.
-    """
+    """Compute the loss, or all terms stacked, by differentiable operations on all rows at once."""
     with torch.autocast(inputs.hidden.device.type, enabled=False):
         labels, teacher = inputs.labels, inputs.teacher_logits
         student_head, teacher_head = make_heads(inputs, call)
@@ -152,28 +149,27 @@ def _cast(head: Head, dtype: torch.dtype) -> Head:
 
 
 class _LinearLoss(torch.autograd.Function):
-    """Compute the loss in chunks; forward computes the gradients unless reduction is "none"."""
+    """Compute the loss in chunks, and its gradients in forward unless the reduction is "none"."""
 
     @staticmethod
     def forward(ctx: Any, call: LinearCall, *tensors: Tensor | None) -> Any:
-        """Compute the loss or all terms; ``tensors`` are the fields of ``Inputs``."""
+        """Compute the loss, or all terms stacked; ``tensors`` are the fields of ``Inputs``."""
         inputs = Inputs(*tensors)  # type: ignore[arg-type]
         in_backward = call.reduction == "none"
         no_grads = call._replace(hidden_grad=False, weight_grad=False, bias_grad=False)
         out, *grads = _compute_in_chunks(inputs, no_grads if in_backward else call)
         ctx.call = call
         ctx.save_for_backward(*tensors)
-        # Saved tensors must not change, and backward scales the gradients in place.
+        # save_for_backward() forbids changes, and backward scales the gradients in place.
         ctx.grads = None if in_backward else tuple(grads)
         return out
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> Any:
-        """Compute the gradients of hidden states, weight and bias."""
         call, inputs = ctx.call, Inputs(*ctx.saved_tensors)
         wanted = (call.hidden_grad, call.weight_grad, call.bias_grad)
         others = [None] * len(inputs[3:])
-        if call.with_terms:  # only the loss has a gradient; it is the first term
+        if call.with_terms:  # only the first term, the loss, has a gradient
             grad_output, call = grad_output[0], call._replace(with_terms=False)
         if autograd.is_formula_needed(grad_output):
             leaves = [t for t, want in zip(inputs, wanted, strict=False) if want and t is not None]
@@ -205,7 +201,7 @@ class _LinearLoss(torch.autograd.Function):
 
 
 def _scale_gradient(grad: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """Return scale * grad in ``dtype``; the memory of ``grad`` may be overwritten."""
+    """Return scale * grad in ``dtype``; ``grad`` may be overwritten."""
     if scale is None:
         return grad.to(dtype)
     if autograd.is_traced():
@@ -221,7 +217,7 @@ _AUTOGRAD_KEYS = ("AutogradFunctionality", "ADInplaceOrView", "AutogradCPU", "Au
 
 
 def _run_op(inputs: list[Tensor | None], *call: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Run the loop with autograd, which the dispatcher turned off and a chunk's loss needs."""
+    """Run the loop with autograd, which a chunk's loss needs and the dispatcher turned off."""
     tensors, numbers = Inputs(*inputs), LinearCall(*call)  # type: ignore[arg-type]
     has_teacher = tensors.teacher_logits is not None or tensors.teacher_hidden is not None
     if numbers.chunk < 1 or (numbers.by_classes and not has_teacher):

@@ -1,4 +1,4 @@
-"""Choose how many logits of a call exist at a time, from sizes alone.
+"""Choose how many logits of a Head are in memory at a time, from sizes alone.
 
 The functions read no tensor and no device, so equal sizes give equal plans on all machines.
 """
@@ -15,39 +15,42 @@ from fastkd.linear import products
 
 MIB = 2**20
 LOGITS_BYTES = {"cuda": 2048 * MIB, "cpu": 48 * MIB}
-"""Bound for the logits of student and teacher in a chunk of rows, without ``max_workspace``. Matrix
-products of 2048 rows on a GPU, or 256 on a CPU, are about as fast per row as larger products."""
+"""Bound, in bytes, for the logits of student and teacher in a chunk of rows, if there is no
+``max_workspace``. Matrix products of 2048 rows on a GPU, or 256 rows on a CPU, are about as fast
+per row as larger products."""
 LEAST_ROWS = {"cuda": 512, "cpu": 128}
-"""Fewest rows of a chunk without ``max_workspace``. Even a chunk of one row reads both weights and
-adds to the complete gradient of the weight."""
+"""Fewest rows of a chunk if there is no ``max_workspace``. The bound limits the number of chunks:
+each chunk reads both weights and adds to the complete gradient of the student's weight."""
 FEW_ROWS = {"cuda": 256, "cpu": 32}
-"""Chunks of fewer rows take longer than chunks of classes, which compute the logits twice."""
+"""Chunks of fewer rows take longer than chunks of classes, although the latter compute the logits
+twice."""
 CLASSES = {"cuda": 8192, "cpu": 4096}
-"""Most classes of a chunk of classes."""
+"""Most classes of a chunk of classes, by default."""
 PADDING = 8
-"""Masked classes at the end of each row of a chunk of classes: 16 bytes or more, to align rows."""
-ALIGNMENT = 256
+"""Masked classes at the end of each row in a chunk of classes. A label outside the chunk becomes
+the first masked class. 8 classes keep rows of 16-bit logits aligned to 16 bytes."""
+ALIGNMENT = 256  # bytes; each buffer of logits begins at a multiple of ALIGNMENT in its memory
 _FEWEST_CLASSES = 64
-"""Size of the smallest chunks of classes; their logits may lie outside the weight's gradient."""
+"""Classes of the smallest chunk, whose logits may lie outside the weight's gradient."""
 _MULTIPLE = 64
-"""Large chunks have a multiple of this number of rows or classes: a tile of matrix products."""
+"""Larger chunks have a multiple of this number of rows or classes, a tile of matrix products."""
 _ROW_STATISTICS_BYTES = 128
-"""Bytes of the losses, labels and statistics of a row in the loop over chunks of classes."""
+"""Bytes of the loss, label and statistics of a row in the loop over chunks of classes."""
 
 ChunkBy = Literal["auto", "rows", "classes"]
 
 
 class Plan(NamedTuple):
-    """Hold the chunks of a call, as :func:`fastkd.chunks.plan` chooses; ``print`` shows them."""
+    """Hold the chunks that :func:`fastkd.chunks.plan` chose for a call."""
 
     rows: int
     """Rows of hidden states, including ignored rows."""
     chunk: int
-    """Rows whose logits exist at a time; for chunks of classes, the largest number of classes."""
+    """Largest number of rows of a chunk; for chunks of classes, largest number of classes."""
     logits_bytes: int
-    """Size of the logits of a chunk."""
+    """Bytes of the logits of a chunk."""
     peak_bytes: int
-    """Bound for the memory in use beyond the inputs, including the gradients."""
+    """Bound for the bytes in use beyond the inputs, including the gradients."""
     accumulate: torch.dtype
     """The dtype in which the gradient of the student's weight is summed."""
     chunks: int
@@ -55,7 +58,7 @@ class Plan(NamedTuple):
     chunk_by: Literal["rows", "classes"] = "rows"
 
     def __str__(self) -> str:
-        """Describe the plan in words."""
+        """Return the chunks, the logits in memory at a time, and the bound for the memory."""
         chunks = f"{self.chunks} x {self.chunk} of {self.rows} rows"
         if self.chunk_by == "classes":
             chunks = f"{self.chunks} chunks of up to {self.chunk} classes, of all {self.rows} rows"
@@ -85,7 +88,7 @@ class Sizes(NamedTuple):
     """True if the student's weight gets a gradient."""
     device: Literal["cpu", "cuda"]
     logits_per_row: float = 2.0
-    """Tensors of logits that exist at a time: 2 for a student and a teacher."""
+    """Tensors of the logits' size that exist at a time: 2 for a student and a teacher."""
     cast_per_class: int = 0
     """Bytes of autocast's copies of the weights, for each class."""
     copied_per_row: int = 0
@@ -93,21 +96,21 @@ class Sizes(NamedTuple):
 
     @property
     def row_bytes(self) -> int:
-        """Return the bytes of all logits of a row: student, teacher, and intermediate results."""
+        """Return the bytes of a row's logits: student, teacher, and intermediate results."""
         item_bytes = self.dtype.itemsize * (self.logits_per_row - 1) + self.teacher_dtype.itemsize
         return math.ceil(self.classes * item_bytes)
 
     def compute_weight_bytes(self, accumulate: torch.dtype) -> tuple[int, int]:
         """Return the bytes of the weight's summed gradient, and of its copy in the weight's dtype.
 
-        There is no copy if the sum has the weight's dtype already.
+        The copy has 0 bytes if the sum has the weight's dtype.
         """
         size = self.classes * self.width if self.weight_grad else 0
         cast = size * self.weight_dtype.itemsize + self.compute_scratch_bytes(0)
         return size * accumulate.itemsize, 0 if accumulate == self.weight_dtype else cast
 
     def compute_scratch_bytes(self, rows: int) -> int:
-        """Return the bytes that matrix products of some rows need besides their factors."""
+        """Return the bytes of temporary memory that matrix products of ``rows`` rows need."""
         if self.device != "cpu" or 2 not in (self.dtype.itemsize, self.teacher_dtype.itemsize):
             return 0
         return products.compute_scratch_bytes(rows, max(self.width, self.teacher_width))
@@ -122,8 +125,8 @@ def plan_sizes(
     accumulate_dtype: torch.dtype | Literal["auto"] = "auto",
 ) -> Plan:
     """Choose the chunks; the options are those of :func:`fastkd.chunks.plan`, checked."""
-    # Several chunks sum the gradient of a 16-bit weight in float32. A single chunk has no sum, but
-    # the gradient of a float16 weight is still float32: backward scales it before rounding it.
+    # Several chunks sum the gradient of a 16-bit weight in float32. With a single chunk, only the
+    # gradient of a float16 weight is float32, because backward scales the gradient and then rounds.
     summed = accumulate_dtype
     if summed == "auto":
         summed = torch.float32 if sizes.weight_dtype.itemsize == 2 else sizes.weight_dtype
@@ -154,7 +157,10 @@ def plan_sizes(
 def check_accumulate_dtype(
     value: object, weight: torch.dtype, name: str = "accumulate_dtype"
 ) -> None:
-    """Raise unless the gradient of a weight may be summed in ``value``; float16 overflows."""
+    """Raise unless the gradient of a weight may be summed in ``value``.
+
+    float16 is refused, because sums in float16 may overflow.
+    """
     accepted: list[object] = [torch.float32 if weight.itemsize == 2 else weight]
     if weight is torch.bfloat16:
         accepted.append(weight)
@@ -172,7 +178,7 @@ def _plan_rows(
     chunk_size: int | Literal["auto"],
     max_workspace: int | None,
 ) -> Plan:
-    """Plan chunks of rows; the weight's gradient has the dtype ``single`` or ``summed``."""
+    """Plan chunks of rows; the weight's gradient is ``single`` for one chunk, else ``summed``."""
     rows, row_bytes = sizes.rows, sizes.row_bytes
     constant_bytes = (
         rows * sizes.width * sizes.dtype.itemsize + sizes.classes * sizes.cast_per_class
@@ -233,12 +239,12 @@ def _plan_classes(
     chunk_size: int | Literal["auto"],
     max_workspace: int | None,
 ) -> Plan:
-    """Plan chunks of classes, as small as ``max_workspace`` asks for."""
+    """Plan chunks of classes that are as small as ``max_workspace`` requires."""
     rows, classes = sizes.rows, sizes.classes
     item_bytes = -(-sizes.row_bytes // classes)
     total, cast = sizes.compute_weight_bytes(accumulate)
     grad = total // classes
-    sum_itemsize = max(4, sizes.dtype.itemsize)  # for the hidden states' summed gradient
+    sum_itemsize = max(4, sizes.dtype.itemsize)  # of the summed gradient of the hidden states
     row_bytes = sizes.width * sum_itemsize + sizes.copied_per_row + _ROW_STATISTICS_BYTES
     if sizes.copied_per_row:
         row_bytes += sizes.width * sizes.dtype.itemsize
@@ -264,33 +270,33 @@ def _plan_classes(
 
 
 class ClassChunk(NamedTuple):
-    """Hold a range of classes, and where the logits of these classes lie."""
+    """Hold a range of classes, and the place of their logits."""
 
     start: int
     size: int
     is_inside: bool
-    """True if the logits lie in the unwritten part of the weight's gradient, not in a buffer."""
+    """True if the logits lie in the unwritten part of the weight's gradient, else in a buffer."""
 
 
 def compute_buffer_bytes(rows: int, classes: int, item_bytes: int) -> int:
-    """Return the bytes for the logits of some classes, at ``item_bytes`` per class and row."""
+    """Return the bytes of a buffer of logits, at ``item_bytes`` for each class of a row."""
     return rows * (classes + PADDING) * item_bytes + 4 * ALIGNMENT
 
 
 def separate_classes(chunk: int, weight_grad: bool) -> int:
-    """Return the most classes of a chunk whose logits lie outside the weight's gradient."""
+    """Return the largest number of classes of a chunk whose logits lie in a separate buffer."""
     return min(chunk, _FEWEST_CLASSES) if weight_grad else chunk
 
 
 def divide_classes(
     rows: int, classes: int, most: int, item_bytes: int, grad_row: int, *, writes: bool
 ) -> Iterator[ClassChunk]:
-    """Divide the classes into chunks of at most ``most``, with logits in unused memory if they fit.
+    """Divide the classes into chunks of at most ``most`` classes, and place the chunks' logits.
 
     The weight's gradient has ``grad_row`` bytes for each class. Until the gradient of a class is
-    written, its memory may hold logits of other classes. With ``writes``, each chunk ends with
-    writing the gradient of its classes. The unused memory then shrinks from chunk to chunk. Chunks
-    that do not fit are small (``separate_classes()``), and their logits lie in a buffer.
+    written, its memory may hold logits. With ``writes``, each chunk ends with writing the gradient
+    of its classes, so the unwritten memory shrinks from chunk to chunk. Chunks whose logits do not
+    fit there are small (``separate_classes()``), and their logits lie in a buffer.
     """
     start = 0
     fixed = compute_buffer_bytes(rows, 0, item_bytes) + ALIGNMENT

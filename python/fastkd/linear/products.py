@@ -1,9 +1,11 @@
 """Compute the matrix products (GEMMs) of linear heads, written into existing memory.
 
-On CUDA, cuBLAS multiplies 16-bit factors, and returns float32 if the sum is float32. On a CPU,
-PyTorch has no product with a wider result than its factors. Without the processor's 16-bit
-instructions, oneDNN falls back to loops that are much slower than products in float32. In both
-cases, products are computed in float32, from converted blocks of classes.
+On CUDA, cuBLAS adds products of 16-bit factors to a float32 sum. On a CPU, factors are converted to
+float32, a block of classes at a time, in two cases:
+
+- The sum is float32. PyTorch has no CPU product whose result is wider than its factors.
+- The processor lacks 16-bit instructions. oneDNN's 16-bit products are then much slower than
+  float32 products.
 """
 
 from __future__ import annotations
@@ -55,16 +57,15 @@ def _split_classes(classes: int, width: int) -> Iterator[slice]:
 
 
 def compute_scratch_bytes(rows: int, width: int) -> int:
-    """Return an upper bound for the temporary memory of 16-bit products on a CPU.
+    """Return an upper bound, in bytes, for the temporary memory of 16-bit products on a CPU.
 
-    The temporary memory holds one factor in float32, and a block of the other factor and of the
-    product.
+    The memory holds one factor in float32, and a block of the other factor and of the product.
     """
     return 4 * (rows * width + _LEAST_BLOCK * (rows + width)) + _BLOCK_BYTES
 
 
 def write_logits_(out: Tensor, head: Head, slope: Tensor | None = None) -> Tensor:
-    """Write the logits of ``head`` to ``out``, and the derivative of its soft cap to ``slope``."""
+    """Write the logits of ``head`` to ``out``, and the soft cap's derivative to ``slope``."""
     hidden, weight = head.hidden.to(out.dtype), head.weight.to(out.dtype)
     bias = None if head.bias is None else head.bias.to(out.dtype)
     scale, cap = head.scale or 1.0, head.softcap
@@ -107,7 +108,7 @@ def write_hidden_gradient_(out: Tensor, grad: Tensor, weight: Tensor, scale: flo
 def add_product_(total: Tensor, left: Tensor, right: Tensor, scale: float, first: bool) -> None:
     """Add scale * left @ right to ``total``; with ``first``, overwrite ``total``.
 
-    If ``total`` has a wider dtype than the factors, the product is not rounded to their dtype.
+    If ``total`` is wider than the factors, the product is not rounded to the factors' dtype.
     """
     beta, on_cpu = 0 if first else 1, left.device.type == "cpu"
     if total.dtype == left.dtype and not _is_upcast(left):
@@ -139,7 +140,7 @@ def scale_and_round(total: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def round_in_place(total: Tensor, dtype: torch.dtype) -> Tensor:
-    """Round ``total`` to a narrower ``dtype``, in the first part of its memory."""
+    """Round ``total`` to a narrower ``dtype`` in place; the result is the start of its memory."""
     flat = total.view(-1)
     result = flat.view(dtype)[: flat.numel()]
     for block in _split_classes(flat.numel(), 1):  # a block overwrites only numbers that were read

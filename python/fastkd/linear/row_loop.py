@@ -36,9 +36,10 @@ from fastkd.linear.call import (
 def run(inputs: Inputs, call: LinearCall, counted: Tensor | None, power: Tensor | None) -> Outputs:
     """Compute the loss and its gradients for a grad_output of 1.
 
-    At least one row must not be ignored. If ``is_mean_division_deferred()``, the caller must divide
-    the gradients by the denominator. The caller must multiply the gradients of weight and bias by
-    ``power``, unless it is None.
+    At least one row must not be ignored. ``counted``: the indices of the rows that are not ignored,
+    or None for all rows. If ``is_mean_division_deferred()``, the caller must divide the gradients
+    by the denominator. If ``power`` is not None, the caller must multiply the gradients of weight
+    and bias by ``power``.
     """
     out = allocate_outputs(inputs, call)
     rows = inputs.hidden.shape[0] if counted is None else counted.numel()
@@ -75,7 +76,7 @@ def run(inputs: Inputs, call: LinearCall, counted: Tensor | None, power: Tensor 
         if grad is None:
             continue
         del logits, teacher_logits
-        if chunk == rows:  # free all buffers but the gradient's
+        if chunk == rows:  # free every buffer except the gradient
             del buffer, teacher_buffer
         if part_slope is not None:
             grad.mul_(part_slope)
@@ -95,7 +96,7 @@ def run(inputs: Inputs, call: LinearCall, counted: Tensor | None, power: Tensor 
 
 
 def _prepare(head: Head, dtype: torch.dtype, rows: int) -> tuple[Head, Tensor]:
-    """Cast the parameters of a head, and allocate the logits of ``rows`` rows."""
+    """Convert the parameters of a head to ``dtype``, and allocate the logits of ``rows`` rows."""
     bias = None if head.bias is None else head.bias.to(dtype)
     head = head._replace(weight=head.weight.to(dtype), bias=bias)
     return head, head.weight.new_empty((rows, len(head.weight)))
@@ -104,9 +105,9 @@ def _prepare(head: Head, dtype: torch.dtype, rows: int) -> tuple[Head, Tensor]:
 def _compute_loss(
     logits: Tensor, teacher: Tensor | None, part: Inputs, call: LinearCall
 ) -> tuple[Tensor, Tensor | None]:
-    """Compute the loss of a chunk, or its terms, and the gradient.
+    """Compute the loss of a chunk (or all terms, stacked) and the gradient of the logits.
 
-    The gradient is in the memory of the logits if a kernel can write it there.
+    If a kernel computes the gradient in place, the gradient overwrites the logits.
     """
     objective = make_objective(part, call)
     if is_mean_division_deferred(call):

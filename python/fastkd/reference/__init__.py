@@ -1,4 +1,4 @@
-"""Define the losses in plain PyTorch, from the papers."""
+"""Define the losses in PyTorch operations, after the formulas of the papers."""
 
 from fastkd.reference import topk
 from fastkd.reference.dense import (

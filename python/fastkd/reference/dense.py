@@ -1,9 +1,9 @@
-"""Define the loss and every option in plain PyTorch.
+"""Define the loss and every option in PyTorch operations.
 
-Tests and benchmarks compare the kernels with this module in float64. fastkd uses this module where
-no kernel can run: options without a kernel, function transforms, second derivatives, and devices
-without kernels. The module imports torch alone. The formulas come from the definitions, not from
-the kernels, so that this module does not repeat a mistake of a kernel.
+Tests and benchmarks compare the kernels with this module in float64. fastkd also calls this module
+where no kernel can run: options without a kernel, function transforms, second derivatives, and
+devices without kernels. The code follows the definitions in the papers, not the kernels, so that
+this module does not repeat a mistake of a kernel.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ ENSEMBLES: tuple[Ensemble, ...] = get_args(Ensemble)
 
 
 class Terms(NamedTuple):
-    """Hold the results of one call, each reduced like the loss; ``loss`` alone has a gradient."""
+    """Hold the loss and its terms, all reduced like the loss; ``loss`` alone has a gradient."""
 
     loss: Tensor
     """``hard_weight * hard + soft_weight * T^2 * soft``."""
     hard: Tensor
     """Cross entropy of the student (at temperature 1) with the labels; 0 without labels."""
     soft: Tensor
-    """The divergence of the softened teacher and student, before its weight and T^2."""
+    """The divergence of the softened teacher and student, without weight and T^2."""
     student_entropy: Tensor
     """Entropy of softmax(student / T), in nats."""
     teacher_entropy: Tensor
@@ -42,12 +42,12 @@ class Terms(NamedTuple):
     agreement: Tensor
     """1 where teacher and student have a most probable class in common, else 0."""
     student_mass: Tensor = None  # type: ignore[assignment]
-    """The student's probability of the classes that the teacher lists; 1 if they are all classes.
+    """The student's probability of the classes that the teacher lists; 1 for a dense teacher.
 
     ``fastkd.reference.terms`` leaves ``student_mass`` and ``teacher_mass`` None.
     """
     teacher_mass: Tensor = None  # type: ignore[assignment]
-    """The teacher's probability of the classes that it lists; 1 if they are all classes."""
+    """The teacher's probability of the classes that it lists; 1 for a dense teacher."""
 
     def stacked(self) -> Tensor:
         """Stack the fields that are not None."""
@@ -58,7 +58,7 @@ class Terms(NamedTuple):
 
 
 def column(value: float | Tensor) -> float | Tensor:
-    """Return one number for each row as (..., 1), to broadcast with (..., C)."""
+    """Return a tensor with one number for each row as (..., 1), to broadcast with (..., C)."""
     return value.unsqueeze(-1) if isinstance(value, Tensor) else value
 
 
@@ -79,8 +79,8 @@ def soften_teacher(
 ) -> tuple[Tensor, Tensor]:
     """Return the softened teacher's logits, and the logits that rank classes for ``agreement``.
 
-    ``teachers``: each ``(..., C)`` in the given form. ``t``: the teacher's temperature, a number or
-    ``(..., 1)``.
+    ``teachers``: tensors ``(..., C)`` in the form ``form``. ``t``: the teacher's temperature, a
+    number or ``(..., 1)``.
     """
     if form == "probs":  # logarithms of probabilities are logits of the same distribution
         teachers = [probs.log() for probs in teachers]
@@ -140,10 +140,10 @@ def reduce(
     reduction: str,
     divisor: float | Tensor | None = None,
 ) -> Tensor:
-    """Reduce one number for each row; rows that are not ``valid`` count as 0.
+    """Reduce ``rows``, one number for each row; rows that are not ``valid`` count as 0.
 
-    ``divisor``: the divisor of the mean. Default: the number of valid rows. The mean over no rows
-    is 0.
+    ``divisor``: the divisor of the mean. Default: the number of valid rows. The mean is 0 if no row
+    is valid.
     """
     valid = torch.ones_like(rows, dtype=torch.bool) if valid is None else valid
     rows = rows.where(valid, torch.zeros_like(rows))
@@ -180,10 +180,10 @@ def terms(
     standardize: bool = False,
     dim: int = -1,
 ) -> Terms:
-    """Compute the loss and its terms by differentiable PyTorch operations, in float32 or better.
+    """Compute the loss and its terms by differentiable PyTorch operations in float32 or float64.
 
-    Arguments are those of :func:`fastkd.loss`, not checked, with ``hard_weight`` and
-    ``soft_weight`` instead of ``alpha``. Without labels the loss is the soft term alone.
+    Arguments are those of :func:`fastkd.loss`, but unchecked, and without ``alpha``. Without
+    labels, the loss is the soft term alone.
     """
     teachers = [teacher_logits] if isinstance(teacher_logits, Tensor) else list(teacher_logits)
     soft_labels = labels is not None and labels.is_floating_point()
@@ -202,7 +202,7 @@ def terms(
     valid: Tensor | None = None
     nan_factor: float | Tensor = 1.0
     if labels is not None and not soft_labels:
-        # Ignored rows are replaced before any computation, so that a NaN in them has no effect.
+        # Ignored rows are replaced before any computation, so that NaN in such a row has no effect.
         labels = labels.long()
         valid = labels != ignore_index
         keep = valid.unsqueeze(-1)

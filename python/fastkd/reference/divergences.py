@@ -1,7 +1,8 @@
 """Define the divergences, and list their names, formulas and sources.
 
-The letters are those of docs/maths.md: p is the teacher, q the student, z the student's logits and
-w the teacher's. Rows are ``(..., C)``; a divergence returns one number for each row, ``(...)``.
+Formulas use the letters of docs/maths.md: p are the teacher's probabilities, q the student's
+probabilities, z the student's logits and w the teacher's logits. A divergence takes rows,
+``(..., C)``, and returns one number for each row, ``(...)``.
 """
 
 from __future__ import annotations
@@ -15,11 +16,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 LEAST_DEVIATION = 1e-7
-"""A term added to the standard deviation by which standardized logits are divided."""
+"""The number added to the standard deviation by which standardized logits are divided."""
 
 
 def divide(logits: Tensor, t: float | Tensor) -> Tensor:
-    """Return logits / t; masked classes add nothing to the gradient of t (no 0 * inf)."""
+    """Return logits / t; masked classes (-inf) add 0, not NaN, to the gradient of t."""
     if not isinstance(t, Tensor):
         return logits / t
     masked = logits == -math.inf
@@ -36,12 +37,12 @@ def log_ratio_sum(p: Tensor, log_a: Tensor, log_b: Tensor) -> Tensor:
 
 
 def _kl(log_a: Tensor, log_b: Tensor) -> Tensor:
-    """Compute KL(a || b); KL(p || q) covers all modes of the teacher, KL(q || p) seeks some."""
+    """Compute KL(a || b) of each row."""
     return log_ratio_sum(log_a.exp(), log_a, log_b)
 
 
 def _log_mixture(log_a: Tensor, log_b: Tensor, weight: float) -> Tensor:
-    """Return log(weight a + (1 - weight) b) for 0 < weight < 1, or 0 where a and b are 0."""
+    """Return log(weight a + (1 - weight) b) for 0 < weight < 1; 0 where both a and b are 0."""
     mixed = weight * log_a.exp() + (1 - weight) * log_b.exp()
     return mixed.masked_fill(mixed == 0, 1).log()
 
@@ -66,25 +67,26 @@ def jsd(log_p: Tensor, log_q: Tensor, mix: float) -> Tensor:
 
 
 def skewed_forward_kl(log_p: Tensor, log_q: Tensor, mix: float) -> Tensor:
-    """Compute KL(p || mix p + (1 - mix) q), p the teacher, q the student."""
+    """Compute KL(p || mix p + (1 - mix) q)."""
     return _kl(log_p, _log_mixture(log_p, log_q, mix))
 
 
 def total_variation(log_p: Tensor, log_q: Tensor) -> Tensor:
-    """Compute half of the L1 distance of p and q; its gradient is 0 where p = q."""
+    """Compute half of the L1 distance between p and q; the gradient is 0 where p = q."""
     return 0.5 * (log_p.exp() - log_q.exp()).abs().sum(-1)
 
 
 def soft_cross_entropy(log_p: Tensor, log_q: Tensor) -> Tensor:
-    """Compute the forward KL plus the teacher's entropy, which has no gradient for the student."""
+    """Compute -sum p log q: the forward KL plus the teacher's entropy."""
     return log_ratio_sum(log_p.exp(), torch.zeros_like(log_q), log_q)
 
 
 def dkd(log_p: Tensor, log_q: Tensor, labels: Tensor, mix: float) -> Tensor:
     """Compute decoupled distillation: a binary KL, plus ``mix`` times a KL without the label.
 
-    The binary KL compares (label, all other classes). The second KL is 0 where the teacher masks
-    every class but the label. ``labels``: class indices, ``(...)``.
+    The binary KL compares the probability of the label with that of all other classes together. The
+    second KL compares the other classes, and is 0 if the teacher masks all of them. ``labels``:
+    class indices, ``(...)``. Zhao et al., "Decoupled Knowledge Distillation" (CVPR 2022).
     """
     index = labels.unsqueeze(-1)
     # ``binary``: log-probabilities of (label, all other classes), (..., 2). ``others``:
@@ -102,11 +104,11 @@ def dkd(log_p: Tensor, log_q: Tensor, labels: Tensor, mix: float) -> Tensor:
     return _kl(*binary) + mix * within if mix else _kl(*binary)
 
 
-# ---- divergences of logits, without the classes that teacher and student mask
+# ---- divergences of logits, over the classes that teacher and student do not both mask
 
 
 def _subtract(teacher: Tensor, student: Tensor) -> tuple[Tensor, Tensor]:
-    """Return student - teacher, 0 where both mask a class, and the count of remaining classes."""
+    """Return student - teacher, 0 where both mask a class, and the number of other classes."""
     absent = (teacher == -math.inf) & (student == -math.inf)
     difference = student.masked_fill(absent, 0) - teacher.masked_fill(absent, 0)
     return difference, (~absent).sum(-1, keepdim=True)
@@ -128,7 +130,7 @@ def _center(logits: Tensor) -> Tensor:
 def deviation(logits: Tensor) -> tuple[Tensor, Tensor]:
     """Return each row minus its mean, and the row's standard deviation + LEAST_DEVIATION.
 
-    The deviation is unbiased, ``(..., 1)``. Masked classes do not count.
+    The standard deviation is unbiased, ``(..., 1)``, and omits masked classes.
     """
     masked = logits == -math.inf
     centered = _center(logits)
@@ -148,13 +150,13 @@ def standardized(logits: Tensor) -> Tensor:
 
 
 def mse(teacher: Tensor, student: Tensor) -> Tensor:
-    """Compute the mean over classes of the squared difference."""
+    """Compute the mean over classes of the squared difference of the logits."""
     difference, count = _subtract(teacher, student)
     return difference.square().sum(-1) / count.squeeze(-1)
 
 
 def centered_mse(teacher: Tensor, student: Tensor) -> Tensor:
-    """Compute the mean squared difference, after subtracting each row's mean."""
+    """Compute the mean squared difference of the logits after subtracting each row's mean."""
     return mse(_center(teacher), _center(student))
 
 
@@ -171,11 +173,11 @@ class Divergence(NamedTuple):
     """Define a divergence: the soft term before its weight and T^2."""
 
     compute: Callable[..., Tensor]
-    """A function of (teacher, student[, labels][, mix])."""
+    """A function of (teacher, student[, labels][, mix]) that returns one number for each row."""
     formula: str
     source: str
     compares: str = "probabilities"
-    """Input of ``compute``: "probabilities" for log p, log q; "logits" for softened logits."""
+    """Input of ``compute``: "probabilities" means log-probabilities, "logits" softened logits."""
     mix: float | None = None
     """The default of ``mix``; None if the divergence has no ``mix``."""
     mix_meaning: str = ""
@@ -199,7 +201,6 @@ DivergenceName = Literal[
     "cosine",
     "dkd",
 ]
-"""The keys of ``DIVERGENCES``, for type checkers."""
 
 DIVERGENCES: dict[str, Divergence] = {
     "forward_kl": Divergence(
@@ -281,4 +282,3 @@ DIVERGENCES: dict[str, Divergence] = {
         needs_labels=True,
     ),
 }
-"""Every divergence by its name."""

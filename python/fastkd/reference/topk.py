@@ -1,4 +1,4 @@
-"""Define the loss with a sparse teacher in plain PyTorch (docs/maths.md, section 13)."""
+"""Define the loss with a sparse teacher in PyTorch operations (docs/maths.md, section 13)."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from fastkd.reference.dense import Terms, column, cross_entropy, reduce
 from fastkd.reference.divergences import DIVERGENCES, log_ratio_sum, weighted
 
 ESTIMATORS = ("k1", "k2", "k3")
-"""Names of the estimates of KL(student || teacher) from a sampled class (Schulman 2020)."""
+"""Estimates of KL(student || teacher) from one sampled class (Schulman 2020)."""
 
 MOST_MASS = 1.1
 """The largest accepted sum of a row's listed probabilities (kMostMass in csrc/topk.h). The bound is
-above 1 because 16-bit log-probabilities carry rounding errors of a few percent."""
+above 1 because rounding log-probabilities to 16 bits changes probabilities by a few percent."""
 
 
 def mark_padding(indices: Tensor, log_probs: Tensor) -> Tensor:
@@ -39,7 +39,7 @@ def mass(indices: Tensor, log_probs: Tensor) -> Tensor:
 
 
 def _logsumexp(log_q: Tensor, present: Tensor) -> Tensor:
-    """Return log sum exp(log_q) over ``present``; -inf, with no gradient, for an empty sum."""
+    """Return log sum exp(log_q) over ``present``; for an empty sum, -inf with a gradient of 0."""
     present = present & (log_q > -math.inf)
     is_empty = ~present.any(-1, keepdim=True)
     terms = log_q.masked_fill(~present, -math.inf).masked_fill(is_empty, 0)
@@ -59,10 +59,10 @@ def distributions(
 ) -> tuple[Tensor, Tensor]:
     """Return the log-probabilities of teacher and student that a divergence compares.
 
-    Both results are ``(..., k)``, with -inf for padding. With the tail ``"ghost"``, the results are
-    ``(..., k + 1)``: the ghost, the last class, stands for all classes that are not listed.
-    ``has_floor``: give the teacher's ghost a probability of at least half the machine epsilon, so
-    that the divergence is finite for a list that adds up to 1.
+    The shape is ``(..., k)``, with -inf for padding, or ``(..., k + 1)`` for ``tail="ghost"``. The
+    ghost, the last class, stands for all classes that are not listed. ``has_floor``: give the
+    teacher's ghost a probability of at least half the machine epsilon, so that the divergence is
+    finite for a list that adds up to 1.
     """
     listed = indices >= 0
     log_p = log_probs.masked_fill(~listed, -math.inf)
@@ -88,7 +88,11 @@ def distributions(
 
 
 def _complete_teacher(log_p: Tensor, rest: Tensor, tail: str) -> Tensor:
-    """Scale a list to add up to 1 with ``rest``, ``(..., 1)``; append ``rest`` for "ghost"."""
+    """Scale the listed probabilities so that they and ``rest`` sum to 1.
+
+    ``rest``: the probability of the classes that are not listed, ``(..., 1)``. For the tail
+    "ghost", ``rest`` is appended to the list.
+    """
     total = log_p.exp().sum(-1, keepdim=True)
     # The sum is computed in logarithms, because all probabilities of a list may underflow.
     log_total = _logsumexp(log_p, log_p > -math.inf).unsqueeze(-1)
@@ -120,11 +124,10 @@ def _compute_divergence(
 
 
 def estimate(log_q: Tensor, indices: Tensor, log_probs: Tensor, estimator: str) -> Tensor:
-    """Estimate KL(student || teacher) from one class of each row, ``(..., 1)``; 0 for padding.
+    """Estimate KL(student || teacher) from one class of each row, as :class:`fastkd.Sampled` says.
 
-    The gradient of ``"k1"`` is the policy gradient: the student's minus the teacher's
-    log-probability, detached, times the gradient of the student's log-probability. A class that the
-    student masks makes the estimate infinite, with a gradient of 0.
+    ``indices``, ``log_probs``: ``(..., 1)``. The estimate is 0 for padding, and infinite with a
+    gradient of 0 for a class that the student masks.
     """
     log_q = log_q.gather(-1, indices.clamp(0, log_q.shape[-1] - 1))
     is_masked = log_q == -math.inf
@@ -155,8 +158,9 @@ def _describe(
 ) -> tuple[Tensor, ...]:
     """Return teacher_entropy, agreement, student_mass and teacher_mass of Terms for each row.
 
-    The first is the entropy of the distribution that the divergence compares. If ``is_sampled``,
-    ``teacher_entropy`` and ``agreement`` are NaN: one class does not determine them.
+    ``teacher_entropy`` is the entropy of the distribution that the divergence compares. If
+    ``is_sampled``, ``teacher_entropy`` and ``agreement`` are NaN, because one class does not
+    determine them.
     """
     log_p = log_probs.masked_fill(indices < 0, -math.inf)
     places = indices.clamp(0, log_q.shape[-1] - 1)
@@ -191,16 +195,16 @@ def terms(
 ) -> Terms:
     """Compute the loss and its terms by differentiable PyTorch operations.
 
-    Arguments are those of :func:`fastkd.loss`, and the fields of a :class:`fastkd.TopK` or
-    :class:`fastkd.Sampled`. Options that are tensors must have the dtype of ``log_probs``. All
-    fields of a row with an invalid label or list are NaN.
+    Arguments have the meaning of those of :func:`fastkd.loss`, and of the fields of a
+    :class:`fastkd.TopK` or :class:`fastkd.Sampled`. Option tensors must have the dtype of
+    ``log_probs``. All fields of a row with an invalid label or list are NaN.
     """
     logits = student.to(log_probs.dtype)
     indices = mark_padding(indices, log_probs)
     valid = torch.ones(logits.shape[:-1], dtype=torch.bool, device=logits.device)
     if labels is not None:
         valid = labels != ignore_index
-        # Ignored rows are replaced before any computation, so that a NaN in them has no effect.
+        # Ignored rows are replaced before any computation, so that NaN in such a row has no effect.
         logits = logits.where(valid.unsqueeze(-1), torch.zeros_like(logits))
         indices = indices.where(valid.unsqueeze(-1), torch.full_like(indices, -1))
     log_q = F.log_softmax(logits / column(temperature), -1)

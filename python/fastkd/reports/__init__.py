@@ -1,7 +1,7 @@
 """Compare a teacher and its students: size, speed, accuracy and calibration.
 
-:func:`report` measures the models and returns a :class:`Report`: a table in the terminal, Markdown,
-JSON, and one self-contained page of HTML. ``pip install fastkd[report]`` installs the
+:func:`report` measures the models and returns a :class:`Report`, which prints a table and writes
+Markdown, JSON and a self-contained page of HTML. ``pip install fastkd[report]`` installs the
 required packages.
 """
 
@@ -41,14 +41,14 @@ class Model(NamedTuple):
 class Report(NamedTuple):
     """Hold the measured models, the teacher first.
 
-    ``print`` shows a report, and :meth:`save` writes it in all formats.
+    ``print`` shows a report as a table, and :meth:`save` writes the report in all formats.
     """
 
     title: str
     models: tuple[Model, ...]
     environment: dict[str, str]
     warnings: tuple[str, ...] = ()
-    """Sentences on latencies that cannot be trusted, and on the ratios that are withheld."""
+    """Sentences about latencies that cannot be trusted, and about withheld ratios."""
 
     def __str__(self) -> str:
         """Return a table for the terminal."""
@@ -59,7 +59,7 @@ class Report(NamedTuple):
         return tables.format_markdown(self)
 
     def json(self) -> str:
-        """Return all measurements as JSON: seconds, bytes, shares from 0 to 1, nats."""
+        """Return all measurements as JSON, in seconds, bytes, nats, and shares from 0 to 1."""
         models = [
             {
                 "name": model.name,
@@ -77,7 +77,7 @@ class Report(NamedTuple):
         return json.dumps(self._asdict() | {"models": models}, indent=2, allow_nan=False)
 
     def html(self) -> str:
-        """Return one page that contains its pictures and loads nothing from elsewhere."""
+        """Return the report as one page of HTML, which contains its pictures and loads nothing."""
         return page.make_page(self)
 
     def save(self, folder: str | os.PathLike[str]) -> pathlib.Path:
@@ -133,43 +133,45 @@ def report(
     :func:`fastkd.deployment.load` has the details. Programs run on the CPU.
 
     - **Size**: parameters, and bytes of the file, or of a module's weights and buffers; shared
-      tensors count once. An unknown figure is a dash, and None in JSON.
+      tensors count once. An unknown figure is a dash in tables, and null in JSON.
     - **Peak memory**: the growth of resident memory on the CPU while the model is loaded (a module
       is copied) and called with the largest batch. Linux only.
     - **Answers**, over all rows of the loader that are not ignored: accuracy with its 95 % Wilson
-      interval, cross entropy in nats, agreement (the share of rows on which the model's most
-      probable class is the teacher's) and the expected calibration error,
+      interval, cross entropy in nats, agreement (the share of rows on which model and teacher have
+      the same most probable class) and the expected calibration error,
       ``sum_b n_b / n |accuracy_b - confidence_b|`` over 15 equal bins b of confidence, with n_b of
       the n rows (Guo et al., "On Calibration of Modern Neural Networks", 2017). Each model runs on
       its own device.
     - **Latency** of a forward pass on each device, on the loader's first inputs: median and 95th
-      percentile. Models take turns, so that changes of the machine's speed affect all of them.
-      Throughput is the largest batch divided by its median. A ratio to the teacher's latency is
-      withheld if two estimates of the ratio differ by more than 1.5x, or if, on Linux, the
-      process often waited for a processor; ``warnings`` says so.
+      percentile. Models take turns, so that changes of the machine's speed affect all models.
+      Throughput is the size of the largest batch divided by the median latency of this batch. A
+      ratio to the teacher's latency is withheld if two estimates of the ratio differ by more than
+      1.5x, or if, on Linux, the process often waited for a processor; ``warnings`` says so.
 
-    The models run without gradients in evaluation mode. Their modes are restored, and the models
-    are not changed otherwise. On another device than the model's, a copy of the model is measured.
-    The report takes a student whose name has the word "alone" for one that was trained without a
-    teacher.
+    The models run without gradients in evaluation mode, and are not changed. On another device than
+    the model's, a copy of the model is measured. If a student's name has the word "alone", the
+    report assumes that the student was trained without a teacher.
 
     Args:
         teacher: model that returns logits ``(B, ..., C)`` of B samples and C classes, or an output
             that has ``.logits``.
-        students: one model, or several by name, such as
+        students: a model, or a mapping of names to models, such as
             ``{"alone": module, "int8": "student.onnx"}``.
         loader: held-out batches in a form that :mod:`fastkd.batches` lists, with labels
             ``(B, ...)``. Without labels there is no accuracy, cross entropy or calibration error.
-        title: heading.
-        devices: where to measure latency. Default: the CPU, and the GPU if there is one and all
-            models are modules.
+        title: heading. Default "Distillation report".
+        devices: where to measure latency. Default: the CPU, and the GPU if the machine has a GPU
+            and all models are modules.
         batch_sizes: batch sizes at which to measure latency. Default 1 and 32.
         seconds: duration of timing for each model, device and batch size. Default 1.
         threads: number of CPU threads of PyTorch and of runtimes that load files. Default:
-            PyTorch's number.
+            ``torch.get_num_threads()``.
         ignore_index: rows with this label are ignored. Default -100.
         dim: dimension of the classes in the logits. Default -1.
-        show: print the table.
+        show: print the table. Default True.
+
+    Returns:
+        A :class:`Report`, with the teacher as the first of ``models``.
 
     Raises:
         ImportError: before anything is measured, if matplotlib, Rich with ``show``, or the runtime
@@ -202,7 +204,8 @@ def report(
     validation.check_ignore_index(ignore_index)
     if threads is not None:
         validation.check_count("threads", threads)
-    extras.check("report", "matplotlib.figure", *(["rich"] if show else []))  # for save and show
+    # Report.save() needs matplotlib, and ``show`` needs Rich.
+    extras.check("report", "matplotlib.figure", *(["rich"] if show else []))
     previous = torch.get_num_threads()
     torch.set_num_threads(threads or previous)
     try:
@@ -228,7 +231,7 @@ def report(
 
 
 def _name_models(teacher: Any, students: Any) -> dict[str, Any]:
-    """Return the models by name, the teacher first, or raise if a model has no supported type."""
+    """Return the models by name, the teacher first; raise for a model of an unsupported type."""
     named = {"student": students} if deployment.is_model(students) else students
     if not isinstance(named, Mapping):
         raise TypeError(
@@ -264,7 +267,6 @@ def _choose_devices(
 
 
 def _describe_environment(devices: Sequence[torch.device]) -> dict[str, str]:
-    """Describe the versions, the machine and its load, which the measurements depend on."""
     info = pathlib.Path("/proc/cpuinfo")
     names = re.findall(r"^model name\s*: (.+)", info.read_text(), re.M) if info.exists() else []
     processor = next(iter(names), platform.processor() or platform.machine())

@@ -1,4 +1,4 @@
-"""Measure the figures of a report: sizes, answers and latencies of models."""
+"""Measure sizes, answers and latencies of models for a report."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from fastkd import batches, deployment
 BINS = 15
 TURNS = 10  # timed turns of each model, after a turn that warms up
 LEAST_CALLS = 3  # timed calls in a turn, after a call that refills the caches
-QUIET = 0.9  # a turn counts if the process got this share of the processor time it asked for
+QUIET = 0.9  # a turn is used if the process got this share of the processor time that it needed
 DISAGREE = 1.5  # a ratio is withheld if its two estimates differ by more than this factor
-WIDE = 2.0  # a 95th percentile of more than this many medians gives a warning
+WIDE = 2.0  # a 95th percentile of more than WIDE times the median gives a warning
 
 
 class Size(NamedTuple):
-    """Hold the size of a model; an unknown field is None."""
+    """Hold the size of a model; a field is None if unknown."""
 
     parameters: int | None
     bytes: int | None
@@ -33,7 +33,10 @@ class Size(NamedTuple):
 
 
 class Bin(NamedTuple):
-    """Average rows whose largest probability (confidence) is in one of 15 equal parts of [0, 1]."""
+    """Hold means over the rows whose confidence lies in one of 15 equal parts of [0, 1].
+
+    The confidence of a row is the largest probability.
+    """
 
     rows: int
     confidence: float
@@ -41,7 +44,10 @@ class Bin(NamedTuple):
 
 
 class Answers(NamedTuple):
-    """Hold the quality of a model's predictions; without labels, fields that need them are None."""
+    """Hold the quality of a model's predictions.
+
+    Without labels, ``bins`` is empty, and the fields except ``rows`` and ``agreement`` are None.
+    """
 
     rows: int
     accuracy: float | None
@@ -67,14 +73,16 @@ class Latency(NamedTuple):
     throughput: float
     calls: int
     speedup: float | None
-    """The teacher's duration over this model's; None if it is withheld. A warning says why."""
+    """The teacher's duration divided by this model's duration; None if withheld, with a warning."""
 
 
 class Turn(NamedTuple):
-    """Hold one turn: each model's durations, and the process's share of processor time."""
+    """Hold the durations of each model's calls in one turn."""
 
     share: float
+    """Processor time that the process got, divided by the processor time that it needed."""
     times: dict[str, list[float]]
+    """Seconds of each call, by the name of the model."""
 
 
 def measure_size(model: nn.Module) -> Size:
@@ -88,7 +96,7 @@ def measure_size(model: nn.Module) -> Size:
 
 
 class _Tally:
-    """Sum measurements over a model's rows."""
+    """Sum the measurements of one model over rows."""
 
     def __init__(self, name: str) -> None:
         self.name, self.is_labeled = name, True
@@ -98,7 +106,7 @@ class _Tally:
 
     def add(self, logits: Tensor, teacher: Tensor, labels: Tensor | None) -> None:
         """Add rows: logits ``[rows, classes]``, the teacher's most probable classes, and labels."""
-        # The argmax of log_p may differ: rounding makes log_p equal where logits hardly differ.
+        # Take the argmax of the logits, because rounding may make entries of log_p equal.
         predicted = logits.argmax(-1)
         log_p = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
         confidence = log_p.amax(-1)
@@ -136,7 +144,7 @@ class _Tally:
 
 
 def compute_wilson_interval(share: float, rows: int) -> tuple[float, float]:
-    """Compute the 95 % interval of a share that was observed in ``rows`` (Wilson, 1927)."""
+    """Compute the 95 % interval of ``share``, which was observed in ``rows`` rows (Wilson 1927)."""
     z = 1.959964
     center = share + z * z / (2 * rows)
     half = z * math.sqrt(share * (1 - share) / rows + z * z / (4 * rows * rows))
@@ -147,7 +155,7 @@ def compute_wilson_interval(share: float, rows: int) -> tuple[float, float]:
 def measure_answers(
     models: Mapping[str, nn.Module], loader: Iterable[Any], ignore_index: int, dim: int
 ) -> tuple[dict[str, Answers], Any]:
-    """Measure each model's answers to all batches; return them and the first batch's inputs.
+    """Measure each model's answers to all batches; return answers and the first batch's inputs.
 
     The first model is the teacher. All models get the same batch, so the loader may shuffle.
     """
@@ -203,11 +211,11 @@ def _select_rows(
 
 
 def resize(inputs: Any, count: int) -> Any:
-    """Take the first ``count`` samples of a batch's inputs, repeating them if there are fewer."""
+    """Return ``count`` samples: the first samples of ``inputs``, repeated if there are fewer."""
 
     def take(tensor: Tensor) -> Tensor:
         index = torch.arange(count, device=tensor.device)
-        return tensor[index % len(tensor)] if tensor.dim() else tensor  # 0-d: no samples
+        return tensor[index % len(tensor)] if tensor.dim() else tensor
 
     return batches.map_tensors(take, inputs)
 
@@ -219,7 +227,7 @@ def measure_latencies(
     batch_sizes: Sequence[int],
     seconds: float,
 ) -> tuple[dict[str, dict[str, dict[int, Latency]]], list[str]]:
-    """Measure latencies by model, then by device, then by batch size; return them and warnings."""
+    """Return latencies by model, then by device, then by batch size, and warnings."""
     latencies: Any = {name: {str(device): {} for device in devices} for name in models}
     warnings = []
     for device in devices:
@@ -251,9 +259,10 @@ def name_device(device: object) -> str:
 def summarize_turns(turns: Sequence[Turn], batch_size: int) -> tuple[dict[str, Latency], list[str]]:
     """Compute each model's latency, the teacher's first, and warnings.
 
-    The speedup is the median over turns of the ratio of the fastest calls, because a call that
-    another program interrupts is not the fastest. The speedup is withheld if it differs much from
-    the ratio of the medians, or if the process waited for processors in most turns.
+    The speedup is the median over turns of the teacher's fastest call divided by the model's
+    fastest call, because other programs disturb fast calls least. The speedup is withheld if the
+    ratio of the median latencies differs much, or if the process waited for processors in most
+    turns.
     """
     quiet = [turn for turn in turns if turn.share >= QUIET]
     is_quiet = 2 * len(quiet) >= len(turns)
@@ -293,7 +302,7 @@ def _compare_batches(name: str, by_batch: Mapping[int, Latency]) -> list[str]:
     """Return a warning if a sample takes longer in the largest batch than in the smallest."""
     small, large = min(by_batch), max(by_batch)
     times, samples = by_batch[large].p50 / by_batch[small].p50, large / small
-    if times <= 1.2 * samples:  # up to 20 % may be due to caches
+    if times <= 1.2 * samples:  # caches may explain up to 20 %
         return []
     return [f"{name} batch {large} takes {times:,.0f}x as long as its batch {small}."]
 
@@ -305,7 +314,7 @@ def _compute_quantile(values: Sequence[float], share: float) -> float:
 def _time_in_turns(
     models: Mapping[str, nn.Module], inputs: Any, device: torch.device, seconds: float
 ) -> list[Turn]:
-    """Time single calls in turns; each model gets ``seconds`` over all turns."""
+    """Time single calls in turns; the calls of each model take ``seconds`` over all turns."""
     arguments = {
         name: batches.arguments(model, _move(inputs, model)) for name, model in models.items()
     }
@@ -337,11 +346,11 @@ def _time_in_turns(
 def _read_processor_time() -> tuple[int, int]:
     """Return the nanoseconds that this process's threads ran, and waited for a processor.
 
-    The result is zeros on systems other than Linux, which do not report these times.
+    On systems other than Linux, return 0 and 0.
     """
     running = waiting = 0
     for file in pathlib.Path("/proc/self/task").glob("*/schedstat"):
-        with contextlib.suppress(OSError):  # a thread that has ended
+        with contextlib.suppress(OSError):  # the thread has ended
             counts = file.read_text().split()
             running, waiting = running + int(counts[0]), waiting + int(counts[1])
     return running, waiting

@@ -1,4 +1,4 @@
-"""Measure how much memory a model takes on a CPU, from loading it to the end of a call."""
+"""Measure the peak memory of loading and calling a model on a CPU."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ _PROCESS = pathlib.Path("/proc/self")
 def measure_peak_memory(model: nn.Module, inputs: Any) -> int | None:
     """Return the peak growth of resident memory while a copy of ``model`` is made and called.
 
-    The copy of a module duplicates its weights; a program is loaded again. The first copy warms up
-    libraries and caches, and the second is measured. Memory is counted in whole pages, some of
-    which the process already holds.
+    To copy a program means to load the program again. The first of two copies warms up libraries
+    and caches, and the second copy is measured. Memory is counted in whole pages, some of which the
+    process already holds.
 
     Returns:
         The bytes, or None if the model cannot be copied (a program in memory) or the system is not
@@ -37,7 +37,7 @@ def measure_peak_memory(model: nn.Module, inputs: Any) -> int | None:
         with contextlib.suppress(OSError, AttributeError):
             ctypes.CDLL(None).malloc_trim(0)  # so that the copy reuses no freed memory
         try:
-            (_PROCESS / "clear_refs").write_text("5")  # set the peak to the current size
+            (_PROCESS / "clear_refs").write_text("5")  # sets VmHWM, the peak, to the current size
             before = _read_status("VmRSS")
             _call_copy(model, inputs)
             growth = max(0, _read_status("VmHWM") - before)

@@ -56,7 +56,7 @@ figcaption { color: var(--muted); font-size: .85rem; margin-top: .5rem; }
 
 
 def make_page(report: Report) -> str:
-    """Return the page of a report."""
+    """Return the HTML of a report's page."""
     colors = plots.choose_colors(report)
     names, rows = "", ""
     for model, color in zip(report.models, colors, strict=True):
@@ -77,7 +77,7 @@ def make_page(report: Report) -> str:
         )
     title, environment = escape(report.title), escape(tables.describe_environment(report))
     warnings = "".join(f'<p class="warning">{escape(text)}</p>' for text in report.warnings)
-    # The policy makes browsers refuse everything but the styles in the page: no request is sent.
+    # The policy lets browsers load nothing but the styles in the page, so no request is sent.
     return f"""<!doctype html>
 <html lang="en">
 <head>

@@ -1,4 +1,4 @@
-"""Draw a report's figures: accuracy over latency, and reliability diagrams of the confidence."""
+"""Draw a report's figures: accuracy over latency, and reliability diagrams."""
 
 from __future__ import annotations
 
@@ -24,9 +24,10 @@ STUDENTS = (
     *("#2f80d0", "#e07b39", "#2a9d74", "#b5539c", "#c9a227", "#6c5bd1"),
     *("#1fa3b8", "#d1495b", "#8c6a4f"),
 )
-# Color of text and lines, legible on white and on black. The HTML page replaces it.
+# Color of text and lines, legible on white and on black. render_svg() replaces this color by the
+# page's text color.
 INK = "#737b86"
-WIDE, NARROW = 9.0, 4.2  # inches; the narrow figures are for phones
+WIDE, NARROW = 9.0, 4.2  # widths of figures in inches, for desktops and for phones
 FEW = 10  # bins with fewer rows are pale, because their accuracy is mostly chance
 
 
@@ -36,7 +37,7 @@ def choose_colors(report: Report) -> list[str]:
 
 
 def draw_figures(report: Report, width: float = WIDE) -> dict[str, Any]:
-    """Draw the matplotlib figures, by name; the reliability diagrams need labels."""
+    """Draw the figures, and return them by name; reliability diagrams are drawn if labels exist."""
     figures = {"tradeoff": _draw_tradeoff(report, width)}
     if report.models[0].answers.accuracy is not None:
         figures["reliability"] = _draw_reliability(report, width)
@@ -89,9 +90,9 @@ def _draw_tradeoff(report: Report, width: float) -> Any:
 
 
 def _choose_costs(report: Report) -> tuple[list[float], str]:
-    """Return each model's latency, and the axis label.
+    """Return each model's latency, and the label of the axis.
 
-    If a speed ratio is withheld and all sizes are known, return bytes in place of latencies.
+    If a speed ratio is withheld and all sizes are known, return kilobytes in place of latencies.
     """
     sizes = [model.size.bytes for model in report.models if model.size.bytes is not None]
     is_size_known = len(sizes) == len(report.models)
@@ -117,16 +118,16 @@ def _set_ticks(axes: Any, width: float) -> None:
 
 
 def _shorten(name: str, width: float) -> str:
-    """Return a name, cut if it is too long for a figure of this width."""
+    """Return ``name``, cut if the name is too long for a figure of this width."""
     longest = 24 if width == WIDE else 14
     return name if len(name) <= longest else f"{name[: longest - 1]}…"
 
 
 def _label_points(axes: Any, points: list[tuple[float, float, str, str]], width: float) -> None:
-    """Write the names in a column right of the axes, each with a line to its point (y, x).
+    """Write the names in a column right of the axes, with a line from each name to its point.
 
-    The names are in the order of the points' heights. Two names are at least 1/12 of the axes
-    apart, or less if there are more than 12 names.
+    ``points``: (y, x, name, color). The names have the order of y. Names are at least 1/12 of the
+    axes' height apart, or less if there are more than 12 names.
     """
     points.sort()
     heights = [axes.transLimits.transform((0, y))[1] for y, *_ in points]
@@ -182,8 +183,8 @@ def render_png(figure: Any) -> bytes:
 def render_svg(figure: Any, salt: str, kind: str) -> str:
     """Render a figure as an ``<svg>`` whose text and lines have the color of the page.
 
-    ``kind`` is the CSS class of the ``<svg>``. ``salt`` makes the element's ids different from
-    those of the page's other figures.
+    ``kind``: the CSS class of the ``<svg>``. ``salt``: text that makes the ids in the ``<svg>``
+    different from the ids in other figures of the page.
     """
     buffer = io.StringIO()
     with extras.load("matplotlib", "report").rc_context(

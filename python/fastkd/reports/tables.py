@@ -1,4 +1,4 @@
-"""Format a report as text: a table with a row for each measurement, a column for each model."""
+"""Format a report as a table with a row for each measurement and a column for each model."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ DURATIONS = (("µs", 1e-6), ("ms", 1e-3), ("s", 1.0))
 
 
 class Row(NamedTuple):
-    """Hold a measurement of every model as a text and a note, such as a ratio to the teacher's."""
+    """Hold one measurement: for each model, a text and a note, such as a ratio to the teacher."""
 
     label: str
     cells: list[tuple[str, str]]
 
 
 def _scale(value: float, units: Sequence[tuple[str, float]]) -> tuple[str, str]:
-    """Return a value in three digits and its unit, the largest in which the value exceeds 1."""
+    """Return a value in three digits, and the first unit in which the value is below 1000."""
     unit, scale = next((pair for pair in units if value < 999.5 * pair[1]), units[-1])
     return f"{value / scale:#.3g}".rstrip("."), unit
 
@@ -54,7 +54,7 @@ def _format_percent(share: float) -> str:
 
 
 def _format_ratio(ratio: float | None, less: str, more: str) -> str:
-    """Format the ratio of a teacher's value to a student's: 8.46x less, 3,650x more; "" if None."""
+    """Format a ratio of teacher to student, such as "8.46x less" or "3,650x more"; "" for None."""
     if not ratio:
         return ""
     if 0.995 < ratio < 1.005:
@@ -65,7 +65,7 @@ def _format_ratio(ratio: float | None, less: str, more: str) -> str:
 
 
 def _format_memory(value: int | None) -> str:
-    """Format a peak of resident memory; below 100 kB, counting whole pages is too coarse."""
+    """Format a peak of resident memory, which whole pages make inexact below 100 kB."""
     if value is None:
         return UNKNOWN
     return "< 100 kB" if value < 100_000 else format_size(value)
@@ -108,7 +108,7 @@ def make_rows(report: Report) -> list[Row]:
 
 
 def summarize(report: Report) -> str:
-    """Return a sentence on the best distilled student, or on the only student."""
+    """Return a sentence about the best distilled student, or about the only student."""
     teacher, *students = report.models
     is_alone = [re.search("(?<![a-z])alone(?![a-z])", model.name.lower()) for model in students]
     alone = next(itertools.compress(students, is_alone), None)
@@ -136,7 +136,7 @@ def summarize(report: Report) -> str:
 
 
 def describe_method(report: Report) -> str:
-    """Describe how the figures were measured."""
+    """Return sentences about the method of measurement."""
     calls = [
         times.calls
         for model in report.models
@@ -153,7 +153,7 @@ def describe_method(report: Report) -> str:
 def show(report: Report, console: Any = None) -> None:
     """Print a report; a table that is wider than the console is split by models."""
     console = console or extras.load("rich.console", "report").Console()
-    text = extras.load("rich.text", "report").Text  # Rich would interpret markup in a str
+    text = extras.load("rich.text", "report").Text  # in a str, Rich would interpret markup
     console.print(text(report.title, "bold"))
     console.print(text(summarize(report)))
     for warning in report.warnings:
@@ -203,7 +203,7 @@ def format_markdown(report: Report) -> str:
 
 
 def describe_environment(report: Report) -> str:
-    """Describe the machine, its load and the versions."""
+    """Return the machine, its load and the versions as text."""
     return ", ".join(f"{key} {value}" for key, value in report.environment.items())
 
 

@@ -1,9 +1,9 @@
 """Read a teacher's log-probabilities from disk, or from the replies of inference servers.
 
-:func:`precompute` writes a teacher's log-probabilities to disk, :class:`TeacherCache` reads them by
-sample id, and :class:`WithIds` adds the ids to a dataset. A cache needs ``pip install
-fastkd[train]``. :mod:`fastkd.teachers.served` reads the replies of inference servers.
-``docs/teachers.md`` describes caches and servers, with the file format, measured sizes and speeds.
+:func:`precompute` writes a teacher's log-probabilities to disk. :class:`TeacherCache` reads the
+log-probabilities by sample id, and :class:`WithIds` adds ids to a dataset. A cache needs ``pip
+install fastkd[train]``. :mod:`fastkd.teachers.served` reads the replies of inference servers.
+``docs/teachers.md`` describes the file format, and has measured sizes and speeds.
 """
 
 from fastkd.batches import WithIds

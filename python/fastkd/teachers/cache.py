@@ -18,22 +18,23 @@ from fastkd.teachers.digests import digest_inputs, fingerprint
 class TeacherCache:
     """Read the log-probabilities that :func:`precompute` wrote, by sample id, in any order.
 
-    Files are memory-mapped, so a cache may be larger than memory, and processes share the pages
-    that they read. ``DataLoader`` workers may use the cache, forked or spawned: only the path is
-    pickled, and a worker opens the files itself. Each sample has a checksum, which a process checks
-    when it first reads the sample.
+    Files are memory-mapped, so a cache may be larger than memory, and processes share pages. Forked
+    and spawned workers of a ``DataLoader`` may use the cache: only the path is pickled, and a
+    spawned worker opens the files. A process checks the checksum of each sample when the process
+    first reads the sample.
 
     Args:
         path: the folder that :func:`precompute` wrote, completely or in part.
         classes: the number of classes that the cache must have. Default None: any number.
-        teacher: a module with the weights that must have computed the cache. Default None: any.
+        teacher: the module that must have computed the cache, compared by its :func:`fingerprint`.
+            Default None: any teacher.
 
     Attributes:
         classes: number of classes of the teacher.
         top_k: how many classes are stored in each row; None: all classes.
-        temperature: T; the cache holds log softmax(logits / T). A cache of all classes can be used
-            at any temperature: T times the log-probabilities are the teacher's logits up to a
-            constant in each row. The top k can be used at T alone.
+        temperature: T; the cache holds log softmax(logits / T). A loss may use a cache of all
+            classes at any temperature, since T times the log-probabilities are the teacher's logits
+            up to a constant in each row. A loss may use a cache of the top k at T alone.
         dtype: dtype of the log-probabilities.
         positions: shape of a sample's rows: () for one row, (-1,) for sequences, or sizes.
         teacher: :func:`fingerprint` of the teacher.
@@ -70,7 +71,7 @@ class TeacherCache:
         classes: int | None = None,
         teacher: nn.Module | None = None,
     ) -> None:
-        """Open and check every shard, and read the ids."""
+        """Open every shard, check its header, and read the ids."""
         self.path = validation.check_folder("path", path)
         self._files = sorted(self.path.glob(shard.PATTERN))
         if not self._files:
@@ -121,7 +122,7 @@ class TeacherCache:
         )
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Pickle the path alone, so that the process that unpickles it opens the files itself."""
+        """Pickle the path alone, so that unpickling opens the files."""
         return (TeacherCache, (self.path,))
 
     def contains(self, ids: Tensor) -> Tensor:
@@ -146,12 +147,12 @@ class TeacherCache:
 
         Args:
             classes: number of classes of the student.
-            teacher: module that the cache should have been computed with.
+            teacher: module that must have computed the cache.
             temperature: the teacher's temperature in the loss. A cache of all classes fits every
                 temperature.
             ids: samples that must be in the cache.
-            batch: a batch of the loader, with ids (:class:`WithIds`). The inputs must equal
-                those that the teacher got. Omit ``batch`` if inputs are augmented at random.
+            batch: a batch of the loader, with ids (:class:`WithIds`), whose inputs must equal the
+                teacher's inputs. Omit ``batch`` if inputs are augmented at random.
 
         Raises:
             ValueError: if the cache does not fit an argument.
@@ -211,13 +212,13 @@ class TeacherCache:
             ids: ``(B,)`` integers, on any device, in any order.
             shape: shape of a sample's rows in the batch, ``student_logits.shape[1:-1]``. Sequences
                 are padded to this shape: with index -1 and log-probability -inf, or with equal
-                probabilities if the cache holds all classes. Mask padding rows by their labels.
+                probabilities if the cache holds all classes. Padding needs labels that are ignored.
                 Default: the shape in the cache, or the length of the longest sequence.
 
         Returns:
             ``(B, *shape, classes)`` log-probabilities; with ``top_k``, a :class:`fastkd.TopK` of
-            shape ``(B, *shape, k)``, largest first, with indices in int64. The tensors are on
-            the CPU, and the log-probabilities in the cache's dtype.
+            shape ``(B, *shape, k)``, largest first, with int64 indices. The tensors are on the CPU.
+            The log-probabilities have the cache's dtype.
 
         Raises:
             TypeError: for ids that are not integers, or a shape that is not a tuple.
@@ -251,7 +252,7 @@ class TeacherCache:
         return TopK(log_probs, indices.view(log_probs.shape))
 
     def _check_rows(self, number: int, index: Tensor) -> None:
-        """Check the checksums of a shard's samples, unless they were checked before."""
+        """Check the checksums of those samples of a shard that were not checked before."""
         new = torch.unique(index[self._unchecked[index]])
         sums = shard.compute_checksums(self._shards[number], self._starts[new], self._lengths[new])
         damaged = new[sums != self._checksums[new]]

@@ -15,8 +15,8 @@ from fastkd import batches
 def fingerprint(teacher: nn.Module) -> str:
     """Compute the SHA-256 of a module's parameters and buffers: dtypes, shapes and bytes, in order.
 
-    Quantized weights are included, packed or not. Names are not included, so that ``torch.compile``
-    and wrappers such as ``DataParallel`` do not change the fingerprint.
+    Packed and unpacked quantized weights are included. Names are not included, so that
+    ``torch.compile`` and wrappers such as ``DataParallel`` do not change the fingerprint.
 
     Raises:
         TypeError: if ``teacher`` is not a module.
@@ -61,7 +61,7 @@ def digest_inputs(inputs: Any, count: int, lengths: list[int] | None) -> Tensor:
 
 
 def _unpack(tensor: Tensor) -> Iterator[Tensor]:
-    """Yield the plain tensors of a quantized tensor or a wrapper subclass, or the tensor itself."""
+    """Yield ``tensor``, or the plain tensors inside a quantized tensor or a wrapper subclass."""
     if tensor.is_quantized:
         yield from (tensor.int_repr(), tensor.dequantize())
     elif hasattr(tensor, "__tensor_flatten__"):
@@ -72,6 +72,6 @@ def _unpack(tensor: Tensor) -> Iterator[Tensor]:
 
 
 def view_bytes(tensor: Tensor) -> memoryview:
-    """Return the bytes of a tensor's entries, copied only if they are not contiguous on the CPU."""
+    """Return the bytes of a tensor, without a copy if the tensor is contiguous on the CPU."""
     flat = tensor.detach().cpu().contiguous().reshape(-1)
     return flat.view(torch.uint8).numpy().data

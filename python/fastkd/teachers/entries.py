@@ -1,7 +1,7 @@
 """Check the entries of a server's reply, and convert them to a :class:`fastkd.TopK`.
 
-An entry is a token id with its log-probability. :mod:`fastkd.teachers.served` extracts the entries
-of each position from a reply.
+An entry is a token id with its log-probability, and a position of the reply has several entries.
+:mod:`fastkd.teachers.served` extracts the entries of each position.
 """
 
 from __future__ import annotations
@@ -27,9 +27,10 @@ _TOKEN_ID = "token_id:"
 """The prefix of a token in a reply of vLLM with ``return_tokens_as_token_ids``."""
 _LARGEST_ID = 2**31 - 1
 _LEAST = -9999.0
-"""Entries of at most this value are -inf: vLLM writes -9999, SGLang the least float32."""
+"""Log-probabilities of at most this value count as -inf. For -inf, vLLM writes -9999, and SGLang
+writes the least float32 number."""
 _LARGEST_LOG_PROB = 1e-3
-"""The largest accepted log-probability: rounding may give a number above 0."""
+"""The largest accepted log-probability; above 0, because a server may round numbers up."""
 _RAGGED = 64
 """The largest accepted ratio of the longest list's length to the mean length. The bound limits the
 memory of a result to this multiple of the memory of the reply."""
@@ -38,17 +39,17 @@ memory of a result to this multiple of the memory of the reply."""
 class Entries:
     """Hold the entries of all positions of a reply, one after the other.
 
-    The entries are checked and converted together, because separate checks would take most of the
-    time of a long reply.
+    All entries are checked and converted together, since a check of each position would take most
+    of the time for a long reply.
 
     Attributes:
         counts: number of entries of each position.
-        ids: token ids as the reply has them.
-        log_probs: log-probabilities as the reply has them.
+        ids: token ids, not yet checked or converted.
+        log_probs: log-probabilities, not yet checked or converted.
     """
 
     def __init__(self, field: str, positions: object, read: Read, form: str) -> None:
-        """Concatenate the entries of all positions; ``form``: the form that ``read`` accepts."""
+        """Concatenate the entries of all positions; ``form`` says what ``read`` accepts."""
         self.field = field
         self.counts: list[int] = []
         self.ids: list[Any] = []
@@ -82,12 +83,12 @@ class Entries:
             )
 
     def fail(self, entry: int, message: str) -> NoReturn:
-        """Raise ValueError about an entry, by its index among the entries of all positions."""
+        """Raise ValueError for the position of ``entry``, an index among all entries."""
         position = bisect.bisect_right(list(itertools.accumulate(self.counts)), entry)
         raise ValueError(f"{self.field}[{position}]: {message}")
 
     def strip_prefixes(self) -> None:
-        """Remove the prefix of each token, unless all tokens are ids; raise for a token of text."""
+        """Remove the prefix "token_id:" of all tokens; raise for text without the prefix."""
         kinds = _get_types(self.ids)
         if kinds <= {int}:
             return
@@ -141,7 +142,7 @@ class Entries:
         return TopK(log_probs[:, :k].float(), indices[:, :k], tail)
 
     def to_log_probs(self) -> Tensor:
-        """Return the log-probabilities of all entries in float64; raise for an impossible value."""
+        """Return the log-probabilities of all entries in float64; raise for an invalid number."""
         try:
             if not _get_types(self.log_probs) <= {float, int}:
                 raise TypeError
@@ -187,7 +188,7 @@ class Entries:
         )
 
     def check_rows(self, log_probs: Tensor, indices: Tensor) -> None:
-        """Raise if a position lists a token twice, or probabilities that add up to more than 1."""
+        """Raise if a position lists a token twice, or if its probabilities sum to over 1.1."""
         duplicate = definitions.find_duplicate(indices)
         if (duplicate >= 0).any():
             position = int((duplicate >= 0).nonzero()[0])
@@ -206,7 +207,10 @@ class Entries:
     def check_tokens(
         self, indices: Tensor, tokens: Sequence[int] | Tensor, lists_tokens: bool
     ) -> None:
-        """Raise if the reply cannot be about ``tokens``."""
+        """Raise unless the reply has a position for each token.
+
+        ``lists_tokens``: True if each position must also list its token.
+        """
         try:
             ids = tokens if isinstance(tokens, Tensor) else _to_tensor("q", tokens, torch.int64)
         except (TypeError, OverflowError):
@@ -232,7 +236,7 @@ class Entries:
 
 
 def _to_tensor(code: str, values: Iterable[Any], dtype: torch.dtype) -> Tensor:
-    """Convert numbers to a tensor through an ``array``, which is faster than ``torch.tensor``."""
+    """Convert numbers by an ``array``, which is faster than ``torch.tensor``."""
     numbers = array(code, values)
     return torch.frombuffer(numbers, dtype=dtype) if numbers else torch.empty(0, dtype=dtype)
 
@@ -279,9 +283,9 @@ def check_mapping(value: object, name: str = "reply") -> None:
 
 
 def show(value: object) -> str:
-    """Return a short repr for a message."""
+    """Return the repr of a value, shortened to 200 characters for a message."""
     try:
         text = reprlib.repr(value)
-    except Exception:  # a foreign object, or an int of too many digits
+    except Exception:  # an object's __repr__ may raise, as does an int of too many digits
         return type(value).__name__
     return text if len(text) <= 200 else text[:197] + "..."

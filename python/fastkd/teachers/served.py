@@ -1,26 +1,26 @@
 """Read the replies of inference servers: vLLM, SGLang and the OpenAI API.
 
-:func:`from_vllm`, :func:`from_sglang` and :func:`from_openai` convert a reply for one sequence, as
-``json.loads`` decodes it, to a :class:`fastkd.TopK`. :func:`collate` pads several teachers and
-stacks them into a batch. :func:`gather` selects the sequence's tokens from the lists, for a
+:func:`from_vllm`, :func:`from_sglang` and :func:`from_openai` convert the decoded JSON of a reply
+for one sequence to a :class:`fastkd.TopK`. :func:`collate` pads the results of several sequences
+and stacks them into a batch. :func:`gather` selects the sequence's tokens from the lists, for a
 :class:`fastkd.Sampled`. These functions open no connection, and run or import nothing from a reply.
 
-**Alignment.** Row i of a result scores token i of the reply: it has log-probabilities of the
-distribution that predicted token i. For a complete prompt, row i of a result
-corresponds to row i - 1 of the student's logits. No distribution predicted the first token of a
-prompt, so row 0 is padding: indices -1, log-probabilities -inf. For generated tokens, row 0 scores
-the first generated token. :func:`collate` with ``length=`` and left padding adds a row of padding
-for each token of the prompt. ``shift=1`` then compares row i with row i - 1 of
-the logits::
+**Alignment.** Row i of a result has log-probabilities of the distribution that predicted token i of
+the reply. For a complete prompt, row i of a result corresponds to row i - 1 of the student's
+logits. No distribution predicted the first token of a prompt, so row 0 is padding: indices -1,
+log-probabilities -inf. For generated tokens, row 0 belongs to the first generated token.
+:func:`collate` with ``length=`` and left padding adds a row of padding for each token of the
+prompt. ``shift=1`` then compares row i with row i - 1 of the logits::
 
     loss = fastkd.loss(logits, teacher, labels, shift=1)  # label -100: prompt and padding
 
 **Temperature.** A reply does not contain its temperature. A wrong temperature cannot be detected,
-since probabilities add up to at most 1 at any temperature. vLLM 0.32 scores all tokens at
-temperature 1, whatever the request has. With ``--logprobs-mode processed_logprobs``, vLLM scores
-generated tokens at the request's temperature. SGLang 0.5.23, by its source, scores prompts at
-temperature 1, and generated tokens at the request's temperature. The readers raise an error for
-numbers that cannot be log-probabilities, such as most numbers of vLLM's ``raw_logits`` mode.
+since probabilities add up to at most 1 at any temperature. vLLM 0.32 computes log-probabilities at
+temperature 1, whatever temperature the request has. With ``--logprobs-mode processed_logprobs``,
+vLLM uses the request's temperature for generated tokens. According to its source, SGLang 0.5.23
+uses temperature 1 for prompts, and the request's temperature for generated tokens. The functions
+raise an error for numbers that cannot be log-probabilities, such as most logits of vLLM's
+``raw_logits`` mode.
 """
 
 from __future__ import annotations
@@ -78,16 +78,15 @@ def from_vllm(
               ``{"logprob": ...}`` or ``vllm.Logprob``. The first entry of the sequence may be None.
         tokens: the ids of the sequence's tokens, ``(n,)``. If given, the reply must have n
             positions and list each of these tokens, or the function raises an error.
-        k: number of entries of a row: the most probable entries, then padding. Default: the length
-            of the longest list.
+        k: number of entries in a row of the result: the most probable entries, then padding.
+            Default: the length of the longest list.
         tail: see :class:`fastkd.TopK`.
 
     Returns:
         A :class:`fastkd.TopK` on the CPU with ``log_probs`` float32 ``(n, k)`` and ``indices``
-        int64 ``(n, k)``, most probable first, padded with -inf and -1. Row i scores token i. A
-        listed token of probability 0 keeps its index, with -inf. The order is that of the
-        log-probabilities, not of vLLM's ranks: with ``logprob_token_ids``, the rank is the token's
-        position in the request.
+        int64 ``(n, k)``, most probable first, padded with -inf and -1. Row i belongs to token i. A
+        listed token of probability 0 keeps its index, with -inf. vLLM's ranks are ignored, because
+        with ``logprob_token_ids`` a rank is a position in the request.
 
     Raises:
         TypeError: if ``reply``, ``tokens`` or ``k`` has the wrong type.
@@ -175,9 +174,9 @@ def from_openai(
 ) -> TopK:
     """Read the log-probabilities of generated tokens in the form of the OpenAI API.
 
-    The API writes tokens as text, without ids. With ``return_tokens_as_token_ids=True`` in the
-    request, vLLM writes ``"token_id:5"``. A row lists the tokens of ``top_logprobs`` and the token
-    that was generated.
+    The API writes tokens as text, without ids. If the request has
+    ``return_tokens_as_token_ids=True``, vLLM writes ids, such as ``"token_id:5"``. A row lists the
+    tokens of ``top_logprobs`` and the generated token.
 
     Args:
         reply: a choice of ``/v1/completions`` (``logprobs=k``) or of ``/v1/chat/completions``
@@ -231,11 +230,11 @@ def gather(topk: TopK, tokens: Tensor, estimator: Estimator = "k1") -> Sampled:
     """Select one token from each row's list, for a loss on the sampled tokens alone.
 
     Args:
-        topk: the result of a reader or of :func:`collate`, ``(..., k)``. Read the reply
-            with ``k=None``, since vLLM lists the sequence's token last if the token is not among
-            the k most probable.
-        tokens: ``(...)`` token ids of any integer dtype, aligned with the rows. A negative id, such
-            as the label -100, makes the row padding.
+        topk: the result of a function of this module, ``(..., k)``. Read the reply with ``k=None``,
+            since vLLM lists the sequence's token last if the token is not among the k most probable
+            tokens.
+        tokens: ``(...)`` token ids of any integer dtype, one for each row. A negative id, such as
+            the label -100, makes the row padding.
         estimator: see :class:`fastkd.Sampled`.
 
     Returns:
@@ -292,7 +291,7 @@ def collate(
     length: int | None = None,
     padding_side: PaddingSide = "right",
 ) -> TopK | Sampled:
-    """Pad the teachers of several sequences to one length, and stack them into a batch.
+    """Pad sparse teachers of several sequences to one length, and stack the teachers into a batch.
 
     Args:
         values: B :class:`fastkd.TopK` of shapes ``(n, k)``, where n and k may differ, or B
@@ -355,7 +354,7 @@ def collate(
     return type(values[0])(log_probs, indices, values[0][-1])  # type: ignore[arg-type]
 
 
-# ---- readers of one position of a reply; they return token ids and log-probabilities
+# ---- functions from one position of a reply to its token ids and log-probabilities
 
 
 def _read_vllm_json(entry: Any) -> tuple[Iterable[Any], Iterable[Any]]:
@@ -395,7 +394,7 @@ def _read_chat(entry: Any) -> tuple[Iterable[Any], Iterable[Any]]:
 def _merge(
     listed: dict[Any, Any], token: Any, log_prob: Any
 ) -> tuple[Iterable[Any], Iterable[Any]]:
-    """Add the generated token to the most probable tokens, unless it is one of them."""
+    """Add the generated token to the listed tokens, unless the list has the token."""
     if log_prob is not None and listed.setdefault(token, log_prob) != log_prob:
         raise ValueError("a token has two log-probabilities")
     return listed.keys(), listed.values()

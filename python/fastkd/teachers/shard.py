@@ -6,14 +6,14 @@ A shard is a safetensors file with these tensors, for n samples with R rows in t
 - ``lengths`` int64 [n], the rows of each sample, which add up to R;
 - ``inputs`` int64 [n], a digest of the teacher's inputs;
 - ``checksums`` int64 [n], the CRC-32 of the sample's rows of ``log_probs``, then of ``indices``;
-- ``log_probs`` [R, classes], or [R, k], the k largest of each row;
-- ``indices`` int32 [R, k], the classes of these k log-probabilities.
+- ``log_probs`` [R, classes], or [R, k] for the k largest of each row;
+- ``indices`` int32 [R, k], the classes of these k log-probabilities; absent for all classes.
 
 The file's header holds the fields of :class:`Header`, ``kl``, ``tail`` and ``crc32`` as text.
 ``crc32`` covers everything but ``log_probs`` and ``indices`` (:func:`_compute_crc32`), and
 :func:`read` checks it. A :class:`fastkd.teachers.TeacherCache` checks a sample when it first reads
-the sample. A CRC-32 detects damage, such as a flipped bit. A CRC-32 does not detect forgery,
-because a forger can compute it, too.
+the sample. A CRC-32 detects damage, such as a flipped bit, but not forgery, because a forger can
+compute the CRC-32 of the forged data.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Header(NamedTuple):
 
     classes: int
     top_k: int | None
-    """None: all classes are stored."""
+    """Number of stored classes of each row; None if all classes are stored."""
     temperature: float
     dtype: torch.dtype
     positions: tuple[int, ...]
@@ -55,11 +55,11 @@ class Header(NamedTuple):
 
 
 class Shard(NamedTuple):
-    """Hold a shard's content; :func:`read` maps ``log_probs`` and ``indices`` from the file."""
+    """Hold a shard's content; :func:`read` memory-maps ``log_probs`` and ``indices``."""
 
     header: Header
     kl: float
-    """KL(teacher || distribution that a reader reconstructs), in nats, mean over rows."""
+    """KL(teacher || distribution that a reader reconstructs), mean over rows, in nats."""
     tail: float
     """Probability of the classes that are not stored, mean over rows."""
     ids: Tensor
@@ -70,7 +70,7 @@ class Shard(NamedTuple):
 
 
 def compute_checksums(shard: Shard, starts: Tensor, lengths: Tensor) -> Tensor:
-    """Compute the CRC-32 of each sample, whose rows begin at its entry of ``starts``."""
+    """Compute, for each sample i, the CRC-32 of ``lengths[i]`` rows from row ``starts[i]`` on."""
     sums = [0] * len(starts)
     for tensor in (shard.log_probs, shard.indices):
         if tensor is not None:
@@ -81,7 +81,7 @@ def compute_checksums(shard: Shard, starts: Tensor, lengths: Tensor) -> Tensor:
 
 
 def _compute_crc32(texts: Mapping[str, str], shard: Shard, checksums: Tensor) -> str:
-    """Compute the CRC-32 of the header's texts, the log_probs' dtype and the small tensors."""
+    """Compute the CRC-32 of the header and of all tensors but ``log_probs`` and ``indices``."""
     named = sorted((key, text) for key, text in texts.items() if key != "crc32")
     crc = zlib.crc32(json.dumps([named, str(shard.header.dtype)]).encode())
     for tensor in (shard.ids, shard.lengths, shard.inputs, checksums):
@@ -90,7 +90,7 @@ def _compute_crc32(texts: Mapping[str, str], shard: Shard, checksums: Tensor) ->
 
 
 def write(folder: pathlib.Path, shard: Shard) -> None:
-    """Write a shard under the next free name, completely or not at all."""
+    """Write a shard to a file with the next free name, completely or not at all."""
     header = shard.header
     metadata = {
         "format": FORMAT,
@@ -108,7 +108,7 @@ def write(folder: pathlib.Path, shard: Shard) -> None:
     metadata["crc32"] = _compute_crc32(metadata, shard, checksums)
     fields = {**shard._asdict(), "checksums": checksums}
     tensors = {name: value for name, value in fields.items() if isinstance(value, Tensor)}
-    # The name is random, since processes in two containers may have the same process id.
+    # The name is random, not the process id, which two containers may share.
     part = folder / f".{secrets.token_hex(8)}.part"
     try:
         extras.load("safetensors.torch", "train").save_file(tensors, part, metadata)
@@ -132,7 +132,7 @@ def synchronize(path: pathlib.Path) -> None:
 
 
 def read(path: pathlib.Path) -> tuple[Shard, Tensor]:
-    """Open a shard without reading its rows; return it and the checksums of its samples."""
+    """Open a shard without reading the rows; return the shard and the checksums of its samples."""
     safetensors = extras.load("safetensors", "train")
     try:
         if not path.is_file():  # opening a named pipe would wait for a writer
@@ -199,7 +199,7 @@ def _read_header(texts: dict[str, str], file: Any) -> Header:
 
 
 def _parse(texts: dict[str, str], key: str, kind: Any, low: float, high: float) -> Any:
-    """Parse a number in [low, high)."""
+    """Return a text of the header as a number; raise unless low <= number < high."""
     text = texts.get(key, "")[:40]
     with contextlib.suppress(ValueError):
         value = kind(text)

@@ -1,4 +1,4 @@
-"""Write a teacher cache in one pass over the data, which can be interrupted and resumed."""
+"""Write a teacher cache in one pass over the data; an interrupted pass can be resumed."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from fastkd.teachers import shard
 from fastkd.teachers.cache import TeacherCache
 from fastkd.teachers.digests import digest_inputs, fingerprint
 
-# A chunk has about this number of float32 logits. About five tensors of this size exist at a time.
+# Number of float32 logits that are encoded at a time. About five tensors of this size then exist.
 _CHUNK = 2**20
 
 
@@ -50,20 +50,20 @@ def precompute(
         loader: batches with sample ids: a ``DataLoader`` over a :class:`WithIds`, or an
             iterable of ``(inputs, labels, ids)`` or mappings with ``"ids"``.
         path: a folder; created if it does not exist.
-        top_k: how many classes of each row to store, largest first. None: all classes.
+        top_k: how many classes of each row to store, most probable first. Default None: all.
         dtype: float16, bfloat16 or float32. Default float16.
-        temperature: T > 0. A cache of all classes can be used at any temperature, a cache of the
-            top k only at this temperature. Default 2, as in :func:`fastkd.loss`.
+        temperature: T > 0. A loss may use a cache of all classes at any temperature, but a cache of
+            the top k only at this temperature. Default 2, as in :func:`fastkd.loss`.
         ignore_index: sequences ``(B, T, C)`` are stored up to the last label that is not
             ``ignore_index``, so that padding is not stored. Without labels, the
             ``attention_mask`` of a mapping is used. Default -100.
-        shard_bytes: size at which a file is completed, and the most that a killed process loses.
-            Default 64 MiB.
-        progress: show a progress bar.
+        shard_bytes: bytes at which a file is completed; a killed process loses at most this number
+            of bytes. Default 64 MiB.
+        progress: show a progress bar. Default True.
 
     Returns:
-        The opened cache. The cache's ``kl`` is its measured divergence from the teacher, caused by
-        rounding and by classes that are not stored.
+        The opened cache. ``kl`` of the cache is the measured divergence from the teacher, which
+        rounding and missing classes cause.
 
     Raises:
         ImportError: before the teacher is called, if safetensors or numpy is missing, or tqdm with
@@ -71,8 +71,9 @@ def precompute(
         TypeError: if ``teacher`` is not a module.
         ValueError: if ``path`` holds a cache whose options or teacher differ.
         ValueError: if the loader gives no batch, or a batch without ids.
-        ValueError: if the teacher's logits hold NaN or +inf, or a row of -inf; or if they change
-            their shape, or have fewer than ``top_k`` classes.
+        ValueError: if the teacher's logits hold NaN or +inf, or a row of -inf; if the number of
+            classes or the shape of a sample's rows changes; or if there are fewer than ``top_k``
+            classes.
 
     Example: see :class:`TeacherCache`.
     """
@@ -129,7 +130,7 @@ def precompute(
                 writer.add(header, tensors)
         writer.flush()
     finally:
-        writer.flush()  # write the collected samples also after an error or an interrupt
+        writer.flush()  # after an error or an interrupt, write the samples collected so far
     if batch is None:
         raise ValueError(batches.NO_BATCH)
     return TeacherCache(folder)
@@ -169,10 +170,10 @@ def _select_rows(logits: Tensor, lengths: Tensor) -> Tensor:
 
 
 def _encode(rows: Tensor, header: shard.Header) -> dict[str, Tensor]:
-    """Compute, truncate and round the log-probabilities of logits [R, C].
+    """Compute the log-probabilities of logits ``[R, C]``, truncated to ``top_k`` and rounded.
 
     The results are CPU tensors: ``log_probs`` and, with ``top_k``, ``indices``, as in a shard;
-    ``kl`` and ``tail`` [R].
+    ``kl`` and ``tail`` ``[R]``, as :func:`_measure_distortion` returns them.
     """
     parts = []
     for part in torch.split(rows, max(1, _CHUNK // rows.shape[-1])):
@@ -199,9 +200,9 @@ def _measure_distortion(
 ) -> tuple[Tensor, Tensor]:
     """Return KL(p || the reader's reconstruction of p) and the tail's probability, both ``[R]``.
 
-    A reader knows the stored log-probabilities. The tail is the probability of all classes that are
-    not stored, and the reader spreads the tail evenly over these classes. The reader's values q sum
-    to 1 + z, so KL = sum p log(p / q) + log(1 + z). With d = log(p / q), a stored class contributes
+    The tail is the probability of all classes that are not stored. A reader spreads the tail evenly
+    over these classes. The reader's values q, rounded when stored, sum to 1 + z, so
+    KL = sum p log(p / q) + log(1 + z). With d = log(p / q), a stored class contributes
     p (d + exp(-d) - 1), which does not cancel where q is near p.
     """
     p = log_p.exp()
@@ -211,7 +212,7 @@ def _measure_distortion(
         others = p.scatter(-1, indices, 0.0)
         tail = others.sum(-1)
         spread = math.log(max(1, p.shape[-1] - indices.shape[-1]))
-        # xlogy(tail, tail / n) would underflow: a tail of 1e-44 divided by 1,000 classes is 0.
+        # xlogy(tail, tail / n) would underflow: 1e-44 / 1000 is 0 in float32.
         even = tail * spread - torch.special.xlogy(tail, tail)
         tail_kl = even - torch.special.entr(others).sum(-1)
         log_p, p = log_p.gather(-1, indices), p.gather(-1, indices)
@@ -223,7 +224,7 @@ def _measure_distortion(
 
 
 class _Writer:
-    """Collect samples and write them in shards of about ``shard_bytes``."""
+    """Collect samples, and write shards of about ``shard_bytes``."""
 
     def __init__(self, folder: pathlib.Path, shard_bytes: int, cache: TeacherCache | None) -> None:
         self._folder, self._shard_bytes = folder, shard_bytes
@@ -241,7 +242,7 @@ class _Writer:
         return new
 
     def add(self, header: shard.Header, tensors: dict[str, Tensor]) -> None:
-        """Add samples, and write a shard if the collected samples have ``shard_bytes``."""
+        """Add samples, and write a shard once the collected samples have ``shard_bytes``."""
         self._header = self._header or header
         for name, old, new in zip(header._fields, self._header, header, strict=True):
             if old != new:
@@ -259,5 +260,5 @@ class _Writer:
         rows = max(1, len(tensors["log_probs"]))
         kl, tail = (float(tensors.pop(name).double().sum()) / rows for name in ("kl", "tail"))
         shard.write(self._folder, shard.Shard(self._header, kl, tail, **tensors))
-        # Drop the samples only after the write, so that an interrupted write is repeated.
+        # Drop the samples only after the write, so that precompute() repeats an interrupted write.
         self._parts, self._bytes = [], 0

@@ -1,4 +1,4 @@
-"""Train students: the trainer, and the feature hints that it can add to the loss."""
+"""Train students by distillation, with or without feature hints."""
 
 from fastkd.training.hints import Hint
 from fastkd.training.trainer import Evaluation, Step, Trainer

@@ -48,7 +48,7 @@ def check_accelerator(accelerator: Any, ema: float | None) -> None:
 
 
 def check_loss(loss: KDLoss, teachers: int) -> None:
-    """Raise unless the trainer can use the loss with this number of teachers."""
+    """Raise unless the trainer can use the loss; ``teachers``: the number of teachers."""
     if not isinstance(loss, KDLoss):
         raise TypeError(f"loss must be a fastkd.KDLoss; got {type(loss).__name__}")
     for name, accepted in (("reduction", "mean"), ("normalizer", None), ("class_weight", None)):

@@ -1,9 +1,10 @@
-"""Write checkpoints atomically, and check their files before reading them.
+"""Write checkpoints atomically, and check a checkpoint's files before reading them.
 
-A checkpoint is a folder ``step-00000042``. The folder is written as ``.incomplete``, synchronized
-to the disk and renamed, so the previous checkpoint survives if the process is killed. An older
-checkpoint of the same step is ``step-00000042.replaced`` until the new checkpoint is renamed. No
-file can execute code when it is read. ``files.json`` has the CRC-32 of every other file.
+A checkpoint is a folder such as ``step-00000042``. The folder is written as ``.incomplete``,
+synchronized to the disk and renamed, so the previous checkpoint survives if the process is killed.
+An older checkpoint of the same step is ``step-00000042.replaced`` until the new checkpoint is
+renamed. Reading a file executes no code from the file. ``files.json`` has the CRC-32 of every other
+file of the checkpoint.
 """
 
 from __future__ import annotations
@@ -40,9 +41,9 @@ def list_complete(folder: pathlib.Path) -> list[pathlib.Path]:
 def write(
     folder: pathlib.Path, step: int, fill: Callable[[pathlib.Path], None], accelerator: Any
 ) -> pathlib.Path:
-    """Write a checkpoint into ``folder``, delete old checkpoints, and return the new one's path.
+    """Write a checkpoint into ``folder``, delete old checkpoints, and return the checkpoint's path.
 
-    Every process calls ``fill`` with a folder for its files.
+    Every process must call this function, which calls ``fill`` with a folder for the files.
     """
     target, incomplete = folder / f"step-{step:08d}", folder / _INCOMPLETE
     if accelerator.is_main_process:
@@ -72,7 +73,7 @@ def write(
 
 
 def _discard(checkpoint: pathlib.Path) -> None:
-    """Rename a checkpoint before deleting it, so that a half-deleted one is never read."""
+    """Rename a checkpoint and then delete it, so that no half-deleted checkpoint is read."""
     if os.path.lexists(checkpoint):
         _delete(checkpoint.replace(checkpoint.with_name(_DISCARDED)))
 
@@ -86,7 +87,7 @@ def _delete(path: pathlib.Path) -> None:
 
 
 def save(value: Any, file: pathlib.Path) -> None:
-    """Write tensors, numbers, text, and containers of them; raise TypeError for anything else."""
+    """Write tensors, numbers and text, also in containers; raise TypeError for other objects."""
     torch.save(value, file)
     unsafe = torch.serialization.get_unsafe_globals_in_checkpoint(file)
     if unsafe:
@@ -102,7 +103,7 @@ def load(file: pathlib.Path) -> Any:
 
 
 def write_checksums(folder: pathlib.Path) -> None:
-    """Write ``files.json``, the checksums of a checkpoint's other files."""
+    """Write ``files.json``, which has the checksum of every other file in ``folder``."""
     checksums = {
         file.relative_to(folder).as_posix(): _checksum(file)
         for file in sorted(folder.rglob("*"))
@@ -144,7 +145,6 @@ def read_metadata(folder: pathlib.Path, expected: Mapping[str, int]) -> dict[str
 
 
 def _checksum(file: pathlib.Path) -> str:
-    """Compute the CRC-32 of a file."""
     crc = 0
     with _open(file) as stream:
         while chunk := stream.read(2**20):

@@ -1,4 +1,4 @@
-"""Train the student's intermediate features to match the teacher's: feature hints (FitNets)."""
+"""Train intermediate features of a student to match features of a teacher: hints (FitNets)."""
 
 from __future__ import annotations
 
@@ -18,26 +18,27 @@ from fastkd import batches, validation
 
 @dataclass(frozen=True, kw_only=True)
 class Hint:
-    """Compare the output of a module of the student with that of a module of the teacher.
+    """Compare the output of a module of the student with the output of a module of the teacher.
 
-    A feature has B samples and C channels, and may have positions: ``(B, C)``, ``(B, L, C)``, or
-    ``(B, C, d1, d2, ...)`` as Conv2d and Conv3d return it. If a module returns a tuple, the feature
-    is the first item. A 3-D feature is ``(B, L, C)``, channels last. Transpose the ``(B, C, L)``
-    output of a Conv1d first, in a module that the hint names. Each loss is a mean over the entries
-    of a sample, then over samples, in float32 or wider:
+    The outputs, called features, have B samples and C channels: ``(B, C)``, ``(B, L, C)`` with L
+    positions, or ``(B, C, d1, d2, ...)``, which Conv2d and Conv3d return. If a module returns a
+    tuple, the feature is the first item. For a Conv1d, name a module that transposes the output
+    ``(B, C, L)``. Each loss is a mean over the entries of a sample, then over samples, in float32
+    or float64:
 
     - ``"mse"``: (student - teacher)^2, after Romero et al., "FitNets: Hints for Thin Deep Nets"
       (2015);
-    - ``"cosine"``: 1 - cosine of the angle between the channels, as DistilBERT aligns hidden states
-      (Sanh et al. 2019);
+    - ``"cosine"``: 1 minus the cosine of the angle between two vectors of channels, which
+      DistilBERT uses for hidden states (Sanh et al. 2019);
     - ``"attention"``: (a_student - a_teacher)^2, where a is the sum of squares over channels,
-      divided by its norm over positions: Zagoruyko and Komodakis, "Paying More Attention to
-      Attention" (2017). The numbers of channels may differ. ``(B, C)`` has no positions.
+      divided by the norm of this sum over positions. From Zagoruyko and Komodakis, "Paying More
+      Attention to Attention" (2017). The numbers of channels may differ. Features ``(B, C)``, which
+      have no positions, raise an error.
 
     Args:
         student: name of a module in ``student.named_modules()``.
-        teacher: name of a module in ``teacher.named_modules()``. With several teachers the name
-            begins with the index of the teacher: ``"0.layer4"``.
+        teacher: name of a module in ``teacher.named_modules()``. With several teachers, the name
+            begins with the index of a teacher, as in ``"0.layer4"``.
         weight: factor of the hint in the total loss, > 0. Default 1.
         loss: ``"mse"``, ``"cosine"`` or ``"attention"``. Default ``"mse"``.
         project: module that maps the student's feature to the teacher's shape, trained with the
@@ -67,7 +68,7 @@ class Hint:
 
 
 class Features:
-    """Record the outputs of named modules by forward hooks, while the context is entered."""
+    """Record the outputs of named modules by forward hooks, inside a ``with`` statement."""
 
     def __init__(self, model: nn.Module, names: Sequence[str], role: str) -> None:
         """Find the modules; ``role`` is "student" or "teacher", for messages."""
@@ -93,7 +94,7 @@ class Features:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Remove the hooks and forget the outputs."""
+        """Remove the hooks, and delete the recorded outputs."""
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
@@ -110,7 +111,7 @@ class Features:
         self._outputs[name] = feature
 
     def pop(self) -> list[Tensor]:
-        """Return the features of the last forward pass, and forget them."""
+        """Return the features of the last forward pass, and delete the recorded outputs."""
         for name in self._names:
             if name not in self._outputs:
                 raise RuntimeError(
@@ -138,7 +139,7 @@ class HintLoss(nn.Module):
         ):
             features[0] = project(features[0].to(batches.dtype_of(project)))
             features = [f.to(torch.promote_types(f.dtype, torch.float32)) for f in features]
-            # Move the channels of (B, C, d1, d2, ...) last, where (B, L, C) has them.
+            # Move the channels of (B, C, d1, d2, ...) to the end, as in (B, L, C).
             features = [f.movedim(1, -1) if f.dim() > 3 else f for f in features]
             _check_shapes(hint, *features)
             losses.append(hint.weight * _compute_distance(hint.loss, *features))
@@ -146,7 +147,7 @@ class HintLoss(nn.Module):
 
 
 def _check_shapes(hint: Hint, student: Tensor, teacher: Tensor) -> None:
-    """Raise if two features ``(B, ..., C)`` cannot be compared."""
+    """Raise if the shapes of two features ``(B, ..., C)`` do not fit the hint's loss."""
     shapes = tuple(student.shape), tuple(teacher.shape)
     attention = hint.loss == "attention"
     if shapes[0][:-1] != shapes[1][:-1] or (not attention and shapes[0] != shapes[1]):

@@ -1,4 +1,4 @@
-"""Save and restore the position in a pass over a data loader, exactly.
+"""Save and restore the position in a pass over a data loader, and the order of its batches.
 
 Accelerate's ``use_stateful_dataloader`` does not restore the order of a shuffled loader.
 """
@@ -17,15 +17,15 @@ import torch
 class LoaderState:
     """Count the batches of a pass, and store the random states that determine the next batches.
 
-    A restored pass draws the batches before its position again and drops them, since datasets and
-    worker processes may have random states that cannot be saved. Accelerate's loader draws one
-    batch ahead, so the batch before the position is drawn with the random states of its first draw.
-    Between two passes, only the random states matter: the next shuffle depends on them.
+    A restored pass first draws and drops the batches before its position, since datasets and worker
+    processes may have random states that cannot be saved. The last dropped batch is drawn with the
+    random states of its first draw, because Accelerate's loader draws one batch ahead. Between two
+    passes, the position is 0, and the random states determine the next shuffle.
     """
 
     def __init__(self) -> None:
         """Start before the first pass."""
-        self.restored: dict[str, Any] = {}  # random states to continue with; empty during a pass
+        self.restored: dict[str, Any] = {}  # random states that iterate() restores and then drops
         self._generators: list[torch.Generator] = []
         self.reset()
 
@@ -47,7 +47,7 @@ class LoaderState:
         self._last_draw, self.restored = state["last_draw"], state["now"]
 
     def iterate(self, loader: Any, size: int) -> Iterator[list[Any]]:
-        """Yield the remaining batches of the pass, ``size`` at a time; fewer at the end."""
+        """Yield lists of ``size`` remaining batches of the pass; the last list may be shorter."""
         self._generators = find_generators(loader)
         if self.restored:
             self._set(self._pass_start or self.restored)
@@ -74,7 +74,7 @@ class LoaderState:
             yield batch
 
     def _set(self, states: dict[str, Any]) -> None:
-        """Set the random states; between two passes the loader's generators may change."""
+        """Set the random states; raise if the loader's generators changed during a pass."""
         saved, current = len(states["loader"]), len(self._generators)
         if self.batches and saved != current:
             raise ValueError(

@@ -16,8 +16,8 @@ class Progress:
     """Read the values of training steps, and pass them to a progress bar and Accelerate's trackers.
 
     Values on the CPU are read at once, so a loss that is not finite raises before the optimizer
-    step. Values on another device are copied asynchronously and read one step later. So the host
-    stays one step ahead of the device, whose queue never runs empty.
+    step. Values on another device are copied asynchronously and read one step later, so that the
+    host can queue a step while the device computes the step before.
     """
 
     def __init__(
@@ -33,7 +33,7 @@ class Progress:
 
     @contextlib.contextmanager
     def show_bar(self, total: int | None, done: int) -> Iterator[Any]:
-        """Yield the progress bar, a new one of ``total`` steps if no bar is shown yet."""
+        """Yield the progress bar; if no bar is shown yet, make a bar of ``total`` steps."""
         if self._bar is not None:
             yield self._bar
             return
@@ -56,7 +56,7 @@ class Progress:
         self._pending.append((step, copy, event))
 
     def flush(self) -> None:
-        """Wait for all pending values and report them; raise if a loss is not finite."""
+        """Wait for all pending values, and report the values; raise if a loss is not finite."""
         pending, self._pending = self._pending, []
         for step, values, event in pending:
             if event is not None:
@@ -79,7 +79,7 @@ class Progress:
                 self._bar.set_postfix(shown, refresh=False)
 
     def log(self, values: dict[str, float], step: int) -> None:
-        """Pass values to Accelerate's trackers, if there are any."""
+        """Pass values to Accelerate's trackers, if the accelerator has trackers."""
         if self._accelerator.log_with:
             if not self._accelerator.trackers:
                 self._accelerator.init_trackers("fastkd")

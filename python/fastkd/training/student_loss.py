@@ -16,7 +16,7 @@ from fastkd.training.hints import Features, Hint, HintLoss
 from fastkd.training.teacher import Forward, TeacherOutputs
 
 Labels = Callable[[Any], "Tensor | None"]
-"""``labels(batch)`` returns a label for each row of the logits, or None."""
+"""A function of a batch that returns a label for each row of the logits, or None."""
 
 
 def get_labels(batch: Any) -> Tensor | None:
@@ -38,7 +38,7 @@ class StepTerms(NamedTuple):
 class Denominators:
     """Hold the 0-d divisors of a step's sums.
 
-    This is a dataclass, because FSDP casts the tensors of a tuple to 16 bits.
+    FSDP casts the tensors in a tuple to 16 bits, but not the tensors in a dataclass.
     """
 
     rows: Tensor
@@ -47,10 +47,11 @@ class Denominators:
 
 
 class StudentLoss(nn.Module):
-    """Run the student and compute its loss in one forward call.
+    """Run the student and compute the loss in one forward call.
 
-    The module does not return the logits, because Accelerate converts outputs to float32. The
-    module contains the projections of hints, so that DistributedDataParallel synchronizes them.
+    The module does not return the logits, because Accelerate would convert the logits to float32.
+    The module contains the projections of hints, so that DistributedDataParallel synchronizes their
+    gradients.
     """
 
     def __init__(
@@ -96,7 +97,7 @@ class StudentLoss(nn.Module):
         return torch.stack([value.to(logits.device, torch.float64) for value in values])
 
     def get_targets(self, batch: Any) -> Tensor | None:
-        """Return the batch's labels, with class indices as int64, or None if it has no labels."""
+        """Return the labels of a batch, with class indices as int64, or None without labels."""
         targets = self._labels(batch)
         if targets is None:
             weights = (self.loss.alpha, self.loss.hard_weight)
@@ -115,7 +116,10 @@ class StudentLoss(nn.Module):
         return validation.to_int64(targets)
 
     def count_rows(self, values: Tensor) -> Tensor:
-        """Return a 0-d count of the rows of logits or probabilities, or of labels not ignored."""
+        """Return, as a 0-d tensor, the number of rows, or of labels that are not ignored.
+
+        ``values``: logits, probabilities or labels.
+        """
         if values.is_floating_point():
             rows = values.numel() // int(values.shape[self.loss.dim])
             return torch.tensor(rows, device=values.device)
@@ -125,7 +129,6 @@ class StudentLoss(nn.Module):
     def _compute(
         self, logits: Tensor, teacher: Any, targets: Tensor | None, **options: Any
     ) -> Terms:
-        """Compute the distillation loss and its terms."""
         if callable(teacher):
             teacher = teacher(logits)
         return losses.terms(logits, teacher, targets, **{**self.loss.options, **options})

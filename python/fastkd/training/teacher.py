@@ -1,4 +1,4 @@
-"""Compute or read teacher outputs for training."""
+"""Compute the outputs of teachers for training, or read the outputs from a cache."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from fastkd.teachers import TeacherCache
 from fastkd.training.hints import Features
 
 Forward = Callable[[nn.Module, Any], Tensor]
-"""``forward(model, batch)`` returns logits."""
+"""A function of (model, batch) that returns logits."""
 
 
 def compute_logits(model: nn.Module, batch: Any) -> Tensor:
@@ -45,7 +45,7 @@ class ModuleTeacher:
         forward: Forward,
         devices: tuple[torch.device | str, torch.device],
     ) -> None:
-        """Freeze the teachers; ``devices`` are those of the modules and of their outputs."""
+        """Freeze the teachers; ``devices``: the device of the modules, and that of the outputs."""
         root = nn.ModuleList(modules)
         student_names = {parameter: name for name, parameter in student.named_parameters()}
         for parameter in root.parameters():
@@ -61,7 +61,7 @@ class ModuleTeacher:
 
     @torch.no_grad()
     def compute_logits(self, batch: Any) -> Any:
-        """Return the logits of the teacher, or a list of the logits of each teacher."""
+        """Return the logits of the teacher, or a list with the logits of each teacher."""
         logits = []
         for teacher in self._teachers:
             moved = batches.to(batch, self._device, batches.dtype_of(teacher))
@@ -69,7 +69,7 @@ class ModuleTeacher:
         return logits[0] if len(logits) == 1 else logits
 
     def __call__(self, batch: Any) -> TeacherOutputs:
-        """Return logits and features; the context ``self.features`` must be entered."""
+        """Return logits and features; call inside the context manager ``self.features``."""
         logits = self.compute_logits(batch)
         return TeacherOutputs(logits, [f.to(self._output_device) for f in self.features.pop()])
 
@@ -80,7 +80,7 @@ class CachedTeacher:
     features = contextlib.nullcontext()
 
     def __init__(self, cache: TeacherCache, loss: losses.KDLoss, device: torch.device) -> None:
-        """Check that the loss can use the cache; outputs go to ``device``."""
+        """Check that the loss can use the cache; ``device``: the device of the outputs."""
         self._cache, self._device = cache, device
         self._dim = loss.dim
         if cache.top_k is not None:
@@ -94,7 +94,10 @@ class CachedTeacher:
             )
 
     def compute_logits(self, batch: Any) -> Callable[[Tensor], Any]:
-        """Return a function that looks up the outputs; student logits give the sequence length."""
+        """Return a function of the student's logits that looks up the teacher's outputs.
+
+        The shape of the student's logits gives the length of sequences.
+        """
         ids = batches.split(batch).ids
         if ids is None:
             raise ValueError(
@@ -108,11 +111,11 @@ class CachedTeacher:
             values = batches.to(self._cache.lookup(ids, tuple(shape[1:-1])), self._device)
             if isinstance(values, TopK):
                 return values
-            # Log-probabilities times temperature are logits, up to a constant in each row.
+            # The temperature times log-probabilities are logits, up to a constant in each row.
             return (values.float() * self._cache.temperature).movedim(-1, self._dim)
 
         return look_up
 
     def __call__(self, batch: Any) -> TeacherOutputs:
-        """Return the logits without features, which a cache does not store."""
+        """Return the result of :meth:`compute_logits`, without features."""
         return TeacherOutputs(self.compute_logits(batch), [])

@@ -1,4 +1,7 @@
-"""Train a student by distillation on Hugging Face Accelerate: ``pip install fastkd[train]``."""
+"""Train a student by distillation with Hugging Face Accelerate.
+
+``pip install fastkd[train]`` installs the required packages.
+"""
 
 from __future__ import annotations
 
@@ -29,10 +32,13 @@ FORMAT = 7  # version of the checkpoint format
 
 
 class Step(NamedTuple):
-    """Hold an optimizer step's 0-d values over all processes, not synchronized with the host."""
+    """Hold the values of an optimizer step over all processes.
+
+    The tensors are 0-d. On a GPU, reading a tensor waits for the step to complete.
+    """
 
     number: int
-    """Number of the step, counted from 1, also over resumed runs."""
+    """Number of the step, counted from 1. A resumed run continues the count."""
     epoch: int
     """Number of the epoch, counted from 0."""
     loss: Tensor
@@ -69,18 +75,19 @@ class Trainer:
         teacher: a module, frozen and set to evaluation mode, run without gradients in its dtype; a
             list of modules, whose logits ``loss`` mixes; or a
             :class:`fastkd.teachers.TeacherCache`, read by the sample ids of the batches.
-        optimizer: an optimizer of the student's parameters. Its first group gets the parameters of
-            hints' projections that the optimizer lacks.
+        optimizer: an optimizer of the student's parameters. The optimizer's first parameter group
+            also gets the parameters of the hints' projections, unless the optimizer has them.
         loss: the distillation loss, with ``reduction="mean"``, without ``normalizer`` and
             ``class_weight``. Default ``KDLoss()``. Batches without labels need ``alpha=0.0`` or
             ``hard_weight=0.0``.
-        hints: pairs of intermediate features to match.
-        scheduler: a learning rate schedule, stepped after each optimizer step.
+        hints: pairs of intermediate features to match. Default: none.
+        scheduler: a learning rate schedule, stepped after each optimizer step. Default None.
         accumulate: number of batches of each process in an optimizer step; fewer at the end of an
             epoch. Default 1.
-        clip: maximum norm of the gradient of the optimizer's parameters.
+        clip: maximum norm of the gradient of the optimizer's parameters. Default None.
         ema: decay in [0, 1] of an exponential moving average of the student, ``trainer.ema``
-            (:class:`torch.optim.swa_utils.AveragedModel`), evaluated in place of the student.
+            (:class:`torch.optim.swa_utils.AveragedModel`). :meth:`evaluate` then evaluates the
+            average in place of the student. Default None.
         forward: ``forward(model, batch)`` returns logits. Needed for batches and models
             that :mod:`fastkd.batches` does not support.
         labels: ``labels(batch)`` returns the labels, or None. Needed for batches that
@@ -88,15 +95,15 @@ class Trainer:
         teacher_device: device of the teacher. Default: the student's device.
         accelerator: an ``accelerate.Accelerator``, for mixed precision, trackers, sharding, or the
             splitting of batches. Default: an ``Accelerator`` without options.
-        checkpoints: a folder for checkpoints, one at the end of each epoch of :meth:`fit`, and one
-            every ``save_every`` steps. The newest two are kept.
-        save_every: number of optimizer steps between checkpoints, which are written before
-            :meth:`steps` yields the step.
-        progress: show a bar with both terms on the main process. Default True.
+        checkpoints: a folder for checkpoints. :meth:`fit` writes a checkpoint at the end of each
+            epoch. The newest two checkpoints are kept. Default None: no checkpoints.
+        save_every: number of optimizer steps after which :meth:`steps` writes a checkpoint, before
+            it yields the step. Default None.
+        progress: show a progress bar with the loss and its terms on the main process. Default True.
 
     Attributes:
-        step: number of optimizer steps done.
-        epoch: number of passes over the loader done.
+        step: number of completed optimizer steps.
+        epoch: number of completed passes over the loader.
         ema: the averaged student, or None.
         accelerator: the accelerator in use.
 
@@ -194,18 +201,18 @@ class Trainer:
     def fit(
         self, loader: Iterable[Any], epochs: int = 1, *, validation: Iterable[Any] | None = None
     ) -> list[Evaluation]:
-        """Train until ``epochs`` passes over ``loader`` are done; passes before a resumption count.
+        """Train until ``epochs`` passes over ``loader`` are done, including resumed passes.
 
         Args:
             loader: a ``DataLoader``, or any iterable of batches that can be iterated again.
-            epochs: number of passes.
+            epochs: number of passes. Default 1.
             validation: batches to evaluate after each epoch. Default None.
 
         Returns:
-            The evaluation after each epoch, including epochs before a resumption.
+            The evaluation after each epoch, including epochs before :meth:`resume`.
 
         Raises:
-            FloatingPointError: if the loss is not finite.
+            FloatingPointError, FileExistsError: as in :meth:`steps`.
         """
         check_count("epochs", epochs)
         if validation is not None:
@@ -227,7 +234,7 @@ class Trainer:
     def steps(self, loader: Iterable[Any]) -> Iterator[Step]:
         """Train for one pass over ``loader``, and yield each optimizer step after it is taken.
 
-        After :meth:`resume`, train for the rest of the interrupted pass.
+        After :meth:`resume`, train on the remaining batches of the interrupted pass.
 
         Raises:
             FloatingPointError: if the loss is not finite; the message names the step and the term.
@@ -256,9 +263,8 @@ class Trainer:
         self._loader_state.reset()
 
     def _take_step(self, window: list[Any]) -> Step:
-        """Take an optimizer step on the batches of ``window``."""
         window = [batches.to(batch, self.accelerator.device) for batch in window]
-        self._optimizer.zero_grad()  # gradients may remain from an interrupted step
+        self._optimizer.zero_grad()  # an interrupted step may have left gradients
         denominators = self._count_rows_and_samples(window)
         total: Tensor | float = 0.0
         for index, batch in enumerate(window, start=1):
@@ -283,9 +289,9 @@ class Trainer:
         return Step(number, self.epoch, *values.unbind())
 
     def _count_rows_and_samples(self, window: list[Any]) -> student_loss.Denominators:
-        """Count the rows and samples of all processes, divided by the number of processes.
+        """Return the rows and samples of all processes, divided by the number of processes.
 
-        The division compensates for the mean of the gradients over the processes.
+        The division compensates for Accelerate's mean of the gradients over processes.
         """
         counts = torch.zeros(2, dtype=torch.float64, device=self.accelerator.device)
         for batch in window:
@@ -300,12 +306,12 @@ class Trainer:
     # ---- evaluation
 
     def evaluate(self, loader: Iterable[Any]) -> Evaluation:
-        """Evaluate the student, or its average if there is one, in evaluation mode.
+        """Evaluate the student, or the moving average if ``ema`` is set, in evaluation mode.
 
         Each of several processes takes a share of a ``DataLoader``, and no row counts twice.
 
         Raises:
-            ValueError: if every row is ignored; and under FSDP, where no process has the full
+            ValueError: if every row is ignored, or under FSDP, where no process has the full
                 student.
         """
         self._check_not_sharded()
@@ -336,7 +342,7 @@ class Trainer:
     def save(self) -> pathlib.Path:
         """Write a checkpoint into the folder ``checkpoints``, and return its path.
 
-        Call this method on every process, between the steps of :meth:`steps` or after them.
+        Call this method on every process, between or after the steps of :meth:`steps`.
 
         Raises:
             FileExistsError: if the folder has checkpoints from which this trainer did not resume.
@@ -401,7 +407,7 @@ class Trainer:
         return True
 
     def _describe(self) -> dict[str, int]:
-        """Return the properties that a checkpoint and a trainer that resumes from it must share."""
+        """Return the properties that a checkpoint and the resuming trainer must share."""
         return {
             "format": FORMAT,
             "processes": self.accelerator.num_processes,
@@ -411,14 +417,14 @@ class Trainer:
         }
 
     def _find_stateful(self) -> dict[str, Any]:
-        """Return the parts whose state Accelerate cannot store in files that are safe to read."""
+        """Return scheduler and average, whose state Accelerate would write as unsafe pickles."""
         parts = {"scheduler": self.scheduler, "ema": self.ema}
         return {name: part for name, part in parts.items() if part is not None}
 
     # ---- loaders
 
     def _prepare(self, loader: Iterable[Any], *, even: bool = True) -> Any:
-        """Return this process's loader; if ``even``, repeat samples to fill the last batches."""
+        """Return this process's loader; if ``even``, samples are repeated to fill last batches."""
         arguments.check_loader("loader", loader)
         if not isinstance(loader, DataLoader):
             return loader
@@ -433,7 +439,7 @@ class Trainer:
         return prepared[even]
 
     def _show_bar(self, loader: Any, first: int, epochs: int) -> Any:
-        """Show a bar for the steps of ``epochs`` epochs that begin at the epoch ``first``."""
+        """Show a bar for the steps of ``epochs`` epochs, beginning with the epoch ``first``."""
         try:
             steps = math.ceil(len(loader) / self._accumulate)
         except TypeError:  # an iterable dataset or a generator has no length
