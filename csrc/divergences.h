@@ -87,6 +87,13 @@ struct SymmetricKL {
   }
 };
 
+// Return the least normal number. Added to a denominator that may be 0, this number prevents 0 / 0.
+template <class T>
+FASTKD_HOST_DEVICE constexpr T least() {
+  static_assert(kIsScalar<T>, "");
+  return sizeof(T) == sizeof(float) ? T(1.17549435e-38) : T(2.2250738585072014e-308);
+}
+
 // log(m / q) and log(m / p) of the mixture m = (1 - a) q + a p, 0 < a < 1.
 template <class T>
 struct Mixture {
@@ -98,7 +105,9 @@ FASTKD_HOST_DEVICE Mixture<T> mixture(const Element<T>& e, Scalar<T> a) {
   // The logarithm is relative to q, or to p if p is much greater, so that nothing overflows. m / q
   // - 1 is a (p - q) / q.
   const auto above = e.d > static_cast<Scalar<T>>(kSeriesLimit);
-  const T log = log1p_of((above ? (1 - a) * e.diff : -a * e.diff) / (above ? e.p : e.q));
+  // p may have underflowed to 0 although d > 0.
+  const T greater = (above ? e.p : e.q) + least<Scalar<T>>();
+  const T log = log1p_of((above ? (1 - a) * e.diff : -a * e.diff) / greater);
   return {above ? log + e.d : log, above ? log : log - e.d};
 }
 
@@ -127,13 +136,6 @@ struct JensenShannon {
             small ? -near * polynomial(e.d, k.log) : slope};
   }
 };
-
-// Return the least normal number. Added to a denominator that may be 0, this number prevents 0 / 0.
-template <class T>
-FASTKD_HOST_DEVICE constexpr T least() {
-  static_assert(kIsScalar<T>, "");
-  return sizeof(T) == sizeof(float) ? T(1.17549435e-38) : T(2.2250738585072014e-308);
-}
 
 // Return q (q - p) / (a q + b p). If q is so small that a q underflows, the result is negligible.
 template <class T>

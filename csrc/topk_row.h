@@ -208,7 +208,7 @@ FASTKD_HOST_DEVICE Gains gains_of(const RowOptions& row, const Summary& summary,
                                   double gain) {
   Gains g;
   g.soft = soft.is_present ? gain * row.soft_weight * row.temperature : 0.0;
-  g.rest = soft.is_present ? g.soft * soft.rest : 0.0;
+  g.rest = g.soft != 0 ? g.soft * soft.rest : 0.0;
   if (!row.hard || row.hard_weight == 0) return g;
   g.hard = gain * row.hard_weight;
   g.onehot = g.hard * (1 - row.label_smoothing);

@@ -149,6 +149,7 @@ def entropy(log_p: Tensor) -> Tensor:
 
 
 def _describe(
+    logits: Tensor,
     log_q: Tensor,
     indices: Tensor,
     log_probs: Tensor,
@@ -170,7 +171,7 @@ def _describe(
         unknown = torch.full_like(teacher_mass, math.nan)
         return unknown, unknown, student_mass, teacher_mass
     is_best = (log_p == log_p.amax(-1, keepdim=True)) & (log_p > -math.inf)
-    agrees = (is_best & (log_q.gather(-1, places) == log_q.amax(-1, keepdim=True))).any(-1)
+    agrees = (is_best & (logits.gather(-1, places) == logits.amax(-1, keepdim=True))).any(-1)
     log_p, _ = distributions(log_q, indices, log_probs, tail, has_floor)
     return entropy(log_p), agrees.to(log_probs.dtype), student_mass, teacher_mass
 
@@ -230,7 +231,7 @@ def terms(
         unweighted = (
             *(hard.detach(), soft.detach(), entropy(log_q)),
             *_describe(
-                *(log_q, indices, log_probs, tail, estimator is not None),
+                *(logits, log_q, indices, log_probs, tail, estimator is not None),
                 is_infinite_without_rest(divergence, mix),
             ),
         )
