@@ -130,7 +130,7 @@ def _get_sparse(results: Results) -> Values:
 
 
 def _get_ratio(name: str, baseline: str = "", **wanted: Any) -> Callable[[Results], Values]:
-    """Divide a divergence's time by the forward KL's, or a baseline's time by fastkd's."""
+    """Return a function that reads time ratios: to the forward KL, or of a baseline to fastkd."""
 
     def values(results: Results) -> Values:
         by_case = {}

@@ -173,8 +173,7 @@ struct Statistics {
 // Sums of the second sweep over one segment of one row.
 struct Sums {
   double value;           // sum of the values of the divergence
-  double slope;           // sum of slopes; of q - p (kDecoupled); or
-                          // `value` (kCosine)
+  double slope;           // sum of slopes; for kDecoupled the sum of q - p, for kCosine `value`
   double classes;         // number of classes in a mean: n of SlopeCentering (divergences.h), or 0
   double student_logits;  // sum of z - max z, weighted by the target (docs/maths.md, section 7)
   double student_entropy, teacher_entropy;

@@ -178,9 +178,9 @@ FASTKD_HOST_DEVICE T bounded_above(T d, Scalar<T> bound = Scalar<T>(1e30)) {
 // q - p.
 //   |d| <  1/4: f(d) by its series, and q - p = p f(d) - p d
 //   |d| >= 1/4: f(d) p = p d + (q - p) directly
-// A masked class has a logit of -inf. If the teacher masks the class, p d = 0 and the value is q.
-// If only the student masks the class, d and the value are +inf, and diff = -p stays finite. If p
-// of that class has underflowed to 0, the value is NaN, which means +inf in a row with finite sums.
+// A masked class has a logit of -inf. If the teacher masks the class, p d = 0 and `excess` is q. If
+// only the student masks the class, d and `excess` are +inf, and `diff` = -p stays finite. If p of
+// that class has underflowed to 0, `excess` is NaN, which means +inf in a row with finite sums.
 template <class T>
 FASTKD_HOST_DEVICE Element<T> element(T p, T q, T d, T direct) {
   const T product = p * bounded_below(d);

@@ -85,7 +85,7 @@ def alone(student: GPT, teacher: GPT, text: Tensor) -> Tensor:
 
 
 def off_policy(student: GPT, teacher: GPT, text: Tensor) -> Tensor:
-    """Compute the forward KL over all characters, on the training text."""
+    """Compute the forward KL from the probabilities of all characters, on the training text."""
     return fastkd.loss(student(text), teacher(text), mask_prompt(text), **OPTIONS)
 
 
@@ -98,7 +98,7 @@ def off_policy_top_k(student: GPT, teacher: GPT, text: Tensor) -> Tensor:
 
 
 def on_policy(student: GPT, teacher: GPT, text: Tensor) -> Tensor:
-    """Compute the reverse KL over all characters, on text that the student writes."""
+    """Compute the reverse KL from the probabilities of all characters, on text of the student."""
     text = generate(student, text[:, :PROMPT])
     return fastkd.loss(student(text), teacher(text), mask_prompt(text), **REVERSE)
 

@@ -347,7 +347,7 @@ def test_peak_memory_is_that_of_the_plan(dtype, cap):
     gradients = (rows * max(4, dtype.itemsize) + classes * dtype.itemsize) * width
     scratch = products.compute_scratch_bytes(rows, width) if dtype == BF16 else 0
     assert gradients < chosen.peak_bytes < 1.1 * gradients + scratch
-    small = 2**18  # bytes of the biases
+    small = 2**18  # allowance for small tensors
     if dtype == BF16:  # oneDNN packs one matrix of each product
         small += 4 * chosen.chunk * width
     peak = peak_bytes(lambda: run(heads, softcap=cap, chunks=chunk_by_classes()))
@@ -389,7 +389,7 @@ def test_max_workspace_holds_if_16_bit_products_use_float32(monkeypatch, chunk_b
     for bound in (5 * 2**20, 9 * 2**20):
         options = {"max_workspace": bound, "chunk_by": chunk_by}
         peak = peak_bytes(lambda options=options: run(heads, chunks=options))
-        assert peak <= bound + 2**17  # bytes of the biases
+        assert peak <= bound + 2**17  # allowance for small tensors
 
 
 # ---- tied weights, unsupported calls

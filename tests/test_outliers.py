@@ -1,4 +1,4 @@
-"""Test that outlier logits, and row tensors that change nothing, cost no accuracy."""
+"""Test that outlier logits, and options given as constant tensors, cost no accuracy."""
 
 import pytest
 import torch

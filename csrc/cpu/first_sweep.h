@@ -196,8 +196,8 @@ struct FirstSweep {
         exponentials, CacheLevel::kL1);
   }
 
-  // Call fn(block) for the blocks of a segment, with their constants in `r`. Exponentials are read
-  // from `cache`, or recomputed.
+  // Call fn(block) for each block of a segment, after setting r->c to the block's coefficients.
+  // Exponentials are read from `cache`, or recomputed.
   template <class S, class Fn>
   void for_exponentials(ActiveRow<T>* r, int64_t segment, const SegmentCache<T>& cache,
                         Fn&& fn) const {

@@ -7,7 +7,7 @@ namespace fastkd::cpu::FASTKD_ISA {
 namespace {
 
 // Return 1/2 log(max(p, q) / m) for the even mixture m, given (max - min) / (3 max + min). The
-// function is an artanh, which needs no exponent. The polynomial is minimax, with a relative error
+// function is an artanh, so a polynomial suffices. The polynomial is minimax, with a relative error
 // of 1.6e-8.
 template <class V>
 FASTKD_HOST_DEVICE V even_log(V ratio) {

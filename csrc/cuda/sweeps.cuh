@@ -61,8 +61,7 @@ __device__ __forceinline__ Sums<typename Row::A> sum(const Row& row, const W& wr
   return sums;
 }
 
-// Write the gradient of this thread's classes. With a Writer, also add the sums of the second
-// sweep.
+// Write the gradient of this thread's classes. Unless W::kGeneral, also add the classes to `sums`.
 template <int kPower, bool kExtra, bool kUniform, class Row, class W>
 __device__ __forceinline__ void write(const Row& row, const W& writer, int64_t label,
                                       Sums<typename Row::A>& sums) {

@@ -40,7 +40,7 @@ inline const Backend& backend_of(const Tensor& tensor) {
 // is one teacher, whose logits are tensors[0]. `args` points into the other members.
 struct Mixture {
   std::vector<Tensor> tensors;             // each (..., C), of one shape
-  std::optional<Tensor> row_temperatures;  // acc [2, rows], replaces the two temperatures
+  std::optional<Tensor> row_temperatures;  // acc [2, rows], replaces the temperatures in `args`
   std::vector<double> shares;
   int64_t ensemble = 0;
   std::vector<MixedTeacher> teachers;

@@ -41,7 +41,7 @@ def is_fused(student: Tensor, objective: Objective) -> bool:
 def _encode_numbers(
     objective: Objective, tail: str, estimator: str | None, with_terms: bool
 ) -> tuple[Any, ...]:
-    """Return the op's denominator (None if the normalizer is no tensor) and ``_NUMBERS``."""
+    """Return the denominator (None if the normalizer is no tensor) and values for ``_NUMBERS``."""
     o = objective
     is_tensor = isinstance(o.normalizer, Tensor)
     rows = (o.temperature, o.hard_weight, o.soft_weight)

@@ -1,4 +1,4 @@
-"""Compute DistilBERT's loss of logits, the sum in ``Distiller.step`` of its research project."""
+"""Compute the terms of DistilBERT's loss that read logits, as its ``Distiller.step`` does."""
 
 from __future__ import annotations
 
