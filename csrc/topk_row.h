@@ -254,19 +254,21 @@ FASTKD_HOST_DEVICE double row_loss(const RowOptions& row, double hard, double so
          weighted(row.hard_weight, hard);
 }
 
-// Call put(term, value) for the terms of a row. `offsets`: the sum of exp((z - m) / t) (z - m) over
-// all classes for m = summary.all.max. `agrees`: true if one class is the greatest of both student
-// and teacher. One sampled class determines neither the teacher's entropy nor its greatest class.
+// Call put(term, value) for the terms of a row. `weighted_offsets`: the sum of exp((z - m) / t) (z
+// - m) over all classes for m = summary.all.max. `agrees`: true if one class is the greatest of
+// both student and teacher. One sampled class determines neither the teacher's entropy nor its
+// greatest class.
 template <class Put>
 FASTKD_HOST_DEVICE void for_terms(const Comparison& comparison, const RowOptions& row,
                                   const Summary& summary, const SoftSums& sums, double hard,
-                                  double soft, double offsets, bool agrees, Put&& put) {
+                                  double soft, double weighted_offsets, bool agrees, Put&& put) {
   const RelativeSums &all = summary.all, &list = summary.list;
   const bool is_known = !comparison.estimates();
   const bool has_list = list.max > kMinusInfinity;
   put(kHard, hard);
   put(kSoft, soft);
-  put(kStudentEntropy, std::log(all.tempered) - offsets / (all.tempered * row.temperature));
+  put(kStudentEntropy,
+      std::log(all.tempered) - weighted_offsets / (all.tempered * row.temperature));
   put(kTeacherEntropy, is_known ? sums.entropy : kUnknown);
   put(kAgreement, is_known ? double(agrees) : kUnknown);
   put(kStudentMass, has_list ? std::exp(summary.log_q(row, list.max, list.tempered)) : 0.0);

@@ -19,6 +19,8 @@ from support import (
     truth,
 )
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import fastkd
 from fastkd import _C, reference
@@ -274,3 +276,19 @@ def test_rows_without_labels_have_a_hard_term_of_0_with_a_sparse_teacher(device)
     student, indices, log_probs, _ = make_topk((4, 50), 5, device=device, labels=False)
     got = fastkd.terms(student, fastkd.TopK(log_probs, indices))
     assert got.hard.item() == 0 and got.soft.item() > 0
+
+
+def test_terms_of_a_sparse_teacher_make_no_tensor_of_the_size_of_the_logits():
+    class Sizes(TorchDispatchMode):
+        largest = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            tensors = [each for each in tree_leaves(out) if isinstance(each, Tensor)]
+            self.largest = max([self.largest, *(each.numel() for each in tensors)])
+            return out
+
+    student, indices, log_probs, labels = make_topk((4, 3001), 5)
+    with Sizes() as sizes:
+        fastkd.terms(student, fastkd.TopK(log_probs, indices), labels, temperature=3.0)
+    assert 0 < sizes.largest < student.numel() / 4

@@ -271,7 +271,7 @@ __device__ __forceinline__ void write_results(const Row& row, const List<typenam
   using A = typename Row::A;
   const ForwardArgs& args = call.forward.args;
   const bool has_terms = args.terms != nullptr;
-  double offsets = 0, agreements = 0;
+  double weighted_offsets = 0, agreements = 0;
   if (has_terms) {
     // The exponentials are relative to `origin`, which may be a little below the maximum (scan()).
     const A origin = static_cast<A>(s.summary.all.max);
@@ -291,7 +291,7 @@ __device__ __forceinline__ void write_results(const Row& row, const List<typenam
     list.for_each([&](int64_t id, double log_p) {
       if (log_p == most && static_cast<double>(row.student_at(id)) == max) agreements = 1;
     });
-    offsets = exchange.sum(static_cast<double>(sum));
+    weighted_offsets = exchange.sum(static_cast<double>(sum));
     agreements = exchange.sum(agreements);
   }
   if (threadIdx.x != 0) return;
@@ -301,8 +301,8 @@ __device__ __forceinline__ void write_results(const Row& row, const List<typenam
   if (args.loss != nullptr)
     static_cast<A*>(args.loss)[list.index] = static_cast<A>(topk::row_loss(s.row, hard, soft));
   if (!has_terms) return;
-  topk::for_terms(call.comparison, s.row, s.summary, s.sums, hard, soft, offsets, agreements > 0,
-                  [&](int term, double value) {
+  topk::for_terms(call.comparison, s.row, s.summary, s.sums, hard, soft, weighted_offsets,
+                  agreements > 0, [&](int term, double value) {
                     static_cast<A*>(args.terms)[term * args.rows + list.index] =
                         static_cast<A>(value);
                   });
