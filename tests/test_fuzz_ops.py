@@ -62,7 +62,7 @@ class Case(NamedTuple):
     seed: int = 0
     teachers: int = 1
     mixed: bool = False
-    present: int = 0  # bits select labels, row settings, denominator, teacher temperatures
+    present: int = 0  # bits select labels, row_settings, denominator, row_temperatures
     number: int = 0  # selects the divergence, the tail and the ensemble
     reduction: int = 2
     flags: tuple[bool, bool, bool] = (False, False, False)

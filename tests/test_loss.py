@@ -321,7 +321,7 @@ def test_each_size_class_of_the_cuda_kernels(limit, dtype):
 @pytest.mark.parametrize("dtype", [FP32, BF16], ids=name_of)
 @pytest.mark.parametrize("rows", [1, 7, 64, 65, 128, 129, 300, 1500])
 def test_every_number_of_rows_equals_the_truth(device, rows, dtype):
-    # The numbers of rows lie around the limits of a warp and of a CTA of the CUDA kernels.
+    # A CTA of the CUDA kernels has 8 or 32 rows, and the last CTA may have fewer rows.
     for classes in (10, 200):
         check(*make((rows, classes), dtype, device=device))
 

@@ -141,7 +141,8 @@ struct Engine : FirstSweep<T> {
     return {row.label, false, static_cast<T>(r.gain * row.hard_weight * (1 - in.label_smoothing))};
   }
 
-  // Write a block's gradient, if a gradient is wanted, and return the sums that the loop computes.
+  // Write a block's gradient, if a gradient is wanted. Return the sums that are computed together
+  // with the gradient; the other sums are 0.
   template <ExpSource kSource, class S>
   SlopeSums write_block(const ActiveRow<T>& r, const RowBlock<T, S>& b) const {
     const Coefficients<T>& c = r.c;

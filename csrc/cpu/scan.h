@@ -51,7 +51,7 @@ auto maximum(const Vectors<const S>& logits, int64_t count) {
 
 // The sum of the tempered exponentials, each times the log ratio of the class. A log ratio is the
 // difference of the two logits' distances from the two maxima. kBounded: log ratios are at most
-// kMostLogRatio, so that one log ratio of thousands does not hide log ratios near 0.
+// kMostLogRatio, so that a log ratio above 1000 does not hide log ratios near 0.
 enum class LogRatioSum { kNone, kUnbounded, kBounded };
 constexpr double kMostLogRatio = 8;  // in nats
 

@@ -340,7 +340,7 @@ struct TransposedEngine {
     finish();
   }
 
-  // Add the label's part of the gradient.
+  // Subtract the one-hot target from the gradient, or set the label's gradient (kDecoupled).
   void finish() {
     if (!hard && !decoupled) return;
     for_labels([&](int64_t i, int64_t at) {

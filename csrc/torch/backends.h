@@ -8,7 +8,7 @@
 
 namespace fastkd::glue {
 
-// A backend computes the ops on one type of device. The memory of all results is in `args`.
+// A backend computes the ops on one type of device, and writes results to the caller's memory.
 struct Backend {
   virtual void forward(const Call& call, ForwardArgs args, const Reducing& reducing,
                        const Outputs& outputs) const = 0;

@@ -129,12 +129,13 @@ void empty_gradient(StableIValue* stack, uint64_t, uint64_t) {
 
 }  // namespace
 
-// "acc" is the dtype of the loss: float64 if any logits are float64, else float32. teachers: logits
-// (..., C), all of one shape. If `shares` is empty, there is one teacher. If `shares` is not empty,
-// the CPU kernels mix the teachers, a few rows at a time. row_temperatures: acc [2, rows], replaces
-// mixture_temperature and teachers_temperature. row_settings: acc [4, rows], replaces temperature,
-// teacher_temperature, hard_weight and soft_weight. denominator: acc, one number; divisor of a
-// mean, instead of the number of rows that are not ignored.
+// "acc" is the dtype of the loss: float64 if any logits are float64, else float32. teachers: (...,
+// C), all of one shape; probabilities if `probabilities` is true, else logits. If `shares` is
+// empty, there is one teacher, of logits. If `shares` is not empty, the CPU kernels mix the
+// teachers, a few rows at a time. row_temperatures: acc [2, rows], replaces mixture_temperature and
+// teachers_temperature. row_settings: acc [4, rows], replaces temperature, teacher_temperature,
+// hard_weight and soft_weight. denominator: acc, one number; divisor of a mean, instead of the
+// number of rows that are not ignored.
 #define FASTKD_LOSS                                                                              \
   "Tensor student, Tensor[] teachers, Tensor? row_temperatures, float[] shares, bool "           \
   "probabilities, int ensemble, float mixture_temperature, float teachers_temperature, Tensor? " \

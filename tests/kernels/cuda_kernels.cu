@@ -289,7 +289,7 @@ void far_pixels() {
 }
 // Test the layout (N, C, H, W), in which the classes of a pixel are not adjacent.
 void pixels(bool brief) {
-  for (const int64_t classes : {3, 19}) {  // more rows than the device computes at a time
+  for (const int64_t classes : {3, 19}) {  // more rows than the emulated device computes at a time
     Case c;
     c.student_pixels = c.teacher_pixels = true, c.rows = 2500, c.group_rows = 700;
     c.classes = classes, test(c, "many pixels");

@@ -172,8 +172,8 @@ void Runner::run() {
   args.row_settings = c.row_settings ? settings.at() : nullptr;
   args.loss = loss.at(), args.stats = stats.at();
   args.grad = c.gradient ? grad.at() : nullptr, args.grad_stride = grad_stride;
-  // With a total, losses and terms of the rows are scratch memory: a call without a total returns
-  // losses and terms.
+  // A call with a total uses the rows' losses and terms as scratch memory. A call without a total
+  // returns the losses and terms to compare.
   TopkArgs each_row = args;
   each_row.reduction = Reduction::kNone, each_row.grad = nullptr, each_row.terms = terms.at();
   check(cuda::topk(each_row, nullptr, nullptr, nullptr), c.name.c_str());

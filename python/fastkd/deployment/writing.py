@@ -147,7 +147,7 @@ def _quantize(program: ExportedProgram, inputs: tuple[Tensor, ...], request: Req
 
 
 class _Positional(nn.Module):
-    """Call a module with positional tensors, as :func:`_trace` does."""
+    """Give a module the signature ``forward(*tensors)``, which :func:`_trace` requires."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()

@@ -178,7 +178,10 @@ def _plan_rows(
     chunk_size: int | Literal["auto"],
     max_workspace: int | None,
 ) -> Plan:
-    """Plan chunks of rows; the weight's gradient is ``single`` for one chunk, else ``summed``."""
+    """Plan chunks of rows.
+
+    ``single``: dtype of the weight's gradient for one chunk. ``summed``: dtype for several chunks.
+    """
     rows, row_bytes = sizes.rows, sizes.row_bytes
     constant_bytes = (
         rows * sizes.width * sizes.dtype.itemsize + sizes.classes * sizes.cast_per_class
