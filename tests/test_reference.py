@@ -142,11 +142,10 @@ def test_entropies_and_agreement_are_their_formulas():
         ([0.0, 0.0], [0.0, -INF], math.log(2)),
         # Both mask a class: the loss is as if the class did not exist.
         ([0.0, 1.0, -INF], [1.0, 0.0, -INF], None),
-        # The student alone masks a class with a teacher probability above 0: the loss is infinite.
+        # The student alone masks a class: the loss is infinite, also if the teacher's probability
+        # underflows.
         ([0.0, -INF], [0.0, 0.0], INF),
-        # The student alone masks a class whose teacher probability underflows: the class
-        # contributes 0.
-        ([0.0, -INF], [0.0, -1e9], 0.0),
+        ([0.0, -INF], [0.0, -1e9], INF),
     ],
 )
 def test_masked_classes_give_exact_values(student, teacher, soft):

@@ -41,6 +41,21 @@ def _kl(log_a: Tensor, log_b: Tensor) -> Tensor:
     return log_ratio_sum(log_a.exp(), log_a, log_b)
 
 
+def _infinite_if_masked(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """Return infinity for each row in which the student alone masks a class, else 0.
+
+    The forward KL of such a row is infinite, also if the teacher's probability of the class
+    underflows to 0.
+    """
+    is_masked = ((log_p > -math.inf) & (log_q == -math.inf)).any(-1)
+    return torch.zeros_like(log_q[..., 0]).masked_fill(is_masked, math.inf)
+
+
+def forward_kl(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """Compute KL(p || q)."""
+    return _kl(log_p, log_q) + _infinite_if_masked(log_p, log_q)
+
+
 def _log_mixture(log_a: Tensor, log_b: Tensor, weight: float) -> Tensor:
     """Return log(weight a + (1 - weight) b) for 0 < weight < 1; 0 where both a and b are 0."""
     mixed = weight * log_a.exp() + (1 - weight) * log_b.exp()
@@ -56,8 +71,8 @@ def weighted(weight: float | Tensor, value: Tensor) -> Tensor:
 def symmetric_kl(log_p: Tensor, log_q: Tensor, mix: float) -> Tensor:
     """Compute mix KL(p || q) + (1 - mix) KL(q || p)."""
     if mix in (0, 1):  # the KL with weight 0 may be infinite, and its gradient NaN
-        return _kl(log_p, log_q) if mix == 1 else _kl(log_q, log_p)
-    return mix * _kl(log_p, log_q) + (1 - mix) * _kl(log_q, log_p)
+        return forward_kl(log_p, log_q) if mix == 1 else _kl(log_q, log_p)
+    return mix * forward_kl(log_p, log_q) + (1 - mix) * _kl(log_q, log_p)
 
 
 def jsd(log_p: Tensor, log_q: Tensor, mix: float) -> Tensor:
@@ -78,7 +93,8 @@ def total_variation(log_p: Tensor, log_q: Tensor) -> Tensor:
 
 def soft_cross_entropy(log_p: Tensor, log_q: Tensor) -> Tensor:
     """Compute -sum p log q: the forward KL plus the teacher's entropy."""
-    return log_ratio_sum(log_p.exp(), torch.zeros_like(log_q), log_q)
+    cross_entropy = log_ratio_sum(log_p.exp(), torch.zeros_like(log_q), log_q)
+    return cross_entropy + _infinite_if_masked(log_p, log_q)
 
 
 def dkd(log_p: Tensor, log_q: Tensor, labels: Tensor, mix: float) -> Tensor:
@@ -100,8 +116,8 @@ def dkd(log_p: Tensor, log_q: Tensor, labels: Tensor, mix: float) -> Tensor:
         binary.append(torch.stack((log_probs.gather(-1, index).squeeze(-1), log_rest), -1))
         others.append(F.log_softmax(rest, -1))
         alone.append(none)
-    within = _kl(*others).masked_fill(alone[1], math.inf).masked_fill(alone[0], 0)
-    return _kl(*binary) + mix * within if mix else _kl(*binary)
+    within = forward_kl(*others).masked_fill(alone[1], math.inf).masked_fill(alone[0], 0)
+    return forward_kl(*binary) + mix * within if mix else forward_kl(*binary)
 
 
 # ---- divergences of logits, over the classes that teacher and student do not both mask
@@ -204,7 +220,7 @@ DivergenceName = Literal[
 
 DIVERGENCES: dict[str, Divergence] = {
     "forward_kl": Divergence(
-        _kl,
+        forward_kl,
         "KL(p || q) = sum p log(p / q)",
         "Hinton, Vinyals and Dean 2015",
     ),

@@ -115,10 +115,6 @@ def _compute_divergence(
     )
     options = {} if mix is None else {"mix": mix}
     value: Tensor = DIVERGENCES[name].compute(log_p, listed_q, **options)
-    if name in ("forward_kl", "soft_cross_entropy") or (name == "symmetric_kl" and mix != 0):
-        # The divergence is infinite if only the student masks a class, even if exp(log_p) is 0.
-        is_masked = (log_p > -math.inf) & (log_p.exp() == 0) & (listed_q == -math.inf)
-        value = value.masked_fill(is_masked.any(-1), math.inf)
     # The divergence is 0 if neither the list nor the ghost has any probability.
     return value.masked_fill((log_p == -math.inf).all(-1), 0)
 
