@@ -6,7 +6,7 @@
 >>> fastkd.loss(student, teacher, labels, temperature=2.0, alpha=0.5).backward()
 
 ``loss``, ``terms`` and ``KDLoss`` compute the loss. Student and teacher are tensors of logits, or a
-``Head``: a linear layer whose logits are never all in memory. A teacher may also be several
+``Head``: a linear layer and its input, in place of logits. A teacher may also be several
 tensors, a ``TopK``, a ``Sampled`` or a ``Routed``. ``Trainer``, ``Hint``, ``teachers`` and
 ``report`` train a student and measure the student. ``export`` writes a student as a program for a
 device, and ``deployment`` loads such programs. ``explain``, ``verify``, ``check_inputs`` and

@@ -50,7 +50,7 @@ class Batch(NamedTuple):
     """Hold the parts of a batch that :func:`split` returns."""
 
     inputs: Any
-    """A tensor, a tuple of positional arguments, or a mapping of keyword arguments."""
+    """A tensor, a tuple or list of positional arguments, or a mapping of keyword arguments."""
     labels: Tensor | None
     ids: Tensor | None
     """An int64 tensor with one id for each sample."""
@@ -64,7 +64,7 @@ class WithIds(Dataset[Any]):
     so that a sample has the same id in every subset.
 
     Raises:
-        TypeError: for a dataset without ``__len__`` and ``__getitem__``, or for a sample that is a
+        TypeError: for a dataset without ``__len__`` or ``__getitem__``, or for a sample that is a
             tuple or list of 0 or more than 2 values.
 
     Example:
@@ -236,7 +236,9 @@ def _has_keyword(model: nn.Module, keyword: str, positional: int) -> bool:
 
 
 def size(batch: Any, labels: Tensor | None) -> int:
-    """Return the number of samples: the length of the first tensor in ``batch`` or ``labels``.
+    """Return the number of samples: the length of the first tensor that has dimensions.
+
+    The tensors are those in ``batch``, then ``labels``.
 
     Raises:
         TypeError: if ``batch`` and ``labels`` contain no tensor of at least 1 dimension.

@@ -1,4 +1,4 @@
-"""Define the public functions ``loss`` and ``terms``, and the module ``KDLoss``."""
+"""Define the public functions ``loss``, ``terms`` and ``divergences``, and ``KDLoss``."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def loss(
 
     Args:
         student: ``(..., C)`` logits, float64, float32, bfloat16 or float16, or a
-            :class:`fastkd.Head`, whose logits are never all in memory. Slices such as
+            :class:`fastkd.Head`, whose logits are computed in chunks. Slices such as
             ``logits[:, :-1]`` and ``logits[..., :vocab]`` are not copied. ``(N, C, H, W)`` and
             ``(N, C, L)`` with ``dim=1`` are not copied either; their gradient is laid out like the
             logits. Spatial crops and other logits whose classes are not adjacent are copied.
@@ -98,12 +98,13 @@ def loss(
             - a :class:`fastkd.Sampled`, the log-probability of one sampled class;
             - a :class:`fastkd.Routed`, one of several teachers for each row.
 
-            The teacher gets no gradient: logits or hidden states that require grad raise an error.
+            The teacher gets no gradient: logits, log-probabilities or hidden states that require
+            grad raise an error.
             Tensors made under ``torch.inference_mode()`` are copied, since autograd cannot save
             them.
         labels: ``(...)`` class indices of any integer dtype, or ``(..., C)`` probabilities (mixup,
             cutmix), as in :func:`torch.nn.functional.cross_entropy`. None: the soft term alone,
-            with weight 1.
+            with weight 1 unless ``soft_weight`` is given.
         temperature: T, from 1e-18 to 1e18, or a tensor, 0-d or of shape ``(...)`` with one T for
             each row. A tensor that requires grad gets its gradient. Default 2; with a TopK or
             Sampled, 1.
@@ -112,11 +113,12 @@ def loss(
             ``teacher_form`` is not ``"logits"``.
         alpha: weight of the hard term, in [0, 1]; the soft term weighs ``1 - alpha``. Default 0.5
             with labels. Without labels, only 0.0 is accepted: the soft term alone.
-        hard_weight: weight of the hard term, instead of ``alpha``: a number, or a tensor ``(...)``
-            with one weight for each row, which changes no denominator. Default 1 if
+        hard_weight: weight of the hard term, instead of ``alpha``: a number, or a tensor, 0-d or
+            ``(...)`` with one weight for each row, which changes no denominator. Default 1 if
             ``soft_weight`` is given.
-        soft_weight: weight of the soft term: a number, or a tensor ``(...)`` with one weight for
-            each row, which changes no denominator. Default 1 if ``hard_weight`` is given.
+        soft_weight: weight of the soft term: a number, or a tensor, 0-d or ``(...)`` with one
+            weight for each row, which changes no denominator. Default 1 if ``hard_weight`` is
+            given.
         ignore_index: rows with this label add nothing to **either** term and get a zero gradient;
             their logits may hold anything, NaN too. Labels that are probabilities ignore no row.
             Default -100.
@@ -167,8 +169,9 @@ def loss(
             aligned with the rows already.
         inplace: write the gradient over the student's logits, which saves a tensor of their size.
             ``student`` holds no logits afterwards, and using it in a later backward pass is an
-            error. The option is ignored without gradients, under torch.compile and under function
-            transforms. A call that no single-pass kernel computes raises an error. Default False.
+            error. The option is ignored without gradients, under torch.compile, under function
+            transforms and on devices without kernels. Other calls that no single-pass kernel
+            computes raise an error. Default False.
         chunks: how many of a Head's logits are in memory at a time: ``"auto"``, or a result of
             :func:`fastkd.chunks.plan`, which bounds the memory. Default ``"auto"``.
 
@@ -180,7 +183,7 @@ def loss(
     With a Head as student, temperature and weights get no gradient. A Head as student supports none
     of ``teacher_form``, ``teacher_weights``, ``ensemble``, ``dim`` and ``inplace``; with a Routed
     teacher it does not support ``class_weight`` either. If labels are class indices, a call with
-    a Head as student synchronizes CUDA once, to count the rows that are not ignored. During CUDA
+    a Head as student synchronizes CUDA, to find the rows that are not ignored. During CUDA
     graph capture, all rows are computed; the hidden states of ignored rows must then be finite.
 
     Returns:
@@ -262,14 +265,13 @@ def terms(
     """Compute the loss and its terms for logging; the arguments are those of :func:`loss`.
 
     An objective with a kernel takes one pass over the logits. ``class_weight`` and probabilities as
-    labels need extra passes, and a TopK needs three extra passes over the student's logits.
+    labels need extra passes, and a TopK needs one extra pass over the student's logits.
 
     Returns:
         A :class:`fastkd.Terms`, whose fields are reduced like the loss. ``loss`` alone has a
-        gradient. With a TopK, ``teacher_entropy`` is the entropy of the listed classes and the
-        tail. With a Sampled, ``teacher_entropy`` and ``agreement`` are NaN, because one class does
-        not determine them. A call with a Head as student and class indices as labels synchronizes
-        CUDA once; other calls do not.
+        gradient. With a TopK, ``teacher_entropy`` is the entropy of the distribution that the
+        divergence compares. With a Sampled, ``teacher_entropy`` and ``agreement`` are NaN, because
+        one class does not determine them.
 
     Example:
         >>> import torch, fastkd
@@ -307,11 +309,11 @@ def divergences() -> tuple[str, ...]:
 class KDLoss(nn.Module):
     """Compute :func:`fastkd.loss` as a module; ``alpha`` weighs the **hard** term.
 
-    Options are those of :func:`fastkd.loss`, checked when the module is made. ``forward`` and
-    :meth:`terms` take ``(student, teacher, labels=None)``. Options that are tensors are buffers,
-    which follow the module to another device. A ``temperature`` or a weight that is an
-    ``nn.Parameter`` becomes a parameter of the module. Options are attributes that may be assigned:
-    ``criterion.temperature = 2.0``.
+    Options are those of :func:`fastkd.loss`. All except ``shift`` are checked when the module is
+    made. ``forward`` and :meth:`terms` take ``(student, teacher, labels=None)``. Options that are
+    tensors are buffers, which follow the module to another device. A ``temperature`` or a weight
+    that is an ``nn.Parameter`` becomes a parameter of the module. Options are attributes that may
+    be assigned: ``criterion.temperature = 2.0``.
 
     Example:
         >>> import torch, fastkd

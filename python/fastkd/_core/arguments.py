@@ -1,4 +1,4 @@
-"""Check the arguments of a loss, and convert them to a ``Call`` for kernels and formulas."""
+"""Check the arguments of a loss, and convert them to a ``Call``."""
 
 from __future__ import annotations
 
@@ -43,7 +43,8 @@ class Call(NamedTuple):
     labels: Tensor | None
     objective: Objective
     dtype: torch.dtype
-    """The dtype of the arithmetic and the loss: float32, or float64 if any logits are float64."""
+    """The dtype of the arithmetic and the loss: float64 if student or teacher is float64, else
+    float32."""
     listed: Listed | None = None
     """The sparse teacher, if there is one; ``teachers`` is then empty."""
     inplace: bool = False
@@ -71,7 +72,7 @@ def make_listed(teacher: TopK | Sampled) -> Listed:
 def prepare(student: Tensor, teacher: object, labels: Tensor | None, options: Options) -> Call:
     """Check all arguments of a call for logits, and convert them.
 
-    Kernels detect class indices and labels out of range.
+    Class indices and labels out of range are not detected here.
     """
     validation.check_count("shift", options.shift, 0)
     if options.shift:
@@ -177,8 +178,8 @@ def shift_labels(
 ) -> tuple[object, Tensor, Options]:
     """Move labels, lists and per-row options to the rows whose logits predict the labels.
 
-    The last rows, which have no label, get ``ignore_index``. Values of a wrong shape are returned
-    unchanged, because later checks raise an error for them.
+    The last rows, which have no label, get ``ignore_index``. Labels and lists with too few
+    dimensions are returned unchanged, because later checks raise an error for them.
     """
     n, rows = options.shift, student.select(options.dim, 0).shape
     if not rows:
@@ -215,7 +216,7 @@ def shift_labels(
 
 
 def check_teacher_has_no_gradient(name: str, value: Tensor) -> None:
-    """Raise if ``value``, an output of the teacher, requires grad."""
+    """Raise if ``value``, an output of the teacher, requires grad or has a forward-mode tangent."""
     if checks.is_differentiated(value):
         raise ValueError(
             f"{name} requires grad, but the loss gives the teacher none: compute it under "
@@ -321,7 +322,7 @@ def find_teacher_rows(routed: Routed, rows: torch.Size, device: torch.device) ->
 
 
 def gather_routed_logits(student: Tensor, routed: Routed, dim: int) -> Tensor:
-    """Return the logits of each row's teacher as one tensor, laid out like the student."""
+    """Return the logits of each row's teacher as one tensor of the student's shape."""
     check_routed(routed, "teacher")
     checks.check_student(student, dim)
     if dim != -1:
@@ -381,7 +382,7 @@ def _check_inplace(student: Tensor, teachers: Sequence[Tensor], reduction: str) 
 
 
 def _has_overlap(tensor: Tensor) -> bool:
-    """Return True if two entries may share memory, judged by the strides alone."""
+    """Return True if two entries may share memory, judged by shape and strides alone."""
     reach = 1
     for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
         if size > 1 and stride < reach:
@@ -411,8 +412,9 @@ def raise_for_kernel_error(error: RuntimeError, call: Call) -> None:
             f"of shape {tuple(student.shape)}, the classes last, at {student.data_ptr():#x}"
         )
     if "API call failed" in str(error):
-        # torch's stable ABI drops the type and the message of an exception. If memory ran out, this
-        # allocation raises torch's OutOfMemoryError, which trainers catch to halve batches.
+        # torch's stable ABI drops the type and the message of an exception. If memory ran out on
+        # CUDA, this allocation raises torch's OutOfMemoryError, which trainers catch to halve
+        # batches.
         torch.empty((3, *student.shape), dtype=student.dtype, device=student.device)
     if student.device.type == "cpu":
         checks.check_rows(student, labels, objective.ignore_index, objective.temperature)

@@ -1,8 +1,8 @@
-"""Differentiate the fused losses, whose forward pass writes the gradient.
+"""Differentiate the fused losses.
 
 For each loss ``op`` of csrc/torch/library.cpp and topk.cpp, three more ops take its arguments:
 
-- ``op_into`` writes the gradient in the forward pass;
+- ``op_into`` writes the gradient in the forward pass, unless the reduction is "none";
 - ``op_backward_`` scales or writes the gradient in the backward pass;
 - ``op_gradient`` computes the gradient by differentiable operations.
 
@@ -34,14 +34,14 @@ def is_transformed() -> bool:
 
 
 def is_batch(grad_output: Tensor) -> bool:
-    """Return True for a batch of gradients (is_grads_batched=True) or under torch.func."""
+    """Return True for a batch of gradients (is_grads_batched=True), or if is_transformed()."""
     return torch._C._functorch.is_legacy_batchedtensor(grad_output) or is_transformed()
 
 
 def is_formula_needed(grad_output: Tensor) -> bool:
-    """Return True if a backward pass must consist of differentiable PyTorch operations.
+    """Return True if a backward pass must consist of PyTorch operations, without kernels.
 
-    ``create_graph=True`` needs differentiable operations, and so does a batch of gradients.
+    ``create_graph=True`` needs differentiable operations. The kernels take no batch of gradients.
     """
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
         return torch.is_grad_enabled()
@@ -60,7 +60,8 @@ def is_traced() -> bool:
 def is_writable(tensor: Tensor) -> bool:
     """Return True if the memory of ``tensor`` may be read and written directly.
 
-    Return False while operations are traced, and for an instance of a subclass of Tensor.
+    Return False while torch.compile traces, under a ``TorchDispatchMode``, and for an instance of a
+    subclass of Tensor.
     """
     if torch.compiler.is_compiling():
         return False
@@ -77,14 +78,14 @@ class Ops(NamedTuple):
     strided: bool
     """True if ``loss_into`` can write a gradient whose classes are not adjacent."""
     has_stats: bool
-    """True if ``loss_into`` returns statistics that ``backward_`` needs."""
+    """True if ``loss_into`` returns statistics that ``backward_`` takes."""
     tensors: tuple[int, ...]
     """Indices of tensors, and of lists of tensors, among the arguments after the student."""
     reduction: int
     """Index of ``reduction`` among the arguments after the student."""
 
     def compute(self, student: Tensor, *arguments: Any) -> Tensor:
-        """Compute the loss, as the autograd kernel of ``loss`` in builds without eager.cpp."""
+        """Compute the loss, as the autograd kernel of ``loss`` if eager.cpp is not used."""
         if torch.is_grad_enabled() and student.requires_grad:
             return _FusedLoss.apply(student, self, arguments)  # type: ignore[no-any-return,no-untyped-call]
         with torch._C._AutoDispatchBelowAutograd():
@@ -152,9 +153,9 @@ def prepare_call(
 ) -> Callable[..., Tensor]:
     """Bind the arguments of the op ``name``; return a function of the tensors at ``places``.
 
-    ``arguments``: the arguments in the order of the op's schema, with None at ``places``.
-    ``places``: indices into ``arguments``, the student's first. The function puts a tensor into a
-    list where the op takes a list.
+    ``arguments``: the arguments in the order of the op's schema, with None or an empty tuple at
+    ``places``. ``places``: indices into ``arguments``, the student's first. The function puts a
+    tensor into a list where the op takes a list.
     """
     ops, eager = _LOSSES[name], native.EAGER
     schema = ops.loss._schema.arguments
@@ -229,8 +230,8 @@ class _FusedLoss(torch.autograd.Function):
         if uses_formula:
             return _compute_gradient(ops, student, arguments, grad_output), None, None
         # While operations are traced, a float16 gradient is recomputed: grad_output may be a loss
-        # scale, which cannot restore numbers that underflowed in grad. In a second backward pass
-        # (retain_graph=True), grad is None.
+        # scale, which cannot restore numbers that underflowed in grad. With the reduction "none",
+        # and in a second backward pass (retain_graph=True), grad is None.
         filled = may_write and grad is not None
         grad = grad if filled else _empty_gradient(student, ops.strided)
         statistics = (stats,) if ops.has_stats else ()

@@ -207,7 +207,7 @@ def resolve_weights(
 
 
 def check_no_gradient(name: str, value: Tensor) -> None:
-    """Raise if ``value`` requires grad."""
+    """Raise if ``value`` requires grad, or has a tangent of forward-mode AD."""
     if is_differentiated(value):
         raise ValueError(f"{name} gets no gradient; got a tensor that requires grad (.detach() it)")
 
@@ -272,6 +272,7 @@ def check_nonzero(
 
     The divisor is 1 in place of a normalizer of 0, so that the mean over ignored rows is 0. If the
     labels are not readable (:func:`is_readable`), a tensor of 0 is returned, and nothing is raised.
+    A normalizer that is not readable is returned unchanged.
     """
     if isinstance(normalizer, Tensor):
         if not is_readable(normalizer) or normalizer.item() != 0:
@@ -299,7 +300,8 @@ def has_data(*values: object) -> bool:
 
 
 def is_readable(value: Tensor) -> bool:
-    """Return True if reading the data of ``value`` breaks no trace and synchronizes no device."""
+    """Return True if ``value`` has data, and reading the data breaks no trace and needs no
+    synchronization."""
     return (
         not torch.compiler.is_compiling()
         and value.device.type == "cpu"

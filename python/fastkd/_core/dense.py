@@ -137,7 +137,7 @@ def prepare_call(objective: Objective, with_terms: bool) -> Callable[..., Tensor
 
 
 def mix_teachers(arguments: Arguments, dtype: torch.dtype) -> Tensor:
-    """Return the teacher's logits, or the logits of the mixture of several teachers."""
+    """Return the logits of the mixture if there are shares, else of the only teacher."""
     if not arguments.shares:
         return arguments.teachers[0]
     with torch.no_grad():

@@ -96,7 +96,7 @@ def _compute_sparse(call: Call, with_terms: bool) -> Tensor:
 
 
 def _compute_fused(call: Call, with_terms: bool) -> Tensor:
-    """Compute a call by one pass of the kernels, with class weights as row weights."""
+    """Compute a call by the kernels, with class weights as row weights."""
     o, hard = call.objective, None
     if o.class_weight is not None:
         assert call.labels is not None

@@ -34,8 +34,8 @@ def run(
 ) -> Tensor | None:
     """Compute the loss, or all terms stacked; return None if the slow path must compute it.
 
-    ``options``: the fields of :class:`Options`. The result is also None for invalid arguments,
-    which the slow path reports.
+    ``options``: the fields of :class:`Options`. The result is also None for invalid tensors, which
+    the slow path reports. Invalid options may raise an error here.
     """
     try:
         if type(teacher) is TopK:

@@ -16,7 +16,7 @@ except ImportError as error:  # pragma: no cover - needs a broken installation
 
 __all__ = ["CUDA_KERNELS", "EAGER", "FAST_PATH", "_C", "is_dynamo_compiling"]
 
-# A module variable saves two attribute lookups in each call of a loss.
+# A module variable saves an attribute lookup in each call of a loss.
 is_dynamo_compiling = torch.compiler.is_dynamo_compiling
 
 CUDA_KERNELS = bool(_C.cuda_architectures)

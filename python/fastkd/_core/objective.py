@@ -49,7 +49,7 @@ class Options(NamedTuple):
 
 
 class Objective(NamedTuple):
-    """Hold the options of :func:`fastkd.reference.terms`, with every default filled in."""
+    """Hold the options of :func:`fastkd.reference.terms` but ``dim``, with defaults filled in."""
 
     temperature: float | Tensor
     teacher_temperature: float | Tensor

@@ -23,7 +23,10 @@ def compute_reference_terms(call: Call) -> reference.Terms:
 
 
 def map_rows(call: Call, function: Callable[[Tensor], Tensor]) -> Call:
-    """Apply a function to every tensor of the call whose first dimensions are the rows."""
+    """Apply a function to every tensor of the call whose first dimensions are the rows.
+
+    The call must not have a sparse teacher.
+    """
     o = call.objective._asdict()
     for name in PER_ROW_OPTIONS:
         if isinstance(o[name], Tensor) and o[name].dim():

@@ -1,4 +1,7 @@
-"""Register fake kernels of the native ops for meta tensors, FakeTensor and torch.compile."""
+"""Register fake kernels of the native ops for meta tensors, FakeTensor and torch.compile.
+
+topk.py registers the fake kernels of the sparse loss.
+"""
 
 from __future__ import annotations
 

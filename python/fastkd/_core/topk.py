@@ -1,8 +1,8 @@
 """Call the op of sparse teachers, and register its fake kernels and its gradient.
 
-:func:`fastkd.reference.topk.terms` replaces the op for second derivatives, for gradients of
-options, under function transforms, and on devices without kernels. docs/maths.md, section 13,
-derives the loss.
+:func:`fastkd.reference.topk.terms` replaces the op for second derivatives, for batches of
+gradients, for gradients of options, under function transforms, and on devices without kernels.
+docs/maths.md, section 13, derives the loss.
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ ESTIMATORS: tuple[Estimator, ...] = get_args(Estimator)
 
 
 class Head(NamedTuple):
-    """Hold a linear layer and its input in place of logits, which are then computed in chunks.
+    """Hold a linear layer and its input in place of logits.
 
     ::
 
@@ -30,7 +30,8 @@ class Head(NamedTuple):
         logits = softcap * tanh(logits / softcap)    # if softcap is given (Gemma 2)
 
     A ``Head`` is a named tuple, so pytrees, ``torch.compile``, data loaders and Accelerate handle
-    it. docs/linear.md describes the chunks and their memory.
+    it. If the student is a ``Head``, the loss computes the logits in chunks. docs/linear.md
+    describes the chunks and their memory.
 
     Args:
         hidden: ``(..., width)`` float64, float32, bfloat16 or float16: the input of the layer.
@@ -67,7 +68,7 @@ class Head(NamedTuple):
 
 
 class TopK(NamedTuple):
-    """Hold the log-probabilities of a teacher's k most probable classes, in place of all logits.
+    """Hold a teacher's log-probabilities of k classes of each row, in place of all logits.
 
     The first two fields have the order of the results of ``torch.topk``::
 
@@ -264,7 +265,7 @@ def check_routed(routed: Routed, name: str = "Routed") -> None:
 
 
 def _check_listed(name: str, log_probs: object, field: str, indices: object, shape: str) -> None:
-    """Raise unless log-probabilities and class indices are tensors of one shape."""
+    """Raise unless log-probabilities and class indices have one shape and accepted dtypes."""
     checks.check_floats(f"{name}.log_probs", log_probs)
     assert isinstance(log_probs, Tensor)
     if not isinstance(indices, Tensor):

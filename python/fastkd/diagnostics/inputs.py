@@ -30,9 +30,9 @@ def check_inputs(
     Args:
         student: ``(..., C)``.
         teacher: ``(..., C)``.
-        labels: ``(...)`` class indices, or None.
+        labels: ``(...)`` class indices, ``(..., C)`` probabilities, which are not read, or None.
         ignore_index: the label of rows that are ignored. Default -100.
-        temperature: a number, or a tensor of shape ``(...)``. Default 1.
+        temperature: a number, or a tensor, 0-d or of shape ``(...)``. Default 1.
 
     Raises:
         ValueError: for shapes or devices that differ; for a label outside ``[0, C)`` that is not

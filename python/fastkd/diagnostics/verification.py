@@ -22,8 +22,8 @@ from fastkd.losses import KDLoss
 # Largest number of logits whose gradients are computed in float64. If a tensor has more logits, the
 # gradients of evenly spaced rows are checked.
 _MAX_CHECKED_LOGITS = {"cpu": 2**24, "cuda": 2**27}
-# Accepted relative error in float32, because logits far from 0 lost digits before the loss reads
-# the logits.
+# Accepted relative error unless the student is float64. Logits far from 0 lost digits before the
+# loss reads the logits.
 _LEAST_TOLERANCE = 1e-5
 
 
@@ -38,7 +38,7 @@ class Verification(NamedTuple):
     loss_error: float
     gradient_error: float
     eager_loss_error: float | None
-    """None if eager PyTorch ran out of memory, like all fields that begin with ``eager``."""
+    """None if eager PyTorch ran out of memory, like all fields of eager PyTorch and ``speedup``."""
     eager_gradient_error: float | None
     rounding_error: float
     """The error of the float64 gradient after rounding to the logits' dtype."""
@@ -73,7 +73,8 @@ class Verification(NamedTuple):
 def _compute_eager(rows: Call) -> Tensor:
     """Compute the loss by ``F.kl_div`` and ``F.cross_entropy``, or by :mod:`fastkd.reference`.
 
-    The reference computes options that the functions of PyTorch lack.
+    The functions of PyTorch compute the forward KL with the logits of one teacher, and labels that
+    are class indices without ``class_weight``. The reference computes the other calls.
     """
     o = rows.objective
     soft_labels = rows.labels is not None and rows.labels.is_floating_point()
@@ -114,9 +115,10 @@ def verify(
 ) -> Verification:
     """Compare :func:`fastkd.loss` on your tensors with a float64 reference and eager PyTorch.
 
-    The tensors are not changed and get no gradient. The function needs the memory of one gradient,
-    and eager PyTorch needs a few times that memory. If eager PyTorch runs out of memory, eager
-    PyTorch is skipped.
+    The tensors are not changed and get no gradient. fastkd needs the memory of one gradient, and
+    eager PyTorch needs a few times that memory. If eager PyTorch runs out of memory, eager PyTorch
+    is skipped. The reference keeps the float64 gradients of at most 2^24 logits on a CPU, or 2^27
+    logits on CUDA.
 
     Args:
         student: logits, as for :func:`fastkd.loss`.

@@ -27,7 +27,10 @@ _LOGITS_OPTIONS = ("teacher_form", "teacher_weights", "ensemble", "dim", "inplac
 def prepare_heads(
     student: Head, teacher: Teacher, labels: Tensor | None, options: Options, with_terms: bool
 ) -> tuple[Inputs, LinearCall]:
-    """Check all arguments and flatten the rows; ``chunk`` and ``by_classes`` are not chosen yet."""
+    """Check all arguments and flatten the rows.
+
+    ``accumulate``, ``chunk`` and ``by_classes`` are not chosen yet.
+    """
     device, lead = student.hidden.device, student.hidden.shape[:-1]
     _check_head(student, "student", device)
     check_options_are_default(options, _LOGITS_OPTIONS, "a Head as student")
@@ -119,7 +122,7 @@ def prepare_heads(
 
 
 def _check_head(head: Head, owner: str, device: torch.device) -> None:
-    """Raise unless the tensors of a head have one device and, without autocast, one dtype."""
+    """Raise unless a head's tensors are on ``device`` and, without autocast, have one dtype."""
     check_head(head, owner)
     for name in ("hidden", "weight", "bias"):
         value = getattr(head, name)
@@ -138,7 +141,7 @@ def _check_head(head: Head, owner: str, device: torch.device) -> None:
 
 
 def _check_teacher_head(student: Head, teacher: Head) -> None:
-    """Raise unless the teacher's head has the student's rows and classes, and needs no gradient."""
+    """Raise unless rows and classes are the student's, and teacher.hidden needs no gradient."""
     _check_head(teacher, "teacher", student.hidden.device)
     for name, student_size, teacher_size in (
         ("classes", student.weight.shape[:1], teacher.weight.shape[:1]),

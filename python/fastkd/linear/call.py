@@ -28,8 +28,9 @@ class Inputs(NamedTuple):
     topk_log_probs: Tensor | None
     labels: Tensor | None
     temperature: Tensor | None
-    """One number for each row, or None if ``LinearCall.temperature`` serves all rows. The fields
-    ``teacher_temperature``, ``hard_weight`` and ``soft_weight`` have this form, too."""
+    """One number for each row, a 0-d tensor for all rows, or None if ``LinearCall.temperature``
+    serves all rows. The fields ``teacher_temperature``, ``hard_weight`` and ``soft_weight`` have
+    this form, too."""
     teacher_temperature: Tensor | None
     hard_weight: Tensor | None
     soft_weight: Tensor | None

@@ -55,7 +55,8 @@ def plan(
     the tensors exist, pass tensors on the meta device: the plan is then for a GPU.
 
     By default there is one chunk of rows if its logits fit in 2 GiB on a GPU or 48 MiB on a CPU.
-    Otherwise the plan has the fewest chunks of equal size that fit.
+    Otherwise the plan has the fewest chunks of equal size that fit. A chunk may always have 512
+    rows on a GPU and 128 rows on a CPU.
 
     Args:
         student, teacher, labels: the arguments of the call, as in :func:`fastkd.loss`.
@@ -195,7 +196,7 @@ def make_sizes(inputs: Inputs, call: LinearCall) -> Sizes:
 
 
 def _count_rows(hidden: Tensor) -> int:
-    """Return the number of rows, or ``_TYPICAL_ROWS`` if a trace does not know the number."""
+    """Return the number of rows, or ``_TYPICAL_ROWS`` if a trace does not know if there are any."""
     rows = hidden.shape[0]
     if not autograd.is_traced():
         return rows

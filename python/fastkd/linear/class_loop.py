@@ -64,7 +64,7 @@ def list_missing_features(inputs: Inputs, call: LinearCall) -> list[str]:
 
 
 class _Loop:
-    """Compute loss and gradients in two passes over the classes, without ignored rows."""
+    """Compute loss and gradients of the selected rows in two passes over the classes."""
 
     def __init__(
         self, inputs: Inputs, call: LinearCall, weight_grad: Tensor, counted: Tensor | None
@@ -157,7 +157,7 @@ class _Loop:
     def write_gradients(self, stats: Tensor, out: Outputs, power: Tensor | None) -> None:
         """Run the second pass over the classes, which writes the gradients to ``out``.
 
-        ``out.hidden`` has only rows that are not ignored, in the dtype of the sum over chunks.
+        ``out.hidden`` has only the selected rows, in the dtype of the sum over chunks.
         """
         call = self.call
         for part, core, slope in self.chunks(writes=True):
@@ -179,12 +179,12 @@ def _select_classes(head: Head, part: slice) -> Head:
 
 
 def run(inputs: Inputs, call: LinearCall, counted: Tensor | None, power: Tensor | None) -> Outputs:
-    """Compute the loss and its gradients for a grad_output of 1.
+    """Compute the loss, and its gradients for a grad_output of 1 or of ``inputs.grad_rows``.
 
-    At least one row must not be ignored. ``counted``: the indices of the rows that are not ignored,
-    or None for all rows. If ``is_mean_division_deferred()``, the caller must divide the gradients
-    by the denominator. If ``power`` is not None, the caller must multiply the gradients of weight
-    and bias by ``power``.
+    There must be at least one row. ``counted``: the indices of the rows that are not ignored, at
+    least one, or None for all rows. If ``is_mean_division_deferred()``, the caller must divide the
+    gradients by the denominator. If ``power`` is not None, the caller must multiply the gradients
+    of weight and bias by ``power``.
     """
     out = allocate_outputs(inputs, call._replace(hidden_grad=False))
     loop = _Loop(inputs, call, out.weight, counted)

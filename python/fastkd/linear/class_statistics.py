@@ -4,7 +4,7 @@ For a part of the classes, the kernels return the sums of exponentials and the d
 there were no other classes. The chain rule (docs/maths.md, section 14) combines divergences: the
 divergence of all classes is the divergence between the parts, plus the mean of the divergences
 within the parts. The mean weighs each part by the teacher's probability of the part, or, for the
-reverse KL, by the student's probability. The arithmetic of this module is float64.
+reverse KL, by the student's probability. The statistics are combined in float64.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ class RowStatistics:
         """Start without classes; ``like`` has the dtype and device of the kernels' statistics."""
         o = self.objective = objective
         self.like = like
-        # The factors log2(e) / temperature of the exponents are rounded once, as in the kernels. A
-        # Python number divided by a tensor would be rounded twice.
+        # The exponents have the factors log2(e) / temperature. Each quotient is rounded once, as in
+        # the kernels; the quotient of a Python number and a tensor would be rounded twice.
         self.hard_slope = torch.full_like(like, _LOG2E)
         self.student_slope, self.teacher_slope = (
             self.hard_slope / (t.to(like) if isinstance(t, Tensor) else torch.full_like(like, t))

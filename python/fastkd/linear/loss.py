@@ -59,7 +59,7 @@ def compute_routed(
     rows_of = find_teacher_rows(teacher, lead, device)
     if options.class_weight is not None:
         raise ValueError("class_weight must be None with a Routed teacher; got a tensor")
-    logits = student.hidden[..., :1]  # shift_labels() reads only the shape of the rows
+    logits = student.hidden[..., :1]  # shift_labels() reads only shape and device
     if options.shift:
         _, labels, options = shift_labels(logits, None, labels, options)
     counted = torch.ones(lead, dtype=torch.bool, device=device)
@@ -109,7 +109,7 @@ def _compute_in_chunks(inputs: Inputs, call: LinearCall) -> Outputs:
 
 
 def _run(inputs: Inputs, call: LinearCall) -> Outputs:
-    """Compute the loss, and its gradients for a grad_output of 1.
+    """Compute the loss, and its gradients for a grad_output of 1 or of ``inputs.grad_rows``.
 
     If ``is_mean_division_deferred()``, the caller must divide the gradients by the denominator.
     """

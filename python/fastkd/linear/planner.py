@@ -19,8 +19,9 @@ LOGITS_BYTES = {"cuda": 2048 * MIB, "cpu": 48 * MIB}
 ``max_workspace``. Matrix products of 2048 rows on a GPU, or 256 rows on a CPU, are about as fast
 per row as larger products."""
 LEAST_ROWS = {"cuda": 512, "cpu": 128}
-"""Fewest rows of a chunk if there is no ``max_workspace``. The bound limits the number of chunks:
-each chunk reads both weights and adds to the complete gradient of the student's weight."""
+"""Rows that a chunk may have without ``max_workspace``, even if their logits exceed
+``LOGITS_BYTES``. This limits the number of chunks: each chunk reads both weights and adds to the
+complete gradient of the student's weight."""
 FEW_ROWS = {"cuda": 256, "cpu": 32}
 """Chunks of fewer rows take longer than chunks of classes, although the latter compute the logits
 twice."""
@@ -31,7 +32,8 @@ PADDING = 8
 the first masked class. 8 classes keep rows of 16-bit logits aligned to 16 bytes."""
 ALIGNMENT = 256  # bytes; each buffer of logits begins at a multiple of ALIGNMENT in its memory
 _FEWEST_CLASSES = 64
-"""Classes of the smallest chunk, whose logits may lie outside the weight's gradient."""
+"""Most classes of a chunk whose logits lie outside the weight's gradient, if the weight gets one.
+``max_workspace`` makes no chunk smaller than this number."""
 _MULTIPLE = 64
 """Larger chunks have a multiple of this number of rows or classes, a tile of matrix products."""
 _ROW_STATISTICS_BYTES = 128
@@ -58,7 +60,7 @@ class Plan(NamedTuple):
     chunk_by: Literal["rows", "classes"] = "rows"
 
     def __str__(self) -> str:
-        """Return the chunks, the logits in memory at a time, and the bound for the memory."""
+        """Return the chunks, their logits, the weight gradient's dtype, and the memory's bound."""
         chunks = f"{self.chunks} x {self.chunk} of {self.rows} rows"
         if self.chunk_by == "classes":
             chunks = f"{self.chunks} chunks of up to {self.chunk} classes, of all {self.rows} rows"
@@ -92,7 +94,7 @@ class Sizes(NamedTuple):
     cast_per_class: int = 0
     """Bytes of autocast's copies of the weights, for each class."""
     copied_per_row: int = 0
-    """Bytes of copied hidden states for each row. Only chunks of classes copy hidden states."""
+    """Bytes of copied hidden states for each row, which count only for chunks of classes."""
 
     @property
     def row_bytes(self) -> int:
@@ -125,8 +127,9 @@ def plan_sizes(
     accumulate_dtype: torch.dtype | Literal["auto"] = "auto",
 ) -> Plan:
     """Choose the chunks; the options are those of :func:`fastkd.chunks.plan`, checked."""
-    # Several chunks sum the gradient of a 16-bit weight in float32. With a single chunk, only the
-    # gradient of a float16 weight is float32, because backward scales the gradient and then rounds.
+    # By default, several chunks of rows sum the gradient of a 16-bit weight in float32. With one
+    # chunk of rows, or chunks of classes, only the gradient of a float16 weight is float32, because
+    # backward scales the gradient and then rounds.
     summed = accumulate_dtype
     if summed == "auto":
         summed = torch.float32 if sizes.weight_dtype.itemsize == 2 else sizes.weight_dtype
@@ -192,7 +195,7 @@ def _plan_rows(
         total, cast = sizes.compute_weight_bytes(accumulate)
         scratch = sizes.compute_scratch_bytes(chunk)
         peak = total + max(chunk * row_bytes + scratch, cast)
-        if chunk >= rows:  # the teacher's logits are freed before the gradients exist
+        if chunk >= rows:  # the teacher's logits are freed before the gradients are written
             grad = rows * sizes.classes * sizes.dtype.itemsize
             peak = max(rows * row_bytes + scratch, grad + total + scratch, total + cast)
         count = -(-rows // chunk)

@@ -1,7 +1,7 @@
 """Compute the matrix products (GEMMs) of linear heads, written into existing memory.
 
 On CUDA, cuBLAS adds products of 16-bit factors to a float32 sum. On a CPU, factors are converted to
-float32, a block of classes at a time, in two cases:
+float32, at least one of them a block of classes at a time, in two cases:
 
 - The sum is float32. PyTorch has no CPU product whose result is wider than its factors.
 - The processor lacks 16-bit instructions. oneDNN's 16-bit products are then much slower than
@@ -50,7 +50,7 @@ def _is_upcast(tensor: Tensor) -> bool:
 
 
 def _split_classes(classes: int, width: int) -> Iterator[slice]:
-    """Yield blocks of classes: 2 MiB each, at ``width`` float32 numbers for each class."""
+    """Yield blocks of 2 MiB, at ``width`` float32 numbers for each class, or of 64 classes."""
     step = max(_LEAST_BLOCK, _BLOCK_BYTES // (4 * max(1, width)))
     for start in range(0, classes, step):
         yield slice(start, start + step)
@@ -59,7 +59,8 @@ def _split_classes(classes: int, width: int) -> Iterator[slice]:
 def compute_scratch_bytes(rows: int, width: int) -> int:
     """Return an upper bound, in bytes, for the temporary memory of 16-bit products on a CPU.
 
-    The memory holds one factor in float32, and a block of the other factor and of the product.
+    The memory holds a float32 matrix ``(rows, width)``, and blocks of two matrices, which have
+    ``rows`` and ``width`` float32 numbers for each class.
     """
     return 4 * (rows * width + _LEAST_BLOCK * (rows + width)) + _BLOCK_BYTES
 

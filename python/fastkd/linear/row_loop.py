@@ -1,9 +1,11 @@
-"""Loop over chunks of rows, and compute the gradients in the forward pass.
+"""Loop over chunks of rows, and compute the loss and its gradients in one pass.
 
-Each chunk has four steps:
+Each chunk has four steps; the last two compute only the gradients that are needed:
 
-1. Write the logits of both heads to buffers that every chunk reuses.
-2. Compute the loss, and write its gradient over the student's logits.
+1. Write the logits of the student's head, and of the teacher's head if the teacher has one, to
+   buffers that every chunk reuses.
+2. Compute the loss and its gradient. With a dense teacher, the fused kernel writes the gradient
+   over the student's logits.
 3. Multiply this gradient by the weight, which gives the gradient of the chunk's hidden states.
 4. Multiply the gradient of step 2 by the hidden states, and add the product to the weight's
    gradient.
@@ -34,12 +36,12 @@ from fastkd.linear.call import (
 
 
 def run(inputs: Inputs, call: LinearCall, counted: Tensor | None, power: Tensor | None) -> Outputs:
-    """Compute the loss and its gradients for a grad_output of 1.
+    """Compute the loss, and its gradients for a grad_output of 1 or of ``inputs.grad_rows``.
 
-    At least one row must not be ignored. ``counted``: the indices of the rows that are not ignored,
-    or None for all rows. If ``is_mean_division_deferred()``, the caller must divide the gradients
-    by the denominator. If ``power`` is not None, the caller must multiply the gradients of weight
-    and bias by ``power``.
+    There must be at least one row. ``counted``: the indices of the rows that are not ignored, at
+    least one, or None for all rows. If ``is_mean_division_deferred()``, the caller must divide the
+    gradients by the denominator. If ``power`` is not None, the caller must multiply the gradients
+    of weight and bias by ``power``.
     """
     out = allocate_outputs(inputs, call)
     rows = inputs.hidden.shape[0] if counted is None else counted.numel()

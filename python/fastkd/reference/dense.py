@@ -1,9 +1,9 @@
 """Define the loss and every option in PyTorch operations.
 
 Tests and benchmarks compare the kernels with this module in float64. fastkd also calls this module
-where no kernel can run: options without a kernel, function transforms, second derivatives, and
-devices without kernels. The code follows the definitions in the papers, not the kernels, so that
-this module does not repeat a mistake of a kernel.
+where no kernel can run: options without a kernel, function transforms, second derivatives, batches
+of gradients, and devices without kernels. The code follows the definitions in the papers, not the
+kernels, so that this module does not repeat a mistake of a kernel.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ class Terms(NamedTuple):
     soft: Tensor
     """The divergence of the softened teacher and student, without weight and T^2."""
     student_entropy: Tensor
-    """Entropy of softmax(student / T), in nats."""
+    """Entropy of the softened student, in nats."""
     teacher_entropy: Tensor
-    """Entropy of softmax(teacher / T), in nats."""
+    """Entropy of the softened teacher, in nats."""
     agreement: Tensor
     """1 where teacher and student have a most probable class in common, else 0."""
     student_mass: Tensor = None  # type: ignore[assignment]
@@ -182,8 +182,8 @@ def terms(
 ) -> Terms:
     """Compute the loss and its terms by differentiable PyTorch operations in float32 or float64.
 
-    Arguments are those of :func:`fastkd.loss`, but unchecked, and without ``alpha``. Without
-    labels, the loss is the soft term alone.
+    Arguments are those of :func:`fastkd.loss`, but unchecked, and without ``alpha``,
+    ``shift``, ``inplace`` and ``chunks``. Without labels, the loss is the soft term alone.
     """
     teachers = [teacher_logits] if isinstance(teacher_logits, Tensor) else list(teacher_logits)
     soft_labels = labels is not None and labels.is_floating_point()

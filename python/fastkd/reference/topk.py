@@ -194,7 +194,8 @@ def terms(
 
     Arguments have the meaning of those of :func:`fastkd.loss`, and of the fields of a
     :class:`fastkd.TopK` or :class:`fastkd.Sampled`. Option tensors must have the dtype of
-    ``log_probs``. All fields of a row with an invalid label or list are NaN.
+    ``log_probs``. All fields of a row with invalid logits, an invalid label or an invalid list are
+    NaN.
     """
     logits = student.to(log_probs.dtype)
     indices = mark_padding(indices, log_probs)
