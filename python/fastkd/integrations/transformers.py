@@ -21,7 +21,8 @@ def causal_labels(batch: Mapping[str, Any]) -> Tensor | None:
 
     The logits at position i predict token i + 1, so labels ``(batch, length)`` are shifted left by
     one, and the last position gets -100. If the batch has ``shift_labels``, the function returns
-    them as int64, without a shift. Pass this function to :class:`fastkd.Trainer` as ``labels=``.
+    them as int64, without a shift. Without labels, the function returns None. Pass this function to
+    :class:`fastkd.Trainer` as ``labels=``.
 
     Example:
         >>> import torch
