@@ -19,7 +19,7 @@ from fastkd import batches, deployment
 BINS = 15
 TURNS = 10  # timed turns of each model, after a turn that warms up
 LEAST_CALLS = 3  # least number of a model's timed calls in a turn, after one that fills the caches
-QUIET = 0.9  # least share of the processor time it needed that the process gets in a quiet turn
+QUIET = 0.9  # least share of the needed processor time that the process gets in a quiet turn
 DISAGREE = 1.5  # a ratio is withheld if its two estimates differ by more than this factor
 WIDE = 2.0  # a 95th percentile of more than WIDE times the median gives a warning
 

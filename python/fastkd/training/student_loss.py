@@ -38,7 +38,7 @@ class StepTerms(NamedTuple):
 class Denominators:
     """Hold the 0-d divisors of a step's sums: counts of all processes over the number of processes.
 
-    FSDP casts the tensors in a tuple to 16 bits, but not the tensors in a dataclass.
+    With mixed precision, FSDP casts tensors in a tuple to 16 bits, but not tensors in a dataclass.
     """
 
     rows: Tensor
