@@ -1,1 +1,1 @@
-"""Implement the commands of ``fastkd`` and ``python -m fastkd``."""
+"""Implement the commands ``distill``, ``sweep``, ``report`` and ``export`` of ``fastkd``."""

@@ -15,7 +15,7 @@ from typing import Any, Literal
 from fastkd import extras, validation
 from fastkd.commands.factories import ConfigError, Factories
 
-# Bounds the recursion of the YAML parser, which recurses once for each level of nesting.
+# Largest depth of nesting in a file; PyYAML recurses for each level.
 _MAX_DEPTH = 50
 
 
@@ -41,7 +41,8 @@ class Training:
         train_options: arguments of the training data's function.
         validation: function that returns held-out data.
         validation_options: arguments of the held-out data's function.
-        output: folder for checkpoints, student.safetensors and history.json.
+        output: folder for the files of distill (checkpoints, student.safetensors, history.json) or
+            of sweep.
         epochs: number of passes over the training data.
         batch_size: number of samples in a batch of one process.
         seed: seed of the weights, the order of the data and dropout.
@@ -49,7 +50,7 @@ class Training:
         loss: options of fastkd.KDLoss, such as {temperature: 4, alpha: 0.1}.
         optimizer: options of a torch.optim class and its name, {name: AdamW} by default.
         schedule: schedule of the learning rate.
-        accumulate: number of batches in one optimizer step.
+        accumulate: number of batches of each process in one optimizer step.
         clip: largest norm of the gradient.
         ema: decay of the moving average of the student's weights; 0 for no average.
         mixed_precision: mixed precision of Accelerate.

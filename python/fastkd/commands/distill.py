@@ -98,7 +98,8 @@ def distill(
             known = {name: share for name, share in shares.items() if not math.isnan(share)}
             print(", ".join(f"{name} {100 * share:.1f} %" for name, share in known.items()))
         print(f"wrote {output / 'student.safetensors'}; fastkd report shows it")
-    # A process that exits without destroying the process group may be aborted by its threads.
+    # A process that exits without destroying the process group may be aborted by threads of the
+    # group.
     accelerator.end_training()
 
 
@@ -212,7 +213,8 @@ def _check_inputs(
 ) -> None:
     """Raise ConfigError if the cache was computed from inputs that differ from ``samples``.
 
-    Compare the first ``count`` samples of the training data and of the validation data.
+    Compare the cached samples among the first ``count`` samples of the training data and of the
+    validation data.
     """
     for first in (0, first_validation):
         ids = torch.arange(first, min(first + count, len(samples)))

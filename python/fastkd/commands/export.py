@@ -26,8 +26,8 @@ def export(
     """Export the student of a distill command to ONNX, ExecuTorch or torch.export, also in int8.
 
     The options are those of the distill command. The weights come from that command's output
-    folder, or from student_weights. The file is compared with the student on held-out data before
-    path is written.
+    folder, or from student_weights. Before path is written, the file is compared with the student
+    on held-out data, or on training data if validation is not set.
 
     Args:
         training: the options of the training.
@@ -37,7 +37,7 @@ def export(
         format: format of the file.
         quantize: int8 for weights and activations of 8 bits.
         samples: number of training samples that calibrate int8, and of held-out samples on which
-            file and student are compared.
+            file and student are compared. Of a DataLoader, the first batch is used.
         max_batch: largest batch of an ExecuTorch program.
     """
     training.require("student", "train", *([] if training.student_weights else ["output"]))

@@ -1,7 +1,7 @@
 """Make the models and data of a configuration, by calling functions of trusted modules only.
 
-A configuration may come from somebody else, and must not be able to run any code. A factory is a
-function or class that a configuration names as ``module:function``. A module is trusted, and
+A configuration may come from somebody else, and must not be able to run arbitrary code. A factory
+is a function or class that a configuration names as ``module:function``. A module is trusted, and
 imported, only if the module is in the configuration file's folder or ``--module`` names it. A
 trusted module must also define the factory: ``my_models:system`` is refused if it is ``os.system``.
 """
@@ -31,8 +31,9 @@ class ConfigError(ValueError):
 class Factories:
     """Call the factories named in the options of a training, if their modules are trusted.
 
-    Each method takes the name of one option and all options of the training. For the name
-    ``student``, a method reads ``student``, ``student_options`` and ``student_weights``.
+    The methods that make objects take the name of one option and all options of the training. For
+    the name ``student``, :meth:`make_model` reads ``student``, ``student_options`` and
+    ``student_weights``.
     """
 
     def __init__(self, folder: pathlib.Path, modules: Sequence[str]) -> None:

@@ -36,7 +36,8 @@ def report(
             students, as --model.NAME=FILE.onnx, FILE.pte or FILE.pt2.
         title: title of the report.
         seconds: duration of each latency measurement.
-        threads: number of threads that PyTorch uses; PyTorch's choice by default.
+        threads: number of CPU threads of PyTorch and of the runtimes of exported students;
+            PyTorch's choice by default.
         save: folder for report.html, report.md, report.json and pictures.
     """
     training.require("teacher", "validation")
@@ -66,7 +67,8 @@ def report(
         extras.check("train", "safetensors.torch")
     data = factories.make_data("validation", training)
     models: dict[str, Any] = {}
-    # The students are made first, so that their errors are raised before a teacher is trained.
+    # The students are made first, because the teacher's function may train the teacher: errors in
+    # the students are raised before that.
     for name, options in students.items():
         if isinstance(options, Training):
             models[name] = factories.make_model("student", options)

@@ -48,8 +48,9 @@ def sweep(
     """Train students with many losses, and compare each loss with training on labels alone.
 
     The configuration is that of distill. The output folder gets the table sweep.md, the plot
-    sweep.png, and sweep.jsonl, which has a line for each training. Running the command again
-    continues a sweep that was stopped, and adds the trainings of new values and seeds.
+    sweep.png, and sweep.jsonl, which has the configuration and a line for each training. Running
+    the command again continues a sweep that was stopped, and adds the trainings of new values and
+    seeds.
 
     Args:
         training: the options of the training.
@@ -58,7 +59,7 @@ def sweep(
         alpha: weights of the labels' term.
         divergence: names of divergences, such as [forward_kl,jsd].
         share: shares of the training samples, in (0, 1]. A smaller share has more epochs, so that
-            all shares have equally many steps.
+            all shares have about equally many steps.
         seeds: number of trainings of each combination, with the seeds from --seed on.
     """
     training.require("student", "train", "validation", "output")
@@ -132,7 +133,7 @@ def _draw_samples(data: Any, run: Run) -> Any:
 def _make_loss(
     training: Training, divergence: str, temperature: float, alpha: float
 ) -> losses.KDLoss:
-    """Make the configuration's loss with these options; an empty ``divergence`` sets none."""
+    """Make the configuration's loss with these options; "" as divergence sets ``alpha`` alone."""
     options: Any = {**training.loss, "alpha": alpha}
     if divergence:
         options |= {"divergence": divergence, "temperature": temperature}
@@ -185,7 +186,7 @@ def _compare(rows: Accuracies) -> Iterator[tuple[Run, list[float], list[float]]]
 
 
 def _tabulate(rows: Accuracies) -> Iterator[str]:
-    """Yield the lines of the table, and a sentence about the table's best row."""
+    """Yield the lines of the table, and a paragraph about the largest gain."""
     yield "| share | divergence | T | alpha | accuracy, % | gain over training alone, points |"
     yield "|-:|-|-:|-:|-:|-:|"
     best = (-math.inf, math.nan, "")

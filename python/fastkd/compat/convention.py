@@ -67,6 +67,7 @@ def check_normalizer(
 ) -> float | Tensor:
     """Return the divisor of the sum over rows; raise unless ``value`` is positive.
 
-    ``value``: a number or a tensor with one element. 0 is accepted if every row is ignored.
+    ``value``: a number, or a tensor with one element, which is read on the CPU only. 0 is accepted
+    if every row is ignored.
     """
     return checks.check_nonzero(checks.check_divisor(value, name), labels, ignore_index, name)

@@ -59,7 +59,10 @@ class DistillationLoss(nn.Module):
     def forward(
         self, inputs: Tensor, outputs: Tensor | tuple[Tensor, Tensor], labels: Tensor
     ) -> Tensor:
-        """Compute the loss of the model's outputs: (class logits, distillation logits)."""
+        """Compute the loss of the model's outputs.
+
+        ``outputs``: (class logits, distillation logits), or class logits alone for ``"none"``.
+        """
         student, distilled = (outputs, None) if isinstance(outputs, Tensor) else outputs
         base = self.base_criterion(student, labels)
         if self.distillation_type == "none":

@@ -109,7 +109,8 @@ class Distiller(nn.Module):
         """Compute the loss for inputs ``x`` and labels ``y``: class indices or probabilities.
 
         Without ``y``, the loss is the weighted soft term alone. ``y_pred`` are the student's
-        logits; if None, the student is called. ``training`` is passed to a Keras model.
+        logits; if None, the student is called. ``training`` is passed to a student that is a Keras
+        model.
         """
         check_none("sample_weight", sample_weight, "Keras' Distiller does not use it either")
         student_logits = _call(self.student, x, training) if y_pred is None else y_pred

@@ -1,4 +1,4 @@
-"""Compute timm's LogitDistillationTask, a module that returns a dictionary of losses."""
+"""Compute timm's LogitDistillationTask, which returns a dictionary of losses and logits."""
 
 from __future__ import annotations
 

@@ -19,7 +19,8 @@ class KDLoss(nn.Module):
             student or of the teacher.
         student_module_io, teacher_module_io: ``"input"`` or ``"output"`` of the module.
         temperature: T > 0.
-        alpha: weight of the **hard** term. If None or 0, the loss is the KL alone.
+        alpha: weight of the **hard** term. If None or 0, or without targets, the loss is the KL
+            alone, without ``beta`` and T^2.
         beta: weight of the soft term. Default ``1 - alpha``.
         reduction: ``"batchmean"``, ``"mean"`` or ``"sum"``, as in :class:`torch.nn.KLDivLoss`.
             The hard term is a mean over rows, but a sum for ``"sum"``. Default ``"batchmean"``.

@@ -1,4 +1,4 @@
-"""Compute the losses of TRL's experimental SDFTTrainer and SDPOTrainer (self-distillation)."""
+"""Compute the full-logit and top-k losses of TRL's experimental SDFTTrainer and SDPOTrainer."""
 
 from __future__ import annotations
 

@@ -34,7 +34,7 @@ class Exported:
     """Share of rows on which file and student have the same most probable class."""
 
     def __str__(self) -> str:
-        """Return path, size, difference and agreement as text."""
+        """Return all fields as text."""
         return (
             f"{self.path}: {self.bytes:,} bytes. On {self.rows:,} rows the largest difference of a "
             f"logit is {self.difference:.2g}, and the class is the same on {self.agreement:.1%}"
@@ -67,9 +67,10 @@ def export(
 ) -> Exported:
     """Write ``student`` as a program without Python code, and compare the logits of both.
 
-    The program takes batches of any size, and returns the logits. The file is written under a
-    temporary name, loaded, compared with the student, and renamed, so ``path`` never is an
-    incomplete or wrong file. The student is copied, and not changed.
+    The program takes batches of any size (an ExecuTorch program: up to ``max_batch``), and returns
+    the logits. The file is written under a temporary name, loaded, compared with the student, and
+    renamed, so ``path`` never is an incomplete or wrong file. The student is copied, and not
+    changed.
 
     ``quantize="int8"`` quantizes weights and activations statically to 8 bits. ONNX Runtime
     quantizes ``"onnx"`` programs, and PT2E with ExecuTorch's ``XNNPACKQuantizer`` quantizes
@@ -97,11 +98,12 @@ def export(
     Raises:
         ImportError: before the student is traced, if a package is missing; the message names the
             extra, ``fastkd[deploy]``.
-        TypeError: if ``student`` is no module, or ``example`` or ``rows`` hold no tensors.
-        ValueError: if the student cannot be traced with batches of any size, if ``path`` does not
-            fit the format, or if the program's logits are not finite or, without ``quantize``,
-            differ from the student's by more than sqrt(eps) times the largest logit, where eps is
-            the dtype's machine epsilon. In these cases ``path`` is not written.
+        TypeError: for arguments of a wrong type, such as an ``example`` without tensors.
+        ValueError: for invalid arguments, such as a ``path`` that does not fit the format; if the
+            student cannot be traced with batches of any size; or if the program's logits are not
+            finite or, without ``quantize``, differ from the student's by more than sqrt(eps) times
+            the largest absolute logit, where eps is the dtype's machine epsilon. In these cases
+            ``path`` is not written.
         OSError: if the file cannot be written.
 
     Example:
@@ -147,7 +149,7 @@ def _check_arguments(
     quantize: str | None,
     max_batch: int,
 ) -> pathlib.Path:
-    """Check the arguments other than the inputs, and return the path to write."""
+    """Check the arguments other than the inputs and ``dim``, and return the path to write."""
     if not isinstance(student, nn.Module):
         raise TypeError(f"student must be a module; got {type(student).__name__}")
     validation.check_one_of("format", format, tuple(writing.SUFFIXES))
@@ -206,7 +208,8 @@ def _compare(
     """Return the fields ``rows``, ``difference`` and ``agreement`` of :class:`Exported`.
 
     Raises:
-        ValueError: if logits are not finite, or, without quantization, differ from the student's.
+        ValueError: if logits are not finite, have another shape than the student's, or, without
+            quantization, differ from the student's.
     """
     count = agreeing = 0
     difference = largest = 0.0

@@ -71,8 +71,9 @@ class DeployedModel(nn.Module):
         """Store ``run``, which maps a batch's inputs to logits.
 
         Each call of ``run`` gets at most ``batch`` samples, or exactly ``batch`` if ``is_fixed``.
-        Metadata of ExecuTorch does not say if the batch size is fixed, so ``forward`` sets
-        ``is_fixed`` when ``run`` refuses a smaller batch.
+        If ``batch`` is None, a call gets any number of samples. Metadata of ExecuTorch does not say
+        if the batch size is fixed, so ``forward`` sets ``is_fixed`` when ``run`` refuses a smaller
+        batch.
         """
         super().__init__()
         self.name, self.bytes, self.parameter_count = name, bytes, parameter_count
@@ -172,9 +173,9 @@ def load(model: Any) -> nn.Module:
 
 
 def _find_loader(model: Any) -> Callable[[Any], DeployedModel] | None:
-    """Return the loader of a runtime's object, found by the name of the object's type.
+    """Return the loader of an object of ONNX Runtime or ExecuTorch, or None for other objects.
 
-    The runtime is not imported. Return None for an object of no supported runtime.
+    The loader is found by the name of the object's type; the runtime is not imported.
     """
     for kind in type(model).__mro__:
         package = kind.__module__.partition(".")[0]

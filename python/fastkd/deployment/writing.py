@@ -28,7 +28,7 @@ class Request(NamedTuple):
     format: str
     is_quantized: bool
     max_batch: int
-    """Largest batch of an ExecuTorch program."""
+    """Largest batch of an ExecuTorch program, and of calibration."""
     names: list[str]
     """Names of the inputs in an ONNX model."""
     parameters: int

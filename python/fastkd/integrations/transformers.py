@@ -21,7 +21,8 @@ def causal_labels(batch: Mapping[str, Any]) -> Tensor | None:
 
     The logits at position i predict token i + 1, so labels ``(batch, length)`` are shifted left by
     one, and the last position gets -100. If the batch has ``shift_labels``, the function returns
-    them as int64, without a shift. Pass this function to :class:`fastkd.Trainer` as ``labels=``.
+    them as int64, without a shift. Without labels, the function returns None. Pass this function to
+    :class:`fastkd.Trainer` as ``labels=``.
 
     Example:
         >>> import torch
@@ -41,11 +42,11 @@ class DistillationMixin:
 
     The loss is :func:`fastkd.loss` of the student's and the teacher's logits and the labels, which
     are shifted by one for causal language models (:func:`causal_labels`). Like the losses of
-    transformers' models, the loss is divided by ``num_items_in_batch``, the number of tokens in all
-    batches of an optimizer step. With ``args.average_tokens_across_devices`` this number is summed
-    over all processes. ``args.label_smoothing_factor`` smooths the labels of the hard term. The
-    student gets no labels, so that the model computes no loss. An encoder-decoder gets labels,
-    which are the inputs of its decoder.
+    transformers' models, the loss is divided by ``num_items_in_batch``, the number of labels other
+    than -100 in all batches of an optimizer step. With ``args.average_tokens_across_devices`` this
+    number is summed over all processes. ``args.label_smoothing_factor`` smooths the labels of the
+    hard term. The student gets no labels, so that the model computes no loss. An encoder-decoder
+    gets labels, which are the inputs of its decoder.
 
     Student and teacher may be any modules that take a batch as keyword arguments. A model may
     return logits as a tensor, as the entry ``logits`` of an output, or in a tuple, as the first
@@ -100,9 +101,9 @@ class DistillationMixin:
         base = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
         config = getattr(base, "config", None)
         self._encoder_decoder = bool(getattr(config, "is_encoder_decoder", False))
-        # The trainer reads this attribute to count tokens, and sets it to False for causal models
-        # without "ForCausalLM" in their name, such as GPT2LMHeadModel. The count would then be too
-        # large by one token for each sequence.
+        # The trainer reads this attribute to count tokens, and sets it to False for some causal
+        # models, such as GPT2LMHeadModel. The count would then be too large by one token for each
+        # sequence.
         self._loss_shifts_labels = not self._encoder_decoder and _is_causal(base)
         self.teacher = teacher.requires_grad_(False).eval().to(self.args.device)
         self.kd_loss.to(self.args.device)

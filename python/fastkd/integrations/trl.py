@@ -5,11 +5,11 @@ Change one import, and nothing else::
     from fastkd.integrations.trl import DistillationTrainer  # instead of: from trl import ...
     from fastkd.integrations.trl import GKDTrainer           # ... from trl.experimental.gkd import
 
-``pip install fastkd[trl]`` installs what this module needs: TRL 1.16, the only series that is
-supported. The losses are computed from hidden states and heads, so logits are in memory only for a
-chunk of tokens. ``GKDTrainer`` makes two exceptions. The first step computes the logits of one
-sequence with each model, to check the head. An evaluation that needs outputs computes all logits.
-Arguments, configurations and logged metrics are TRL's.
+This module needs TRL 1.16, the only supported series: ``pip install fastkd[trl] trl==1.16.*``. The
+losses are computed from hidden states and heads, so logits are in memory only for a chunk of
+tokens. ``GKDTrainer`` makes two exceptions. The first step computes the logits of one sequence with
+each model, to check the head. An evaluation that needs outputs computes all logits. Arguments,
+configurations and logged metrics are TRL's.
 
 The sum over tokens is divided as in TRL:
 

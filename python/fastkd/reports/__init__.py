@@ -55,7 +55,7 @@ class Report(NamedTuple):
         return tables.format_terminal(self)
 
     def markdown(self) -> str:
-        """Return a Markdown document, which shows ``reliability.png`` and ``tradeoff.png``."""
+        """Return a Markdown document, which shows the pictures that :meth:`save` writes."""
         return tables.format_markdown(self)
 
     def json(self) -> str:
@@ -144,9 +144,10 @@ def report(
       its own device.
     - **Latency** of a forward pass on each device, on the loader's first inputs: median and 95th
       percentile. Models take turns, so that changes of the machine's speed affect all models.
-      Throughput is the size of the largest batch divided by the median latency of this batch. A
-      ratio to the teacher's latency is withheld if two estimates of the ratio differ by more than
-      1.5x, or if, on Linux, the process often waited for a processor; ``warnings`` says so.
+      Throughput is the batch size divided by the median latency; tables show the throughput of the
+      last of ``batch_sizes``. A ratio to the teacher's latency is withheld if two estimates of the
+      ratio differ by more than 1.5x, or if, on Linux, the process often waited for a processor;
+      ``warnings`` says so.
 
     The models run without gradients in evaluation mode, and are not changed. On another device than
     the model's, a copy of the model is measured. If a student's name has the word "alone", the
@@ -176,12 +177,12 @@ def report(
     Raises:
         ImportError: before anything is measured, if matplotlib, Rich with ``show``, or the runtime
             of a program is not installed.
-        TypeError: for models of unsupported types, names or a title that are not text, or
-            ``devices`` or ``batch_sizes`` that are not a list or tuple.
-        ValueError: for no student, a file that does not exist, a program with a device
-            other than the CPU, a loader without rows, models whose logits differ in their number
-            of rows, labels that do not fit the logits, a student named ``teacher``, or logits or a
-            cross entropy that are not finite.
+        TypeError: for arguments of a wrong type, such as models of unsupported types, or names that
+            are not text.
+        ValueError: for numbers out of range, no student, a file that does not exist, a program with
+            a device other than the CPU, a loader without rows, models whose logits differ in their
+            number of rows, labels that do not fit the logits, a student named ``teacher``, or
+            logits or a cross entropy that are not finite.
 
     Example:
         >>> import torch, fastkd

@@ -18,8 +18,8 @@ from fastkd import batches, deployment
 
 BINS = 15
 TURNS = 10  # timed turns of each model, after a turn that warms up
-LEAST_CALLS = 3  # timed calls in a turn, after a call that refills the caches
-QUIET = 0.9  # a turn is used if the process got this share of the processor time that it needed
+LEAST_CALLS = 3  # least number of a model's timed calls in a turn, after one that fills the caches
+QUIET = 0.9  # least share of the needed processor time that the process gets in a quiet turn
 DISAGREE = 1.5  # a ratio is withheld if its two estimates differ by more than this factor
 WIDE = 2.0  # a 95th percentile of more than WIDE times the median gives a warning
 
@@ -46,7 +46,7 @@ class Bin(NamedTuple):
 class Answers(NamedTuple):
     """Hold the quality of a model's predictions.
 
-    Without labels, ``bins`` is empty, and the fields except ``rows`` and ``agreement`` are None.
+    Without labels, ``bins`` is empty, and the other fields but ``rows`` and ``agreement`` are None.
     """
 
     rows: int
@@ -314,7 +314,7 @@ def _compute_quantile(values: Sequence[float], share: float) -> float:
 def _time_in_turns(
     models: Mapping[str, nn.Module], inputs: Any, device: torch.device, seconds: float
 ) -> list[Turn]:
-    """Time single calls in turns; the calls of each model take ``seconds`` over all turns."""
+    """Time single calls in turns; the calls of each model take at least ``seconds`` in all."""
     arguments = {
         name: batches.arguments(model, _move(inputs, model)) for name, model in models.items()
     }

@@ -26,8 +26,8 @@ def measure_peak_memory(model: nn.Module, inputs: Any) -> int | None:
     process already holds.
 
     Returns:
-        The bytes, or None if the model cannot be copied (a program in memory) or the system is not
-        Linux.
+        The bytes, or None if the model cannot be copied (such as a program in memory) or called on
+        the CPU, or the system is not Linux.
     """
     if isinstance(model, deployment.DeployedModel) and not model.is_file:
         return None
@@ -41,7 +41,7 @@ def measure_peak_memory(model: nn.Module, inputs: Any) -> int | None:
             before = _read_status("VmRSS")
             _call_copy(model, inputs)
             growth = max(0, _read_status("VmHWM") - before)
-        except Exception:  # a module may raise any exception when it is copied
+        except Exception:  # a copied or called module may raise any exception
             return None
     return growth
 

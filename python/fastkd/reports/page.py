@@ -1,4 +1,4 @@
-"""Write a report as one self-contained page of HTML."""
+"""Format a report as one self-contained page of HTML."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Draw a report's figures: accuracy over latency, and reliability diagrams."""
+"""Draw a report's figures: accuracy over latency or size, and reliability diagrams."""
 
 from __future__ import annotations
 
@@ -90,9 +90,10 @@ def _draw_tradeoff(report: Report, width: float) -> Any:
 
 
 def _choose_costs(report: Report) -> tuple[list[float], str]:
-    """Return each model's latency, and the label of the axis.
+    """Return each model's median latency, and the label of the axis.
 
-    If a speed ratio is withheld and all sizes are known, return kilobytes in place of latencies.
+    If a speed ratio is withheld on every device, and all sizes are known, return kilobytes in place
+    of latencies.
     """
     sizes = [model.size.bytes for model in report.models if model.size.bytes is not None]
     is_size_known = len(sizes) == len(report.models)
@@ -181,7 +182,7 @@ def render_png(figure: Any) -> bytes:
 
 
 def render_svg(figure: Any, salt: str, kind: str) -> str:
-    """Render a figure as an ``<svg>`` whose text and lines have the color of the page.
+    """Render a figure as an ``<svg>`` whose text and axes have the color of the page's text.
 
     ``kind``: the CSS class of the ``<svg>``. ``salt``: text that makes the ids in the ``<svg>``
     different from the ids in other figures of the page.

@@ -27,7 +27,7 @@ class Row(NamedTuple):
 
 
 def _scale(value: float, units: Sequence[tuple[str, float]]) -> tuple[str, str]:
-    """Return a value in three digits, and the first unit in which the value is below 1000."""
+    """Return a value in three digits, and the first unit in which it is below 1000, or the last."""
     unit, scale = next((pair for pair in units if value < 999.5 * pair[1]), units[-1])
     return f"{value / scale:#.3g}".rstrip("."), unit
 
@@ -180,7 +180,7 @@ def show(report: Report, console: Any = None) -> None:
 
 
 def format_terminal(report: Report) -> str:
-    """Return the text that :func:`show` prints, without colors."""
+    """Return the text that :func:`show` prints on 80 columns, without colors."""
     console = extras.load("rich.console", "report").Console(file=io.StringIO(), width=80)
     show(report, console)
     return "\n".join(line.rstrip() for line in console.file.getvalue().splitlines())
@@ -203,7 +203,7 @@ def format_markdown(report: Report) -> str:
 
 
 def describe_environment(report: Report) -> str:
-    """Return the machine, its load and the versions as text."""
+    """Return the report's ``environment``, such as CPU, versions and load, as text."""
     return ", ".join(f"{key} {value}" for key, value in report.environment.items())
 
 

@@ -113,7 +113,7 @@ class TeacherCache:
         return len(self.ids)
 
     def __repr__(self) -> str:
-        """Return the path and the attributes in one line."""
+        """Return the path and the main attributes in one line."""
         stored = "all" if self.top_k is None else f"the top {self.top_k}"
         return (
             f"TeacherCache({str(self.path)!r}: {len(self)} samples, {stored} of {self.classes} "

@@ -13,7 +13,7 @@ from fastkd import batches
 
 
 def fingerprint(teacher: nn.Module) -> str:
-    """Compute the SHA-256 of a module's parameters and buffers: dtypes, shapes and bytes, in order.
+    """Compute the SHA-256 of the tensors in a module's ``state_dict()``: dtypes, shapes and bytes.
 
     Packed and unpacked quantized weights are included. Names are not included, so that
     ``torch.compile`` and wrappers such as ``DataParallel`` do not change the fingerprint.

@@ -43,6 +43,7 @@ class Entries:
     of the time for a long reply.
 
     Attributes:
+        field: name of the reply's field, for messages.
         counts: number of entries of each position.
         ids: token ids, not yet checked or converted.
         log_probs: log-probabilities, not yet checked or converted.
@@ -120,7 +121,7 @@ class Entries:
     ) -> TopK:
         """Check all entries, and return a TopK with the most probable entry of each row first.
 
-        ``lists_tokens``: True if each position must list the sequence's own token.
+        ``lists_tokens``: True if each position that has entries must list the sequence's own token.
         """
         if k is not None:
             validation.check_count("k", k)
@@ -209,7 +210,7 @@ class Entries:
     ) -> None:
         """Raise unless the reply has a position for each token.
 
-        ``lists_tokens``: True if each position must also list its token.
+        ``lists_tokens``: True if each position that has entries must also list its token.
         """
         try:
             ids = tokens if isinstance(tokens, Tensor) else _to_tensor("q", tokens, torch.int64)

@@ -91,8 +91,8 @@ def from_vllm(
     Raises:
         TypeError: if ``reply``, ``tokens`` or ``k`` has the wrong type.
         ValueError: if the reply lacks the field; or if a position is not a dictionary, lists a
-            token twice, or has numbers that are not log-probabilities. The message names the
-            position.
+            token twice, or has numbers that are not log-probabilities, and the message names the
+            position; or if the reply does not fit ``tokens``.
 
     Example:
         >>> from fastkd.teachers import served

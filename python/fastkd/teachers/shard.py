@@ -9,7 +9,8 @@ A shard is a safetensors file with these tensors, for n samples with R rows in t
 - ``log_probs`` [R, classes], or [R, k] for the k largest of each row;
 - ``indices`` int32 [R, k], the classes of these k log-probabilities; absent for all classes.
 
-The file's header holds the fields of :class:`Header`, ``kl``, ``tail`` and ``crc32`` as text.
+The file's header holds as text ``format``, ``version``, ``kl``, ``tail``, ``crc32``, and the fields
+of :class:`Header` except ``dtype``, which is the dtype of ``log_probs``.
 ``crc32`` covers everything but ``log_probs`` and ``indices`` (:func:`_compute_crc32`), and
 :func:`read` checks it. A :class:`fastkd.teachers.TeacherCache` checks a sample when it first reads
 the sample. A CRC-32 detects damage, such as a flipped bit, but not forgery, because a forger can

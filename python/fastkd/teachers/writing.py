@@ -57,8 +57,8 @@ def precompute(
         ignore_index: sequences ``(B, T, C)`` are stored up to the last label that is not
             ``ignore_index``, so that padding is not stored. Without labels, the
             ``attention_mask`` of a mapping is used. Default -100.
-        shard_bytes: bytes at which a file is completed; a killed process loses at most this number
-            of bytes. Default 64 MiB.
+        shard_bytes: bytes of log-probabilities and indices at which a file is completed; a killed
+            process loses about this number of bytes at most. Default 64 MiB.
         progress: show a progress bar. Default True.
 
     Returns:
@@ -68,8 +68,9 @@ def precompute(
     Raises:
         ImportError: before the teacher is called, if safetensors or numpy is missing, or tqdm with
             ``progress``.
-        TypeError: if ``teacher`` is not a module.
-        ValueError: if ``path`` holds a cache whose options or teacher differ.
+        TypeError: for arguments of a wrong type, such as a ``teacher`` that is not a module.
+        ValueError: for other invalid arguments; or if ``path`` holds a cache whose options or
+            teacher differ.
         ValueError: if the loader gives no batch, or a batch without ids.
         ValueError: if the teacher's logits hold NaN or +inf, or a row of -inf; if the number of
             classes or the shape of a sample's rows changes; or if there are fewer than ``top_k``
@@ -202,8 +203,8 @@ def _measure_distortion(
 
     The tail is the probability of all classes that are not stored. A reader spreads the tail evenly
     over these classes. The reader's values q, rounded when stored, sum to 1 + z, so
-    KL = sum p log(p / q) + log(1 + z). With d = log(p / q), a stored class contributes
-    p (d + exp(-d) - 1), which does not cancel where q is near p.
+    KL = sum p log(p / q) + log(1 + z). With d = log(p / q), the stored classes contribute the sum
+    of p (d + exp(-d) - 1), which does not cancel where q is near p, minus z.
     """
     p = log_p.exp()
     if indices is None:

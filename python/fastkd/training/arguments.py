@@ -1,4 +1,4 @@
-"""Check the arguments of :class:`fastkd.Trainer` that torch and Accelerate do not check."""
+"""Check arguments of :class:`fastkd.Trainer`, and make the default accelerator."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def list_parameters(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
 
 
 def check_loader(name: str, loader: object) -> None:
-    """Raise TypeError for a dataset, whose samples would be taken for batches."""
+    """Raise TypeError for a map-style dataset, whose samples would be taken for batches."""
     if isinstance(loader, Dataset) and not isinstance(loader, IterableDataset):
         raise TypeError(
             f"{name} must yield batches; got the dataset {type(loader).__name__}, which yields "

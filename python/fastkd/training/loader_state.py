@@ -36,7 +36,7 @@ class LoaderState:
         self._last_draw: dict[str, Any] = {}
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the position and the current random states."""
+        """Return the position, and the random states of the pass's start, the last draw and now."""
         now = self.restored or get_random_states(self._generators)
         draws = {"pass_start": self._pass_start, "last_draw": self._last_draw}
         return {"batches": self.batches, **draws, "now": now}
@@ -74,7 +74,7 @@ class LoaderState:
             yield batch
 
     def _set(self, states: dict[str, Any]) -> None:
-        """Set the random states; raise if the loader's generators changed during a pass."""
+        """Set the random states; raise if the number of generators differs within a pass."""
         saved, current = len(states["loader"]), len(self._generators)
         if self.batches and saved != current:
             raise ValueError(

@@ -36,9 +36,9 @@ class StepTerms(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Denominators:
-    """Hold the 0-d divisors of a step's sums.
+    """Hold the 0-d divisors of a step's sums: counts of all processes over the number of processes.
 
-    FSDP casts the tensors in a tuple to 16 bits, but not the tensors in a dataclass.
+    With mixed precision, FSDP casts tensors in a tuple to 16 bits, but not tensors in a dataclass.
     """
 
     rows: Tensor
@@ -82,7 +82,10 @@ class StudentLoss(nn.Module):
         return StepTerms(terms.loss + hint, terms.hard, terms.soft, terms.agreement, hint.detach())
 
     def sum_terms(self, model: nn.Module, batch: Any, teacher_logits: Any) -> Tensor:
-        """Return float64 sums over rows: loss, hard, soft, agreement, correct rows, all rows."""
+        """Return float64 sums over rows that are not ignored: the terms, correct rows, all rows.
+
+        The terms are loss, hard, soft and agreement.
+        """
         logits = self._forward(model, batch)
         targets = self.get_targets(batch)
         terms = self._compute(logits, teacher_logits, targets, reduction="sum", normalizer=None)

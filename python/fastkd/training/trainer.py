@@ -50,7 +50,7 @@ class Step(NamedTuple):
 
 
 class Evaluation(NamedTuple):
-    """Hold means over the rows of a dataset in all processes."""
+    """Hold means over the rows of a dataset that are not ignored, in all processes."""
 
     loss: float
     hard: float
@@ -59,6 +59,7 @@ class Evaluation(NamedTuple):
     accuracy: float
     """NaN without labels."""
     rows: int
+    """Number of the rows."""
 
 
 class Trainer:
@@ -73,7 +74,7 @@ class Trainer:
     Args:
         student: module to train in place.
         teacher: a module, frozen and set to evaluation mode, run without gradients in its dtype; a
-            list of modules, whose logits ``loss`` mixes; or a
+            list of modules, whose outputs ``loss`` mixes; or a
             :class:`fastkd.teachers.TeacherCache`, read by the sample ids of the batches.
         optimizer: an optimizer of the student's parameters. The optimizer's first parameter group
             also gets the parameters of the hints' projections, unless the optimizer has them.
@@ -94,7 +95,8 @@ class Trainer:
             :mod:`fastkd.batches` does not support.
         teacher_device: device of the teacher. Default: the student's device.
         accelerator: an ``accelerate.Accelerator``, for mixed precision, trackers, sharding, or the
-            splitting of batches. Default: an ``Accelerator`` without options.
+            splitting of batches. Default: an ``Accelerator``, with ``cpu=True`` on a machine
+            without an accelerator device.
         checkpoints: a folder for checkpoints. :meth:`fit` writes a checkpoint at the end of each
             epoch. The newest two checkpoints are kept. Default None: no checkpoints.
         save_every: number of optimizer steps after which :meth:`steps` writes a checkpoint, before
@@ -108,7 +110,7 @@ class Trainer:
         accelerator: the accelerator in use.
 
     Raises:
-        ImportError: if Accelerate is missing; the message names the extra to install.
+        ImportError: if Accelerate or tqdm is missing; the message names the extra to install.
         TypeError, ValueError: for invalid arguments.
 
     Example:
@@ -209,7 +211,8 @@ class Trainer:
             validation: batches to evaluate after each epoch. Default None.
 
         Returns:
-            The evaluation after each epoch, including epochs before :meth:`resume`.
+            The evaluation after each epoch, including epochs before :meth:`resume`; an empty list
+            if no epoch had ``validation``.
 
         Raises:
             FloatingPointError, FileExistsError: as in :meth:`steps`.
