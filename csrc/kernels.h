@@ -96,7 +96,7 @@ struct Inputs {
   double soft_weight = 0.5;
   double label_smoothing = 0.0;
   int64_t ignore_index =
-      -100;  // rows with this label have loss, terms and gradient 0, and unread logits
+      -100;  // rows with this label have loss, terms and gradient 0 for any logits
   Divergence divergence = Divergence::kForwardKL;
   double mix = 0.5;  // parameter of some divergences
 };
