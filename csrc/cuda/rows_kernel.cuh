@@ -164,7 +164,8 @@ template <class Row, class Fn>
 cudaError_t with_writer(const ForwardArgs& args, Fn&& fn) {
   using A = typename Row::A;
   if (!is_hot(args)) return fn(TypeOf<GeneralWriter<A>>(), std::true_type());
-  // Calls with AnyDtypes are rare, so their kernels always have the sums of add_extra().
+  // Calls with AnyDtypes are rare or have few classes, so their kernels always have the sums of
+  // add_extra().
   if constexpr (Row::kHot)
     if (!wants_extra(args)) return fn(TypeOf<Writer<A>>(), std::false_type());
   return fn(TypeOf<Writer<A>>(), std::true_type());
