@@ -21,7 +21,7 @@ namespace fastkd {
 
 enum class Reduction : int32_t { kNone = 0, kSum = 1, kMean = 2 };
 
-// The rows of `terms`, after the loss itself.
+// The rows of `terms` (ForwardArgs), which the ops return after the loss.
 enum Term : int { kHard, kSoft, kStudentEntropy, kTeacherEntropy, kAgreement, kTerms };
 
 // The rows of `row_settings`.

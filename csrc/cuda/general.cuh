@@ -40,7 +40,7 @@ struct LabelLogits {
   }
 };
 
-// Statistics of a row from the general kernels' first sweep.
+// Statistics of a row from the general kernels' sweeps before sum().
 template <class A>
 struct GeneralStats : RowStats<A> {
   // 1 / |z| and 1 / |w| for kCosine, the means of z and w for kCenteredSquaredError, else the
