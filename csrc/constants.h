@@ -1,5 +1,5 @@
 // The names of the divergences, and the constants of the formulas in divergences.h. All rows of a
-// call share the constants, so a call computes them once (docs/maths.md, sections 3 and 10).
+// call share the constants, so no row computes them (docs/maths.md, sections 3 and 10).
 #pragma once
 #include <cmath>
 #include <cstdint>

@@ -102,8 +102,8 @@ struct Mixture {
 
 template <class T>
 FASTKD_HOST_DEVICE Mixture<T> mixture(const Element<T>& e, Scalar<T> a) {
-  // The logarithm is relative to q, or to p if p is much greater, so that nothing overflows. m / q
-  // - 1 is a (p - q) / q.
+  // The logarithm is relative to q, or to p if d > 1/4, so that nothing overflows. The argument of
+  // log1p_of() is m / q - 1, or m / p - 1.
   const auto above = e.d > static_cast<Scalar<T>>(kSeriesLimit);
   // p may have underflowed to 0 although d > 0.
   const T greater = (above ? e.p : e.q) + least<Scalar<T>>();
@@ -123,8 +123,8 @@ struct JensenShannon {
   template <class T>
   static FASTKD_HOST_DEVICE Evaluated<T> at(const Element<T>& e, const ConstantsFor<T>& k) {
     const T p = k.mix * e.p, q = k.rest * e.q, m = p + q;
-    // `log` is relative to the greater of p and q, so that nothing overflows. log(m / q) is log + d
-    // if p is greater, and log if q is greater.
+    // `log` is log(m / max(e.p, e.q)), so that nothing overflows. log(m / e.q) is log + d if e.p is
+    // greater, and log if e.q is greater.
     const T log = log_of(m / (e.p > e.q ? e.p : e.q));
     const auto above = e.d > 0;
     const T product = (above ? q : p) * bounded_above(bounded_below(e.d));
@@ -224,9 +224,8 @@ FASTKD_HOST_DEVICE bool has_no_inverse(double squares) {
 }
 
 // Inverse norms of a row for Cosine, 1 / |z| and 1 / |w|, from sums of squares. A student row of
-// zeros has the inverse t, so that the row's gradient is the derivative with respect to z / t. A
-// row of zeros counts as orthogonal to every row. 1/2 |u - v|^2 then lacks 1/2 for each row of
-// zeros.
+// zeros has the inverse 1 / t, so that u is z / t in the gradient. A row of zeros counts as
+// orthogonal to every row. 1/2 |u - v|^2 then lacks 1/2 for each row of zeros.
 template <class T>
 struct Inverses {
   T student, teacher;

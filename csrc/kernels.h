@@ -21,7 +21,7 @@ namespace fastkd {
 
 enum class Reduction : int32_t { kNone = 0, kSum = 1, kMean = 2 };
 
-// The rows of `terms`, after the loss itself.
+// The rows of `terms` (ForwardArgs), which the ops return after the loss.
 enum Term : int { kHard, kSoft, kStudentEntropy, kTeacherEntropy, kAgreement, kTerms };
 
 // The rows of `row_settings`.
@@ -96,7 +96,7 @@ struct Inputs {
   double soft_weight = 0.5;
   double label_smoothing = 0.0;
   int64_t ignore_index =
-      -100;  // rows with this label have loss, terms and gradient 0, and unread logits
+      -100;  // rows with this label have loss, terms and gradient 0 for any logits
   Divergence divergence = Divergence::kForwardKL;
   double mix = 0.5;  // parameter of some divergences
 };

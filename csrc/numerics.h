@@ -29,11 +29,11 @@ constexpr double kLog2E = 1.4426950408889634074;
 constexpr double kLn2 = 0.69314718055994530942;
 
 // If |d| is below this limit, f(d) is computed by its series, and otherwise directly
-// (docs/maths.md, section 3).
+// (docs/maths.md, section 3). device_element() of CUDA has a smaller limit in fp32.
 constexpr double kSeriesLimit = 0.25;
 
-// T is float, double, or, in the CPU's transposed engine, a vector of floats, one for each of
-// several rows (GCC's vector extension). Comparisons of vectors are masks, which `?:` and `&` take.
+// T is float, double, or, in the CPU kernels, a vector of floats (GCC's vector extension), one for
+// each of several classes or rows. Comparisons of vectors are masks, which `?:` and `&` take.
 template <class T, class = void>
 struct NumberOf {
   using Scalar = T;
@@ -216,8 +216,8 @@ FASTKD_HOST_DEVICE PowerOfTwo<T> power_of_two(T x) {
           bits_as<T>((shifted & 0x7fffffu) + 0x3f3504f3u) - 1.0f};
 }
 
-// Return log(1 + y) for y > -1 with a normal 1 + y. Error: 3e-8 of the result plus an ulp of the
-// logarithm of the power of two.
+// Return log(1 + y) for y > -1 with a normal 1 + y. Error in fp32: 2e-7 of the mantissa's logarithm
+// plus an ulp of the result.
 template <class T>
 FASTKD_HOST_DEVICE T log1p_of(T y) {
   const PowerOfTwo<T> x = power_of_two(1.0f + y);
@@ -226,8 +226,8 @@ FASTKD_HOST_DEVICE T log1p_of(T y) {
 }
 FASTKD_HOST_DEVICE double log1p_of(double y) { return std::log1p(y); }
 
-// Return log x for a normal x > 0; some finite number for 0 and NaN. Error: 3e-8 of the result plus
-// an ulp of the logarithm of the power of two.
+// Return log x for a normal x > 0; some finite number for 0 and NaN. Error in fp32: 2e-7 of the
+// mantissa's logarithm plus an ulp of the result.
 template <class T>
 FASTKD_HOST_DEVICE T log_of(T x) {
   const PowerOfTwo<T> parts = power_of_two(x);

@@ -21,18 +21,19 @@ constexpr bool is_sparse_divergence(Divergence id) { return id <= Divergence::kT
 enum TopkTerm : int { kStudentMass = kTerms, kTeacherMass, kTopkTerms };
 
 // A call of the sparse loss. `teacher` is acc [rows, k], contiguous: log-probabilities, which are
-// used unchanged. `teacher_stride` is unused, and the teacher's temperature is not read.
+// used unchanged. `teacher_stride` is unused. The teacher's temperature changes no result, but must
+// be valid.
 struct TopkArgs : Inputs {
   int64_t k = 0;
   // [rows, k] class of each log-probability. An entry whose class is negative or whose
   // log-probability is -inf is padding, and is ignored.
   const int64_t* indices = nullptr;
   Tail tail = Tail::kGhost;                // with kIgnore the divergence must be the forward KL
-  Estimator estimator = Estimator::kNone;  // a value but kNone needs k = 1, and no tail
+  Estimator estimator = Estimator::kNone;  // a value but kNone needs k = 1, and `tail` is not read
 
   void* loss = nullptr;   // acc [rows], weighted, not yet divided by any denominator; or null
   void* terms = nullptr;  // acc [kTopkTerms, rows], unweighted, or null
-  void* stats = nullptr;  // CUDA only: acc [kStats, rows], not written, then the scale
+  void* stats = nullptr;  // CUDA only: acc [kStats, rows], scratch memory, then the scale
   void* grad = nullptr;   // [rows, classes] in the student's dtype, or null; not the student itself
   RowStrides grad_stride;
   Reduction reduction = Reduction::kMean;  // `reduction` and `scale` are as in ForwardArgs
@@ -56,9 +57,10 @@ constexpr int64_t bitmap_words(int64_t classes) { return (classes + 63) / 64; }
 
 namespace cuda {
 
-// Compute the sparse loss, with the arguments of forward() and backward() of kernels.h, `filled`
-// included. A row with an invalid list (cpu::Kernels::topk) gets the loss and the gradient NaN.
-// topk_backward() writes only the gradient, from the logits.
+// Compute the sparse loss. `total`, `denominator` and `stream` are as in forward() of kernels.h. A
+// row with an invalid list (cpu::Kernels::topk) gets the loss and the gradient NaN. topk_backward()
+// writes only the gradient, from the logits. `filled`: args.grad already holds the gradient for
+// grad_output = 1, which stays if grad_output is 1.
 int topk(const TopkArgs& args, void* total, const void* denominator, void* stream);
 int topk_backward(const TopkArgs& args, bool filled, const void* denominator, void* stream);
 

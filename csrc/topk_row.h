@@ -19,7 +19,7 @@ struct Comparison {
   // Least teacher probability of the ghost, which is the rest as one class. Rounding of the list
   // can leave the rest a probability of 0, which would make the reverse KL infinite.
   double least_rest = 0;
-  bool wants_entropy = false;  // the teacher's entropy
+  bool wants_entropy = false;  // the teacher's entropy is needed
 
   Comparison() = default;
   FASTKD_HOST_DEVICE explicit Comparison(const TopkArgs& args)

@@ -1,7 +1,7 @@
-// The loops of all sweeps after the first sweep (scan.h). A loop computes value, slopes or gradient
-// of one block of a row, a register of classes at a time. A block fits in the L1 cache, so that
-// several loops over the block read memory once. numerics.h defines the letters. Derivations:
-// docs/maths.md, sections 2, 3 and 10.
+// The loops of the sweeps after the first sweep, and the moments of the first sweep, whose other
+// loops are in scan.h. A loop takes one block of a row, a register of classes at a time. A block
+// fits in the L1 cache, so that several loops over the block read memory once. numerics.h defines
+// the letters. Derivations: docs/maths.md, sections 2, 3 and 10.
 #pragma once
 #include "../divergences.h"
 #include "formulas.h"
@@ -18,8 +18,9 @@ struct Coefficients : LogRatio<T> {
   int squarings = 0;        // number of squarings from exp((z - max z) / t) to its power
   T soft_gain = 0;  // gradient = soft_gain * (slope - ...) + hard_gain * exp(z - max z) + uniform
   T hard_gain = 0;
-  T uniform = 0;         // label smoothing's share of the target
-  T student_share = 0;   // factor of q in the centering of slopes (divergences.h)
+  T uniform = 0;  // minus label smoothing's part of the target, times the gain
+  T student_share =
+      0;  // factor of q, or of u with kUnit, in the centering of slopes (divergences.h)
   T constant_share = 0;  // factor of 1 in the centering of slopes
   // Gradient of a row whose sums leave the label out (decoupled.h): rest_gain times q is added to
   // the gradient of the classes other than the label, and the label gets label_gradient.
@@ -38,7 +39,7 @@ struct Coefficients : LogRatio<T> {
   bool is_comparable() const { return well_separated && student_scale > T(1e-15); }
 };
 
-// A block of a row in the sweeps after the first, whose logits have the storage type S.
+// A block of a row, whose logits have the storage type S.
 template <class T, class S>
 struct RowBlock {
   int64_t at, classes;              // first class in the row, and number of classes
@@ -101,7 +102,8 @@ FASTKD_HOST_DEVICE Element<Register<T>> element_of(const Coefficients<T>& c, con
   return element_of<D, Register<T>>(c, c, x.z(), x.w(), x.student(), x.teacher());
 }
 
-// Add value and slope of some classes to the sums. Skip classes that student and teacher both mask.
+// Add value and slope of some classes to the sums; with kUnit, add the value in place of the slope.
+// Skip classes that student and teacher both mask, if leaves_out_masked().
 template <class D, class V, class Values, class Sums>
 FASTKD_HOST_DEVICE void add_classes(const Evaluated<V>& here, int64_t index, Values* values,
                                     Sums* slopes, Sums* classes) {
@@ -152,8 +154,8 @@ __attribute__((noinline)) double sum_reverse(const Coefficients<T>& coefficients
   return -sums.total();
 }
 
-// The change of the gradient at the label: an amount to subtract (the one-hot target), or another
-// value.
+// The change of the gradient at the label: an amount to subtract (the one-hot target), or a value
+// that replaces the gradient.
 template <class T>
 struct Label {
   int64_t index = -1;  // position of the label in the row, or -1
@@ -173,8 +175,8 @@ struct Label {
   }
 };
 
-// Write a block's gradient: fn(classes) is the gradient without the hard term's part. `grad` may be
-// the student itself.
+// Write a block's gradient: fn(classes) is the gradient without the hard term's exponentials and
+// one-hot target. `grad` may be the student itself.
 template <ExpSource kSource, class T, class S, class Fn>
 FASTKD_HOST_DEVICE void write_gradient(const Coefficients<T>& c, const RowBlock<T, S>& block,
                                        const Label<T>& label, Fn&& fn) {

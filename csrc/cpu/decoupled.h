@@ -79,8 +79,9 @@ __attribute__((noinline)) void decouple(const Inputs& in, const Row<T>& row, con
   if (hard) c->hard_gain = static_cast<T>(static_cast<double>(c->hard_gain) * gains.hard_share);
 }
 
-// Return log(sum exp z) - max z over all classes. `others`: log(sum exp z) - max z over the classes
-// other than the label, or -inf if there is no other class.
+// Return log(sum exp z) over all classes, minus the maximum of the classes other than the label.
+// `others`: log(sum exp z) over these other classes, minus the same maximum; -inf if there is no
+// other class.
 template <class V>
 FASTKD_HOST_DEVICE V log_sum(const Scales<V>& s, V others) {
   const V label = s.student_label - s.student_max;

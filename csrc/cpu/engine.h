@@ -1,6 +1,6 @@
 // All sweeps over one row, block by block and segment by segment: maxima and sums, sums of slopes,
-// value and gradient. The loops are in scan.h and blocks.h. Derivations: docs/maths.md, sections 2,
-// 3 and 9.
+// value and gradient. The loops are in scan.h, blocks.h and well_separated.h. Derivations:
+// docs/maths.md, sections 2, 3 and 9.
 #pragma once
 #include "decoupled.h"
 #include "first_sweep.h"
@@ -77,7 +77,8 @@ struct Engine : FirstSweep<T> {
     sums->agreement += e.agreement;
   }
 
-  // Sum value and slopes of a block. If slopes are cached, they replace the teacher's exponentials.
+  // Sum value and slopes of a block; of the reverse KL, only slopes. If slopes are cached, they
+  // replace the teacher's exponentials.
   template <class S>
   SlopeSums sum_block(const ActiveRow<T>& r, const RowBlock<T, S>& b) const {
     const Coefficients<T>& c = r.c;
@@ -119,7 +120,8 @@ struct Engine : FirstSweep<T> {
     sums->value += zero_row_value, sums->slope += zero_row_value;
   }
 
-  // Set the shares that center the slopes. The sum of slopes is rounded to T, as in `stats`.
+  // Set the shares that center the slopes, and divide soft_gain by n for a mean. The sum of slopes
+  // is rounded to T, as in `stats`.
   void set_shares(Coefficients<T>* c, const Sums& sums) const {
     const SlopeCentering centering = centering_of(in.divergence);
     const T slope = static_cast<T>(sums.slope);

@@ -3,7 +3,7 @@
 // 1 to 3, 7 and 10).
 //
 // The row engine (rows.h) and the transposed engine (transposed_engine.h) share the formulas. In
-// the row engine V is double, and results are rounded to the compute type T. In the transposed
+// the row engine V is double or the compute type T, and results are rounded to T. In the transposed
 // engine V is a vector of floats, one for each row.
 #pragma once
 #include <cmath>
@@ -36,7 +36,8 @@ constexpr double kLowest = -__builtin_huge_val();
 template <class V>
 struct Scales {
   V student_max, student_scale, hard_scale, teacher_max, teacher_scale;
-  V student_label{}, teacher_label{};  // the label's logits if sums omit the label; else 0
+  V student_label{}, teacher_label{};  // the label's logits if the sums omit the label, or with a
+                                       // hard term in the transposed engine; else 0
   V student_inverse = broadcast<V>(1),
     teacher_inverse = broadcast<V>(1);  // 1 / |z|, 1 / |w| (kCosine)
   V student_mean{}, teacher_mean{};     // means of the logits (kCenteredSquaredError)
@@ -130,7 +131,7 @@ struct LogRatio {
   V temperature_ratio = broadcast<V>(1);  // the student's temperature over the teacher's
   V student_base{}, teacher_base{};
   V log_ratio{};
-  Mask<V> shifted{};  // true if a base is not 0 or the ratio is not 1
+  Mask<V> shifted{};  // true if a base may not be 0, or the ratio may not be 1
 
   template <class W = V>
   FASTKD_HOST_DEVICE W at(W z, W w) const {

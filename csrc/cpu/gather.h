@@ -1,5 +1,5 @@
-// Contiguous copies of fp64 rows whose classes are not adjacent, for the row engine. The transposed
-// engine computes rows of other dtypes whose classes are not adjacent.
+// Contiguous copies of rows whose classes are not adjacent, for the row engine in fp64. In fp32,
+// the transposed engine computes rows whose classes are not adjacent.
 #pragma once
 #include <cstring>
 #include <vector>

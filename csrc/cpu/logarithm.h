@@ -1,5 +1,5 @@
-// The logarithms of the kernels' loops, written so that compilers vectorize them. Errors of these
-// logarithms enter the mixtures of teachers and the entropies (docs/maths.md, sections 1 and 12).
+// The logarithms of teachers' probabilities (mixture.cpp), written so that compilers vectorize the
+// loop (docs/maths.md, section 12).
 #pragma once
 #include "exponential.h"
 

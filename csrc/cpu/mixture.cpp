@@ -1,7 +1,7 @@
 // Logits of a mixture of teachers, or of one teacher's probabilities, row by row, compiled once for
 // each instruction set. The first sweep computes the normalization of each teacher. The second
-// sweep mixes the logits, which are then in the cache. A mean of logits needs no first sweep.
-// Formulas: docs/maths.md, section 12.
+// sweep mixes the logits, which are then in the cache. A mean of logits, or one teacher, needs no
+// first sweep. Formulas: docs/maths.md, section 12.
 #include "../mixture.h"
 
 #include <limits>
@@ -121,7 +121,7 @@ class Mixer {
       const T* const logs = block(k);
 #pragma omp simd
       for (int64_t i = 0; i < padded; ++i) {
-        // If every teacher masks the class, base is 0, and the logarithm below is -inf.
+        // If every teacher masks the class, base is 0, and the mixed logit is -inf.
         const T base = greatest[i] > -kInfinity<T> ? greatest[i] : T(0);
         sums[i] += power(logs[i] - base);
       }

@@ -1,6 +1,7 @@
-// Sums of exponentials of fp32 logits, with a tenth of the rounding error of fp32 sums. The sparse
-// loss uses these sums for the classes that are not listed. Near the teacher, the error of an fp32
-// sum is large compared with the difference of student and teacher (docs/maths.md, section 13).
+// Sums of exponentials of fp32 and fp16 logits, with a tenth of the rounding error of fp32 sums.
+// The sparse loss uses these sums for the classes that are not listed. Near the teacher, the error
+// of an fp32 sum is large compared with the difference of student and teacher (docs/maths.md,
+// section 13).
 #pragma once
 #include "scan.h"
 
@@ -33,11 +34,11 @@ struct PreciseExponential {
   }
 };
 
-// Return the sums of a block relative to the block's maximum. The powers 2^n and the parts 2^n (2^f
-// - 1) are summed separately: a sum of powers rounds only if the powers differ by a factor of 2^24,
-// and the parts are small. A run has only kRun classes, because rounding biases the sum of powers:
-// less than half a unit is lost, and half a unit is mostly rounded down. A logit of -inf counts as
-// the least power of two.
+// Return the sums of a block relative to the maximum that set_max() has set. Powers 2^n are summed
+// apart from the parts, which are 2^n times 2^f - 1: a sum of powers rounds only if the powers
+// differ by a factor of 2^24, and the parts are small. A run has only kRun classes, because
+// rounding biases the sum of powers: less than half a unit is lost, and half a unit is mostly
+// rounded down. A logit of -inf counts as the least power of two.
 template <ExpSource kSource>
 __attribute__((noinline)) ExponentialSums sum_precisely(const Vectors<const float>& logits,
                                                         int64_t count,

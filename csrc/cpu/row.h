@@ -41,12 +41,12 @@ struct Row : Settings<double> {
       ExpSource::kNone;     // source of exp(z) in the gradient; kNone if hard_weight is 0
   bool unit = false;        // the divergence is of unit vectors (kCosine)
   bool centered = false;    // the divergence is of centered logits (kCenteredSquaredError)
-  bool of_logits = false;   // the divergence compares logits and takes no softmax
+  bool of_logits = false;   // kSquaredError or kCenteredSquaredError, which take no softmax
   bool log_ratios = false;  // the first sweep sums log ratios to find well-separated rows
   T factor = 0;             // log2(e) / t, the factor of the student's exponents
   T teacher_factor = 0;     // log2(e) over the teacher's temperature
   T hard_factor = 0;        // log2(e), the factor of exponents at temperature 1
-  int power = 0;            // exp(z) = exp(z / t)^power; 0 if kSeparate
+  int power = 0;            // exp(z) = exp(z / t)^power if `hard` is kPower, else 0
 
   // Return the factor for a sum of exponentials, tempered or not, whose maximum changes from `from`
   // to `to`. An empty sum, whose maximum is -inf, stays empty.
@@ -194,8 +194,8 @@ __attribute__((noinline)) void set_means(const Statistics& sums, Scales<T>* s) {
   s->teacher_mean = static_cast<T>(sums.teacher_moment / sums.teacher_count);
 }
 
-// Return the forward KL of a well-separated row. Return 0 if the row is not well separated, or if
-// the maxima are far apart.
+// Return the forward KL of a well-separated row; for the JSD, with bounded log ratios (scan.h).
+// Return 0 if the row is not well separated, or if the maxima are far apart.
 template <class T>
 T mean_of(const Row<T>& row, const Statistics& sums) {
   if (are_apart(sums.student_max, sums.teacher_max, row.temperature)) return 0;

@@ -36,9 +36,9 @@ FASTKD_HOST_DEVICE float widen(Float16 x) {
   return bits_as<float>(result | (static_cast<uint32_t>(x.bits & 0x8000u) << 16));
 }
 
-// Return bits whose upper half is x as bf16, rounded to nearest, ties to even. The number x must
-// not be NaN, whose payload could overflow; rows with NaN are filled elsewhere. `V` is float or a
-// register of floats, and `Bits` the unsigned integer of the same size.
+// Return bits whose upper half is x as bf16, rounded to nearest, ties to even. If x is NaN, its
+// payload must not overflow, as that of kNaN does not; rows with NaN are filled with kNaN. `V` is
+// float or a register of floats, and `Bits` the unsigned integer of the same size.
 template <class Bits = uint32_t, class V>
 FASTKD_HOST_DEVICE Bits rounded_bits(const V& x) {
   const Bits bits = bits_as<Bits>(x);
@@ -147,8 +147,8 @@ inline void write(const BFloat16* from, DType, int64_t count, void* to) {
   std::memcpy(to, from, static_cast<size_t>(count) * sizeof(BFloat16));
 }
 
-// Copy by non-temporal stores, which do not read the cache lines that they overwrite. Other threads
-// see the copy after store_fence().
+// Copy, with AVX by non-temporal stores, which do not read the cache lines that they overwrite.
+// Other threads see the copy after store_fence().
 inline void store_non_temporal(const void* from, int64_t bytes, void* to) {
   const char* const source = static_cast<const char*>(from);
   char* const target = static_cast<char*>(to);

@@ -30,8 +30,8 @@ using topk::Summary;
 template <class T, class S>
 constexpr bool kCachesRest = sizeof(S) < sizeof(T);
 
-// The listed classes of a row, without padding, with the student's probability and the slope of
-// each class. All rows of a thread share the memory.
+// The listed classes of a row, without padding: class, logit, log-probability, the student's
+// probability, and slope. All rows of a thread share the memory.
 struct List {
   int64_t count = 0;
   std::unique_ptr<int64_t[]> id;
@@ -45,8 +45,8 @@ struct List {
         slope(new double[static_cast<size_t>(k)]) {}
 };
 
-// The memory of a thread: the list, and the rest's exponentials for the second sweep. The
-// exponentials of each block are relative to the maximum in `maxima`.
+// The memory of a thread: the list, and, if kCachesRest, the rest's exponentials for the second
+// sweep. The exponentials of each block are relative to the maximum in `maxima`.
 template <class T, class S>
 struct Scratch {
   List list;

@@ -6,9 +6,10 @@
 // less than one vector. The formulas of each row, with three logarithms, would take most of the
 // time.
 //
-// A tile of rows is copied to the transposed layout (transpose.h), where all sweeps find the tile
-// in L1. scan() computes maxima and sums of exponentials, sweep() values and slopes, and center()
-// the gradient. No lane reads another lane: the bits do not depend on which rows share a group.
+// A tile of rows is copied to the transposed layout (transpose.h). All sweeps find a tile of few
+// classes in L1. scan() computes maxima and sums of exponentials, and sweep() values and slopes.
+// The gradient comes from center(), or from sweep() if slopes are not centered. No lane reads
+// another lane: the bits do not depend on which rows share a group.
 #pragma once
 #include "blocks.h"
 #include "decoupled.h"
@@ -18,7 +19,7 @@
 namespace fastkd::cpu::FASTKD_ISA {
 namespace {
 
-// A compensated sum (Kahan), which is NaN if a simple sum is infinite.
+// A compensated sum (Kahan), which may be NaN if a simple sum is infinite.
 struct PreciseSum {
   V sum{}, excess{};
 
@@ -41,7 +42,8 @@ struct ExpSums {
   PreciseSum student, hard, teacher;
 };
 
-// Classes [begin, end). Each block has separate sums, so that sums round less.
+// Classes [begin, end). Values, slopes, entropies and offsets are summed block by block, so that
+// sums round less.
 struct Block {
   int64_t begin, end;
 };
@@ -62,7 +64,7 @@ struct TransposedEngine {
   void* const grad;  // [rows, classes], or null
   const RowStrides grad_stride;
   const bool hard;      // the hard term is needed
-  const bool terms;     // the entropies are needed
+  const bool terms;     // the terms are needed
   const bool unit;      // the divergence is of unit vectors (kCosine)
   const bool centered;  // the divergence is of centered logits (kCenteredSquaredError)
   const bool

@@ -13,9 +13,9 @@ namespace {
 // 4 KB of fp32, so that three blocks stay in L1. Sums are fp32 lanes within a block and double
 // beyond, so the block bounds the rounding error of a sum.
 constexpr int64_t kBlock = 1024;
-// The loops take kLanes classes at a time, and shorter steps at the end of a row. The last step is
-// padded with -inf. 16-bit numbers are unpacked in pairs that fill registers, and have no shorter
-// steps. fp64 is computed one number at a time (registers.h).
+// The loops take kLanes classes at a time (4 in fp64), and shorter steps at the end of a row. The
+// last step is padded with -inf. 16-bit numbers are unpacked in pairs that fill registers, and have
+// no shorter steps. fp64 is computed one number at a time (registers.h).
 constexpr int64_t kLanes = 32;
 template <class S>
 constexpr int64_t kWide = sizeof(S) > sizeof(float) ? 4 : kLanes;
@@ -98,8 +98,8 @@ struct DoubleSums {
   }
 };
 
-// Return the sum of a register's lanes, with the last addition in double. In a row of one block,
-// rounding that addition would be most of the sum's error.
+// Return the sum of a register's lanes. At most 8 numbers are then added in double. In a row of one
+// block, rounding these additions would be most of the sum's error.
 template <class T>
 FASTKD_HOST_DEVICE double precise_sum_of(const Register<T>& sum) {
   constexpr int64_t kCount = kPerRegister<T>, kFew = kCount < 8 ? kCount : 8;

@@ -12,7 +12,8 @@ constexpr int kThreads = 256;
 constexpr int64_t kCountInside = 2048;
 constexpr int kCountCtas = 64;
 
-// Write each CTA's count of labels to the beginning of `stats`, which the rows' kernel overwrites.
+// Write each CTA's count of labels that are not ignored to the beginning of `stats`, which is
+// scratch memory until the rows' kernel runs.
 template <class A>
 __global__ void __launch_bounds__(kThreads) count_kernel(const __grid_constant__ ForwardCall call) {
   WarpExchange exchange;

@@ -40,7 +40,7 @@ struct LabelLogits {
   }
 };
 
-// Statistics of a row from the general kernels' first sweep.
+// Statistics of a row from the general kernels' sweeps before sum().
 template <class A>
 struct GeneralStats : RowStats<A> {
   // 1 / |z| and 1 / |w| for kCosine, the means of z and w for kCenteredSquaredError, else the
@@ -119,9 +119,10 @@ struct alignas(16) GeneralWriter : Writer<A> {
 
   Divergence divergence;
   ConstantsOf<A> constants;
-  A student_share = 0, constant_share = 0;  // factors of q and of 1, which center the slopes
-  A rest_gain = 0;                          // factor of q if the label is left out (kDecoupled)
-  A student_moment, teacher_moment;         // as in GeneralStats
+  A student_share = 0,
+    constant_share = 0;  // factors of q (kCosine: of u) and of 1, which center the slopes
+  A rest_gain = 0;       // factor of q if the label is left out (kDecoupled)
+  A student_moment, teacher_moment;  // as in GeneralStats
 
   template <class Call>
   __device__ __forceinline__ GeneralWriter(const Call& call, int64_t index,
@@ -161,7 +162,8 @@ struct alignas(16) GeneralWriter : Writer<A> {
     return D::at(e, constants);
   }
 
-  // Add value and slope of one class, and the sums for `terms`.
+  // Add value and slope of one class; with kUnit, the value in place of the slope. With `extra`,
+  // also add the sums of add_extra().
   template <class D>
   __device__ __forceinline__ void sum_as(A z, A w, bool extra, Sums<A>& sums) const {
     A unused;

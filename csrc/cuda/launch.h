@@ -16,7 +16,7 @@ cudaError_t launch_short_rows(const ForwardCall& call, cudaStream_t stream);
 cudaError_t launch_long_rows(const ForwardCall& call, cudaStream_t stream);
 cudaError_t launch_strided(const ForwardCall& call, cudaStream_t stream);
 // Set where the kernels find the scale (ScaleSource). If there are too many labels for every CTA to
-// count, launch a kernel that counts the labels.
+// count, or no rows, launch kernels that store the scale.
 cudaError_t launch_scale(ForwardCall& call, const void* denominator, cudaStream_t stream);
 // Write `total` from the scale in `stats` and the sums of `ctas` CTAs (add_up_rows()), each of
 // which computed `rows_at_once` rows at a time.

@@ -1,7 +1,7 @@
 // Logits of a mixture of teachers, or of one teacher's probabilities, computed by one CTA for each
 // row. The first sweep over the row computes the normalization of each teacher. The second sweep
-// mixes the logits, which are then in L2. A mean of logits needs no first sweep. The arithmetic is
-// that of csrc/cpu/mixture.cpp: docs/maths.md, section 12.
+// mixes the logits, which are then in L2. A mean of logits, or one teacher, needs no first sweep.
+// The arithmetic is that of csrc/cpu/mixture.cpp: docs/maths.md, section 12.
 #include "../mixture.h"
 #include "../numerics.h"
 #include "launch.h"

@@ -1,5 +1,5 @@
 // The forward kernel, which computes gradient, loss, terms and statistics of each row. The kernel
-// sweeps over a row twice, and up to four times if the gradient needs a sum of slopes. The later
+// sweeps over a row twice, or three or four times with a GeneralWriter (general.cuh). The later
 // sweeps find the row in L1 or L2, so that the row is read from memory once. The kernel is a
 // template over a view of the row (row_views.cuh) and a team of threads that share the row.
 // Derivations: docs/maths.md, sections 2, 3 and 10.
@@ -164,7 +164,8 @@ template <class Row, class Fn>
 cudaError_t with_writer(const ForwardArgs& args, Fn&& fn) {
   using A = typename Row::A;
   if (!is_hot(args)) return fn(TypeOf<GeneralWriter<A>>(), std::true_type());
-  // Calls with AnyDtypes are rare, so their kernels always have the sums of add_extra().
+  // Calls with AnyDtypes are rare or have few classes, so their kernels always have the sums of
+  // add_extra().
   if constexpr (Row::kHot)
     if (!wants_extra(args)) return fn(TypeOf<Writer<A>>(), std::false_type());
   return fn(TypeOf<Writer<A>>(), std::true_type());

@@ -36,6 +36,7 @@ __device__ __forceinline__ bool has_moments(const Inputs& in) {
 // saves the hard term's exponential. `power` is 1, 2 or 4, and 0 for other temperatures. `power` is
 // also 0 if the hard term is the greater part of the gradient, because the power multiplies the
 // error of exp(z / t) by t. Rows without labels have no hard term, and get the cheapest power, 1.
+// `power` is 0 for all rows of a divergence with has_moments().
 template <class A>
 struct Temperature {
   A t, inverse;

@@ -1,7 +1,8 @@
 // The sweeps over a row, a chunk of classes at a time (row_views.cuh). scan() sums statistics, and
-// write() computes value and gradient. For some divergences, moments_of() and sum() run between
-// these two sweeps. Forward and backward kernels share the sweeps, because both must compute equal
-// bits. Derivations: docs/maths.md, sections 2, 3 and 10.
+// write() computes the gradient, with a Writer also the value. With a GeneralWriter, sum() computes
+// the value before write(), and for some divergences moments_of() runs before sum(). Forward and
+// backward kernels share write(), because both must compute equal bits. Derivations: docs/maths.md,
+// sections 2, 3 and 10.
 #pragma once
 #include "row_views.cuh"
 

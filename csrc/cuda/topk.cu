@@ -149,7 +149,8 @@ __device__ __forceinline__ void write_results(const Row& row, const List<typenam
   const bool has_terms = args.terms != nullptr;
   double weighted_offsets = 0, agreements = 0;
   if (has_terms) {
-    // The exponentials are relative to `origin`, which may be a little below the maximum (scan()).
+    // The exponentials are relative to `origin`, which may be a little below the maximum
+    // (Rest::include()).
     const A origin = static_cast<A>(s.summary.all.max);
     A sum = 0, top = A(-INFINITY);
     row.template for_chunks<true, 4>([&](const auto& chunk) {

@@ -42,8 +42,8 @@ struct Sums {
 
 // Return element() of numerics.h in fewer instructions. For |d| < 1/8, the series is a polynomial
 // of four terms through Chebyshev nodes, whose relative error is at most 9e-8. Every rounding is
-// explicit, so that forward and backward kernels compute equal bits. As in element(), the value of
-// a class that only the student masks is +inf, or NaN if p has underflowed to 0.
+// explicit, so that forward and backward kernels compute equal bits. As in element(), `excess` of a
+// class that only the student masks is +inf, or NaN if p has underflowed to 0.
 __device__ __forceinline__ Element<float> device_element(float p, float q, float d) {
   float s = fma_of(d, -8.336434121e-3f, 4.168837335e-2f);
   s = fma_of(s, d, -1.666666606e-1f);

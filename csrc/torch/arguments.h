@@ -94,7 +94,7 @@ struct Call {
   RowStrides grad_stride;
   Tensor student, teacher;
   std::optional<Tensor> labels, row_settings;
-  const MixtureArgs* mixture = nullptr;  // replaces the teacher; on CPUs, its `mixed` is set later
+  const MixtureArgs* mixture = nullptr;  // CPU only: replaces the teacher; its `mixed` is set later
 
   // Use `settings`, if given, as the temperatures and weights of each row.
   void take_row_settings(const std::optional<Tensor>& settings);
@@ -107,7 +107,7 @@ struct Call {
 
 // Check the arguments, and lay out the rows. `settings`: the numbers among the arguments.
 // `strided`: true if the kernels take classes that are not adjacent. `grad`: the gradient's memory,
-// or null. If `grad` is the student, the student is not copied. The caller calls
+// or null. If `grad` is the student, the student is not copied. A caller with row settings calls
 // take_row_settings() afterwards.
 Call prepare(const Tensor& student, const Tensor& teacher, const std::optional<Tensor>& labels,
              const Inputs& settings, bool strided, const Tensor* grad);

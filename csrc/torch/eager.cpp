@@ -1,4 +1,5 @@
-// The module fastkd._eager: autograd of the fused losses, and memory for their gradients, in C++.
+// The module fastkd._eager: autograd of the fused losses, memory for their gradients, and calls
+// with bound arguments, in C++.
 //
 // The module is optional and only adds speed: python/fastkd/_core/autograd.py implements the same
 // autograd in Python (docs/maths.md, section 8). torch's C++ autograd has no stable ABI, so the
@@ -69,8 +70,8 @@ struct Ops {
   size_t reduction = 0;     // index of the argument `reduction`
 };
 
-// Append the tensors among `arguments` to `tensors`, and return the other arguments as scalars. An
-// optional tensor becomes a bool, which is true if the tensor is present. A list becomes its
+// Append the tensors among `arguments` to `tensors`, and return the other arguments as scalars. A
+// tensor that is no list becomes a bool, which is true if the tensor is present. A list becomes its
 // length, followed by its numbers if it holds numbers.
 std::vector<IValue> take_tensors(const Ops& ops, c10::ArrayRef<IValue> arguments,
                                  variable_list* tensors) {
@@ -222,7 +223,7 @@ struct FusedLoss : torch::autograd::Function<T> {
       // have underflowed.
       grad = Tensor();
     }
-    const bool filled = grad.defined();  // false in a second backward pass (retain_graph=True)
+    const bool filled = grad.defined();  // false also in a second backward pass (retain_graph=True)
     if (filled && is_one(factor)) return grad;
     if (!filled) grad = empty_gradient(ops, student);
     Stack first{grad, factor.contiguous()};

@@ -7,8 +7,9 @@
 
 namespace fastkd {
 
-// Return the dimension just outside the classes in memory, if all dimensions but the classes are in
-// order, as in (N, C, H, W). Otherwise return the last dimension.
+// Return the first dimension with a stride less than that of the classes, if all dimensions but the
+// classes are in order, as in (N, C, H, W). In memory, the classes lie just outside that dimension.
+// Otherwise return the last dimension.
 inline int64_t dimension_outside_classes(int64_t dims, const int64_t* sizes,
                                          const int64_t* strides) {
   const int64_t last = dims - 1;
@@ -25,7 +26,7 @@ inline int64_t dimension_outside_classes(int64_t dims, const int64_t* sizes,
 // Write the strides of a new, dense gradient to `result`. `strided`: true if the kernels take
 // classes that are not adjacent. With `strided`, a student such as (N, C, H, W) determines the
 // order: its classes are not adjacent, and the other dimensions are in order. Otherwise the
-// gradient is contiguous. _fake_gradient() in python/fastkd/_core/shapes.py, for tracing, must
+// gradient is contiguous. _make_fake_gradient() in python/fastkd/_core/shapes.py, for tracing, must
 // agree.
 inline void gradient_strides(int64_t dims, const int64_t* sizes, const int64_t* strides,
                              bool strided, int64_t* result) {

@@ -30,7 +30,7 @@ struct LossArguments {
     in->take(&with_terms);
   }
 
-  // Return the call for the kernels. With several teachers, the call points into this object.
+  // Return the call for the kernels. With a mixture of teachers, the call points into this object.
   Call prepare_call(const Tensor* grad) {
     const bool is_mixed = !teachers.shares.empty();
     STD_TORCH_CHECK(is_mixed || teachers.tensors.size() == 1, "several teachers must have shares");

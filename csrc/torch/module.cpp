@@ -1,5 +1,6 @@
-// The Python module fastkd._C. Importing the module registers the ops (library.cpp). The module's
-// own functions serve bug reports and tests; they take no tensors, so no torch header is included.
+// The Python module fastkd._C. Importing the module registers the ops (library.cpp, topk.cpp,
+// mixture.cpp). The module's own functions serve bug reports and tests; they take no tensors, so no
+// torch header is included.
 #include <pybind11/pybind11.h>
 
 #include <string>

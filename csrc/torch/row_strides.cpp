@@ -34,7 +34,8 @@ bool is_aligned(const Tensor& tensor) {
 
 // Return the layout of rows that kernels can walk in place, or nothing. The dimensions but the
 // classes must merge into two at most: the rows of a group, and the groups. Either the classes or
-// the rows of a group must be adjacent. All numbers must be aligned, as C++ requires.
+// the rows of a group must be adjacent. The student's and the teacher's numbers must be aligned, as
+// C++ requires.
 std::optional<Layout> find_layout(const Tensor& student, const Tensor& teacher,
                                   const std::vector<int64_t>& grad_strides, bool strided) {
   if (!is_aligned(student) || !is_aligned(teacher)) return std::nullopt;
