@@ -13,7 +13,7 @@ Array = np.ndarray
 
 
 class Fields(NamedTuple):
-    """Hold the fields of fastkd.Terms."""
+    """Hold the fields of fastkd.Terms, without the masses of a sparse teacher."""
 
     loss: Array
     hard: Array

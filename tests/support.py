@@ -302,7 +302,7 @@ def assert_grad(
         cancellation = 2 * FLOOR[acc] * math.sqrt(exact.numel() / exact.shape[-1]) * weight
     if grad.dtype == acc:
         limit = GRAD_BOUND[acc] * size + cancellation
-    else:  # a 16-bit gradient is rounded once
+    else:  # a gradient of a narrower dtype than acc is rounded once
         limit = ROUNDING * distance(exact.to(grad.dtype), exact) + FLOOR[acc] * size + cancellation
     assert error <= limit, f"off by {error:.2e} of {size:.2e}, allowed {limit:.2e}"
     if theirs is not None:

@@ -307,7 +307,7 @@ def test_the_least_and_the_greatest_temperature_are_finite(value):
 
 
 def test_errors_name_no_path_of_the_machine_that_built_the_extension():
-    # Messages of native checks begin with a path relative to the repository.
+    # The first line of a native check's message has a path relative to the repository.
     student, teacher = Z(3, 5), Z(3, 6)
     settings = (None, None, None, 1.0, 1.0, 0.5, 0.5, 0.0, -100, 0, 0.5, 2, 0.0, False)
     with pytest.raises(RuntimeError, match="must have the shape of the student") as caught:

@@ -108,7 +108,7 @@ CASES = st.builds(
 
 
 def build(case: Case, device: torch.device) -> tuple[dict[str, Tensor | None], dict[str, Any]]:
-    """Make (tensors, options) of the call; the options include a plan of chunks."""
+    """Make (tensors, options) of the call; options["chunks"] has arguments of chunks.plan."""
     generator = torch.Generator().manual_seed(case.seed)
 
     def draw(*shape: int, scale: float = 1.0) -> Tensor:

@@ -21,7 +21,7 @@ void test_types(const cpu::Kernels& k) {
   }
 }
 
-// Test widths at every edge of a vector, of a block and of a segment, and one class less and more.
+// Test widths at and near the edges of a vector, of a block and of a segment.
 void test_widths(const cpu::Kernels& k) {
   constexpr int64_t kNarrow = cpu::kNarrow, kSegment = cpu::kSegment;
   constexpr int64_t kWidths[] = {
