@@ -96,7 +96,10 @@ def standardized(x: Array) -> Array:
 def teacher(
     arrays: list[Array], t: Any, form: str, weights: Any, ensemble: str, standardize: bool
 ) -> tuple[Array, Array]:
-    """Return the teacher's (logits divided by the temperature, probabilities)."""
+    """Return the teacher's (logits divided by the temperature, probabilities).
+
+    For a mixture of probabilities, the logits are those of the first teacher.
+    """
     logits = [np.log(x) if form == "probs" else x for x in arrays]
     if standardize:
         logits = [standardized(x) for x in logits]

@@ -40,7 +40,7 @@ from fastkd._core.dense import DIVERGENCES
 
 
 class Case(NamedTuple):
-    """Hold the parameters of a call; the repr of a case can be pasted as code."""
+    """Hold the parameters of a call; the repr of a case is code, but for inf and nan."""
 
     leading: tuple[int, ...] = (3,)
     classes: int = 10
@@ -185,7 +185,7 @@ def sliced(case: Case, logits: Tensor, dim: int) -> Tensor:
 
 
 def is_fused(case: Case) -> bool:
-    """Return True if kernels compute the case, and not PyTorch's operations."""
+    """Return True if one pass of the kernels computes the case."""
     return (
         case.divergence in DIVERGENCES
         and case.labels != "probabilities"

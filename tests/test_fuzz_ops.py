@@ -51,7 +51,7 @@ NUMBERS = (
 
 
 class Case(NamedTuple):
-    """Hold the parameters of a call; the repr of a case can be pasted as code."""
+    """Hold the parameters of a call; the repr of a case is code, but for inf and nan."""
 
     op: str = "loss"
     leading: tuple[int, ...] = (3,)

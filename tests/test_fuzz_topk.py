@@ -37,7 +37,7 @@ from fastkd.reference.topk import is_infinite_without_rest
 
 
 class Case(NamedTuple):
-    """Hold the parameters of a call; the repr of a case can be pasted as code."""
+    """Hold the parameters of a call; the repr of a case is code, but for inf and nan."""
 
     leading: tuple[int, ...] = (3,)
     classes: int = 10

@@ -204,7 +204,7 @@ void Runner::run() {
     sum += want[r].loss;
     for (int i = 0; i < kTopkTerms; i++) {
       term_sums[i] += want[r].terms[i];
-      // The accuracy of the soft term is tested by the loss.
+      // The check of the loss, below, tests the soft term with a smaller tolerance.
       const double got = load(terms.host.data(), acc, i * c.rows + r), truth = want[r].terms[i];
       if (!close(got, truth, wide ? 1e-12 : 2e-6, wide ? 1e-11 : 5e-6))
         fail("term", r, i, got, truth);
