@@ -13,7 +13,7 @@ Array = np.ndarray
 
 
 class Fields(NamedTuple):
-    """Hold the fields of fastkd.Terms."""
+    """Hold the fields of fastkd.Terms, without the masses of a sparse teacher."""
 
     loss: Array
     hard: Array
@@ -96,7 +96,10 @@ def standardized(x: Array) -> Array:
 def teacher(
     arrays: list[Array], t: Any, form: str, weights: Any, ensemble: str, standardize: bool
 ) -> tuple[Array, Array]:
-    """Return the teacher's (logits divided by the temperature, probabilities)."""
+    """Return the teacher's (logits divided by the temperature, probabilities).
+
+    For a mixture of probabilities, the logits are those of the first teacher.
+    """
     logits = [np.log(x) if form == "probs" else x for x in arrays]
     if standardize:
         logits = [standardized(x) for x in logits]

@@ -15,8 +15,9 @@ from fastkd import Head, TopK, reference
 FP64, FP32, BF16, FP16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
 DTYPES = (FP64, FP32, BF16, FP16)
 # Numbers of classes at which the CUDA launch changes. One kernel computes rows of up to 32 classes,
-# another rows of up to 512 (float32) or 1024 (16 bits). Thread blocks are larger from 1024 and from
-# 8192 classes on. The last number stands for the largest vocabularies.
+# except in float64. Another kernel computes rows of up to 256 (float64), 512 (float32) or 1024 (16
+# bits) classes. Thread blocks are larger from 1024 and from 8192 classes on. The last number stands
+# for the largest vocabularies.
 CUDA_SIZE_CLASSES = (32, 512, 1024, 8192, 425984)
 
 
@@ -168,7 +169,7 @@ def truth(
     grad_output: Tensor | None = None,
     **options: Any,
 ) -> Answer:
-    """Compute fastkd.reference's loss and gradient in float64."""
+    """Compute fastkd.reference's terms and the gradient of the loss in float64."""
     leaf = student.detach().double().requires_grad_()
     terms = reference.terms(
         leaf, teacher.detach().double(), labels, **weights(options, labels is not None)
@@ -302,7 +303,7 @@ def assert_grad(
         cancellation = 2 * FLOOR[acc] * math.sqrt(exact.numel() / exact.shape[-1]) * weight
     if grad.dtype == acc:
         limit = GRAD_BOUND[acc] * size + cancellation
-    else:  # a 16-bit gradient is rounded once
+    else:  # a gradient of a narrower dtype than acc is rounded once
         limit = ROUNDING * distance(exact.to(grad.dtype), exact) + FLOOR[acc] * size + cancellation
     assert error <= limit, f"off by {error:.2e} of {size:.2e}, allowed {limit:.2e}"
     if theirs is not None:
@@ -370,7 +371,7 @@ def make_topk(
     temperature: float = 2.0,
     seed: int = 0,
 ) -> TopKProblem:
-    """Draw logits of a student near its teacher, shuffled top-k lists with padding, and labels."""
+    """Draw a student, shuffled top-k lists of a teacher with similar logits, and labels."""
     generator = torch.Generator().manual_seed(seed)
     *rows, classes = shape
     wide = FP64 if dtype == FP64 else FP32

@@ -1,4 +1,4 @@
-"""Test first and higher derivatives of the loss by torch's autograd interfaces."""
+"""Test derivatives of the loss, its memory, torch's modes, and KDLoss as a module."""
 
 import copy
 import io

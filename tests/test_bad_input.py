@@ -89,7 +89,7 @@ MISTAKES: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "soft_weight infinite": ({"soft_weight": INF}, ValueError, "soft_weight must be finite and at least 0; got inf"),
     "label_smoothing negative": ({"label_smoothing": -0.1}, ValueError, "label_smoothing must be in [0, 1]; got -0.1"),
     "label_smoothing above 1": ({"label_smoothing": 1.1}, ValueError, "label_smoothing must be in [0, 1]; got 1.1"),
-    # names
+    # names, ignore_index, NumPy scalars
     "unknown reduction": ({"reduction": "batchmean"}, ValueError, "reduction must be one of 'none', 'sum', 'mean'; got 'batchmean'. \"mean\" divides by the rows, as torch's batchmean does"),
     "reduction None": ({"reduction": None}, ValueError, "reduction must be one of 'none', 'sum', 'mean'; got None"),
     "unknown divergence": ({"divergence": "hellinger"}, ValueError, "divergence must be one of 'forward_kl'"),
@@ -171,7 +171,7 @@ MISTAKES: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "dim a float": ({"dim": -1.0}, ValueError, "dim must be -1, for logits (..., C), or 1, for logits (N, C, d1, ...); got -1.0"),
     "dim an array": ({"dim": torch.tensor([1, 2])}, ValueError, "dim must be -1, for logits (..., C), or 1, for logits (N, C, d1, ...); got tensor([1, 2])"),
     "dim 1 of rows": ({"student": Z(5), "teacher": Z(5), "dim": 1}, ValueError, "student must have shape (N, classes, ...) with at least one class; got (5,)"),
-    # inplace
+    # inplace, chunks
     "inplace not fused": ({"inplace": True, "standardize": True}, ValueError, "inplace must be False with standardize=True: no single-pass kernel computes this call on cpu"),
     "inplace a number": ({"inplace": 1}, TypeError, "inplace must be True or False; got 1"),
     "chunks without a Head": ({"chunks": fastkd.chunks.plan(*make_heads())}, ValueError, 'chunks must be "auto" unless student is a Head; got Plan('),
@@ -307,7 +307,7 @@ def test_the_least_and_the_greatest_temperature_are_finite(value):
 
 
 def test_errors_name_no_path_of_the_machine_that_built_the_extension():
-    # Messages of native checks begin with a path relative to the repository.
+    # The first line of a native check's message has a path relative to the repository.
     student, teacher = Z(3, 5), Z(3, 6)
     settings = (None, None, None, 1.0, 1.0, 0.5, 0.5, 0.0, -100, 0, 0.5, 2, 0.0, False)
     with pytest.raises(RuntimeError, match="must have the shape of the student") as caught:

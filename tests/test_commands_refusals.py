@@ -164,7 +164,7 @@ def test_modules_elsewhere_are_imported_only_if_named(
 def test_modules_in_the_configuration_s_folder_replace_no_other_module(
     config_path, monkeypatch, capsys
 ):
-    # The configuration's folder is last in sys.path, so modules in the folder hide no other
+    # The configuration's folder is at the end of sys.path, so modules in the folder hide no other
     # modules.
     before = list(sys.path)
     (config_path.parent / "wave.py").write_text("raise ZeroDivisionError")

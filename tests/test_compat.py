@@ -1,4 +1,4 @@
-"""Test docs/compat.md, and the behavior that all adapters in fastkd.compat share."""
+"""Test docs/compat.md, and the behavior that most adapters in fastkd.compat share."""
 
 import pathlib
 import re

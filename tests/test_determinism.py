@@ -18,7 +18,7 @@ S = _C.segment
 SHAPES = [
     (64, 10),  # the calling thread computes all rows
     (300, 1000),  # each thread computes complete rows
-    (5, 3 * S + 1),  # complete rows, and one row that the threads share
+    (5, 3 * S + 1),  # with two threads: complete rows, and one row that the threads share
     (1, 5 * S + 100),  # one row, whose segments the threads share
     (2, 2 * S),
     (7, S + 1),

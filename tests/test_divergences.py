@@ -411,7 +411,7 @@ def test_centered_squared_error_is_infinite_where_the_student_alone_masks(
 
 
 def test_dkd_of_a_one_hot_teacher_is_cross_entropy(device):
-    # The teacher gives classes without the label probability 0, so dkd omits the term of these
+    # The teacher gives probability 0 to all classes but the label, so dkd omits the KL among these
     # classes.
     teacher = torch.tensor([[2.0, -INF, -INF]], device=device)
     student = torch.tensor([[1.0, 0.0, 0.5]], device=device, requires_grad=True)

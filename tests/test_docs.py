@@ -18,7 +18,7 @@ DOCS = ROOT / "docs"
 PYTHON = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
 # The code blocks of these pages are not tested: they import optional packages or omit arguments.
 EXCERPTS = {"compat.md", "index.md", "training.md"}
-# first-distillation.md trains twice, and report.md draws pictures.
+# first-distillation.md trains three networks, and report.md draws pictures.
 SLOW = {"first-distillation.md", "report.md"}
 PAGES = sorted(
     path.relative_to(DOCS).as_posix()

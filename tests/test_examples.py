@@ -1,4 +1,4 @@
-"""Test that each example runs briefly, and prints what its documentation shows."""
+"""Test that examples run briefly, and that deploy.py has the cells of its notebook."""
 
 import os
 import pathlib

@@ -1,4 +1,4 @@
-"""Test fastkd.explain, and the page of the documentation that it generates."""
+"""Test fastkd.explain, and the page that docs/objectives.py generates."""
 
 import importlib.util
 import pathlib

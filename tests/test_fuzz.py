@@ -2,7 +2,7 @@
 
 ``make fuzz CASES=20000 SEED=7`` runs the fuzzers as programs, in batches of 500 cases from
 consecutive seeds. A failing batch prints a shrunk case. Add this case to REGRESSIONS.
-test_objectives.py tests options that only PyTorch computes (several teachers, standardize).
+test_objectives.py tests several teachers, teachers' probabilities and standardize.
 """
 
 import math
@@ -40,7 +40,7 @@ from fastkd._core.dense import DIVERGENCES
 
 
 class Case(NamedTuple):
-    """Hold the parameters of a call; the repr of a case can be pasted as code."""
+    """Hold the parameters of a call; the repr of a case is code, but for inf and nan."""
 
     leading: tuple[int, ...] = (3,)
     classes: int = 10
@@ -56,7 +56,7 @@ class Case(NamedTuple):
     temperature: float = 2.0
     teacher_t: float | None = None  # the teacher's temperature
     per_row: frozenset[str] = frozenset()  # options that are tensors with a number for each row
-    # These options are tensors with one number repeated for every row.
+    # These options are tensors that repeat one number for every row or (class_weight) every class.
     constant: frozenset[str] = frozenset()
     weights: tuple[float, float] = (0.5, 0.5)
     smoothing: float = 0.0
@@ -185,7 +185,7 @@ def sliced(case: Case, logits: Tensor, dim: int) -> Tensor:
 
 
 def is_fused(case: Case) -> bool:
-    """Return True if kernels compute the case, and not PyTorch's operations."""
+    """Return True if one pass of the kernels computes the case."""
     return (
         case.divergence in DIVERGENCES
         and case.labels != "probabilities"
@@ -223,7 +223,7 @@ def soft_terms(case: Case, problem: Problem) -> Tensor:
 
 
 def check_constants(case: Case, device: torch.device, problem: Problem, soft: Tensor) -> None:
-    """Assert that repeating an option's number for every row loses no accuracy of the soft term."""
+    """Assert that options given as repeated numbers lose no accuracy of the soft term."""
     baseline = soft_terms(case, build(case._replace(constant=frozenset()), device)).double()
     finite = soft.isfinite() & baseline.isfinite()
     got, baseline, soft = (x[finite] for x in (soft_terms(case, problem).double(), baseline, soft))
@@ -345,7 +345,7 @@ def sensitivity(case: Case, problem: Problem) -> float:
             return math.inf
         size *= 1 + float(1 / lengths[0].clamp(min=1e-30).min())
     if case.divergence == "dkd":
-        size *= 10  # dkd's mix is 8
+        size *= 10  # dkd's mix is at most 8
     return size
 
 

@@ -38,7 +38,7 @@ NAMES = ("student_hidden", "student_weight", "student_bias")
 
 
 class Case(NamedTuple):
-    """Hold the parameters of a call; the repr of a case can be pasted as code."""
+    """Hold the parameters of a call; the repr of a case is code, but for inf and nan."""
 
     leading: tuple[int, ...] = (3,)
     classes: int = 10
@@ -108,7 +108,7 @@ CASES = st.builds(
 
 
 def build(case: Case, device: torch.device) -> tuple[dict[str, Tensor | None], dict[str, Any]]:
-    """Make (tensors, options) of the call; the options include a plan of chunks."""
+    """Make (tensors, options) of the call; options["chunks"] has arguments of chunks.plan."""
     generator = torch.Generator().manual_seed(case.seed)
 
     def draw(*shape: int, scale: float = 1.0) -> Tensor:

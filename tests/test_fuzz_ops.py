@@ -51,7 +51,7 @@ NUMBERS = (
 
 
 class Case(NamedTuple):
-    """Hold the parameters of a call; the repr of a case can be pasted as code."""
+    """Hold the parameters of a call; the repr of a case is code, but for inf and nan."""
 
     op: str = "loss"
     leading: tuple[int, ...] = (3,)
@@ -63,7 +63,7 @@ class Case(NamedTuple):
     teachers: int = 1
     mixed: bool = False
     present: int = 0  # bits select labels, row_settings, denominator, row_temperatures
-    number: int = 0  # selects the divergence, the tail and the ensemble
+    number: int = 0  # selects the divergence, the tail, the ensemble and the estimator
     reduction: int = 2
     flags: tuple[bool, bool, bool] = (False, False, False)
     inplace: bool = False

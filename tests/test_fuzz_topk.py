@@ -37,7 +37,7 @@ from fastkd.reference.topk import is_infinite_without_rest
 
 
 class Case(NamedTuple):
-    """Hold the parameters of a call; the repr of a case can be pasted as code."""
+    """Hold the parameters of a call; the repr of a case is code, but for inf and nan."""
 
     leading: tuple[int, ...] = (3,)
     classes: int = 10
@@ -47,7 +47,8 @@ class Case(NamedTuple):
     seed: int = 0
     special: tuple[tuple[int, int, int, float], ...] = ()  # (student or list, row, column, value)
     padding: float = 0.0
-    wrong: tuple[int, int, int] | None = None  # (row, position in the list, an invalid class)
+    # (row, position in the list, an invalid class or padding)
+    wrong: tuple[int, int, int] | None = None
     layout: str = "contiguous"
     labels: str = "indices"
     ignored: float = 0.2
@@ -157,14 +158,14 @@ def is_refused(problem: Problem) -> bool:
 
 
 def soft_term_options(case: Case) -> dict[str, Any]:
-    """Return the options of the soft term; tail "ignore" supports only the forward KL."""
+    """Return the divergence and its mix, unless the estimator or the tail "ignore" allows none."""
     if case.estimator is not None or case.tail == "ignore":
         return {}
     return {"divergence": case.divergence, "mix": reference.DIVERGENCES[case.divergence].mix}
 
 
 def row_weight(case: Case, student: Tensor) -> float | Tensor:
-    """Return the soft term's weight: 1 or, with ``row_weights``, one number per row."""
+    """Return a factor of the soft weight: 1 or, with ``row_weights``, one number per row."""
     if not case.row_weights:
         return 1.0
     weight = torch.arange(student[..., 0].numel(), dtype=FP64) % 3 / 2

@@ -58,7 +58,7 @@ def test_a_projection_computes_in_its_own_dtype(ours, theirs, project):
 
 @pytest.mark.parametrize("listed", [False, True])
 def test_the_projection_and_the_student_learn(listed):
-    # If ``listed`` is False, the optimizer lacks the projection's parameters.
+    # If ``listed`` is False, the Trainer adds the projection's parameters to the optimizer.
     pytest.importorskip("accelerate")
     torch.manual_seed(0)
     teacher = nn.Sequential(nn.Linear(6, 16), nn.Tanh(), nn.Linear(16, 3))

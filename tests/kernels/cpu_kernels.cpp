@@ -21,7 +21,7 @@ void test_types(const cpu::Kernels& k) {
   }
 }
 
-// Test widths at every edge of a vector, of a block and of a segment, and one class less and more.
+// Test widths at and near the edges of a vector, of a block and of a segment.
 void test_widths(const cpu::Kernels& k) {
   constexpr int64_t kNarrow = cpu::kNarrow, kSegment = cpu::kSegment;
   constexpr int64_t kWidths[] = {
@@ -126,8 +126,8 @@ void test_infinities(const cpu::Kernels& k) {
 }
 
 // Test the layout (N, C, L): fewer rows than a tile (csrc/cpu/transpose.h), full tiles and more,
-// and groups whose boundaries lie inside tiles. Classes fill one block, several blocks, or more
-// than a tile's memory on the stack.
+// and groups whose boundaries lie inside tiles. Classes fit in one block and in a tile's memory on
+// the stack, or in neither.
 void test_pixels(const cpu::Kernels& k) {
   for (DType type : kTypes) {
     for (int64_t classes : {int64_t{1}, int64_t{2}, int64_t{19}, cpu::kNarrow - 1, cpu::kNarrow,

@@ -5,7 +5,7 @@
 
 namespace {
 
-#if !defined(FASTKD_TRUTH)  // a file that includes this header may choose a faster type
+#if !defined(FASTKD_TRUTH)  // a build may choose a faster type (Makefile)
 #define FASTKD_TRUTH long double
 #endif
 using Real = FASTKD_TRUTH;
@@ -14,7 +14,7 @@ struct Truth {
   Real loss, hard, soft, student_entropy, teacher_entropy;
   bool agreement, nan, ignored;
   std::vector<Real> grad, teacher;  // teacher: probabilities
-  Real soft_size;                   // factor of the divergence's gradient in the soft term
+  Real soft_size;                   // magnitude of the soft term's gradient, without its weight
 };
 
 std::vector<Real> log_softmax(const std::vector<Real>& x, Real t) {
@@ -29,7 +29,7 @@ std::vector<Real> log_softmax(const std::vector<Real>& x, Real t) {
 struct Soft {
   Real value = 0;
   std::vector<Real> grad;  // derivative with respect to z / t
-  Real size = 1;           // magnitude of the slopes
+  Real size = 1;           // magnitude of `grad`
 };
 
 Soft forward_kl(const std::vector<Real>& log_p, const std::vector<Real>& log_q) {

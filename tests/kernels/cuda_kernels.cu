@@ -1,10 +1,11 @@
-// Check every form of the CUDA kernels against a double-precision reference on the host, without
-// torch. The program prints one line per failed case and a summary; the exit status is the number
-// of failed cases.
+// Check the CUDA kernels of the dense loss against a reference on the host (dense_case.h), without
+// torch. The program prints at most three lines per failed case and a summary; the exit status is
+// the number of failed cases, at most 90, or 99 after a CUDA error.
 //
 //  cuda_kernels --short                     a reduced set, for compute-sanitizer
 //
-//  cuda_kernels --at-most ROWS CLASSES      all but the large cases, for the emulation of a GPU
+//  cuda_kernels --at-most ROWS CLASSES      cases of at most CLASSES classes, most of them cut to
+//                                           ROWS rows, for the emulation of a GPU
 //
 //  cuda_kernels --random CASES SEED         random cases alone
 #include "dense_case.h"
@@ -141,8 +142,8 @@ void divergences(bool brief) {
         c.outlier = 0, c.student_base = 1000, c.noise = 1e-2;
         test(c, (std::string(kDivergenceNames[static_cast<int>(id)]) + ", offset").c_str());
       }
-  // Some divergences are infinite if only student or teacher masks a class. This loop tests the
-  // finite divergences.
+  // Some divergences have no finite gradient if only student or teacher masks a class. This loop
+  // tests divergences with a finite gradient.
   for (const Divergence id : kFiniteIfMasked)
     for (const int64_t classes : {100, 1003}) {
       Case c;

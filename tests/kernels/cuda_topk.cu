@@ -1,7 +1,7 @@
 // Check the CUDA kernels of the sparse loss against its definition in double on the host, without
-// torch. The program prints one line per failed case and a summary; the exit status is the number
-// of failed cases. `cuda_topk --short` runs a reduced set, for compute-sanitizer and for the
-// emulation.
+// torch. The program prints at most three lines per failed case and a summary; the exit status is
+// the number of failed cases, at most 90, or 99 after a CUDA error. `cuda_topk --short` runs a
+// reduced set, for compute-sanitizer and for the emulation.
 #include <algorithm>
 #include <cstring>
 #include <string>
@@ -10,7 +10,7 @@
 
 namespace {
 
-// Test one case: the loss and its gradient, a second run with the same bits, and three forms of
+// Test one case: loss, terms and gradient, a second run with the same bits, and three forms of
 // backward: a filled gradient, a recomputed gradient, and one grad_output for each row.
 struct Runner {
   const Case& c;
@@ -44,8 +44,8 @@ struct Runner {
           static_cast<int>(c.estimator), what, static_cast<long long>(row),
           static_cast<long long>(i), got, want);
   }
-  // Make a teacher, whose greatest classes are listed in random order, and a student near the
-  // teacher.
+  // Make a row: a teacher, whose greatest classes are listed in permuted order, a student with the
+  // teacher's logits and noise, and the changes that the case asks for.
   Row make_row(Random& random, int64_t index) const {
     Row row;
     const size_t n = static_cast<size_t>(c.classes);
@@ -204,7 +204,7 @@ void Runner::run() {
     sum += want[r].loss;
     for (int i = 0; i < kTopkTerms; i++) {
       term_sums[i] += want[r].terms[i];
-      // The accuracy of the soft term is tested by the loss.
+      // The check of the loss, below, tests the soft term with a smaller tolerance.
       const double got = load(terms.host.data(), acc, i * c.rows + r), truth = want[r].terms[i];
       if (!close(got, truth, wide ? 1e-12 : 2e-6, wide ? 1e-11 : 5e-6))
         fail("term", r, i, got, truth);

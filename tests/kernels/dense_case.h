@@ -1,6 +1,6 @@
 // One case for the tests of the CUDA kernels: a call, and the comparison of its results with a
-// double-precision reference on the host. Results are loss, terms, scale, and the gradients of
-// forward and of all forms of backward.
+// reference on the host, in double or (truth.h) in long double. Results are loss and terms with
+// their totals, scale, and the gradients of forward and of all forms of backward.
 #pragma once
 #include <algorithm>
 #include <cmath>
@@ -50,7 +50,8 @@ struct Reference {
   double size = 1;  // size of the numbers whose difference is the gradient
 };
 
-// Set the soft term of `r`, for any objective but the forward KL with one temperature.
+// Add the soft term to `r`, and set the teacher's entropy. Called for any objective but the forward
+// KL with one temperature.
 void general_row(const Case& c, const std::vector<double>& z, const std::vector<double>& w,
                  int64_t label, double t, double soft_weight, Reference& r) {
   const double teacher_t = c.teacher_temperature > 0 ? c.teacher_temperature : t;
@@ -125,7 +126,8 @@ Reference reference_row(const Case& c, const std::vector<double>& z, const std::
 }
 
 // Test one case: forward, a second forward with the same bits, and three forms of backward: a
-// filled gradient, a recomputed gradient, and one grad_output for each row.
+// filled gradient, a recomputed gradient, and one grad_output for each row. In place, test only
+// one forward and the filled gradient.
 struct Runner {
   const Case& c;
   int64_t group;

@@ -1,5 +1,5 @@
 // Test the arithmetic of the CUDA kernels (csrc/cuda/writer.cuh), compiled for the CPU. Single
-// classes, and rows that a few threads share, are compared with long double. The rounding of
+// classes, and rows that several threads share, are compared with long double. The rounding of
 // ex2.approx and rcp.approx, and the cooperation of threads on a device, are not tested.
 #include "device_problem.h"
 
@@ -115,7 +115,7 @@ void compare(const Problem& in, double loss_error, double grad_error) {
   double norm = 0;
   for (double g : want.grad) norm += g * g;
   norm = std::sqrt(norm);
-  for (int threads : {4, 32}) {  // each thread sums few classes, as on the device
+  for (int threads : {4, 32}) {  // each thread sums a part of the classes, as on the device
     const Answer got = answer_of<A>(in, threads);
     const std::string at = in.name + ", t " + std::to_string(in.t) +
                            (sizeof(A) == 8 ? ", double" : "") + ", threads " +

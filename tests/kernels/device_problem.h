@@ -42,7 +42,7 @@ bool has_truth_for_double() {
 
 struct Problem {
   std::string name;
-  std::vector<double> z, w;  // rounded to the compute type
+  std::vector<double> z, w;  // numbers that fp32 holds exactly
   double t = 2;
   int64_t label = 0;
   double smoothing = 0;

@@ -110,7 +110,7 @@ inline bool same_numbers(const uint8_t* a, const uint8_t* b, int64_t count, DTyp
   return true;
 }
 
-// Return true if the bytes between the rows are unchanged.
+// Return true if the bytes outside the rows are unchanged.
 inline bool padding_is_whole(const Matrix& m) {
   std::vector<bool> in_row(static_cast<size_t>(m.bytes), false);
   for (int64_t r = 0; r < m.rows; ++r) {

@@ -1,7 +1,7 @@
 """Print a table of the kernels from the output of ``nvcc -Xptxas -v``; fail on spills.
 
-Kernels that also sum the terms are rarely called, and may spill SPILLS_WITH_TERMS bytes. The first
-boolean template argument of such a kernel is true.
+Kernels that also sum the terms may spill SPILLS_WITH_TERMS bytes. The first boolean template
+argument of such a kernel, kExtra, is true.
 
 Usage: python tests/kernels/ptxas_table.py BUILD_LOG
 """

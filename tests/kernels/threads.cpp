@@ -1,8 +1,8 @@
 // Test the CPU kernels from many threads at once, as csrc/torch/cpu.cpp calls them. Cases: rows
-// divided among threads, rows shared segment by segment, concurrent calls on the same inputs, a
-// concurrent choice of the instruction set, and a call without memory for its cache. Every result
-// has the bits of a run on one thread. ThreadSanitizer (make sanitize-threads) checks that threads
-// do not race.
+// divided among threads (forward and backward), rows shared segment by segment, concurrent calls on
+// the same inputs, calls on a small stack and without memory for the cache, and a concurrent choice
+// of the instruction set. Every loss and gradient has the bits of a run on one thread.
+// ThreadSanitizer (make sanitize) checks that threads do not race.
 #include <pthread.h>
 
 #include <atomic>
@@ -34,8 +34,7 @@ using namespace fastkd;
 
 constexpr int kThreads = 4;
 
-// Run work(item) for all items on kThreads threads, which take items off a counter, as the threads
-// of parallel_for do.
+// Run work(item) for all items on kThreads threads, which take items off a counter.
 void in_parallel(int64_t items, const std::function<void(int64_t)>& work) {
   std::atomic<int64_t> next{0};
   std::vector<std::thread> team;

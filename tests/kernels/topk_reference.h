@@ -61,7 +61,8 @@ double x_log_ratio(double x, double log_a, double log_b) {
 }
 
 struct Term {
-  double value, slope;  // slope: q times the derivative with respect to q
+  // slope: q times the derivative with respect to q. kK1 has the slope of the policy gradient.
+  double value, slope;
 };
 // Return value and slope of a divergence or an estimator at one class, by the papers' formulas.
 Term term_of(const Case& c, double log_p, double log_q) {

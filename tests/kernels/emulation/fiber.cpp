@@ -5,7 +5,7 @@ namespace emulation {
 #if defined(__x86_64__)
 
 // Push the registers that a function must preserve, switch stacks, and pop the registers of the
-// other stack. swapcontext() would need two additional system calls.
+// other stack. swapcontext() would also make a system call, for the signal mask.
 extern "C" void emulation_switch(void** stack_top, void* other_top);
 asm(R"(
 .text

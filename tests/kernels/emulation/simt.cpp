@@ -107,7 +107,7 @@ Warp* ready_warp() {
   return nullptr;
 }
 // Run every lane that can run, starting at a random lane, upwards or downwards. Sometimes run only
-// a few lanes, so that the lanes of a warp diverge.
+// some of the lanes, so that the lanes of a warp diverge.
 void run(Warp& warp) {
   const unsigned first = static_cast<unsigned>(draw(64));
   const unsigned lanes = static_cast<unsigned>(draw(8) == 0 ? 1 + draw(31) : 32);
