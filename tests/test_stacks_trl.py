@@ -1,4 +1,4 @@
-"""Test that fastkd's trainers log the losses of TRL's GKD and distillation, and of SFT by hand."""
+"""Test that fastkd's trainers log the losses of TRL's trainers, and of a hand-written SFT loss."""
 
 import json
 import os
