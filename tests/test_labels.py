@@ -1,4 +1,4 @@
-"""Test that class indices mean the same in every integer dtype, with any ignore_index."""
+"""Test that class indices of narrow integer dtypes give the results of int64 indices."""
 
 import pytest
 import torch

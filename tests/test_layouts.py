@@ -22,10 +22,10 @@ import fastkd
 from fastkd import reference
 from fastkd._core import dense, shapes
 
-# Shapes are (N, classes, pixels...). The CPU kernels read 32 pixels at a time, so the shapes have
-# fewer pixels, a multiple of 32 pixels, or a remainder.
+# Shapes are (N, classes, pixels...). Except in float64, the CPU kernels read 32 pixels at a time,
+# so the shapes have fewer pixels, a multiple of 32 pixels, or a remainder.
 SHAPES = [(2, 19, 5, 7), (5, 3, 4), (2, 21, 8, 24), (1, 150, 33), (1, 1100, 40), (3, 1, 2, 2)]
-# Layouts that the kernels read in place come first.
+# The kernels read the first four layouts in place.
 LAYOUTS = ["plain", "channels last", "fewer classes", "classes outside", "crop", "spread"]
 
 
@@ -74,7 +74,7 @@ def truth(
 
 
 def check(student: Tensor, teacher: Tensor, labels: Tensor | None, **options: Any) -> Tensor:
-    """Assert that all terms and the gradient equal the truth; return the gradient."""
+    """Assert that the first six terms and the gradient equal the truth; return the gradient."""
     student = student.detach().requires_grad_()
     options.setdefault("temperature", 2.0)
     got = fastkd.terms(student, teacher, labels, dim=1, **options)
@@ -199,7 +199,8 @@ def test_masked_classes_and_invalid_rows_have_their_values(device):
 @pytest.mark.parametrize("name", ["forward_kl", "jsd", "centered_mse"])
 @pytest.mark.parametrize("shape", [(2, 19, 5, 7), (1, 1100, 40)], ids=str)
 def test_a_second_backward_pass_gives_equal_bits(device, shape, name, dtype):
-    # The second pass recomputes the gradient from the forward pass's statistics.
+    # The second pass recomputes the gradient: on CPUs by the forward kernel, on CUDA from the
+    # forward pass's statistics.
     student, teacher = (make(shape, dtype=dtype, seed=seed, device=device) for seed in (0, 1))
     student.requires_grad_()
     value = fastkd.loss(student, teacher, make_labels(shape, device), dim=1, divergence=name)

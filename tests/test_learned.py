@@ -87,7 +87,7 @@ def test_gradients_are_those_of_float64(name, learn, reduction):
         expected = torch.autograd.grad(terms.loss, [wide, *learned], factor.double())
         torch.testing.assert_close(loss.double(), terms.loss, rtol=bound, atol=bound)
         # Terms cancel in a gradient near 0, so the gradient's error is bounded relative to the
-        # loss, or to 1.
+        # largest of the gradient, the loss and 1.
         size = max(float(terms.loss.detach().abs().max()), 1.0)
         for ours, theirs in zip(got, expected, strict=True):
             scale = float(theirs.abs().max())

@@ -57,7 +57,7 @@ def compute_on_full_logits(
     scale: Any = None,
     **options,
 ) -> tuple[Tensor, list[Tensor]]:
-    """Compute loss and gradients by PyTorch: logits in ``dtype``, the loss in ``loss_dtype``."""
+    """Compute loss and gradients from full logits in ``dtype``, or cast to ``loss_dtype``."""
 
     def logits(hidden, weight, bias, cap, scale):
         z = F.linear(hidden, weight, bias) * (1.0 if scale is None else scale)
@@ -385,7 +385,7 @@ def test_the_module_takes_heads(device):
 
 
 def test_plans_accept_labels_out_of_range(monkeypatch):
-    # On CUDA, labels out of range would be unchecked indices into the class weights.
+    # The patch mimics CUDA, where labels are not checked before they index the class weights.
     heads = make_heads()._replace(labels=torch.full((ROWS,), CLASSES))
     monkeypatch.setattr(checks, "is_readable", lambda tensor: False)
     assert fastkd.chunks.plan(*heads, class_weight=torch.ones(CLASSES)).rows == ROWS

@@ -329,7 +329,7 @@ def test_all_rows_are_computed_while_a_graph_is_captured(device, monkeypatch):
 
 
 def wide_heads(dtype, rows=256, width=256, classes=8000) -> Heads:
-    """Make heads whose largest tensor is the weight's gradient, as in language models."""
+    """Make heads whose largest tensors are the weight and its gradient, as in language models."""
     torch.manual_seed(0)
     heads = make_heads(dtype, rows=rows, classes=classes, ignored=0.0)
     hidden = torch.randn(rows, width).to(dtype).requires_grad_()

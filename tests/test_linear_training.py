@@ -1,4 +1,4 @@
-"""Test the loss of a Head in training: derivatives, torch.compile, checkpointing, DDP."""
+"""Test the loss of a Head in training: derivatives, torch.compile, checkpointing, DDP, FSDP."""
 
 import pathlib
 import subprocess

@@ -288,7 +288,7 @@ LONG_WIDTHS = {
 @pytest.mark.parametrize("classes", LONG_WIDTHS, ids=str)
 def test_long_rows_equal_the_truth(device, classes, dtype):
     # With two threads, each thread computes one row, and the threads share the third row by
-    # segments.
+    # segments if the row has several.
     check(*make((3, classes), dtype, device=device, ignored=0.0), against_eager=dtype == FP32)
 
 
@@ -321,7 +321,7 @@ def test_each_size_class_of_the_cuda_kernels(limit, dtype):
 @pytest.mark.parametrize("dtype", [FP32, BF16], ids=name_of)
 @pytest.mark.parametrize("rows", [1, 7, 64, 65, 128, 129, 300, 1500])
 def test_every_number_of_rows_equals_the_truth(device, rows, dtype):
-    # A CTA of the CUDA kernels has 8 or 32 rows, and the last CTA may have fewer rows.
+    # A CTA of the CUDA kernels computes 8 or 32 rows at a time, or fewer rows at the end.
     for classes in (10, 200):
         check(*make((rows, classes), dtype, device=device))
 
@@ -351,7 +351,7 @@ def test_leading_shapes_are_flattened(device, leading, reduction):
 
 
 def views(student: Tensor, teacher: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
-    """Return pairs of views of (4, 6, 40) logits with non-contiguous rows."""
+    """Return pairs of views or copies of (4, 6, 40) logits in different memory layouts."""
     shifted = torch.empty(student.numel() + 1, dtype=student.dtype, device=student.device)[1:]
     return {
         "next-token slice": (student[:, :-1], teacher[:, :-1]),
@@ -391,8 +391,7 @@ LAYOUTS = list(views(torch.empty(4, 6, 40), torch.empty(4, 6, 40)))
 def test_views_give_the_bits_of_copies(device, layout, dtype):
     assert_equal = assert_same
     if layout == "classes not adjacent" and dtype is FP64 and device.type == "cpu":
-        # The transposed layout computes these views, but not the contiguous copies, so bits may
-        # differ.
+        # In float64, the CPU kernels copy each of these rows before computing it.
         assert_equal = partial(torch.testing.assert_close, rtol=1e-13, atol=1e-15)
     base, teacher, _ = make((4, 6, 40), dtype, device=device, labels=False)
     for reduction in ("mean", "none"):
@@ -451,7 +450,7 @@ def test_rows_far_apart_equal_the_truth(device):
 
 
 def test_torchs_defaults_change_nothing():
-    # PyTorch's operations, not kernels, compute these calls.
+    # PyTorch's operations compute ``calls``, and the smoothed labels of ``soft``.
     student, teacher, labels = make((6, 20))
     calls = [{"standardize": True}, {"temperature": torch.tensor(3.0, requires_grad=True)}]
     values = [fastkd.loss(student, teacher, labels, **options) for options in calls]

@@ -1,4 +1,4 @@
-"""Test that calls do not leak memory, and that torch's error is raised if memory runs out."""
+"""Test the memory of calls: leaks, torch's error if memory runs out, the size of gradients."""
 
 import json
 import pathlib
@@ -34,7 +34,7 @@ options = {"reduction": "none"} if what == "backward" else {}
 shape = (8_000_000, 2) if what == "rows" else (64, 250_000)
 student, teacher = torch.randn(shape), torch.randn(shape)  # 64 MB each
 if what == "copy":
-    student = torch.randn(250_000, 64).t()  # the kernels need a contiguous copy
+    student = torch.randn(250_000, 64).t()  # the rows of a class are adjacent
 small = torch.randn(2, 10, requires_grad=True)
 fastkd.loss(small, small.detach() + 1).backward()
 before, (leaf, other) = student.clone(), (student.requires_grad_(), teacher.clone())
@@ -128,7 +128,7 @@ print((resident() - before) / used)
     ],
 )
 def test_gradients_hold_little_more_memory_than_their_size(language, loss, size, count):
-    # A 64 KB gradient must not occupy a huge page of 2 MB.
+    # A gradient of 65 KB must not occupy a huge page of 2 MB.
     command = [sys.executable, "-c", KEPT_GRADIENTS, language, str(size), str(count), loss]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr

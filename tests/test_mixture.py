@@ -17,7 +17,7 @@ from fastkd._core.objective import Options
 
 INF = math.inf
 # Absolute tolerance of probabilities. Log-probabilities have this tolerance times their largest
-# magnitude.
+# magnitude, or times 1 if the magnitudes are smaller.
 BOUND = {FP32: 4e-7, FP64: 1e-14}
 CPU = torch.device("cpu")
 
@@ -272,7 +272,7 @@ def test_pixels_are_mixed():
 
 
 def test_many_teachers_are_mixed(device):
-    # PyTorch's operations mix more teachers than the CUDA kernel accepts.
+    # On CUDA, PyTorch's operations mix these teachers, which are more than the kernel accepts.
     student = torch.randn(3, 40, generator=torch.Generator().manual_seed(8)).to(device)
     first, second = teachers_of("logits", (3, 40), FP32, 2, device)
     got = fastkd.loss(student, [first, second] * 20, temperature=3.0)

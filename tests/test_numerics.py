@@ -92,7 +92,8 @@ def test_divergence_is_exact_by_either_formula(device, classes, temperature):
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.5, 4.0])
 @pytest.mark.parametrize("classes", [300, CLASSES])
 def test_reverse_kl_is_exact_by_either_formula(device, classes, temperature):
-    # The kernels use different formulas for well-separated rows and for rows near the teacher.
+    # The CPU kernels use one formula if the sum of slopes is well above 0, and else another formula
+    # (is_sum_of_slopes in csrc/cpu/row.h).
     options = {"divergence": "reverse_kl", "temperature": temperature, "reduction": "none"}
     for kl in (1e-5, 0.03, 0.05, 0.08, 0.3, 2.0):
         student, teacher = make_near(kl * temperature**2, device, rows=16, classes=classes)
@@ -183,7 +184,8 @@ def test_cosine_is_exact_near_the_teacher(device, classes, distance):
 @pytest.mark.parametrize("gap", [30.0, 150.0, 1500.0])
 @pytest.mark.parametrize("classes", [10, 1000])
 def test_dkd_is_exact_for_labels_far_above_or_below_the_rest(device, classes, gap):
-    # The label's exponential overflows or underflows relative to the other classes' exponentials.
+    # For the larger gaps, the label's exponential overflows or underflows relative to the other
+    # classes' exponentials.
     student, teacher, _ = make((4, classes), FP32, device=device, labels=False)
     labels = torch.tensor([0, 3, 5, classes - 1], device=device)
     signs = torch.tensor([[1.0, 1.0, -1.0, -1.0], [1.0, -1.0, 1.0, -1.0]], device=device)
@@ -218,7 +220,8 @@ def test_divergence_is_exact_near_the_teacher_in_double(device, student_dtype):
     teacher = student.double() + (teacher.double() - student.double())
     exact = truth(student, teacher, temperature=1.0)
     got = fastkd.loss(student, teacher, temperature=1.0)
-    # The truth itself cancels in float64: p (log p - log q) has terms of 1e-4 and a sum of 1e-8.
+    # The truth itself cancels in float64: the terms p (log p - log q) add up to 1e-8, and their
+    # magnitudes add up to 1e-4.
     assert float(got) == pytest.approx(float(exact.loss), rel=1e-7)
 
 
@@ -293,7 +296,7 @@ def test_gradient_error_of_few_classes_is_below_eagers(shape, temperature, alpha
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("scale", [65536.0, 3.0])
 def test_a_loss_scale_keeps_small_16_bit_gradients(device, scale, reduction, dtype):
-    # Without the loss scale, the gradients would be below float16's range.
+    # Without a loss scale of 65536, gradients of the mean would be below float16's normal range.
     student, teacher, labels = make((64, 32000), dtype, device=device, spread=1.0)
     options = {"temperature": 4.0, "alpha": 0.1, "reduction": reduction}
     exact = truth(student, teacher, labels, **options).grad * scale
@@ -319,8 +322,8 @@ def _exp2(values, by_registers):
 
 @pytest.mark.parametrize("by_registers", [False, True])
 def test_exp2_is_exact_over_its_range(isa, by_registers):
-    # The values are every 97th float in [-126, 128), and the floats next to integers and halves.
-    # The bound, in ulp, is largest for the x86 baseline, which has no FMA.
+    # The values are every 97th float in [-126, 128), and integers and halves with the floats next
+    # to them. The bound, in ulp, is largest for the x86 baseline, which has no FMA.
     bound = 1.3 if isa == "default" else 1.2 if isa == "avx2" and by_registers else 1.0
     bits = np.arange(0, 0x43000000, 97, dtype=np.uint32)
     positive = bits.view(np.float32)
@@ -498,7 +501,7 @@ def test_huge_offsets_change_nothing(device, sign, size, dtype):
 @pytest.mark.parametrize("dtype", [FP32, BF16, FP64], ids=name_of)
 @pytest.mark.parametrize("size", [1e4, 1e38])
 def test_huge_differences_are_finite(device, size, dtype):
-    # Nearly one-hot rows have a loss as large as the logits, and a gradient of at most 2.
+    # Nearly one-hot rows have a loss as large as the logits, and gradients of at most 1 in a class.
     student, teacher, labels = make((5, 100), dtype, device=device, spread=size / 4)
     exact = truth(student, teacher, labels, temperature=1.0, reduction="none")
     leaf = student.requires_grad_()

@@ -1,4 +1,4 @@
-"""Test that outlier logits, and options given as constant tensors, cost no accuracy."""
+"""Test that outliers and constant option tensors cost no accuracy; no divergence is negative."""
 
 import pytest
 import torch

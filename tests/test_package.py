@@ -1,4 +1,4 @@
-"""Test the installed package: metadata, public names, and examples in docstrings."""
+"""Test the installed package: metadata, public names, docstrings, and the command line."""
 
 import doctest
 import importlib

@@ -251,7 +251,7 @@ def test_any_call_equals_the_reference(device, call):
     exact = truth(student, teacher, labels, **options)
     leaf = student.detach().requires_grad_()
     got = fastkd.terms(leaf, teacher, labels, **options)
-    # A term of the loss has a weight of up to 3 * temperature**2. Even if the exact term is 0, the
+    # A row's soft term has a weight of up to 3 * temperature**2. Even if the exact term is 0, the
     # loss contains the term's rounding error times this weight.
     size = float(torch.as_tensor(options["temperature"]).max()) ** 2 * 4
     slack = Answer(exact.terms, exact.loss, exact.grad, exact.noise + size * torch.finfo(acc).eps)

@@ -264,7 +264,7 @@ def make_turns(*turns: tuple[float, list[float], list[float]]) -> list[measure.T
 
 
 def test_speedup_is_that_of_quiet_turns():
-    # A slow call in each turn, and two turns on a busy machine, do not change the ratio.
+    # A slow call in each quiet turn, and two turns on a busy machine, do not change the ratio.
     quiet = (1.0, [0.4] * 20 + [9.0], [0.1] * 20 + [3.0])
     busy = (0.4, [4.0] * 9, [0.1] * 9)
     result, warnings = measure.summarize_turns(make_turns(quiet, busy, quiet, busy, quiet), 8)

@@ -1,4 +1,4 @@
-"""Test that training resumes exactly after SIGKILL in a save, and in two processes."""
+"""Test exact resuming after SIGKILL in a save, and training in two processes."""
 
 import json
 import pathlib
@@ -29,7 +29,7 @@ def run_here(*arguments: object) -> None:
 
 
 def losses(path: pathlib.Path) -> dict[str, str]:
-    """Return the last loss of each step; steps after the last checkpoint occur twice."""
+    """Return the loss and the hint of each step, in hexadecimal, by the step's number."""
     return dict(line.split(" ", 1) for line in path.with_suffix(".losses").read_text().splitlines())
 
 

@@ -22,9 +22,9 @@ def make(device, dtype=FP64):
 
 
 def value_and_gradient(d, estimator):
-    """Return Schulman's estimate and its derivative for log q, from d = log p - log q.
+    """Return Schulman's estimate, and the factor of grad log q in its gradient.
 
-    p is the teacher's probability of the sampled token, and q is the student's.
+    ``d`` is log p - log q: the teacher's log-probability of the sampled token minus the student's.
     """
     if estimator == "k1":
         return -d, -d

@@ -13,8 +13,8 @@ import fastkd
 
 PACKAGE = pathlib.Path(fastkd.__file__).parent
 MODULES = sorted(PACKAGE.rglob("*.py"))
-# Modules and calls that execute loaded data, open connections, start processes, or write temporary
-# files.
+# Modules and calls that execute loaded data, open connections, start processes, call C libraries,
+# or write temporary files.
 REFUSED_MODULES = {
     *("pickle", "marshal", "shelve", "dill", "cloudpickle", "code", "codeop", "ctypes"),
     *("socket", "ssl", "http", "urllib", "ftplib", "smtplib", "requests", "aiohttp", "subprocess"),

@@ -1,7 +1,7 @@
 """Test replies of inference servers: log-probabilities of tokens, and bad replies.
 
-tests/fixtures/vllm.json was recorded from a real server, whose version the file names. sglang.json
-was written by hand. Both files include the model's log-probabilities of every class.
+tests/fixtures/vllm.json was recorded from vLLM, whose version the file names. sglang.json was
+written by hand. Both files include the model's log-probabilities of every class.
 """
 # ruff: noqa: E501 - one mistake per line
 

@@ -1,4 +1,4 @@
-"""Test that the Lightning example logs the losses of a hand-written module."""
+"""Test that each step of the Lightning example has the loss of a hand-written module."""
 
 import copy
 import importlib.util

@@ -265,7 +265,7 @@ def test_shifted_labels_are_not_shifted_again():
 
 
 def test_granite_gets_use_cache_by_its_base_model():
-    # Granite's head takes ``**kwargs`` alone, and calls a base model that has use_cache.
+    # GraniteMoeForCausalLM takes use_cache in ``**kwargs`` alone; its base model names use_cache.
     config = transformers.GraniteMoeConfig(
         vocab_size=VOCABULARY, hidden_size=8, intermediate_size=8, num_hidden_layers=1,
         num_attention_heads=2, num_key_value_heads=2, num_local_experts=2, num_experts_per_tok=1,
@@ -321,7 +321,7 @@ def test_torch_modules_are_trained(form, tmp_path):
     ours.train()
     theirs.train()
     assert losses(ours) == pytest.approx(losses(theirs), rel=1e-5)
-    # compute_metrics gets every entry of a tuple and every sample of a tensor.
+    # The predictions are all entries of a mapping, the logits of a tuple, or a complete tensor.
     result = ours.predict(sentences()[:8])
     assert result.metrics["test_loss"] > 0
     predictions = result.predictions

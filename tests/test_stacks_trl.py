@@ -1,4 +1,4 @@
-"""Test that fastkd's trainers log the losses of TRL's GKD, distillation and SFT trainers."""
+"""Test that fastkd's trainers log the losses of TRL's trainers, and of a hand-written SFT loss."""
 
 import json
 import os
@@ -313,7 +313,7 @@ def test_the_distillation_trainer_logs_trls_losses(options, tmp_path, monkeypatc
 
 
 def test_the_trainers_can_be_pickled_by_name():
-    # torch.save and spawned processes need picklable trainers.
+    # torch.save and spawned processes pickle the classes of trainers by name.
     for name in ("DistillationTrainer", "GKDTrainer"):
         kind = getattr(integration, name)
         assert pickle.loads(pickle.dumps(kind)) is kind

@@ -1,4 +1,4 @@
-"""Test the teacher cache: round trips, interruptions, and losses."""
+"""Test the teacher cache: round trips, losses, interruptions, and several readers."""
 
 import os
 import pathlib
@@ -113,7 +113,7 @@ def test_masked_classes_are_cached(tmp_path):
 
 
 def test_the_loss_of_a_dense_cache_is_that_of_the_teacher(tmp_path):
-    # Cached log-probabilities serve losses at any temperature.
+    # The log-probabilities of all classes serve losses at any temperature.
     cache = write_cache(CountingTeacher(), tmp_path, dtype=torch.float32, temperature=2.0)
     student, ids = torch.randn(64, 10), torch.arange(64)
     with torch.no_grad():

@@ -26,7 +26,8 @@ import fastkd
 from fastkd import _C, reference
 
 RELATIVE = {FP32: 2e-6, FP64: 1e-13}
-# The bound is absolute, since entropies and divergences are differences of log-probabilities.
+# Entropies and divergences are differences of log-probabilities, so they also need an absolute
+# bound.
 ABSOLUTE = {FP32: 1e-6, FP64: 1e-14}
 
 
@@ -116,7 +117,7 @@ def test_only_the_loss_carries_a_gradient(device):
     assert got.loss.requires_grad
     for name, term in zip(got._fields[1:], got[1:], strict=True):
         assert not term.requires_grad, name
-    # Terms have no gradient, so uses of terms do not change the gradient of the loss.
+    # Terms other than the loss have no gradient, so uses of them do not change the gradient.
     (3 * got.loss + got.hard + got.student_entropy).backward()
     alone = student.detach().requires_grad_()
     (3 * fastkd.loss(alone, teacher, labels)).backward()
@@ -156,7 +157,7 @@ def test_agreement_counts_equal_greatest_classes(device, width, student, teacher
 
 
 def test_agreement_sees_every_segment(device):
-    # Threads share a row of this width by segments.
+    # With two CPU threads, the threads share the fifth row by segments.
     width = 3 * _C.segment + 7
     student, teacher = torch.zeros(5, width, device=device), torch.zeros(5, width, device=device)
     places = [0, _C.segment - 1, _C.segment, 2 * _C.segment + 3, width - 1]

@@ -33,8 +33,8 @@ INF, NAN = math.inf, math.nan
 
 # ---- options and dtypes
 
-# Each value is (shape, k). Sizes lie around units of the kernel: chunks of 64 listed classes, words
-# of 64 bits, vectors, and segments of S classes.
+# Each value is (shape, k). Sizes lie around units of the kernel: words of 64 bits, vectors, and
+# segments of S classes.
 SHAPES = [
     *(((5, 10), 3), ((5, 10), 9), ((6, 2), 1), ((4, 1000), 64), ((3, 333), 130)),
     *(((2, 1025), 20), ((2, S + 65), 64), ((2, 3, 40), 5), ((7,), 2)),
@@ -152,7 +152,7 @@ def test_autograd_in_cpp_and_in_python_give_the_same_bits(options, dtype):
 @pytest.mark.parametrize("requires_grad", [True, False])
 @pytest.mark.usefixtures("each_autograd")
 def test_an_entry_of_minus_infinity_is_padding(device, tail, requires_grad):
-    # Padding has class 0 in TRL, and consecutive ids in servers' replies.
+    # The class of padding may be any number.
     student, indices, log_probs, labels = make_topk((6, 40), 5, device=device)
     labels = indices[:, 1]  # includes the padding's classes
     shorter = (indices[:, :3], log_probs[:, :3])
@@ -179,7 +179,7 @@ def test_an_entry_of_minus_infinity_is_padding(device, tail, requires_grad):
         ids = torch.cat((shorter[0], classes.to(device)), -1)
         for ours, theirs in zip(run_list(ids, padded), expected, strict=True):
             torch.testing.assert_close(ours, theirs, msg=name)
-        with torch.no_grad():  # the PyTorch formula gives equal results
+        with torch.no_grad():  # a Head, and the formula under vmap, give equal results
             head, teacher = Head(student, torch.eye(40, device=device)), TopK(padded, ids, tail)
             linear = fastkd.loss(head, teacher, labels, temperature=2.0)
             torch.testing.assert_close(linear, expected[0])
@@ -273,7 +273,7 @@ def test_a_student_close_to_its_teacher_has_an_exact_loss(tail, noise):
 
 
 def make_near_teacher(classes: int, k: int, spread: float, t: float) -> TopKProblem:
-    """Make float32 students whose KL(teacher || student), with a ghost class, is 5e-7."""
+    """Make float32 students whose KL(teacher || student), with a ghost class, is about 5e-7."""
     generator = torch.Generator().manual_seed(0)
     teacher = spread * torch.randn(4, classes, generator=generator, dtype=FP64)
     noise = 1e-3 * t * torch.randn(4, classes, generator=generator, dtype=FP64)

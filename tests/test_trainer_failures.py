@@ -40,7 +40,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_step(term):
             return output
         if term != "soft":
             return output * math.nan
-        wrong = (data[2][1] + 1).unsqueeze(1) % 10  # a class that the student masks
+        wrong = (data[2][1] + 1).unsqueeze(1) % 10  # a class, not the label, that the student masks
         return output.scatter(1, wrong, -math.inf)
 
     {"hard and soft": teacher[2], "soft": student[2], "hint": teacher[0]}[
@@ -217,7 +217,7 @@ def test_no_code_in_a_checkpoint_is_executed(tmp_path):
         torch.save(Malicious(proof), tmp_path / "malicious")
         file.write_bytes((tmp_path / "malicious").read_bytes())
         checkpoints.write_checksums(checkpoint)  # an attacker recomputes checksums
-        # random_states_0.pkl is not read, since position-0.pt has the random states.
+        # Accelerate ignores an unreadable random_states_0.pkl; position-0.pt has the random states.
         if name == "random_states_0.pkl":
             assert scheduled_trainer(folder).resume()
         else:

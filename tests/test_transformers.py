@@ -1,4 +1,4 @@
-"""Test transformers.Trainer with the mixin: denominator, shift and scale."""
+"""Test transformers.Trainer with the mixin: the mean over tokens, shifted labels, refusals."""
 
 import copy
 import doctest

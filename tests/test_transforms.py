@@ -1,4 +1,4 @@
-"""Test torch.func, forward-mode differentiation and batched gradients, also compiled."""
+"""Test torch.func, also compiled, forward-mode differentiation and batched gradients."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""Test ``Head`` and ``TopK``: checks, code that moves tensors, and every pair of student and
+"""Test ``Head`` and ``TopK``: checks, copies, pytrees, data loaders, and every pair of student and
 teacher.
 """
 # ruff: noqa: E501 - one mistake per line
@@ -77,7 +77,7 @@ def assert_same_value(value: Head | TopK, expected: Head | TopK) -> None:
 FLOATS = "must be float64, float32, bfloat16 or float16; got torch.int64"
 SHAPES = "Head.hidden must have shape (..., width) and Head.weight (classes, width); got "
 LISTS = "TopK.log_probs and TopK.indices must have the same shape (..., k) with k >= 1; got "
-# Each value is (the constructor, its arguments, the error, a part of the error's message).
+# Each value is (the constructor, its arguments, the error, the start of the error's message).
 MISTAKES: dict[str, tuple[Any, dict[str, Any], type[Exception], str]] = {
     "hidden a list": (Head, {"hidden": [1.0], "weight": Z(5, 4)}, TypeError, "Head.hidden must be a tensor; got list"),
     "hidden None": (Head, {"hidden": None, "weight": Z(5, 4)}, TypeError, "Head.hidden must be a tensor; got NoneType"),
@@ -218,7 +218,7 @@ def test_values_are_pytrees(value):
     assert_same_value(pytree.tree_unflatten(leaves, tree)["value"], value)
     doubled = pytree.tree_map_only(Tensor, lambda x: x * 2, value)
     assert torch.equal(doubled[0], value[0] * 2)
-    # Shapes are not tensors, so TopK does not check them.
+    # Shapes are not tensors, so the constructors do not check them.
     shapes = pytree.tree_map_only(Tensor, lambda x: x.shape, value)
     assert type(shapes) is type(value) and shapes[0] == value[0].shape
 

@@ -63,7 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--shuffle", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--workers", type=int, default=0)
     parser.add_argument("--checkpoints", type=pathlib.Path)
-    parser.add_argument("--die-in-save", type=int, default=0, help="the save that SIGKILL ends")
+    parser.add_argument("--die-in-save", type=int, default=0, help="see die_in_save()")
     parser.add_argument("--fsdp", action="store_true")
     options = parser.parse_args(arguments)
 
