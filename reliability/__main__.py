@@ -180,7 +180,7 @@ def run_command(promise: Promise) -> tuple[int, list[str]]:
 
 
 def read_figures(lines: list[str]) -> list[Any]:
-    """Return the figures that a command printed, and the last lines of test runners."""
+    """Return the figures that a command printed, and summaries of test runners and libFuzzer."""
     figures: list[Any] = []
     for line in lines:
         if line.startswith("figures: "):
