@@ -28,8 +28,8 @@ For every row, with the student's logits `z`, the teacher's logits `w` and the l
 ```
 
 with $q = \\mathrm{softmax}(z / T)$ and $p = \\mathrm{softmax}(w / T_t)$. $a$ is `hard_weight`, $b$
-is `soft_weight`, and $T_t$ is `teacher_temperature`, by default $T$ for logits. `alpha` is short for
-`hard_weight=alpha, soft_weight=1 - alpha`. [maths.md](maths.md) derives the divergences, their
+is `soft_weight`, and $T_t$ is `teacher_temperature`, by default $T$ for logits. `alpha` is short
+for `hard_weight=alpha, soft_weight=1 - alpha`. [maths.md](maths.md) derives the divergences, their
 gradients and the cost of masked classes. `fastkd.explain(**options)` prints in words what a set of
 options computes.
 
