@@ -50,7 +50,7 @@ BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
 
 
 def run_step(function: LossFunction, inputs: Inputs) -> Tensor:
-    """Drop the gradients of the previous step, and compute loss and gradients."""
+    """Drop the gradients of the previous step, compute new gradients, and return the loss."""
     inputs.hidden.grad = inputs.weight.grad = None
     loss = function(inputs)
     loss.backward()
