@@ -56,7 +56,7 @@ coverage: $(VENV)/complete  ## run the quick tests, then the slow tests, and wri
 	$(PYTEST) -m slow --junitxml build/slow.xml --cov fastkd --cov-append --cov-report json:build/test-all.json
 	$(RUN) docs/tests.py
 
-# $(call kernels,FOLDER,OPTIONS,TARGETS) builds the kernels and their test programs in build/FOLDER, without torch or
+# $(call kernels,FOLDER,OPTIONS,TARGETS) builds the CPU kernels and the test programs in build/FOLDER, without torch or
 # Python. If TARGETS names programs, only these programs are built.
 define kernels
 @mkdir -p build
@@ -65,7 +65,7 @@ define kernels
 @$(VENV)/bin/cmake --build build/$(1) $(if $(3),--target $(3))
 endef
 
-kernel-test: $(VENV)/created  ## run the CPU kernels' own tests, without torch or Python
+kernel-test: $(VENV)/created  ## run the tests of the CPU kernels and of the emulated CUDA kernels, without torch or Python
 	$(call kernels,kernels)
 	$(CTEST) --test-dir build/kernels
 
@@ -100,15 +100,15 @@ sanitize-python: $(VENV)/complete  ## run core Python tests with an extension bu
 
 FUZZERS := tests/test_fuzz.py tests/test_fuzz_topk.py tests/test_fuzz_linear.py \
   tests/test_fuzz_ops.py
-fuzz: $(VENV)/complete  ## compare random calls with float64: make fuzz CASES=20000 SEED=7
+fuzz: $(VENV)/complete  ## compare random calls with float64, and make invalid calls of ops: make fuzz CASES=20000 SEED=7
 	@failed=0; for fuzzer in $(FUZZERS); do echo "== $$fuzzer"; \
 	  $(RUN) $$fuzzer $(CASES) $(SEED) || failed=1; done; exit $$failed
 
-fuzz-kernels: $(VENV)/created  ## make hostile calls of the kernels' C interface, with sanitizers
+fuzz-kernels: $(VENV)/created  ## make hostile calls of the CPU kernels, with sanitizers
 	$(call kernels,sanitize,-DFASTKD_SANITIZE=address$(COMMA)undefined,cpu_fuzz)
 	build/sanitize/cpu_fuzz $(CASES) $(SEED)
 
-libfuzzer: $(VENV)/created  ## fuzz the kernels' C interface by libFuzzer, which needs clang
+libfuzzer: $(VENV)/created  ## make hostile calls of the CPU kernels by libFuzzer, which needs clang
 	$(call kernels,libfuzzer,-DCMAKE_CXX_COMPILER=$(CLANG) -DFASTKD_SANITIZE=fuzzer-no-link$(COMMA)address -DFASTKD_LIBFUZZER=ON,cpu_fuzz)
 	build/libfuzzer/cpu_fuzz -max_total_time=60 -max_len=600 -print_final_stats=1
 

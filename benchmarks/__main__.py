@@ -41,7 +41,8 @@ def _parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--minutes",
         type=float,
-        help="time after which torch.compile is left out; default: 4 on a GPU, 6 on a CPU",
+        help="time after which torch.compile is left out; default: 4 on a GPU, 6 on a CPU; "
+        "no limit with --full",
     )
     parser.add_argument("--output", type=Path, help="folder; default: benchmarks/results/<device>")
     parser.add_argument("--no-save", action="store_true", help="only show")
@@ -227,7 +228,7 @@ def _measure(
 
 
 def main() -> None:
-    """Parse the command line, and measure cases, list cases, or rewrite reports."""
+    """Parse the command line, and measure cases, list cases, or rewrite reports or the README."""
     chosen = _parse_arguments()
     # Inductor starts with an empty cache, so that the reported compile times are of a first run.
     folder = tempfile.mkdtemp(prefix="fastkd-inductor-")

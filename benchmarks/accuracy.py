@@ -1,9 +1,9 @@
 """Write docs/accuracy.md, the errors of fastkd and of eager PyTorch against float64.
 
-The truth is `fastkd.reference` in float64, on logits rounded to the dtype of the table. Eager
-PyTorch computes the divergence's formula in the dtype of the table. The error of a row's loss is
-the difference from the true loss, divided by the true loss. The error of a row's gradient is the
-2-norm of the difference from the true gradient, divided by the true gradient's 2-norm.
+The truth is `fastkd.reference` in float64, on logits rounded to the tested dtype. Eager
+PyTorch computes the divergence's formula in the tested dtype. The error of a row's loss is the
+difference from the true loss, divided by the true loss. The error of a row's gradient is the 2-norm
+of the difference from the true gradient, divided by the true gradient's 2-norm.
 """
 
 from __future__ import annotations
@@ -129,7 +129,7 @@ def compute_errors(rows: Rows, truth: Rows) -> Errors:
 def compare(
     regime: Regime, dtype: torch.dtype, device: str, divergence: str
 ) -> tuple[Errors, Errors, float]:
-    """Return the errors of fastkd, of eager PyTorch, and of rounding the true gradient."""
+    """Return the errors of fastkd and eager PyTorch, and the median error of rounding."""
     student, teacher = draw(regime, dtype, device)
     exact_teacher = teacher.double()
     needs = reference.DIVERGENCES[divergence].needs_labels
@@ -175,11 +175,11 @@ def write_document(device: str) -> str:
         f"{torch.__version__}, {_C.isa()} kernels, commit {facts['commit']}, {facts['date']}.\n",
         f"{' '.join((__doc__ or '').split(chr(10) * 2)[1].split())} Each cell is the median / "
         "the maximum over the rows; `inf` stands for a row with NaN. T is 2. The last column is "
-        "the error of rounding the true gradient to the dtype: no kernel that stores a gradient in "
-        "this dtype can do better. The loss is float32 for all these dtypes. At a KL of 1e-9 the "
-        "truth itself has six correct digits. The tables lack float64 logits, because a float64 "
-        "truth cannot judge them: `tests/kernels/cpu_kernels.cpp` compares them with long double."
-        "\n",
+        "the median error of rounding the true gradient to the dtype: no kernel that stores a "
+        "gradient in this dtype can do better. The loss is float32 for all these dtypes. At a KL "
+        "of 1e-9 the truth itself has six correct digits. The tables lack float64 logits, because "
+        "a float64 truth cannot judge them: `tests/kernels/cpu_kernels.cpp` compares them with "
+        "long double.\n",
         "## The forward KL, by dtype and inputs\n",
     ]
     for name, dtype in DTYPES.items():

@@ -69,7 +69,7 @@ BASELINES: list[Baseline] = []
 def baseline(
     name: str, what: str, **options: Any
 ) -> Callable[[Callable[[Case], LossFunction]], Callable[[Case], LossFunction]]:
-    """Return a decorator that adds a function to ``BASELINES``."""
+    """Return a decorator that adds a baseline with the function to ``BASELINES``."""
 
     def add(make: Callable[[Case], LossFunction]) -> Callable[[Case], LossFunction]:
         BASELINES.append(Baseline(name, make, what, **options))
@@ -161,7 +161,7 @@ def compiled(case: Case) -> LossFunction:
     compiles="best",
 )
 def compiled_best(case: Case) -> LossFunction:
-    """Make the eager loss function in float32, compiled by Inductor with max-autotune."""
+    """Make the eager loss function in float32, compiled by Inductor with autotuning."""
     return torch.compile(eager_upcast(case), dynamic=False, mode="max-autotune-no-cudagraphs")
 
 
@@ -242,7 +242,7 @@ def load_torchtune_losses() -> Any:
     truth="soft_ce",
 )
 def torchtune(case: Case) -> LossFunction:
-    """Make torchtune's loss of logits divided by the temperature."""
+    """Make a loss function of torchtune's ForwardKLLoss and F.cross_entropy."""
     criterion = load_torchtune_losses().ForwardKLLoss()
     temperature, alpha = case.temperature, case.alpha
 

@@ -1,10 +1,10 @@
 """Define the measured cases: shapes of well-known models, and the rows that fit a machine.
 
-A row is a sample of a vision model or a token of a language model. Vision cases have the rows of a
-usual batch. Language models have 8192 rows on a GPU, halved until a tensor of logits takes at most
-1/48 of the GPU's memory. This limit leaves room for two sets of inputs and the largest baseline:
-eager PyTorch in float32 on 16-bit logits takes 16 tensors of logits. On a CPU, language models have
-128 rows, halved until a float32 tensor of logits takes at most 32 MiB.
+A row is a sample or pixel of a vision model, or a token of a language model. Vision cases have the
+rows of a usual batch. Language models have 8192 rows on a GPU, halved until a tensor of logits
+takes at most 1/48 of the GPU's memory. This limit leaves room for two sets of inputs and the
+largest baseline: eager PyTorch in float32 on 16-bit logits takes 16 tensors of logits. On a CPU,
+language models have 128 rows, halved until a float32 tensor of logits takes at most 32 MiB.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ class Case:
 
     @property
     def title(self) -> str:
-        """Return the name, shape and options of the case as text."""
+        """Return the case as text, without alpha."""
         mode = "loss + backward" if self.gradient else "loss alone"
         ignored = f", {self.ignored:.0%} of rows ignored" if self.ignored else ""
         shape = f"{self.rows} x {self.classes} {self.dtype}{', dim=1' if self.pixels else ''}"
@@ -229,7 +229,7 @@ def list_duels(device: str) -> list[Duel]:
 
 
 def list_scaling(device: str) -> dict[str, list[Case]]:
-    """Return series of cases over rows, classes and, on a CPU, numbers of threads."""
+    """Return series of cases; on a CPU, one series is timed with each number of threads."""
     if device == "cuda":
         rows = [2**power for power in range(0, 14, 2)]
         classes = [10, 100, 1000, 8192, 32000, 65536, 128256, 262144]

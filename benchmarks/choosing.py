@@ -1,6 +1,6 @@
 """Write docs/choosing.md, which compares options of the loss: ``python -m benchmarks.choosing``.
 
-sweep.py trains a student for each combination of options.
+sweep.py trains the students.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ class Results:
 
 
 def format_interval(values: Tensor, sign: str = "+") -> str:
-    """Return the mean over the seeds ± two standard errors, in bold if the interval is above 0."""
+    """Return the mean ± two standard errors; with a sign, in bold if the interval is above 0."""
     mean, error = summarize(values)
     text = f"{mean:{sign}.1f} ± {error:.1f}"
     return f"**{text}**" if sign and mean > error else text

@@ -13,7 +13,7 @@ from typing import Any
 
 Results = dict[str, Any]
 Values = dict[str, float]
-"""Measured value of each case that a claim covers, by the case's title."""
+"""Measured values that a claim covers, by the titles of the measurements."""
 
 # Peaks include a few pages, so a peak this close to a whole number of tensors is rounded.
 MEMORY_SLACK = 0.03

@@ -151,7 +151,7 @@ _TORCHTUNE = {
 
 
 def torchtune(dense: Case, name: str) -> LossFunction:
-    """Make torchtune's loss of logits divided by the temperature."""
+    """Make torchtune's loss of logits / T, multiplied by T^2."""
     t = dense.temperature
     criterion = getattr(baselines.load_torchtune_losses(), _TORCHTUNE[name])()
     return lambda s, w, y: t**2 * criterion(s / t, w / t, y)

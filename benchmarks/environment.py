@@ -63,7 +63,7 @@ def _run(*command: str) -> str:
 
 
 def get_commit() -> str:
-    """Return the Git commit, or the environment variable FASTKD_COMMIT outside a repository."""
+    """Return the Git commit, marked if files changed; FASTKD_COMMIT outside a repository."""
     if not (head := _run("git", "rev-parse", "--short", "HEAD")):
         return os.environ.get("FASTKD_COMMIT", "unknown")
     changed = _run("git", "status", "--porcelain", "--", "..", ":!../benchmarks", ":!../README.md")

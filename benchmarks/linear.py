@@ -50,7 +50,7 @@ BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
 
 
 def run_step(function: LossFunction, inputs: Inputs) -> Tensor:
-    """Compute loss and gradients, and drop the gradients of the previous step."""
+    """Drop the gradients of the previous step, compute new gradients, and return the loss."""
     inputs.hidden.grad = inputs.weight.grad = None
     loss = function(inputs)
     loss.backward()
@@ -93,7 +93,7 @@ def _compute_error(grad: Tensor | None, right: Tensor) -> float:
 
 
 def measure_peak_mib(case: LinearCase, name: str, device: str) -> float | None:
-    """Return the peak memory of a step beyond its inputs in MiB, or None after a failure."""
+    """Return the peak memory of a step beyond its inputs in MiB; None if a child process fails."""
     if device == "cuda":
         function, inputs = LANES[name](case), make_inputs(case, device)
         run_step(function, inputs)
@@ -200,7 +200,7 @@ def list_verdicts(results: dict[str, Any]) -> list[str]:
         ("fastkd, small", "small_must"),
         ("fastkd, smallest", "smallest_must"),
     ):
-        if results.get(key):  # results of earlier versions lack some bounds
+        if results.get(key):  # some cases have no bound
             result.append(judge(name, results[key]))
     theirs = records.get("eager", {})
     for name in ("fastkd", "fastkd, smallest"):

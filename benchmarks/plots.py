@@ -1,4 +1,4 @@
-"""Draw overview.png (times relative to fastkd) and scaling.png (times over rows and classes)."""
+"""Draw overview.png (times relative to fastkd) and scaling.png (times in each scaling series)."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def _select_overview(results: Results) -> list[Results]:
 
 
 def draw_overview(results: Results, path: Path) -> None:
-    """Draw the time of each baseline relative to fastkd, for at most six cases."""
+    """Draw times of the baselines in ``COLORS`` relative to fastkd, for at most six cases."""
     cases = _select_overview(results)
     if not cases:
         return

@@ -73,7 +73,7 @@ def _describe_devices(kind: str) -> str:
 
 
 def write_headline() -> str:
-    """Return the README's first sentences: what fastkd does, two figures, the measured devices."""
+    """Return the README's first sentences: what fastkd does, its speed and memory, devices."""
     case = _find_headline_case()
     speedup = format_ratio(compute_ratio(case, "eager"))
     ours, eager = (case["lanes"][name]["peak_tensors"] for name in ("fastkd", "eager"))

@@ -17,10 +17,10 @@ Results = dict[str, Any]
 
 RESULTS = Path(__file__).parent / "results"
 LEGEND = """`python -m benchmarks` writes this file. Every answer was checked against float64 before
-it was timed. Baselines took turns in one process, on inputs that were out of the caches; times are
-medians. "Of stream" is the time that the memory bandwidth allows, divided by the measured time.
-"Peak" is the extra memory, in tensors of logits. Errors are relative to float64, and those of
-gradients are 2-norms."""
+it was timed. Baselines took turns in one process, on inputs out of the caches, except for small
+cases; times are medians. "Of stream" is the time that the memory bandwidth allows, divided by the
+measured time. "Peak" is the extra memory, in tensors of logits. Errors are relative to float64, and
+those of gradients are 2-norms."""
 DIVERGENCES = """The soft term alone, loss + backward, T = 2: fastkd's time, that time divided by
 the forward KL's, and the baselines' times divided by fastkd's (PyTorch: eager, in float32)."""
 
@@ -188,7 +188,7 @@ def make_sparse_rows(results: Results) -> Rows:
 
 
 def make_divergence_rows(results: Results) -> Rows:
-    """Return the time of each divergence, and its ratios to the forward KL and the baselines."""
+    """Return a line for each divergence; ``DIVERGENCES`` describes times and ratios."""
     cases = results["divergences"]
     names = list(dict.fromkeys(name for case in cases for name in case["baselines"]))
     heading = ["", "fastkd", "of forward_kl", *names, "loss error", "grad. error", ""]

@@ -21,7 +21,7 @@ from benchmarks.measure import WALL_LIMIT, Inputs, Step, make_sets, time_in_turn
 from fastkd import Sampled, TopK
 
 TOLERANCE = {"fp32": 1e-4, "bf16": 2e-2}
-"""Largest relative error of a loss or gradient; larger errors stop the run."""
+"""Largest relative error of a loss or gradient; larger errors fail the case."""
 
 
 def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:

@@ -238,7 +238,7 @@ def _add_bandwidth(result: dict[str, Any], case: Case) -> None:
 
 
 def run_duel(duel: Duel, settings: Settings) -> dict[str, Any]:
-    """Time fastkd on two cases in turns, and return the ratio of the times per logit."""
+    """Time fastkd on two cases in turns; return the times, and the ratio of times per logit."""
     device = settings.device
     _release(device)
     kind = "device" if duel.first.elements >= WALL_LIMIT else "wall"

@@ -4,7 +4,7 @@
 
 Small students learn from teachers of several sizes on three data sets. The students of the teacher
 "128" try every combination of divergence, temperature and alpha. The students of the other teachers
-try the forward KL alone. Students of the teacher "128" also train for 50 to 1,500 steps, with two
+try only the forward KL. Students of the teacher "128" also train for 50 to 1,500 steps, with two
 settings of the loss. A ``Cell`` is a combination of data, share of the training rows, teacher and
 steps. All students of a cell train together, as batched matrices. The results of a cell are written
 when the cell is done, so that a stopped run can continue.
@@ -95,7 +95,7 @@ def read_cancer() -> tuple[Any, Any]:
 
 
 def read_docstrings() -> tuple[Any, Any]:
-    """Return 64 features of each docstring line of ten Python packages, and the package's index."""
+    """Return 64 features of docstring lines of ten packages, and each line's package index."""
     lines: dict[str, int] = {}
     for label, package in enumerate(PACKAGES):
         place = pathlib.Path(sysconfig.get_path("stdlib")) / package
@@ -168,7 +168,7 @@ class Networks(nn.Module):
 
 
 def compute_loss(logits: Tensor, group: list[Setting], teacher: Tensor, labels: Tensor) -> Tensor:
-    """Return the sum of the losses of students whose settings have one divergence."""
+    """Return the sum, over settings with one divergence, of the mean loss of all seeds."""
     temperatures = torch.tensor([setting.temperature for setting in group])
     alphas = torch.tensor([setting.alpha for setting in group])
     rows = logits.shape[:-1]

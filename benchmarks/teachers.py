@@ -1,7 +1,7 @@
 """Measure the size, speed and accuracy of teacher caches, for the tables of docs/teachers.md.
 
 ``python -m benchmarks.teachers`` writes the tables. Accuracy is the KL from the teacher's
-probabilities to the cached probabilities.
+probabilities to the cached probabilities. Another table has the speed of digests.
 """
 
 from __future__ import annotations

@@ -28,8 +28,8 @@ For every row, with the student's logits `z`, the teacher's logits `w` and the l
 ```
 
 with $q = \\mathrm{softmax}(z / T)$ and $p = \\mathrm{softmax}(w / T_t)$. $a$ is `hard_weight`, $b$
-is `soft_weight`, and $T_t$ is `teacher_temperature`, by default $T$. `alpha` is short for
-`hard_weight=alpha, soft_weight=1 - alpha`. [maths.md](maths.md) derives the divergences, their
+is `soft_weight`, and $T_t$ is `teacher_temperature`, by default $T$ for logits. `alpha` is short
+for `hard_weight=alpha, soft_weight=1 - alpha`. [maths.md](maths.md) derives the divergences, their
 gradients and the cost of masked classes. `fastkd.explain(**options)` prints in words what a set of
 options computes.
 
@@ -38,12 +38,12 @@ options computes.
 | option | default | |
 |---|---|---|
 | `temperature` | 2.0 | from 1e-18 to 1e18; one number, or one for each row; may be learned |
-| `teacher_temperature` | `temperature` | the temperature of the teacher |
+| `teacher_temperature` | `temperature` | default 1 if `teacher_form` is not `"logits"` |
 | `alpha` | 0.5 | weight of the hard term |
 | `hard_weight`, `soft_weight` | | instead of `alpha`; one number each, or one for each row |
 | `ignore_index` | -100 | rows with this label count in neither term |
 | `reduction` | `"mean"` | over the rows; or `"sum"`, or `"none"` for one loss for each row |
-| `normalizer` | number of rows | denominator of `"mean"`, such as a global token count |
+| `normalizer` | rows not ignored | denominator of `"mean"`, such as a global token count |
 | `label_smoothing`, `class_weight` | 0.0, `None` | of the hard term, as in `F.cross_entropy` |
 | `divergence`, `mix` | `"forward_kl"` | the soft term; `fastkd.divergences()` lists them |
 | `teacher_form` | `"logits"` | the teacher's tensor: `"logits"`, `"log_probs"` or `"probs"` |

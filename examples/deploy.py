@@ -4,7 +4,7 @@
 # A convolutional network, the **teacher**, recognizes handwritten digits well, but is too large
 # for some devices. This notebook trains a small **student** on the teacher's outputs, and compares
 # this student with a student that is trained on labels alone. Then the notebook exports the student
-# to ONNX Runtime and ExecuTorch with 8-bit integers, and measures every model on one thread.
+# to ONNX Runtime and ExecuTorch, also with 8-bit integers, and measures every model on one thread.
 #
 # The notebook needs `pip install "fastkd[report,deploy,examples]"`.
 # `deploy.py` and `deploy.ipynb` have the same cells.
@@ -41,7 +41,7 @@ print(f"{len(images)} images to learn from, {len(test_images)} to test on")
 # %% [markdown]
 # ## The teacher
 #
-# The teacher has two convolutions and two linear layers, and is trained on all images.
+# The teacher has two convolutions and two linear layers, and is trained on all training images.
 
 
 # %%
@@ -82,9 +82,9 @@ print(f"teacher: {accuracy(teacher):.1f} % of the test images are right")
 # %% [markdown]
 # ## The student, alone and distilled
 #
-# The student has three linear layers, and sees a tenth of the images. The student trained alone
-# learns from the labels of these images. The distilled student learns from the same labels, and
-# from the teacher's logits on the same images. The loss of the distilled student is
+# The student has three linear layers, and sees a tenth of the training images. The student trained
+# alone learns from the labels of these images. The distilled student learns from the same labels,
+# and from the teacher's logits on the same images. The loss of the distilled student is
 #
 # $$\alpha\,\text{CE}(z, y)
 # + (1 - \alpha)\,T^2\,\text{KL}\big(\text{softmax}(w/T)\,\|\,\text{softmax}(z/T)\big),$$

@@ -56,7 +56,7 @@ class Digits(NamedTuple):
 
 
 def load(seed: int) -> Digits:
-    """Load the digits: 70 % to train, 30 % to test, with equal shares of each class."""
+    """Load the digits: 70 % to train, 30 % to test, stratified by class."""
     images, labels = load_digits(return_X_y=True)
     train, test, train_labels, test_labels = train_test_split(
         torch.tensor(images / 16, dtype=torch.float32),

@@ -4,7 +4,7 @@
 
 The text is Python's documentation, and each character is a token. A tenth of the text is held out.
 The teacher learns from the remaining text, and the students learn from a tenth of the remaining
-text. The students have a sixth of the teacher's parameters. All students are first trained on
+text. The students have about a sixth of the teacher's parameters. All students are first trained on
 labels, then in five ways, with equal steps, learning rates and numbers of tokens. No learning rate
 was tuned.
 """

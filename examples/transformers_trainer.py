@@ -3,7 +3,7 @@
     python examples/transformers_trainer.py [--seeds N] [--steps N]
 
 The text ships with Python (pydoc_data.topics), and each character is a token. The teacher is
-trained on all of the text but 128 windows, which are held out. The students are trained on 5,000
+trained on all of the text but 128 windows, which are held out. The students are trained on 4,992
 characters, with and without the teacher, for the same number of steps.
 """
 

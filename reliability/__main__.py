@@ -112,7 +112,7 @@ PROMISES = {
         "Peak memory, as counted by the allocator, is a gradient and a few numbers for each row.",
         TESTS + "tests/test_autograd.py -k memory",
     ),
-    "soak": Promise("100,000 calls of each entry point leak no memory.", "make soak", minutes=40),
+    "soak": Promise("100,000 calls of each kind leak no memory.", "make soak", minutes=40),
     "security": Promise(
         "The statements of SECURITY.md: no loaded data is executed, no connection is opened.",
         TESTS + "tests/test_security.py",
@@ -180,7 +180,7 @@ def run_command(promise: Promise) -> tuple[int, list[str]]:
 
 
 def read_figures(lines: list[str]) -> list[Any]:
-    """Return the figures that a command printed, and the last lines of test runners."""
+    """Return the figures that a command printed, and summaries of test runners and libFuzzer."""
     figures: list[Any] = []
     for line in lines:
         if line.startswith("figures: "):

@@ -168,7 +168,7 @@ def fuzz(arguments: list[str]) -> None:
     place.mkdir(exist_ok=True)
 
     def read_contents(data: bytes) -> list[bytes] | None:
-        """Return everything that a file contains, or None if the reader refuses the file."""
+        """Return the header, ids and first rows of a file; None if the reader refuses the file."""
         (place / "shard-00000.safetensors").write_bytes(data)
         try:
             opened = TeacherCache(place)
@@ -194,9 +194,9 @@ def fuzz(arguments: list[str]) -> None:
             try:
                 return edit_header(data, seed)[:most]
             except (ValueError, TypeError, LookupError, ArithmeticError, RecursionError):
-                pass  # no header to edit
+                pass  # no header to edit, or no checksums to recompute
             except (struct.error, AttributeError):
-                pass  # no checksums to compute
+                pass  # entries of a wrong type or size
         return bytes(atheris.Mutate(data, most))
 
     atheris.Setup([sys.argv[0], *arguments], read, custom_mutator=mutate)

@@ -1,8 +1,8 @@
 """Run core tests on an extension built with AddressSanitizer and UndefinedBehaviorSanitizer.
 
 The extension is installed in a new environment, which also imports the packages of the current
-environment. The interpreter is built without sanitizers, so LD_PRELOAD loads the sanitizers'
-library. Leaks are not detected, because an interpreter does not free all memory at exit;
+environment. The interpreter is built without sanitizers, so LD_PRELOAD loads the library of
+AddressSanitizer. Leaks are not detected, because an interpreter does not free all memory at exit;
 ``make soak`` checks that memory does not grow.
 """
 
