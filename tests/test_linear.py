@@ -273,6 +273,18 @@ def test_peak_memory_is_that_of_the_plan(dtype, cap):
         assert 0.5 * chosen.peak_bytes <= peak <= chosen.peak_bytes + small
 
 
+def test_the_gradient_of_a_large_weight_does_not_coexist_with_the_teachers_logits():
+    heads = make_heads(rows=512, classes=4000, ignored=0.0)
+    hidden = torch.randn(512, 512, requires_grad=True)
+    weight = (torch.randn(4000, 512) / 8).requires_grad_()
+    heads = heads._replace(student=Head(hidden, weight, heads.student.bias), labels=None)
+    options = {"chunk_size": 512, "chunk_by": "rows"}
+    chosen = fastkd.chunks.plan(*heads, **options)
+    assert chosen.chunks == 1
+    peak = peak_bytes(lambda: run(heads, chunks=options))
+    assert 0.5 * chosen.peak_bytes <= peak <= chosen.peak_bytes + 2**18
+
+
 def test_max_workspace_holds_without_kernels():
     heads = make_heads(rows=512, classes=2000, ignored=0.0)
     options = {"divergence": "jsd", "standardize": True}

@@ -75,6 +75,9 @@ def test_verify_refuses_what_the_loss_refuses():
     student, teacher, labels = make((ROWS, CLASSES))
     with pytest.raises(TypeError, match=r"teacher must be a tensor of logits .*; got TopK"):
         fastkd.verify(student, fastkd.TopK(*teacher.log_softmax(-1).topk(3)), labels)
+    sampled = fastkd.Sampled(torch.full((len(student),), -1.0), labels)
+    with pytest.raises(TypeError, match=r"teacher must be a tensor of logits .*; got Sampled"):
+        fastkd.verify(student, sampled, labels)
     head = fastkd.Head(student, teacher)
     with pytest.raises(TypeError, match="student must be a tensor; got Head"):
         fastkd.verify(head, teacher, labels)

@@ -16,7 +16,7 @@ from fastkd import losses, reference, validation
 from fastkd._core.arguments import Call, prepare
 from fastkd._core.objective import Options
 from fastkd._core.rows import compute_reference_terms, flatten_rows, map_rows
-from fastkd._core.values import Head, TopK
+from fastkd._core.values import Head, Routed, Sampled, TopK
 from fastkd.losses import KDLoss
 
 # Largest number of logits whose gradients are computed in float64. If a tensor has more logits, the
@@ -142,7 +142,7 @@ def verify(
         True
     """
     validation.check_count("repeats", repeats)
-    if isinstance(teacher, (Head, TopK)):
+    if isinstance(teacher, (Head, Routed, Sampled, TopK)):
         raise TypeError(
             "teacher must be a tensor of logits or a sequence of tensors; got "
             f"{type(teacher).__name__}"

@@ -43,7 +43,8 @@ def run(inputs: Inputs, call: LinearCall, counted: Tensor | None, power: Tensor 
     gradients by the denominator. If ``power`` is not None, the caller must multiply the gradients
     of weight and bias by ``power``.
     """
-    out = allocate_outputs(inputs, call)
+    # The gradient of the weight is allocated once the first chunk's teacher logits are freed.
+    out = allocate_outputs(inputs, call._replace(weight_grad=False))
     rows = inputs.hidden.shape[0] if counted is None else counted.numel()
     if counted is not None:
         out.hidden.zero_()
@@ -90,6 +91,9 @@ def run(inputs: Inputs, call: LinearCall, counted: Tensor | None, power: Tensor 
                 rows_grad.mul_(part.grad_rows.unsqueeze(1))
             if not is_direct:
                 out.hidden[index] = rows_grad.to(out.hidden.dtype)
+        if call.weight_grad and start == 0:
+            weight = inputs.weight.new_empty(inputs.weight.shape, dtype=call.accumulate)
+            out = out._replace(weight=weight)
         add_gradients(out, grad, part, call, power, slice(None), start == 0)
         del grad  # free a gradient outside the buffer before the next chunk's gradient is allocated
     if is_mean_division_deferred(call) and inputs.denominator is not None:
