@@ -72,7 +72,7 @@ kernel-test: $(VENV)/created  ## run the tests of the CPU kernels and of the emu
 # aarch64 has only baseline kernels. The tests compare with double, because aarch64 computes long double in software.
 ARM := aarch64-linux-gnu
 ARM_TOOLS := $(and $(shell command -v $(ARM)-g++),$(shell command -v qemu-aarch64))
-# FULL=1 also runs cpu_kernels, which takes about an hour under qemu.
+# FULL=1 also runs cpu_kernels, which takes about ten minutes under qemu.
 kernel-test-arm: $(VENV)/created  ## cross-compile the CPU kernels for aarch64, and fuzz them under qemu
 ifdef ARM_TOOLS
 	$(call kernels,kernels-arm,-DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64 \
