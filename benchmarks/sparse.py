@@ -82,7 +82,7 @@ def fused(sparse: SparseCase) -> Callable[[Tensor, TopK, Tensor], Tensor]:
 
 
 def plain(sparse: SparseCase) -> Callable[[Tensor, TopK, Tensor], Tensor]:
-    """Make a loss function of PyTorch operations on k classes and one for all other classes."""
+    """Make a loss of PyTorch operations, in which one class stands for all beyond the top k."""
     t, alpha, divergence = (
         sparse.dense.temperature,
         sparse.dense.alpha,

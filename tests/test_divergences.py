@@ -403,7 +403,7 @@ def test_squared_error_is_infinite_where_the_student_alone_masks(device, classes
 def test_centered_squared_error_is_infinite_where_the_student_alone_masks(
     device, classes, reduction
 ):
-    # The row's centered differences are infinite or NaN, so the row's gradient is infinite or NaN.
+    # The first row's centered differences are infinite or NaN, and so is the row's gradient.
     student = make_masked_by_the_student("centered_mse", reduction, classes, device)
     assert student.grad[0, 1].isnan()
     assert student.grad[0, 2:].isinf().all()

@@ -34,9 +34,7 @@ def losses(path: pathlib.Path) -> dict[str, str]:
 
 
 def evaluations(path: pathlib.Path) -> list[list[float]]:
-    """Return the Evaluation fields of each held-out part; the last field is the number of valid
-    rows.
-    """
+    """Return the fields of each Evaluation that the run wrote; the last field counts rows."""
     return json.loads(path.with_suffix(".evaluations").read_text())
 
 

@@ -322,7 +322,7 @@ def test_sampled_tokens_are_collated():
         [-1] * (missing + 1) + VLLM["prompts"][1][1:],
     ]
     assert (batch.log_probs == -math.inf).tolist() == (batch.tokens == -1).tolist()
-    # gather() gives equal results for the whole batch, whose tokens are padded by -100.
+    # Collating before gather() gives equal results. In the labels, -100 is padding.
     labels = torch.tensor([PROMPT, [-100] * missing + VLLM["prompts"][1]])
     lists = [served.from_vllm(each) for each in REPLIES["prompts, k = 3"]["choices"]]
     again = served.gather(served.collate(lists, padding_side="left"), labels, "k2")

@@ -23,7 +23,7 @@ FASTKD_HOST_DEVICE Odds<V> odds_of(V label, V max, V scale, V temperature) {
 template <class V>
 struct LabelOdds {
   Odds<V> student, teacher;
-  V difference;  // teacher's log odds minus the student's, up to the sums' rounding
+  V difference;  // teacher's log odds minus the student's, with LogRatio's rounding error
 };
 template <class V>
 FASTKD_HOST_DEVICE LabelOdds<V> label_odds(const Settings<V>& row, const Scales<V>& s,

@@ -1,5 +1,5 @@
-// The logarithms of teachers' probabilities (mixture.cpp), written so that compilers vectorize the
-// loop (docs/maths.md, section 12).
+// The logarithm of a teacher's probability, written so that compilers vectorize the loop in
+// mixture.cpp that calls log_of() (docs/maths.md, section 12).
 #pragma once
 #include "exponential.h"
 

@@ -28,7 +28,7 @@ __attribute__((noinline)) SlopeSums find_even_slopes(const Coefficients<float>& 
     const V q = x.student(), p = x.teacher() * p_scale;
     const V lesser = min(p, q), greater = max(p, q);
     const V log = even_log((greater - lesser) / mul_add(3.0f, greater, lesser + least<float>()));
-    // The bounds matter if p or q is 0: half the log ratio is then infinite or NaN.
+    // The bounds matter if a logit is -inf: half the log ratio is then infinite or NaN.
     const V half =
         bounded_above(bounded_below(mul_add(x.w() - x.z(), inverse_temperature, -log_ratio)));
     const V slope = q * min(log - half, log);

@@ -196,7 +196,7 @@ struct RowStats {
   A student_max, student_scale, hard_scale, teacher_max, teacher_scale;
 
   RowStats() = default;
-  // Compute the results. GeneralStats (general.cuh) reads the unnamed arguments.
+  // Compute the results. The constructor of GeneralStats (general.cuh) has the same parameters.
   __device__ __forceinline__ RowStats(const Inputs&, int64_t, const Statistics<A>& s,
                                       const Moments&)
       : student_max(s.student_max),

@@ -357,7 +357,7 @@ void Runner::run() {
   grad_output.up();
   check(cuda::backward(back, true, nullptr), "backward 3");
   out.down();
-  check_grad(out.host, 3, "backward filled, 3", c.in_place ? 2.1 : 1);  // in place rounds twice
+  check_grad(out.host, 3, "backward filled, 3", c.in_place ? 2.1 : 1);  // rounded twice in place
   if (!c.in_place) {
     for (int64_t r = 0; r < c.rows; r++) store(grad_output.host.data(), acc_dtype, r, 0.5);
     grad_output.up();

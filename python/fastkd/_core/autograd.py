@@ -242,7 +242,7 @@ class _FusedLoss(torch.autograd.Function):
 def _compute_gradient(
     ops: Ops, student: Tensor, arguments: Sequence[Any], grad_output: Tensor
 ) -> Tensor:
-    """Compute ``grad_output``, which may be a batch, times the gradient by the op ``gradient``."""
+    """Return the gradient for ``grad_output``, which may be a batch, from the op ``gradient``."""
     if not is_batch(grad_output):
         return ops.gradient(grad_output, student, *arguments)  # type: ignore[no-any-return]
     one = torch.ones(grad_output.shape, dtype=grad_output.dtype, device=grad_output.device)
