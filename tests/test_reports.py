@@ -325,7 +325,9 @@ def test_processor_time_counts_every_thread():
 @pytest.fixture
 def busy_cores():
     """Keep every core busy with a process per core."""
-    command = [sys.executable, "-c", "while True: pass"]
+    # If the tests are killed, the processes end by themselves.
+    code = "import os; parent = os.getppid()\nwhile os.getppid() == parent: pass"
+    command = [sys.executable, "-c", code]
     processes = [subprocess.Popen(command) for _ in range(os.cpu_count())]
     yield
     for process in processes:
