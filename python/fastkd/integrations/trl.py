@@ -5,7 +5,7 @@ Change one import, and nothing else::
     from fastkd.integrations.trl import DistillationTrainer  # instead of: from trl import ...
     from fastkd.integrations.trl import GKDTrainer           # ... from trl.experimental.gkd import
 
-This module needs TRL 1.16, the only supported series: ``pip install 'fastkd[trl]'``. The
+This module needs TRL 1.16, the only supported series: ``pip install 'trl~=1.16.0'``. The
 losses are computed from hidden states and heads, so logits are in memory only for a chunk of
 tokens. ``GKDTrainer`` makes two exceptions. The first step computes the logits of one sequence with
 each model, to check the head. An evaluation that needs outputs computes all logits. Arguments,
@@ -329,7 +329,7 @@ def __getattr__(name: str) -> Any:
     if not version.startswith(f"{_SUPPORTED}."):
         raise ImportError(
             f"{__name__} needs TRL {_SUPPORTED}, whose code it replaces; got TRL {version}: "
-            "pip install 'fastkd[trl]'"
+            f"pip install 'trl~={_SUPPORTED}.0'"
         )
     mixin, module = _TRAINERS[name]
     base = getattr(extras.load(module, "trl"), name)
