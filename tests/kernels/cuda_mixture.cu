@@ -31,14 +31,6 @@ double share_of(const Case& c, size_t k) {
   return 2 * static_cast<double>(k + 1) / (count * (count + 1));
 }
 
-double log_sum(const std::vector<double>& x) {
-  const double max = *std::max_element(x.begin(), x.end());
-  if (!(max > -kInfinity)) return -kInfinity;
-  double sum = 0;
-  for (const double v : x) sum += std::exp(v - max);
-  return max + std::log(sum);
-}
-
 // Return the mixture's log-probabilities of one row from each teacher's logits; NaN for an invalid
 // row.
 std::vector<double> reference_row(const Case& c, const std::vector<std::vector<double>>& logits,

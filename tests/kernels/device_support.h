@@ -5,6 +5,7 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -94,6 +95,14 @@ int outcome() {
   std::printf("%s: %d of %d cases failed\n", total_failures ? "FAIL" : "PASS", total_failures,
               total_cases);
   return total_failures > 90 ? 90 : total_failures;
+}
+
+inline double log_sum(const std::vector<double>& x) {
+  const double max = *std::max_element(x.begin(), x.end());
+  if (!(max > -kInfinity)) return -kInfinity;
+  double sum = 0;
+  for (const double v : x) sum += std::exp(v - max);
+  return max + std::log(sum);
 }
 
 bool close(double got, double want, double absolute, double relative) {

@@ -49,13 +49,6 @@ struct Reference {
   std::vector<double> grad;
 };
 
-double log_sum(const std::vector<double>& x) {
-  const double max = *std::max_element(x.begin(), x.end());
-  if (!(max > -kInfinity)) return -kInfinity;
-  double sum = 0;
-  for (const double v : x) sum += std::exp(v - max);
-  return max + std::log(sum);
-}
 double x_log_ratio(double x, double log_a, double log_b) {
   return x == 0 ? 0 : x * (log_a - log_b);
 }
