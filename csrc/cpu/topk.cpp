@@ -89,15 +89,21 @@ struct TopkRow {
   static constexpr bool kCaches = kCachesRest<T, S>;
   const TopkArgs& args;
   int64_t index;
+  // The logits of the thread's next row, which the second sweep prefetches, or of this row if it is
+  // the thread's last.
+  const char* next_row;
   uint64_t* listed;  // one bit for each class
   Row<T> row;
   RowOptions options;
   Logits student;
   Scratch<T, S>& scratch;
 
-  TopkRow(const TopkArgs& args, int64_t index, uint64_t* listed, Scratch<T, S>& scratch)
+  TopkRow(const TopkArgs& args, int64_t index, int64_t end, uint64_t* listed,
+          Scratch<T, S>& scratch)
       : args(args),
         index(index),
+        next_row(
+            static_cast<const char*>(student_of(args, index + 1 < end ? index + 1 : index).base)),
         listed(listed),
         row(make_row<T>(args, index, args.terms != nullptr)),
         options{row.temperature,
@@ -259,6 +265,7 @@ struct TopkRow {
     // The limit is higher than for the dense loss, because the stores of listed classes wait for
     // these stores.
     const bool non_temporal = stores_non_temporal(args, args.grad, 16384);
+    const int64_t size = size_of(args.student_dtype);
     for_blocks(0, args.classes, -1, [&](int64_t at, int64_t count) {
       const double relative_to = kCaches ? *block_max++ : max;
       const double shift = topk::rescaling_of(relative_to, max, row.temperature);
@@ -274,6 +281,9 @@ struct TopkRow {
         constexpr int64_t kWidth = decltype(width)::value, kMany = kRegisters<kWidth, T>;
         Register<T> z[kMany] = {}, e[kMany], gradient[kMany];
         prefetch_next<CacheLevel::kL2, kWidth>(grad.at(step));
+        for (int64_t byte = 0; byte < kWidth * size; byte += 64) {
+          prefetch<CacheLevel::kL2>(next_row, static_cast<uintptr_t>((at + step) * size + byte));
+        }
         if (!kCaches || kSource == ExpSource::kSeparate)
           load<kWidth>(block.at(step), -kInfinity<T>, z);
         if constexpr (kCaches) load<kWidth>(exponentials + step, T(0), e);
@@ -399,7 +409,7 @@ int64_t run_rows(const TopkArgs& args, int64_t begin, int64_t end, uint64_t* lis
   Scratch<T, S> scratch(args);
   int64_t bad = -1;
   for (int64_t i = begin; i < end; ++i) {
-    TopkRow<T, S> row(args, i, listed, scratch);
+    TopkRow<T, S> row(args, i, end, listed, scratch);
     if (row.row.state == State::kIgnored) {
       row.put_constant(T(0));
       continue;
