@@ -12,10 +12,12 @@ import platform
 from collections.abc import Sequence
 from typing import Any
 
+import matplotlib
 import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from benchmarks.plots import STYLE
 from benchmarks.sweep import (
     ALONE,
     ALPHAS,
@@ -185,7 +187,8 @@ def describe(results: Results) -> dict[str, str]:
 
 def draw(results: Results, file: pathlib.Path) -> None:
     """Plot the gains over temperature, share and teacher, and the accuracies over steps."""
-    figure = Figure((12, 13), layout="constrained", facecolor="white")  # readable on dark pages
+    matplotlib.rcParams.update(STYLE)
+    figure = Figure((12, 13), layout="constrained")
     grid = figure.subplots(4, len(DATA))
 
     def line(axes: Any, x: Sequence[float], values: list[Tensor], label: str) -> None:

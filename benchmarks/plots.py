@@ -42,20 +42,18 @@ NAMES = {
 }
 
 
-def _set_style() -> None:
-    plt.rcParams.update(
-        {
-            "font.size": 11,
-            "axes.spines.top": False,
-            "axes.spines.right": False,
-            "savefig.transparent": True,
-            "savefig.dpi": 160,
-            **dict.fromkeys(
-                ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"),
-                INK,
-            ),
-        }
-    )
+# Settings of matplotlib for pictures that are readable on light and on dark pages.
+STYLE = {
+    "font.size": 11,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "legend.frameon": False,
+    "savefig.transparent": True,
+    "savefig.dpi": 160,
+    **dict.fromkeys(
+        ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), INK
+    ),
+}
 
 
 def _select_overview(results: Results) -> list[Results]:
@@ -85,7 +83,7 @@ def draw_overview(results: Results, path: Path) -> None:
     cases = _select_overview(results)
     if not cases:
         return
-    _set_style()
+    plt.rcParams.update(STYLE)
     names = [name for name in COLORS if any(report.compute_ratio(case, name) for case in cases)]
     lines: list[tuple[float, Results, str]] = []
     ticks, labels, y = [], [], 0.0
@@ -122,7 +120,6 @@ def draw_overview(results: Results, path: Path) -> None:
         [LABELS.get(name, name) for name in names],
         loc="outside upper center",
         ncols=len(names) if len(names) < 5 else 3,
-        frameon=False,
         fontsize=10,
         columnspacing=1.4,
         handlelength=1.2,
@@ -168,7 +165,7 @@ def draw_scaling(results: Results, path: Path) -> None:
     series = results["scaling"]
     if not series:
         return
-    _set_style()
+    plt.rcParams.update(STYLE)
     figure, panels = plt.subplots(
         1, len(series), figsize=(4.6 * len(series), 4.2), layout="constrained"
     )
@@ -192,7 +189,7 @@ def draw_scaling(results: Results, path: Path) -> None:
         axes.grid(True, which="major", color=INK, alpha=0.3, linewidth=0.6)
         axes.set_xlabel(_describe_axis(name, points))
         axes.set_ylabel("ms for a loss and its gradient")
-        axes.legend(frameon=False, fontsize=8, loc="lower left" if name == "threads" else "best")
+        axes.legend(fontsize=8, loc="lower left" if name == "threads" else "best")
     _add_caption(figure, results)
     figure.savefig(path)
     plt.close(figure)
