@@ -26,7 +26,7 @@ import fastkd
 from fastkd import _C, reference
 
 RELATIVE = {FP32: 2e-6, FP64: 1e-13}
-# Entropies and divergences are differences of log-probabilities, so they also need an absolute
+# An entropy or a divergence may be a small difference of larger numbers, and then needs an absolute
 # bound.
 ABSOLUTE = {FP32: 1e-6, FP64: 1e-14}
 

@@ -154,7 +154,7 @@ def test_autograd_in_cpp_and_in_python_give_the_same_bits(options, dtype):
 def test_an_entry_of_minus_infinity_is_padding(device, tail, requires_grad):
     # The class of padding may be any number.
     student, indices, log_probs, labels = make_topk((6, 40), 5, device=device)
-    labels = indices[:, 1]  # includes the padding's classes
+    labels = indices[:, 1]  # one of the "listed classes" below
     shorter = (indices[:, :3], log_probs[:, :3])
     minus_infinity = torch.full((6, 2), -math.inf, dtype=log_probs.dtype, device=device)
     padded = torch.cat((shorter[1], minus_infinity), -1)
@@ -190,7 +190,7 @@ def test_an_entry_of_minus_infinity_is_padding(device, tail, requires_grad):
 
 
 def test_the_default_temperature_is_1():
-    # Servers' replies and log_softmax have temperature 1.
+    # The results of log_softmax have temperature 1.
     logits = make_topk((6, 40), 5).student
     teacher = TopK(*logits.log_softmax(-1).topk(40))
     student = torch.randn(6, 40, generator=torch.Generator().manual_seed(2))
