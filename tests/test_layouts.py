@@ -65,7 +65,7 @@ def make_labels(shape: tuple[int, ...], device: torch.device | str = "cpu") -> T
 def truth(
     student: Tensor, teacher: Tensor, labels: Tensor | None, **options: Any
 ) -> tuple[Tensor, Tensor]:
-    """Compute (terms, gradient of the summed loss) by the float64 reference, with classes last."""
+    """Compute (six terms, gradient of the summed loss) by the float64 reference, classes last."""
     rows = student.detach().double().movedim(1, -1).contiguous().requires_grad_()
     options = weights(options, labels is not None)
     terms = reference.terms(rows, teacher.double().movedim(1, -1), labels, **options)

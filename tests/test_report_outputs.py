@@ -33,7 +33,7 @@ BROWSER = shutil.which("chromium") or shutil.which("google-chrome") or shutil.wh
 
 
 def make_report(count: int, speedup: float | None = 3650.0) -> fastkd.Report:
-    """Make a report of ``count`` models, which have nearly equal figures after the second."""
+    """Make a report of ``count`` models; all after the second have nearly equal figures."""
     models = []
     for index in range(count):
         name = ["teacher", "alone", "distilled"][index] if index < 3 else f"exported as {index}"

@@ -310,7 +310,7 @@ def test_rows_near_the_teacher_are_exact_in_float32(classes, k, spread, t, tail,
 @pytest.mark.parametrize("gap", [5.0, 20.0, 60.0, 300.0])
 @pytest.mark.parametrize("dtype", [FP32, FP64], ids=name_of)
 def test_the_loss_is_exact_if_the_list_has_nearly_all_mass(gap, dtype):
-    # With a large gap, 1 minus the student's listed probabilities rounds to 0.
+    # With a large gap, 1 minus the sum of the student's listed probabilities rounds to 0.
     generator = torch.Generator().manual_seed(0)
     student = torch.randn(4, 200, generator=generator, dtype=dtype)
     student[:, :5] += gap

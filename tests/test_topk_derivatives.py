@@ -102,7 +102,7 @@ def test_gradients_are_computed_only_for_leaves():
 # ---- torch.library, torch.compile
 
 
-@pytest.mark.parametrize(  # each pair of two parameters' values occurs
+@pytest.mark.parametrize(  # any two values of different parameters occur together
     ("reduction", "requires_grad", "dtype"),
     [
         (0, True, FP32),
