@@ -318,7 +318,7 @@ def test_slices_of_padded_classes_in_dimension_1_are_supported(device):
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("labels_are", ["probabilities", "indices"])
 def test_kernels_compute_targets(labels_are, reduction, monkeypatch):
-    # Labels of probabilities, and smoothed class weights, need a second pass of the kernels. The
+    # Probabilities as labels, and smoothed class weights, need a second pass of the kernels. The
     # patch makes the reference fail.
     student, teacher, labels = make((3, ROWS, CLASSES), ignored=0.3)
     options: dict[str, Any] = {"class_weight": torch.rand(CLASSES) + 0.1, "label_smoothing": 0.1}

@@ -174,7 +174,7 @@ def test_nan_rows_are_nan_in_every_field(device):
     student[1, 7] = math.nan
     got = fastkd.terms(student, teacher, labels, reduction="none")
     for name, term in zip(got._fields, got, strict=True):
-        if name == "teacher_entropy" or name.endswith("mass"):  # independent of the student
+        if name == "teacher_entropy" or name.endswith("mass"):  # independent of the NaN
             continue
         assert not term[[0, 2, 3]].isnan().any(), name
         if name != "agreement":
