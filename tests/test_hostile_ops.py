@@ -1,6 +1,7 @@
 """Test that invalid calls of the ops and of autograd's nodes raise errors.
 
-The ops address memory by their arguments' sizes, so an invalid call could touch other memory.
+The ops compute addresses from the sizes of their arguments, so an unchecked call could read or
+write memory outside the tensors.
 """
 
 import itertools
@@ -78,7 +79,7 @@ def test_the_dense_ops_refuse_invalid_arguments(case):
     grad = torch.full((ROWS, CLASSES), 7.0)
     with pytest.raises(RuntimeError):
         OPS.loss_into(grad, *wrong, True)
-    if "reduction" not in case and "denominator" not in case:  # backward uses neither argument
+    if "reduction" not in case and "denominator" not in case:  # the divisor is in stats
         with pytest.raises(RuntimeError):
             OPS.loss_backward_(grad, grad_output, stats, *wrong, False)
     assert (grad == 7).all(), "a call that is refused writes nothing"
@@ -195,7 +196,7 @@ def test_a_student_released_after_the_forward_pass_raises():
 
 @pytest.mark.parametrize("reduction", shapes.REDUCTIONS)
 def test_grad_fn_called_directly_refuses_invalid_grad_outputs(reduction):
-    # The ops raise an error; autograd's nodes in Python cannot be called at all.
+    # Nodes of autograd in C++ call an op, which raises an error. Nodes in Python are not callable.
     student, teacher, labels = make((ROWS, CLASSES), FP32)
     leaf = student.requires_grad_()
     _, indices, log_probs = lists()

@@ -24,7 +24,7 @@ def test_inplace_gives_the_same_gradient_in_the_logits_memory(device, scale, red
     hidden.register_hook(lambda grad: seen.append(grad.data_ptr()))
     (again * scale).backward()
     assert seen == [hidden.data_ptr()]  # the gradient takes no memory of its own
-    if dtype in (BF16, FP16) and scale != 1.0:  # the gradient is scaled after rounding
+    if dtype in (BF16, FP16) and scale != 1.0:  # in place, backward scales the rounded gradient
         info = torch.finfo(dtype)
         smallest = info.smallest_normal * info.eps  # subnormal numbers lose digits
         torch.testing.assert_close(

@@ -65,7 +65,7 @@ def make_labels(shape: tuple[int, ...], device: torch.device | str = "cpu") -> T
 def truth(
     student: Tensor, teacher: Tensor, labels: Tensor | None, **options: Any
 ) -> tuple[Tensor, Tensor]:
-    """Compute (terms, gradient of the summed loss) by the float64 reference, with classes last."""
+    """Compute (six terms, gradient of the summed loss) by the float64 reference, classes last."""
     rows = student.detach().double().movedim(1, -1).contiguous().requires_grad_()
     options = weights(options, labels is not None)
     terms = reference.terms(rows, teacher.double().movedim(1, -1), labels, **options)
@@ -181,9 +181,9 @@ def test_labels_of_pixels_are_checked_and_ignored():
 def test_masked_classes_and_invalid_rows_have_their_values(device):
     shape = (1, 5, 2, 4)
     student, teacher = make(shape, device=device), make(shape, seed=1, device=device)
-    student[0, 1, 0, 0] = teacher[0, 1, 0, 0] = -torch.inf  # both mask the class: contributes 0
-    teacher[0, 1, 0, 1] = -torch.inf  # the teacher masks the class: contributes 0
-    student[0, 1, 0, 2] = -torch.inf  # the student alone masks the class: +inf
+    student[0, 1, 0, 0] = teacher[0, 1, 0, 0] = -torch.inf  # both mask the class, which adds 0
+    teacher[0, 1, 0, 1] = -torch.inf  # the teacher masks the class, which adds 0
+    student[0, 1, 0, 2] = -torch.inf  # the student alone masks the class: the loss is +inf
     # These three rows give NaN: all classes are masked, or a logit is NaN or +inf.
     student[0, :, 0, 3] = -torch.inf
     student[0, 2, 1, 0] = torch.nan

@@ -54,7 +54,7 @@ def make_leaves(options):
 
 
 def make_problem(dtype, device="cpu"):
-    """Make a problem with a class that student and teacher mask, and a NaN in an ignored row."""
+    """Make a problem with a class that student and teacher mask, and NaNs in an ignored row."""
     student, teacher, labels = make((ROWS, CLASSES), dtype, device=device, ignored=0.0)
     student[1, 3] = teacher[1, 3] = -torch.inf
     labels[1] = 5

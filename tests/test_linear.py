@@ -57,7 +57,7 @@ def compute_on_full_logits(
     scale: Any = None,
     **options,
 ) -> tuple[Tensor, list[Tensor]]:
-    """Compute loss and gradients from full logits in ``dtype``, or cast to ``loss_dtype``."""
+    """Compute loss and gradients from full logits in ``dtype``, cast to ``loss_dtype`` if given."""
 
     def logits(hidden, weight, bias, cap, scale):
         z = F.linear(hidden, weight, bias) * (1.0 if scale is None else scale)
@@ -267,7 +267,7 @@ def test_peak_memory_is_that_of_the_plan(dtype, cap):
         options["chunk_by"] = "rows"
         chosen = fastkd.chunks.plan(*heads, **options)
         peak = peak_bytes(lambda options=options: run(heads, softcap=cap, chunks=options))
-        small = 2**21  # bytes of biases and row statistics
+        small = 2**21  # bytes, an allowance for biases and row statistics
         if dtype == BF16:  # oneDNN packs one matrix of each product
             small += chosen.chunk * 16000 * dtype.itemsize
         assert 0.5 * chosen.peak_bytes <= peak <= chosen.peak_bytes + small

@@ -243,7 +243,7 @@ def test_peak_memory_is_that_of_the_plan(cap):
         options["chunk_by"] = "rows"
         chosen = fastkd.chunks.plan(*heads.with_options(cap), **options)
         peak = peak_bytes(lambda options=options: run(heads, softcap=cap, chunks=options))
-        small = 2**22  # bytes of a block of a matrix product, biases and lists
+        small = 2**22  # bytes, an allowance for a block of a matrix product, biases and lists
         assert 0.5 * chosen.peak_bytes <= peak <= chosen.peak_bytes + small
 
 

@@ -300,7 +300,7 @@ def test_long_rows_equal_the_truth(device, classes, dtype):
         ((1, 151936), FP32),  # Qwen
         ((1, 151936), FP64),
         ((1, 151936), FP16),
-        ((1, 128257), BF16),  # odd, so rows are misaligned
+        ((1, 128257), BF16),  # odd, so the last vector is incomplete
     ],
     ids=str,
 )

@@ -117,7 +117,7 @@ print((resident() - before) / used)
     ],
     ids=["65 KB", "1 MB", "2.1 MB", "3 MB"],
 )
-@pytest.mark.parametrize(  # all pairs of values
+@pytest.mark.parametrize(  # each language with each loss
     ("language", "loss"),
     [
         ("cpp", "dense"),

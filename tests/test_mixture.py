@@ -1,4 +1,4 @@
-"""Test the kernel that mixes several teachers, or probabilities, into logits."""
+"""Test the kernel that converts several teachers, or probabilities, to one teacher's logits."""
 
 import math
 from typing import Any
@@ -57,9 +57,7 @@ def mix(teachers: list[Tensor], dtype: torch.dtype = FP32, **options: Any) -> Te
 
 
 def check(teachers: list[Tensor], dtype: torch.dtype = FP32, **options: Any) -> None:
-    """Assert that the mixture's probabilities, log-probabilities and masks equal NumPy's in
-    float64.
-    """
+    """Assert that the mixture has the oracle's probabilities, and masks the right classes."""
     classes = teachers[0].shape[-1]
     got = mix(teachers, dtype, **options).log_softmax(-1).reshape(-1, classes)
     form, teacher_t = options.get("teacher_form", "logits"), options.get("teacher_temperature")
@@ -119,7 +117,7 @@ def test_rows_of_any_stride_are_mixed(device):
 
 @pytest.mark.usefixtures("isa")
 def test_masked_classes_are_mixed(device):
-    # If one teacher masks a class, the mixture has the share of the other teacher alone.
+    # If one teacher masks a class, only the other teacher adds to the probability of the class.
     first, second = teachers_of("logits", (3, 2100), FP32, 2, device)
     first[0, :1500] = -INF
     second[0, 1200:] = -INF
@@ -320,7 +318,7 @@ def test_second_passes_and_second_derivatives_are_right():
 
 @pytest.mark.parametrize("ensemble", ["probs", "logits"])
 def test_row_statistics_mix_teachers(ensemble):
-    # The linear loss calls compute_statistics() and write_gradient_().
+    # fastkd/linear/class_loop.py calls compute_statistics() and write_gradient_().
     student = torch.randn(3, 40, generator=torch.Generator().manual_seed(1))
     teachers = teachers_of("logits", (3, 40), FP32, 2)
     options = {"reduction": "none", "ensemble": ensemble}

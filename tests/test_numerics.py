@@ -279,7 +279,8 @@ def test_gradient_errors_are_at_most_eagers(device, options, dtype):
     ids=str,
 )
 def test_gradient_error_of_few_classes_is_below_eagers(shape, temperature, alpha):
-    # The test compares root mean squares, since the rounding of 1 / rows may decide one problem.
+    # The test compares root mean squares, since the rounding of 1 / rows may decide a single
+    # comparison.
     ours, theirs = [], []
     for seed in range(12):
         problem = make(shape, FP32, seed=seed)
@@ -461,7 +462,7 @@ def test_nan_and_inf_stay_in_their_row(device, side, bad, classes, dtype):
             assert total.isnan()
             assert again.grad[2].isnan().all() and again.grad[others].isfinite().all()
     if side == "teacher":
-        # A soft weight of 0 does not hide the teacher's NaN.
+        # A soft weight of 0 does not hide the teacher's NaN or +inf.
         assert fastkd.loss(student, inputs["teacher"], labels, alpha=1.0).isnan()
 
 

@@ -16,7 +16,8 @@ from fastkd import reference
 NAMES = fastkd.divergences()
 OF_LOGITS = [name for name, kind in reference.DIVERGENCES.items() if kind.compares == "logits"]
 ROWS, CLASSES = 5, 6
-# Tolerances of terms, relative to temperature**2 times the square of the largest logit.
+# Relative tolerances of terms. An absolute tolerance is this number times temperature**2 and the
+# square of the largest logit, which counts as at least 1.
 BOUND = {FP32: 4e-6, FP64: 1e-13}
 GRAD_BOUND = {FP32: 4e-6, FP64: 1e-9, BF16: 2**-8, FP16: 2**-10}
 
@@ -66,7 +67,7 @@ def refusal(name: str, form: str, kind: str) -> str | None:
 
 
 def check(student: Tensor, teacher: Any, labels: Tensor | None, **options: Any) -> None:
-    """Assert that the first six fields and the gradient of fastkd.terms equal NumPy's."""
+    """Assert that the first six fields and the gradient of fastkd.terms equal the oracle's."""
     weighed = {"hard_weight": 0.3, "soft_weight": 0.9} if labels is not None else {}
     resolved = {**weighed, **options}
     exact_options = {"hard_weight": 0.0, "soft_weight": 1.0, **resolved}
@@ -317,7 +318,8 @@ def test_slices_of_padded_classes_in_dimension_1_are_supported(device):
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("labels_are", ["probabilities", "indices"])
 def test_kernels_compute_targets(labels_are, reduction, monkeypatch):
-    # Targets are labels of probabilities, and class weights with smoothing.
+    # Probabilities as labels, and smoothed class weights, need a second pass of the kernels. The
+    # patch makes the reference fail.
     student, teacher, labels = make((3, ROWS, CLASSES), ignored=0.3)
     options: dict[str, Any] = {"class_weight": torch.rand(CLASSES) + 0.1, "label_smoothing": 0.1}
     options |= {"reduction": reduction, "hard_weight": torch.rand(3, ROWS), "soft_weight": 0.3}

@@ -119,7 +119,7 @@ NEUTRAL = {
     ids=str,
 )
 def test_row_tensors_that_change_nothing_cost_no_accuracy(device, row_tensors, classes, offset):
-    # The baseline call has numbers in place of row tensors.
+    # The baseline call has no tensor among its options.
     teacher, noise, labels = make((ROWS, classes), device=device, ignored=0.0)
     teacher += offset
     student = teacher + 1e-3 * noise

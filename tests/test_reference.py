@@ -140,7 +140,7 @@ def test_entropies_and_agreement_are_their_formulas():
         # The teacher masks a class: the class contributes 0, though the student gives it a
         # probability.
         ([0.0, 0.0], [0.0, -INF], math.log(2)),
-        # Both mask a class: the loss is as if the class did not exist.
+        # Student and teacher mask a class: the loss is as if the class did not exist.
         ([0.0, 1.0, -INF], [1.0, 0.0, -INF], None),
         # The student alone masks a class: the loss is infinite, also if the teacher's probability
         # underflows.

@@ -33,7 +33,7 @@ BROWSER = shutil.which("chromium") or shutil.which("google-chrome") or shutil.wh
 
 
 def make_report(count: int, speedup: float | None = 3650.0) -> fastkd.Report:
-    """Make a report of ``count`` models; all after the second differ little, like exports."""
+    """Make a report of ``count`` models; all after the second have nearly equal figures."""
     models = []
     for index in range(count):
         name = ["teacher", "alone", "distilled"][index] if index < 3 else f"exported as {index}"
@@ -229,7 +229,7 @@ def test_titles_and_names_are_printed_as_text(models, capsys, title):
     named = {title: students["alone"]}
     result = fastkd.report(teacher, named, LOADER[:1], seconds=0, title=title)
     shown = capsys.readouterr().out
-    assert shown.count(title) == str(result).count(title) == 3  # title, column and headline
+    assert shown.count(title) == str(result).count(title) == 3  # title, column and sentence
 
 
 def test_a_title_must_be_text():

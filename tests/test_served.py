@@ -43,7 +43,7 @@ def choice(name: str, index: int = 0) -> dict[str, Any]:
 
 
 def assert_scores(topk: TopK, reference: list[list[float]], k: int, first: int = 0) -> None:
-    """Assert that row i has the k most probable classes of ``reference[first + i - 1]``.
+    """Assert that row i has log-probabilities of ``reference[first + i - 1]``, the k largest first.
 
     ``reference[i - 1]`` is the distribution of token i. With ``first=0``, row 0 is padding.
     """

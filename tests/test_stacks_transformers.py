@@ -321,7 +321,7 @@ def test_torch_modules_are_trained(form, tmp_path):
     ours.train()
     theirs.train()
     assert losses(ours) == pytest.approx(losses(theirs), rel=1e-5)
-    # For a mapping, predict() returns all entries, and otherwise the logits alone.
+    # If the model returns a mapping, predict() returns all entries, and else the logits alone.
     result = ours.predict(sentences()[:8])
     assert result.metrics["test_loss"] > 0
     predictions = result.predictions

@@ -11,7 +11,7 @@ import pytest
 import torch
 import transformers
 
-os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")  # TRL warns when it is imported
+os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")  # importing trl.experimental warns
 for package in ("trl", "datasets", "tokenizers", "accelerate", "jinja2"):
     pytest.importorskip(package)
 

@@ -88,7 +88,7 @@ def test_the_kl_of_caching_is_measured(tmp_path, dtype, top_k):
 
 @pytest.mark.parametrize("top_k", [None, 8])
 def test_the_kl_of_caching_is_finite_and_not_negative(tmp_path, top_k):
-    # ``sure`` has a subnormal tail; for ``level``, only rounding errors remain.
+    # ``sure`` has a subnormal tail; the KL of ``level`` consists of rounding errors.
     torch.manual_seed(0)
     sure, level = torch.randn(1, 1000), torch.zeros(1, 14)
     sure[0, 3], level[0, 4:] = 105.0, -15.669451713562012
@@ -154,7 +154,7 @@ TEXT = [torch.arange(n) % 30 for n in (3, 9, 0, 5, 9, 1)]
 
 
 def collate_padded(samples: list, length: int | None = None) -> batches.Labelled:
-    """Collate samples of (tokens, tokens, id), padded at the end."""
+    """Collate samples (tokens, labels, id), padded at the end; the tokens replace the labels."""
     length = length or max(1, max(len(item[0]) for item in samples))
     inputs = torch.zeros(len(samples), length, dtype=torch.int64)
     labels = torch.full((len(samples), length), -100)

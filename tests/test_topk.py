@@ -154,7 +154,7 @@ def test_autograd_in_cpp_and_in_python_give_the_same_bits(options, dtype):
 def test_an_entry_of_minus_infinity_is_padding(device, tail, requires_grad):
     # The class of padding may be any number.
     student, indices, log_probs, labels = make_topk((6, 40), 5, device=device)
-    labels = indices[:, 1]  # includes the padding's classes
+    labels = indices[:, 1]  # one of the "listed classes" below
     shorter = (indices[:, :3], log_probs[:, :3])
     minus_infinity = torch.full((6, 2), -math.inf, dtype=log_probs.dtype, device=device)
     padded = torch.cat((shorter[1], minus_infinity), -1)
@@ -190,7 +190,7 @@ def test_an_entry_of_minus_infinity_is_padding(device, tail, requires_grad):
 
 
 def test_the_default_temperature_is_1():
-    # Servers' replies and log_softmax have temperature 1.
+    # The results of log_softmax have temperature 1.
     logits = make_topk((6, 40), 5).student
     teacher = TopK(*logits.log_softmax(-1).topk(40))
     student = torch.randn(6, 40, generator=torch.Generator().manual_seed(2))
@@ -310,7 +310,7 @@ def test_rows_near_the_teacher_are_exact_in_float32(classes, k, spread, t, tail,
 @pytest.mark.parametrize("gap", [5.0, 20.0, 60.0, 300.0])
 @pytest.mark.parametrize("dtype", [FP32, FP64], ids=name_of)
 def test_the_loss_is_exact_if_the_list_has_nearly_all_mass(gap, dtype):
-    # With a large gap, 1 minus the student's listed probabilities rounds to 0.
+    # With a large gap, 1 minus the sum of the student's listed probabilities rounds to 0.
     generator = torch.Generator().manual_seed(0)
     student = torch.randn(4, 200, generator=generator, dtype=dtype)
     student[:, :5] += gap

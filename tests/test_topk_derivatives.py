@@ -102,7 +102,7 @@ def test_gradients_are_computed_only_for_leaves():
 # ---- torch.library, torch.compile
 
 
-@pytest.mark.parametrize(  # all pairs of values
+@pytest.mark.parametrize(  # any two values of different parameters occur together
     ("reduction", "requires_grad", "dtype"),
     [
         (0, True, FP32),
@@ -170,7 +170,8 @@ def test_the_formula_raises_no_warning(formula):
 
 
 def test_a_student_learns_from_four_classes_per_row():
-    # Each row is a character of pydoc_data.topics; the teacher lists four probable next characters.
+    # Each row is a character of pydoc_data.topics; the teacher lists the four most probable next
+    # characters.
     text = "".join(pydoc_data.topics.topics.values()).lower()[:200_000]
     characters = [character for character, _ in collections.Counter(text).most_common(40)]
     place = {character: i for i, character in enumerate(characters)}

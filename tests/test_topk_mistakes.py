@@ -124,7 +124,7 @@ DATA = [name for name, (_, _, message) in MISTAKES.items() if re.search(r"row \d
     "implementation", ["formula", pytest.param("cuda", marks=pytest.mark.cuda)]
 )
 def test_an_unchecked_mistake_makes_its_row_nan(mistake, implementation, request):
-    # Neither the formula nor the CUDA kernels can check data.
+    # Neither the formula nor the CUDA kernels check data.
     changed, _, message = MISTAKES[mistake]
     arguments = {**valid_arguments(), **changed}
     if implementation == "formula":

@@ -197,7 +197,7 @@ def scheduled_trainer(folder: pathlib.Path, **options) -> fastkd.Trainer:
 
 
 def test_no_code_in_a_checkpoint_is_executed(tmp_path):
-    # A malicious object replaces each pickled file in turn, also Accelerate's files.
+    # A malicious object is written in turn to each file that fastkd or Accelerate may unpickle.
     folder, proof = tmp_path / "run", tmp_path / "proof"
     scheduled_trainer(folder).fit(DataLoader(digits(), 32))
     checkpoint = folder / "step-00000002"

@@ -170,7 +170,7 @@ def test_unsupported_pairs_are_refused(function, student, teacher, error, messag
 
 
 def test_classes_that_differ_name_the_slices():
-    # The message suggests calls that work without a copy.
+    # The message suggests slices, which the loss reads without a copy.
     student, teacher = draw(3, 8), draw(3, 5, seed=1)
     with pytest.raises(ValueError, match="first classes are the same") as caught:
         fastkd.loss(student, teacher)
