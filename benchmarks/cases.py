@@ -77,7 +77,7 @@ class Case:
 
     @property
     def least_bytes(self) -> int:
-        """Return the least bytes to read and write: both logits and, if computed, the gradient."""
+        """Return the least bytes to read and write: two tensors of logits, maybe a gradient."""
         return (3 if self.gradient else 2) * self.tensor_bytes
 
     @property

@@ -63,7 +63,10 @@ def _run(*command: str) -> str:
 
 
 def get_commit() -> str:
-    """Return the Git commit, marked if files changed; FASTKD_COMMIT outside a repository."""
+    """Return the Git commit, or FASTKD_COMMIT outside a repository.
+
+    The text mentions changed files, except README.md and files in benchmarks/.
+    """
     if not (head := _run("git", "rev-parse", "--short", "HEAD")):
         return os.environ.get("FASTKD_COMMIT", "unknown")
     changed = _run("git", "status", "--porcelain", "--", "..", ":!../benchmarks", ":!../README.md")

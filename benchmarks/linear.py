@@ -300,7 +300,7 @@ def describe_plans() -> str:
 
 
 def rewrite_page() -> str:
-    """Write the tables of all saved runs, and the plans, between the markers of docs/linear.md."""
+    """Write the tables of all saved runs, and the plans, in docs/linear.md; return a summary."""
     saved = sorted(report.RESULTS.glob("*/linear.json"))
     runs = [format_markdown(json.loads(path.read_text())) for path in saved]
     body = "\n".join([*runs, describe_plans()])

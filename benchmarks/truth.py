@@ -101,7 +101,7 @@ class Truth:
         return Errors(loss_error, *self._compute_distance(self._gradients[kind], gradient))
 
     def compute_rounding(self) -> float | None:
-        """Return the relative error of rounding the true gradient to the case's dtype."""
+        """Return the true gradient's relative rounding error in the case's dtype, or None."""
         if not self.case.gradient or "kd" not in self._gradients:
             return None
         rounded = self._gradients["kd"].to(DTYPES[self.case.dtype])

@@ -158,7 +158,7 @@ class Answer(NamedTuple):
     loss: Tensor
     grad: Tensor
     noise: float
-    """Bound the float64 loss's rounding error: the KL divergence has terms of opposite sign."""
+    """Bound of the float64 loss's rounding error; the terms of a KL divergence partly cancel."""
 
 
 def truth(

@@ -290,7 +290,6 @@ def test_temperatures_that_float32_cannot_square_or_invert_are_refused(value, dt
 
 @pytest.mark.parametrize("value", [1e-18, 1e18])
 def test_the_least_and_the_greatest_temperature_are_finite(value):
-    # The float32 loss and gradient are finite at the least and at the greatest temperature.
     for option in (value, torch.full((3,), value), torch.tensor(value, dtype=torch.float64)):
         student, teacher, labels = valid_arguments().values()
         leaf = student.requires_grad_()

@@ -373,7 +373,7 @@ def test_verl_estimators_are_those_of_sampled(name):
 
 
 def test_verl_policy_gradient_of_k3():
-    # With k3 as the advantage, verl's policy gradient also maximizes the forward KL.
+    # With k3 as the advantage, verl's loss has the gradient of the reverse KL minus the forward KL.
     student, teacher, _ = draw((1, 5))
     student, teacher = student / 6, teacher / 6  # keeps k3 below 10, where verl clamps it
     log_p = teacher[0].log_softmax(-1)

@@ -1,4 +1,4 @@
-"""Test that bits depend on neither run nor thread count.
+"""Test that the bits of losses and gradients depend on neither run nor thread count.
 
 Instruction sets may differ by rounding.
 """
@@ -160,7 +160,7 @@ def test_a_gradient_recomputed_in_backward_has_the_bits_of_forward(
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 @pytest.mark.parametrize("divergence", [*SWEEPS, "topk"])
 def test_a_gradient_too_large_for_the_caches_has_the_same_bits(divergence, dtype, classes):
-    # Stores are non-temporal above 12 MiB; rows of an odd number of classes are misaligned.
+    # Stores are non-temporal from 12 MiB on; rows of an odd number of classes are misaligned.
     few_rows = 4
     times = -(-13 * 2**20 // (few_rows * classes * dtype.itemsize))
     problem = make((few_rows, classes), dtype)

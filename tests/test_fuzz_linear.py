@@ -226,8 +226,8 @@ def sensitivity(case: Case, tensors: dict[str, Tensor | None], want: Exact) -> f
     """Bound errors of row losses and gradients, in units of eps, from rounding the logits.
 
     A logit's error is eps times the sum of the magnitudes of its products. If logits / temperature
-    are at most L, log-ratios of teacher and student are at most R = 1 + 2 L. R bounds the first
-    derivatives of every divergence, and R^2 bounds the second derivatives.
+    are at most L, log-ratios of teacher and student are of the order of R = 1 + 2 L. A divergence's
+    first derivatives are of the order of R, and its second derivatives of the order of R^2.
     """
     sums = 1.0
     for side, width in zip(("student", "teacher"), case.widths, strict=True):
