@@ -65,7 +65,7 @@ def _run(*command: str) -> str:
 def get_commit() -> str:
     """Return the Git commit, or FASTKD_COMMIT outside a repository.
 
-    The text mentions changed files, except README.md and files in benchmarks/.
+    The text ends in "with changes" if files other than README.md and benchmarks/ have changed.
     """
     if not (head := _run("git", "rev-parse", "--short", "HEAD")):
         return os.environ.get("FASTKD_COMMIT", "unknown")
