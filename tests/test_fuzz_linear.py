@@ -269,7 +269,7 @@ def check(case: Case, device: torch.device) -> None:
         assert tensor is None or has_equal_bits(tensor, before[name]), f"{name} was written"
     want, counted = exact(case, tensors, options)
     assert value.shape == want.loss.shape
-    # The bound comes from the rows that have no special values and are not ignored.
+    # Hidden states of ignored rows and of rows with special values must not widen the bound.
     hiddens = [x for k, x in before.items() if k.endswith("_hidden")]
     usual = torch.stack([(x.abs() < 1e5).all(-1) for x in hiddens]).all(0) | ~counted
     tame = {k: v.clone() if k.endswith("_hidden") else v for k, v in before.items()}
