@@ -74,7 +74,7 @@ def get_commit() -> str:
 
 
 def get_versions() -> dict[str, str]:
-    """Return the installed versions of the measured packages."""
+    """Return the version of each package of ``PACKAGES``, or "not installed"."""
     packages = {}
     for package in PACKAGES:
         try:
