@@ -23,7 +23,7 @@ SHAPES = [
     (2, 2 * S),
     (7, S + 1),
 ]
-# Together, these divergences use every loop over a row that the kernels have.
+# The kernels compute these divergences by different loops over a row.
 SWEEPS = ["forward_kl", "reverse_kl", "jsd", "dkd", "cosine"]
 
 
