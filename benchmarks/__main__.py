@@ -135,7 +135,7 @@ def _measure(
     sections: dict[str, list[Any]],
     standard: bool,
 ) -> dict[str, Any]:
-    """Run all cases and print their results."""
+    """Measure all cases, print a report, and return the results."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 

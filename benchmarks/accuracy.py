@@ -117,7 +117,7 @@ def compute_rows(compute: Callable[[Tensor], Tensor], student: Tensor) -> Rows:
 
 
 def compute_errors(rows: Rows, truth: Rows) -> Errors:
-    """Return the relative errors of the rows; NaN counts as an infinite error."""
+    """Return the median and largest relative errors over the rows; NaN counts as infinite."""
     numbers: list[float] = []
     for got, exact in zip(rows, truth, strict=True):
         got, exact = got.reshape(len(got), -1), exact.reshape(len(exact), -1)
@@ -129,7 +129,7 @@ def compute_errors(rows: Rows, truth: Rows) -> Errors:
 def compare(
     regime: Regime, dtype: torch.dtype, device: str, divergence: str
 ) -> tuple[Errors, Errors, float]:
-    """Return the errors of fastkd and eager PyTorch, and the median error of rounding."""
+    """Return the errors of fastkd and eager PyTorch, and the median error of a rounded gradient."""
     student, teacher = draw(regime, dtype, device)
     exact_teacher = teacher.double()
     needs = reference.DIVERGENCES[divergence].needs_labels

@@ -69,7 +69,7 @@ BASELINES: list[Baseline] = []
 def baseline(
     name: str, what: str, **options: Any
 ) -> Callable[[Callable[[Case], LossFunction]], Callable[[Case], LossFunction]]:
-    """Return a decorator that adds a baseline with the function to ``BASELINES``."""
+    """Return a decorator that adds a function to ``BASELINES`` as a baseline."""
 
     def add(make: Callable[[Case], LossFunction]) -> Callable[[Case], LossFunction]:
         BASELINES.append(Baseline(name, make, what, **options))

@@ -77,7 +77,7 @@ class Case:
 
     @property
     def least_bytes(self) -> int:
-        """Return the least bytes to read and write: both logits and, if computed, the gradient."""
+        """Return the bytes of the tensors to read and write: logits and, if computed, gradient."""
         return (3 if self.gradient else 2) * self.tensor_bytes
 
     @property

@@ -243,7 +243,7 @@ def write(parts: dict[str, str], page: pathlib.Path) -> None:
 
 
 def main() -> None:
-    """Run the cells that the results file lacks, and write the page."""
+    """Run the cells that the results file lacks, and write the page and its figure."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--page", type=pathlib.Path, default=ROOT / "docs" / "choosing.md")
     parser.add_argument("--results", type=pathlib.Path, default=ROOT / "build" / "choosing.jsonl")

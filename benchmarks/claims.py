@@ -130,7 +130,7 @@ def _get_sparse(results: Results) -> Values:
 
 
 def _get_ratio(name: str, baseline: str = "", **wanted: Any) -> Callable[[Results], Values]:
-    """Return a function that reads time ratios: to the forward KL, or of a baseline to fastkd."""
+    """Return a function that reads time ratios: divergence / forward KL, or baseline / fastkd."""
 
     def values(results: Results) -> Values:
         by_case = {}

@@ -71,7 +71,7 @@ def fused(dense: Case, name: str) -> LossFunction:
     return lambda s, t, y: fastkd.loss(s, t, y, divergence=name, **options)
 
 
-# ---- formulas of papers and libraries: logits / T of student (z) and teacher (w) to row losses
+# ---- formulas of papers and libraries: row losses of logits / T of student (z) and teacher (w)
 
 Plain = Callable[[Tensor, Tensor, Tensor], Tensor]
 

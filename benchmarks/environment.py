@@ -63,7 +63,10 @@ def _run(*command: str) -> str:
 
 
 def get_commit() -> str:
-    """Return the Git commit, marked if files changed; FASTKD_COMMIT outside a repository."""
+    """Return the Git commit, or FASTKD_COMMIT outside a repository.
+
+    The text ends in "with changes" if files other than README.md and benchmarks/ have changed.
+    """
     if not (head := _run("git", "rev-parse", "--short", "HEAD")):
         return os.environ.get("FASTKD_COMMIT", "unknown")
     changed = _run("git", "status", "--porcelain", "--", "..", ":!../benchmarks", ":!../README.md")
@@ -71,7 +74,7 @@ def get_commit() -> str:
 
 
 def get_versions() -> dict[str, str]:
-    """Return the installed versions of the measured packages."""
+    """Return the version of each package of ``PACKAGES``, or "not installed"."""
     packages = {}
     for package in PACKAGES:
         try:

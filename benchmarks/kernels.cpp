@@ -1,6 +1,7 @@
 // Time the CPU kernels alone, on one thread, without torch: `make kernel-bench`. A figure is the
-// nanoseconds for each class in the fastest of many calls on the same rows. The rows are in the
-// caches, except perhaps those of the last shape: logits and gradient take 25 MB in fp32.
+// nanoseconds for each class of each row, in the fastest of many calls on the same rows. The rows
+// are in the caches, except perhaps those of the last shape, whose logits and gradient take 25 MB
+// in fp32.
 //
 //   cpu_speed [ISA]     avx512, avx2, ...; default: the best that this processor runs
 //

@@ -216,7 +216,7 @@ def list_verdicts(results: dict[str, Any]) -> list[str]:
 
 
 def list_error_verdicts(records: dict[str, Any]) -> list[str]:
-    """Compare gradient errors with those of "eager", and with 1.1 times those of "eager fp32"."""
+    """Compare fastkd's gradient errors with those of eager, and 1.1 times those of eager fp32."""
     bounds = {"eager": 1.0, "eager fp32": 1.1}
     if any("weight_error" not in records.get(name, {}) for name in bounds):
         return []
@@ -300,7 +300,7 @@ def describe_plans() -> str:
 
 
 def rewrite_page() -> str:
-    """Write the tables of all saved runs, and the plans, between the markers of docs/linear.md."""
+    """Write the tables of all saved runs, and the plans, in docs/linear.md; return a summary."""
     saved = sorted(report.RESULTS.glob("*/linear.json"))
     runs = [format_markdown(json.loads(path.read_text())) for path in saved]
     body = "\n".join([*runs, describe_plans()])

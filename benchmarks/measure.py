@@ -39,7 +39,7 @@ class Inputs:
 
 
 def get_cache_bytes(device: str) -> int:
-    """Return the bytes of the last-level cache, or 32 MiB if a CPU's size is unknown."""
+    """Return the bytes of the last-level cache, or 32 MiB if a CPU's cache size is unknown."""
     if device == "cuda":
         return torch.cuda.get_device_properties(0).L2_cache_size
     size = 0
@@ -208,7 +208,7 @@ def time_in_turns(
         estimates[name] = min(clock.time_wall(call, 1) for _ in range(2))
         if clock.kind == "device":
             host[name] = _measure_host_seconds(call)
-    # Clocks are too coarse for one short call, so a sample is the mean of several short calls.
+    # The wall clock is too coarse for one short call, so its sample is the mean of several calls.
     shortest = 2e-3 if device == "cuda" else 3e-4
     counts = {
         name: 1 if clock.kind == "device" else max(1, min(1000, round(shortest / estimate)))

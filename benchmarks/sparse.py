@@ -67,7 +67,7 @@ class SparseCase:
 
 
 def list_cases(device: str) -> list[SparseCase]:
-    """Return every divergence with Llama 3's vocabulary, in fp32 and bf16."""
+    """Return a case for each divergence with Llama 3's vocabulary, in fp32 and bf16."""
     return [
         SparseCase(make_case("llama-3", device, dtype, temperature=2.0), divergence)
         for dtype in ("fp32", "bf16")

@@ -137,7 +137,7 @@ def make_generator(seed: int) -> torch.Generator:
 
 
 class Networks(nn.Module):
-    """Hold ``count`` networks of one hidden layer for each seed, with equal initial weights."""
+    """Hold, for each seed, ``count`` networks of one hidden layer with equal initial weights."""
 
     def __init__(self, seeds: int, count: int, features: int, width: int, classes: int) -> None:
         """Draw the initial weights of each seed."""
@@ -168,7 +168,7 @@ class Networks(nn.Module):
 
 
 def compute_loss(logits: Tensor, group: list[Setting], teacher: Tensor, labels: Tensor) -> Tensor:
-    """Return the sum, over settings with one divergence, of the mean loss of all seeds."""
+    """Return the mean loss over seeds and rows, summed over settings with one divergence."""
     temperatures = torch.tensor([setting.temperature for setting in group])
     alphas = torch.tensor([setting.alpha for setting in group])
     rows = logits.shape[:-1]

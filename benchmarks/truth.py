@@ -101,7 +101,10 @@ class Truth:
         return Errors(loss_error, *self._compute_distance(self._gradients[kind], gradient))
 
     def compute_rounding(self) -> float | None:
-        """Return the relative error of rounding the true gradient to the case's dtype."""
+        """Return the relative error of rounding the true gradient to the case's dtype.
+
+        Return None if the case has no gradient, or if the gradient of "kd" was not computed.
+        """
         if not self.case.gradient or "kd" not in self._gradients:
             return None
         rounded = self._gradients["kd"].to(DTYPES[self.case.dtype])

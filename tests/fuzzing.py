@@ -41,8 +41,9 @@ NARROW = {"int32": torch.int32, "int16": torch.int16, "uint8": torch.uint8}
 
 
 def narrow_labels(labels: Tensor, dtype: str, classes: int, ignore_index: int = -100) -> Tensor:
-    """Convert labels to the dtype of a name; each result is a class or the wrapped
-    ``ignore_index``.
+    """Convert labels to the dtype that ``NARROW`` names, or return them for any other name.
+
+    Labels that the dtype cannot represent are replaced by labels that it can represent.
     """
     if dtype not in NARROW:
         return labels

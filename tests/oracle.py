@@ -13,7 +13,7 @@ Array = np.ndarray
 
 
 class Fields(NamedTuple):
-    """Hold the fields of fastkd.Terms, without the masses of a sparse teacher."""
+    """Hold the fields of fastkd.Terms, except student_mass and teacher_mass."""
 
     loss: Array
     hard: Array

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 
 def find_package_folder(package: str) -> pathlib.Path:
-    """Return an installed package's folder without importing it; skip the test if it is missing."""
+    """Return a package's folder without an import; skip the test if the package is missing."""
     spec = importlib.util.find_spec(package)
     if spec is None or not spec.submodule_search_locations:
         pytest.skip(f"{package} is not installed (make test installs it)")

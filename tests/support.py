@@ -158,7 +158,7 @@ class Answer(NamedTuple):
     loss: Tensor
     grad: Tensor
     noise: float
-    """Bound the float64 loss's rounding error: the KL divergence has terms of opposite sign."""
+    """Bound of the float64 loss's rounding error; the terms of a KL divergence partly cancel."""
 
 
 def truth(
@@ -338,7 +338,7 @@ def assert_same(value: Tensor | None, expected: Tensor | None) -> None:
 
 
 def peak_bytes(function: Callable[[], Any]) -> int:
-    """Return the largest number of bytes that the CPU allocator holds during a call."""
+    """Return the largest number of bytes that a call holds on the CPU at a time."""
     with torch.autograd.profiler.profile(profile_memory=True) as profile:
         function()
     events = [e for e in profile.kineto_results.events() if e.name() == "[memory]"]

@@ -212,7 +212,7 @@ def test_logits_changed_before_backward_raise(device, reduction):
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):
             value.backward()
     else:
-        # The forward pass has computed the gradient, so backward may return the gradient instead.
+        # The forward pass has computed the gradient, so backward may return it without an error.
         try:
             value.backward()
         except RuntimeError as error:

@@ -75,7 +75,7 @@ MISTAKES: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "one temperature 0": ({"temperature": torch.tensor([1.0, 0.0, 2.0])}, ValueError, "temperature must be positive and finite; row 1 has 0.0"),
     "one temperature NaN": ({"temperature": torch.tensor([1.0, 1.0, NAN])}, ValueError, "temperature must be positive and finite; row 2 has nan"),
     "the temperature's tensor negative": ({"temperature": torch.tensor(-3.0)}, ValueError, "temperature must be positive and finite; row 0 has -3.0"),
-    # weights
+    # weights, label smoothing
     "alpha negative": ({"alpha": -0.1}, ValueError, "alpha must be in [0, 1]; got -0.1"),
     "alpha above 1": ({"alpha": 1.5}, ValueError, "alpha must be in [0, 1]; got 1.5"),
     "alpha NaN": ({"alpha": NAN}, ValueError, "alpha must be in [0, 1]; got nan"),
@@ -113,7 +113,7 @@ MISTAKES: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "normalizer's tensor 0": ({"normalizer": torch.tensor(0)}, ValueError, "normalizer must be positive and finite; got 0"),
     "normalizer's tensor infinite": ({"normalizer": torch.tensor(INF)}, ValueError, "normalizer must be positive and finite; got inf"),
     "normalizer's tensor NaN": ({"normalizer": torch.tensor(NAN)}, ValueError, "normalizer must be positive and finite; got nan"),
-    # divergences
+    # divergences, standardize
     "mix without use": ({"mix": 0.5}, ValueError, "mix belongs to the divergences 'symmetric_kl', 'jsd', 'skewed_forward_kl', 'skewed_reverse_kl', 'dkd'; got mix=0.5 with divergence='forward_kl'. Omit mix."),
     "jsd's mix 0": ({"divergence": "jsd", "mix": 0}, ValueError, "mix must be in (0, 1); got 0.0"),
     "jsd's mix 1": ({"divergence": "jsd", "mix": 1.0}, ValueError, "mix must be in (0, 1); got 1.0"),
@@ -126,7 +126,7 @@ MISTAKES: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "dkd of one class": ({"divergence": "dkd", "student": Z(3, 1), "teacher": Z(3, 1)}, ValueError, "divergence='dkd' needs at least two classes; got 1"),
     "standardize one class": ({"standardize": True, "student": Z(3, 1), "teacher": Z(3, 1)}, ValueError, "standardize=True needs at least two classes; got 1"),
     "standardize a number": ({"standardize": 1}, TypeError, "standardize must be True or False; got 1"),
-    # labels that are probabilities, class weights
+    # labels that are probabilities, class weights, tensors that require grad
     "probabilities of fewer classes": ({"labels": torch.eye(3, 4)}, TypeError, "labels must be class indices of an integer dtype; got torch.float32, which would be probabilities if the shape were (3, 5), not (3, 4)"),
     "probabilities that require grad": ({"labels": torch.eye(3, 5).requires_grad_()}, ValueError, "labels get no gradient; got probabilities that require grad"),
     "class_weight a list": ({"class_weight": [1.0] * 5}, TypeError, "class_weight must be a tensor or None; got list"),
@@ -171,7 +171,7 @@ MISTAKES: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "dim a float": ({"dim": -1.0}, ValueError, "dim must be -1, for logits (..., C), or 1, for logits (N, C, d1, ...); got -1.0"),
     "dim an array": ({"dim": torch.tensor([1, 2])}, ValueError, "dim must be -1, for logits (..., C), or 1, for logits (N, C, d1, ...); got tensor([1, 2])"),
     "dim 1 of rows": ({"student": Z(5), "teacher": Z(5), "dim": 1}, ValueError, "student must have shape (N, classes, ...) with at least one class; got (5,)"),
-    # inplace, chunks
+    # inplace, chunks, normalizer
     "inplace not fused": ({"inplace": True, "standardize": True}, ValueError, "inplace must be False with standardize=True: no single-pass kernel computes this call on cpu"),
     "inplace a number": ({"inplace": 1}, TypeError, "inplace must be True or False; got 1"),
     "chunks without a Head": ({"chunks": fastkd.chunks.plan(*make_heads())}, ValueError, 'chunks must be "auto" unless student is a Head; got Plan('),
@@ -290,7 +290,6 @@ def test_temperatures_that_float32_cannot_square_or_invert_are_refused(value, dt
 
 @pytest.mark.parametrize("value", [1e-18, 1e18])
 def test_the_least_and_the_greatest_temperature_are_finite(value):
-    # The float32 loss and gradient are finite at the least and at the greatest temperature.
     for option in (value, torch.full((3,), value), torch.tensor(value, dtype=torch.float64)):
         student, teacher, labels = valid_arguments().values()
         leaf = student.requires_grad_()

@@ -49,7 +49,7 @@ def make_loader() -> DataLoader:
 
 
 def losses(trainer: fastkd.Trainer, loader, until: int = 15) -> list[float]:
-    """Train until a step, with a checkpoint after each epoch; return the losses."""
+    """Train until a step, save there and after each epoch, and return the losses."""
     drawn = []
     while trainer.step < until:
         for step in trainer.steps(loader):
@@ -298,7 +298,7 @@ def test_a_damaged_file_is_named_and_nothing_is_changed(complete, tmp_path, name
 
 
 def state_of(trainer: fastkd.Trainer) -> list:
-    """Copy all state that a checkpoint restores."""
+    """Copy the trainer's state and Python's random state, which a checkpoint restores."""
     states = [trainer.student, trainer._optimizer, trainer.ema, trainer.scheduler]
     numbers = [
         trainer.step,

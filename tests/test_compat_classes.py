@@ -287,7 +287,7 @@ def test_keras_refuses_unsupported_losses():
         keras.Distiller(teacher, student, [keras.LogitsDistillation()])
 
 
-# ---- DeiT and mdistiller (no packages, so the test contains their formulas)
+# ---- DeiT and mdistiller (no packages, so the tests contain their formulas)
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0])

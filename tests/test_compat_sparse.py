@@ -320,7 +320,7 @@ def test_verl_does_not_clamp_log_probabilities():
 
 
 def test_verl_with_a_tail():
-    # With tail="ignore" the loss may be negative, and verl clamps a negative loss.
+    # With tail="ignore" the loss may be negative; verl clamps the loss outside this function.
     log_probs, ids = torch.tensor([[[0.5, 0.3]]]).log(), torch.tensor([[[0, 1]]])
     student = torch.tensor([[[0.6, 0.35, 0.05]]]).log()
     truncated, ghost = (
@@ -373,7 +373,7 @@ def test_verl_estimators_are_those_of_sampled(name):
 
 
 def test_verl_policy_gradient_of_k3():
-    # With k3 as the advantage, verl's policy gradient also maximizes the forward KL.
+    # With k3 as the advantage, verl's loss has the gradient of the reverse KL minus the forward KL.
     student, teacher, _ = draw((1, 5))
     student, teacher = student / 6, teacher / 6  # keeps k3 below 10, where verl clamps it
     log_p = teacher[0].log_softmax(-1)

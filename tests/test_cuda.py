@@ -45,7 +45,7 @@ def step(call, problem, scale: float = 1.0) -> tuple[Tensor, Tensor]:
 
 @pytest.fixture
 def no_synchronization():
-    """Return a context in which any synchronization with the device raises an error."""
+    """Return a context in which torch raises an error when it synchronizes with the device."""
     torch.cuda.synchronize()
 
     class Watch:

@@ -87,7 +87,7 @@ def test_int8_costs_little_accuracy_and_few_bytes(student, exported):
 
 
 def test_the_runtime_alone_runs_the_file(student, exported):
-    # ONNX runtime runs the file without fastkd; no exported file contains a local path.
+    # ONNX runtime runs the file without fastkd; no exported file contains the repository's path.
     path = exported["ONNX"].path
     session = onnxruntime.InferenceSession(str(path))
     for count in (1, 7, 100):
@@ -100,7 +100,7 @@ def test_the_runtime_alone_runs_the_file(student, exported):
 @pytest.mark.slow
 @pytest.mark.parametrize(("file", "kind"), [("a.pte", "executorch"), ("a.pt2", "torch")])
 def test_pt2e_exports_int8(student, tmp_path, file, kind):
-    # PT2E also quantizes the convolution, and the batch size stays dynamic.
+    # PT2E quantizes linear layers and convolutions, and the batch size stays dynamic.
     torch.manual_seed(0)
     first = nn.Conv2d(1, 1, 1)
     nn.init.dirac_(first.weight)
@@ -284,7 +284,7 @@ def test_programs_in_memory_have_a_dash_for_unknown_figures(student, exported):
 
 @pytest.mark.parametrize("count", [1, 3, 4, 9])
 def test_programs_of_a_fixed_batch_give_all_rows(student, count):
-    # A program of a fixed batch size is called several times; its last batch is padded.
+    # A program of a fixed batch size gets the rows in batches of this size; the last is padded.
     program = torch.export.export(student.eval(), (HELD_OUT[:4],))
     model = loading.load(program)
     assert torch.allclose(logits_of(model, HELD_OUT[:count]), logits_of(student, HELD_OUT[:count]))

@@ -1,4 +1,4 @@
-"""Test that bits depend on neither run nor thread count.
+"""Test that the bits of losses and gradients depend on neither run nor thread count.
 
 Instruction sets may differ by rounding.
 """
@@ -23,7 +23,7 @@ SHAPES = [
     (2, 2 * S),
     (7, S + 1),
 ]
-# Together, these divergences use every loop over a row that the kernels have.
+# The kernels compute these divergences by different loops over a row.
 SWEEPS = ["forward_kl", "reverse_kl", "jsd", "dkd", "cosine"]
 
 
@@ -160,7 +160,7 @@ def test_a_gradient_recomputed_in_backward_has_the_bits_of_forward(
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 @pytest.mark.parametrize("divergence", [*SWEEPS, "topk"])
 def test_a_gradient_too_large_for_the_caches_has_the_same_bits(divergence, dtype, classes):
-    # Stores are non-temporal above 12 MiB; rows of an odd number of classes are misaligned.
+    # Stores are non-temporal from 12 MiB on; rows of an odd number of classes are misaligned.
     few_rows = 4
     times = -(-13 * 2**20 // (few_rows * classes * dtype.itemsize))
     problem = make((few_rows, classes), dtype)

@@ -378,9 +378,7 @@ def test_forward_kl_has_a_finite_gradient_where_the_student_alone_masks(device):
 
 
 def make_masked_by_the_student(divergence, reduction, classes, device):
-    """Return logits with their gradient; the first row masks a class that the teacher does not
-    mask.
-    """
+    """Return logits with a gradient; in the first row, the student alone masks a class."""
     student = torch.linspace(-1, 1, classes, device=device).repeat(2, 1)
     student[0, 1] = -INF
     student.requires_grad_()

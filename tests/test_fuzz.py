@@ -325,7 +325,7 @@ def sensitivity(case: Case, problem: Problem) -> float:
     in_exponent = 1 + largest / float(torch.minimum(t.min(), teacher_t.min()))
     fused = is_fused(case)
     if not fused and in_exponent > 1e30:
-        return math.inf  # a logit over its temperature overflows float32
+        return math.inf  # a logit over its temperature may overflow float32
     # PyTorch rounds log-probabilities relative to their size, and sums classes sequentially in
     # eight SIMD lanes. The float64 reference does so, too, which matters for calls in float64.
     if not fused or compute_dtype(student, teacher) is FP64:

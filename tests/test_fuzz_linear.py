@@ -226,8 +226,8 @@ def sensitivity(case: Case, tensors: dict[str, Tensor | None], want: Exact) -> f
     """Bound errors of row losses and gradients, in units of eps, from rounding the logits.
 
     A logit's error is eps times the sum of the magnitudes of its products. If logits / temperature
-    are at most L, log-ratios of teacher and student are at most R = 1 + 2 L. R bounds the first
-    derivatives of every divergence, and R^2 bounds the second derivatives.
+    are at most L, log-ratios of teacher and student are of the order of R = 1 + 2 L. A divergence's
+    first derivatives are of the order of R, and its second derivatives of the order of R^2.
     """
     sums = 1.0
     for side, width in zip(("student", "teacher"), case.widths, strict=True):
@@ -269,7 +269,7 @@ def check(case: Case, device: torch.device) -> None:
         assert tensor is None or has_equal_bits(tensor, before[name]), f"{name} was written"
     want, counted = exact(case, tensors, options)
     assert value.shape == want.loss.shape
-    # The bound comes from the rows that have no special values and are not ignored.
+    # Hidden states of ignored rows and of rows with special values must not widen the bound.
     hiddens = [x for k, x in before.items() if k.endswith("_hidden")]
     usual = torch.stack([(x.abs() < 1e5).all(-1) for x in hiddens]).all(0) | ~counted
     tame = {k: v.clone() if k.endswith("_hidden") else v for k, v in before.items()}

@@ -288,7 +288,7 @@ REGRESSIONS = [
         tail="renormalize",
         divergence="reverse_kl",
     ),
-    # With logits as log_probs, the sum of exponentials overflowed float64 to a small number.
+    # With logits as log_probs, exponentials overflowed, and their sum was a small float64 number.
     Case(special=((1, 0, 0, 1e38),)),
     Case(special=((1, 1, 2, 3e4),), dtypes=(FP64, FP64), tail="ignore"),
     # The probabilities of the list underflowed before their division by the list's sum, so that a
