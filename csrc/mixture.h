@@ -1,5 +1,5 @@
-// The interface of mixtures: several teachers, or probabilities, become the logits of one teacher
-// (docs/maths.md, section 12). kernels.h explains the conventions.
+// The interface of mixtures: several teachers, or one teacher's probabilities, become the logits of
+// one teacher (docs/maths.md, section 12). kernels.h explains the conventions.
 #pragma once
 #include "kernels.h"
 

@@ -29,7 +29,7 @@ struct TopkArgs : Inputs {
   // log-probability is -inf is padding, and is ignored.
   const int64_t* indices = nullptr;
   Tail tail = Tail::kGhost;                // with kIgnore the divergence must be the forward KL
-  Estimator estimator = Estimator::kNone;  // a value but kNone needs k = 1, and `tail` is not read
+  Estimator estimator = Estimator::kNone;  // unless kNone: k must be 1, and `tail` is not read
 
   void* loss = nullptr;   // acc [rows], weighted, not yet divided by any denominator; or null
   void* terms = nullptr;  // acc [kTopkTerms, rows], unweighted, or null
@@ -57,10 +57,10 @@ constexpr int64_t bitmap_words(int64_t classes) { return (classes + 63) / 64; }
 
 namespace cuda {
 
-// Compute the sparse loss. `total`, `denominator` and `stream` are as in forward() of kernels.h. A
-// row with an invalid list (cpu::Kernels::topk) gets the loss and the gradient NaN. topk_backward()
-// writes only the gradient, from the logits. `filled`: args.grad already holds the gradient for
-// grad_output = 1, which stays if grad_output is 1.
+// Compute the sparse loss. `total`, `denominator` and `stream` are as in forward() of kernels.h,
+// with kTopkTerms instead of kTerms. A row with an invalid list (cpu::Kernels::topk) gets the loss
+// and the gradient NaN. topk_backward() writes only the gradient, from the logits. `filled`:
+// args.grad already holds the gradient for grad_output = 1, which stays if grad_output is 1.
 int topk(const TopkArgs& args, void* total, const void* denominator, void* stream);
 int topk_backward(const TopkArgs& args, bool filled, const void* denominator, void* stream);
 

@@ -101,7 +101,8 @@ FASTKD_HOST_DEVICE Evaluated<double> estimate(Estimator estimator, double d) {
     return {estimator == Estimator::kK1 ? kMinusInfinity : -kMinusInfinity, 0};
   if (estimator == Estimator::kK1) return {-d, -d};
   if (estimator == Estimator::kK2) return {0.5 * d * d, -d};
-  // r - 1 - log r for the ratio r = p / q is f(-d). f(d) = d + expm1(-d) has a series for small d.
+  // k3 is r - 1 - log r for the ratio r = p / q. This is f(-d), and f(d) = d + expm1(-d) has a
+  // series for small d.
   const double ratio_minus_1 = std::expm1(d);
   return {is_small(d) ? d * d * series_of(-d) : ratio_minus_1 - d, -ratio_minus_1};
 }
@@ -134,8 +135,8 @@ FASTKD_HOST_DEVICE Soft soften(const Comparison& comparison, const RowOptions& r
                                const Summary& summary) {
   const bool renormalizes = !comparison.estimates() && comparison.tail == Tail::kRenormalize;
   Soft soft;
-  // The scale is relative to the maximum of the listed classes, so that nothing underflows where
-  // the rest is greater.
+  // The scale is relative to the maximum of the listed classes, so that nothing underflows if the
+  // rest has greater logits.
   if (summary.list.max > kMinusInfinity) {
     soft.student_log_scale =
         renormalizes ? -std::log(summary.list.tempered) : summary.log_q(row, summary.list.max, 1.0);
@@ -164,8 +165,8 @@ FASTKD_HOST_DEVICE Soft soften(const Comparison& comparison, const RowOptions& r
   return soft;
 }
 
-// Evaluate the divergence D, or the estimator, at a listed class, given p, q and `log_e`, the
-// logarithm of q / student_scale.
+// Evaluate the divergence D, or the estimator, at a listed class, given p, q, the list's `log_p`,
+// and `log_e`, the logarithm of q / student_scale.
 template <class D>
 FASTKD_HOST_DEVICE Evaluated<double> listed(const Comparison& comparison, const Soft& soft,
                                             const ConstantsOf<double>& constants, double p,
@@ -203,7 +204,7 @@ struct Gains {
   double rest = 0, rest_hard = 0;  // factors of exponentials relative to the rest's maximum
 };
 
-// Return the factors of a row's gradient. `gain` multiplies the gradient.
+// `gain` multiplies the row's gradient.
 FASTKD_HOST_DEVICE Gains gains_of(const RowOptions& row, const Summary& summary, const Soft& soft,
                                   double gain) {
   Gains g;
