@@ -98,8 +98,9 @@ class Mixer {
     }
   }
 
-  // Compute the mixed logits of a block: the logarithm of the sum of the teachers' probabilities.
-  // The sum is relative to the greatest probability of each class, so that nothing overflows.
+  // Compute the mixed logits of a block: the temperature times the logarithm of the weighted sum of
+  // the teachers' probabilities. The sum is relative to the greatest probability of each class, so
+  // that the sum does not underflow.
   void mix_block(int64_t row, int64_t at, int64_t count, T factor, T temperature, T* sums) {
     T* const greatest = block(args_.count + 1);
     const int64_t padded = (count + kLanes - 1) / kLanes * kLanes;

@@ -1,6 +1,7 @@
 // The student, teacher and gradient of a row, divided into blocks, which the loops of scan.h and
-// blocks.h read and write. This file also has the cache of exponentials from the first sweep to the
-// second. The boundaries of blocks fix the order of sums (docs/maths.md, section 9).
+// blocks.h read and write. This file also has the cache that passes exponentials from the first
+// sweep to the later sweeps. The boundaries of blocks fix the order of sums (docs/maths.md, section
+// 9).
 #pragma once
 #include <memory>
 #include <new>
@@ -61,9 +62,9 @@ __attribute__((noinline)) void copy_block(const Logits& logits, int64_t begin, i
   for (int64_t i = count; i < padded<T>(count); ++i) buffer[i] = narrow<T>(-__builtin_huge_valf());
 }
 
-// Return a block. If the loops can read the tensor itself, only the last step is copied to `buffer`
-// and padded. Otherwise the block is copied to `buffer`. The class that the sums leave out is
-// masked.
+// Return a block. If the loops can read the tensor itself, only a last step that is not full is
+// copied to `buffer` and padded. Otherwise the block is copied to `buffer`. The class that the sums
+// leave out is masked.
 template <class S>
 FASTKD_HOST_DEVICE Vectors<const S> fetch(const Logits& logits, int64_t begin, int64_t count,
                                           S* buffer, int64_t left_out = -1) {
@@ -121,10 +122,10 @@ FASTKD_HOST_DEVICE void for_blocks(int64_t begin, int64_t end, int64_t left_out,
   }
 }
 
-// The exponentials of student and teacher in a segment, cached by the first sweep for the second
-// sweep. The exponentials are relative to the greatest logit of the segment up to the end of the
-// block. The cache is empty if no memory is available, or if another call ran the first sweep. The
-// second sweep then recomputes the exponentials block by block, to equal bits.
+// The exponentials of student and teacher in a segment, cached by the first sweep for the later
+// sweeps. The exponentials are relative to the greatest logit of the segment up to the end of the
+// block. The cache is empty if no memory is available, or if another call ran the first sweep. A
+// later sweep then recomputes the exponentials block by block, to equal bits.
 template <class T>
 struct SegmentCache {
   static constexpr int64_t kBlocks =
@@ -164,7 +165,7 @@ class RowCache {
     void operator()(T* memory) const { ::operator delete[](memory, kAlignment); }
   };
 
-  int64_t width_;  // number of exponentials of a segment
+  int64_t width_;  // padded number of classes of a segment
   std::unique_ptr<T[], Delete> exponentials_;
   std::unique_ptr<double[]> maxima_;
 };
