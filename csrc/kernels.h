@@ -51,8 +51,8 @@ enum Stat : int {
   // the row is well separated, else 0 (mean_of() of cpu/row.h).
   kMeanLogRatio = kClassCount,
 };
-// With kDecoupled the sums leave the label out. Maximum and scales are 0 if all classes but the
-// label are masked.
+// With kDecoupled the sums leave the label out. A maximum and its scales are 0 if all classes but
+// the label are masked.
 
 // Strides, in elements. Rows come in groups of `group_rows`: rows of a group are `row` apart,
 // groups are `group` apart, and classes of a row are `classes` apart. Most tensors have one group.
@@ -227,9 +227,9 @@ bool select(const char* name);
 
 namespace cuda {
 
-// Every call returns a cudaError_t (0 is success), and queues work on `stream` of the current
-// device. No call waits for the device, so that calls can be captured in a CUDA graph. All pointers
-// are device pointers.
+// Every call but describe() returns a cudaError_t (0 is success), and queues work on `stream` of
+// the current device. No call waits for the device, so that calls can be captured in a CUDA graph.
+// All pointers to tensors are device pointers.
 
 // Compute forward, and reduce the losses and terms of the rows. `args.stats` is required, and its
 // last number receives the scale that was folded into the gradient and the total. If `total` is not

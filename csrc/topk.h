@@ -33,7 +33,7 @@ struct TopkArgs : Inputs {
 
   void* loss = nullptr;   // acc [rows], weighted, not yet divided by any denominator; or null
   void* terms = nullptr;  // acc [kTopkTerms, rows], unweighted, or null
-  void* stats = nullptr;  // CUDA only: acc [kStats, rows], scratch memory, then the scale
+  void* stats = nullptr;  // CUDA only: acc [kStats, rows] as scratch memory, then the scale
   void* grad = nullptr;   // [rows, classes] in the student's dtype, or null; not the student itself
   RowStrides grad_stride;
   Reduction reduction = Reduction::kMean;  // `reduction` and `scale` are as in ForwardArgs

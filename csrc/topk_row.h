@@ -190,8 +190,8 @@ FASTKD_HOST_DEVICE void include_rest(const Comparison& comparison,
     sums->entropy -= times_log(soft->rest_p, log_p);
     ghost_slope = ghost.slope;
   }
-  // The forward KL's terms contain q - p, whose sum is 0, or 1 minus the listed probabilities if
-  // Tail::kIgnore cuts the teacher's list off.
+  // The forward KL's terms contain q - p, whose sum is 0. With Tail::kIgnore the teacher's rest is
+  // 0, and the sum is 1 minus the listed probabilities.
   if (comparison.is_cut_off()) sums->value += summary.teacher - 1;
   if (summary.rest.tempered > 0) {
     soft->rest = (ghost_slope - soft->rest_q * sums->slope) / summary.rest.tempered;

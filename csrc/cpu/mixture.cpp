@@ -1,7 +1,7 @@
 // Logits of a mixture of teachers, or of one teacher's probabilities, row by row, compiled once for
 // each instruction set. The first sweep computes the normalization of each teacher. The second
-// sweep mixes the logits, which are then in the cache. A mean of logits, or one teacher, needs no
-// first sweep. Formulas: docs/maths.md, section 12.
+// sweep mixes the logits, which are then in the processor's cache. A mean of logits, or one
+// teacher, needs no first sweep. Formulas: docs/maths.md, section 12.
 #include "../mixture.h"
 
 #include <limits>

@@ -15,7 +15,7 @@ struct PreciseExponential {
   double exact_factor;       // log2(e) / t
   float factor, factor_low;  // upper and lower part of exact_factor
   float least = 0;           // replaces smaller logits, and has the exponential 2^(reference - 125)
-  float round = 0;           // added to n + f, leaves the exponent bits of 2^(n - reference) lowest
+  float round = 0;           // n + f + round ends with the exponent bits of 2^(n - reference)
   double to_max = 0;         // log2 of the factor that makes sums relative to the maximum
 
   explicit PreciseExponential(double temperature)
@@ -36,9 +36,9 @@ struct PreciseExponential {
 
 // Return the sums of a block relative to the maximum that set_max() has set. Powers 2^n are summed
 // apart from the parts 2^n (2^f - 1). A sum of powers is exact unless a power is below an ulp of
-// the sum, and the parts are small. A run has only kRun classes, because rounding biases a longer
-// sum of powers: a power below half an ulp of the sum is lost, and a power of half an ulp mostly
-// is. A logit of -inf counts as `least`.
+// the sum. The parts are small, and so are their rounding errors. A run has only kRun classes,
+// because rounding biases a longer sum of powers: a power below half an ulp of the sum is lost, and
+// a power of half an ulp is usually lost. A logit of -inf counts as `least`.
 template <ExpSource kSource>
 __attribute__((noinline)) ExponentialSums sum_precisely(const Vectors<const float>& logits,
                                                         int64_t count,

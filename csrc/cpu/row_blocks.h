@@ -80,9 +80,9 @@ FASTKD_HOST_DEVICE Vectors<const S> fetch(const Logits& logits, int64_t begin, i
   return {buffer};
 }
 
-// Return true if a gradient is too large for the caches, and is written by non-temporal stores.
-// Rows of fewer than `least_classes` classes take longer with non-temporal stores, even if rows
-// begin with a cache line.
+// Return true if non-temporal stores write a gradient, which is too large for the caches and does
+// not overwrite the student. Rows of fewer than `least_classes` classes take longer with
+// non-temporal stores, even if rows begin with a cache line.
 inline bool stores_non_temporal(const Inputs& in, const void* grad, int64_t least_classes) {
   constexpr int64_t kBytes = 12 << 20;
   return in.classes >= least_classes &&
@@ -129,7 +129,7 @@ FASTKD_HOST_DEVICE void for_blocks(int64_t begin, int64_t end, int64_t left_out,
 template <class T>
 struct SegmentCache {
   static constexpr int64_t kBlocks =
-      kSegment / kBlock + 3;  // for_blocks() divides a segment into at most this number
+      kSegment / kBlock + 3;  // for_blocks() divides a segment into at most this number of blocks
 
   T* student = nullptr;
   T* teacher = nullptr;

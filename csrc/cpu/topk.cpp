@@ -210,7 +210,7 @@ struct TopkRow {
                   static_cast<double>(count) * near;
       }
     });
-    if (sums.max == kMinusInfinity) sums.tempered *= 0, sums.hard *= 0;  // 0, or NaN for NaN
+    if (sums.max == kMinusInfinity) sums.tempered *= 0, sums.hard *= 0;  // 0; NaN stays NaN
     return sums;
   }
 
