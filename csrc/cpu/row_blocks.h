@@ -80,7 +80,7 @@ FASTKD_HOST_DEVICE Vectors<const S> fetch(const Logits& logits, int64_t begin, i
   return {buffer};
 }
 
-// Return true if non-temporal stores write a gradient, which is too large for the caches and does
+// Return true if non-temporal stores write the gradient: it is too large for the caches, and does
 // not overwrite the student. Rows of fewer than `least_classes` classes take longer with
 // non-temporal stores, even if rows begin with a cache line.
 inline bool stores_non_temporal(const Inputs& in, const void* grad, int64_t least_classes) {

@@ -64,7 +64,7 @@ struct TransposedEngine {
   void* const grad;  // [rows, classes], or null
   const RowStrides grad_stride;
   const bool hard;      // the hard term is needed
-  const bool terms;     // the terms are needed
+  const bool terms;     // ForwardArgs::terms are needed
   const bool unit;      // the divergence is of unit vectors (kCosine)
   const bool centered;  // the divergence is of centered logits (kCenteredSquaredError)
   const bool
