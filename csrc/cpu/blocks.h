@@ -123,8 +123,8 @@ struct SlopeSums {
   double value = 0, slope = 0, classes = 0;
 };
 
-// Sum value and slopes, and count the classes of a mean, unless the divergence is_one_sweep().
-// Replace the teacher's exponentials by the slopes.
+// Sum value and slopes, and count the classes of a mean, for divergences that are not
+// is_one_sweep(). Replace the teacher's exponentials by the slopes.
 template <class D, class T, class S>
 __attribute__((noinline)) SlopeSums find_slopes(const Coefficients<T>& coefficients,
                                                 const ConstantsOf<T>& constants,

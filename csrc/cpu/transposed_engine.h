@@ -70,7 +70,7 @@ struct TransposedEngine {
   const bool
       decoupled;  // the sums are over the classes other than the label (kDecoupled; decoupled.h)
   const Constants constants;
-  Row<float> shared;  // the call's settings; row_settings replace some for each row
+  Row<float> shared;  // settings of the call; `settings` has those of each row
   Tile tile;
   Ahead ahead[3];  // the next tile's logits, and this tile's gradient
 
