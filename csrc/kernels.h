@@ -47,8 +47,8 @@ enum Stat : int {
   // kCenteredSquaredError: the means of z and of w.
   kStudentMean = kStudentScale,
   kTeacherMean = kTeacherScale,
-  // kForwardKL, kSoftCrossEntropy and kJensenShannon on a CPU: the teacher's mean of log(p / q) if
-  // the row is well separated, else 0 (mean_of() of cpu/row.h).
+  // kForwardKL, kSoftCrossEntropy and kJensenShannon in the CPU's row engine (cpu/rows.h): the
+  // teacher's mean of log(p / q) if the row is well separated, else 0 (mean_of(), cpu/row.h).
   kMeanLogRatio = kClassCount,
 };
 // With kDecoupled the sums leave the label out. A maximum and its scales are 0 if all classes but

@@ -157,7 +157,7 @@ FASTKD_HOST_DEVICE Soft soften(const Comparison& comparison, const RowOptions& r
   if (has_others)
     soft.rest_p = remaining > comparison.least_rest ? remaining : comparison.least_rest;
   if (soft.rest_p == remaining) return soft;
-  // Scale the listed probabilities, because list and ghost do not add up to 1.
+  // Scale the listed probabilities, because list and ghost, if there is one, do not add up to 1.
   soft.is_present = summary.teacher > 0;
   if (!soft.is_present) return soft;
   soft.teacher_scale = (1 - soft.rest_p) / summary.teacher;
