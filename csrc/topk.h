@@ -13,7 +13,8 @@ enum class Tail : int32_t { kGhost = 0, kRenormalize = 1, kIgnore = 2 };
 // 2020). kNone: the list is compared by the divergence of Inputs instead.
 enum class Estimator : int32_t { kNone = 0, kK1 = 1, kK2 = 2, kK3 = 3 };
 
-// Return true if the sparse loss supports the divergence, which must compare probabilities.
+// Return true if the sparse loss supports the divergence: one that compares probabilities, except
+// kDecoupled.
 constexpr bool is_sparse_divergence(Divergence id) { return id <= Divergence::kTotalVariation; }
 
 // The rows of the sparse loss's `terms`: those of Term, then the probabilities that student and
