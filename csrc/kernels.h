@@ -104,11 +104,11 @@ struct Inputs {
 
 // A forward call with its outputs. A label out of range makes the row's loss and gradient NaN.
 struct ForwardArgs : Inputs {
-  void* loss = nullptr;  // acc [rows], weighted, not yet divided by any denominator
-  void* terms =
-      nullptr;  // acc [kTerms, rows], or null. Entropies in nats, each at its temperature;
-                // agreement is 1 if some class is the greatest for both teacher and student
-  void* stats = nullptr;  // acc [kStats, rows] followed by the scale, an acc; or null
+  void* loss = nullptr;   // acc [rows], weighted, not yet divided by any denominator
+  void* terms = nullptr;  // acc [kTerms, rows], or null. Entropies in nats, at the temperatures of
+                          // student and teacher; agreement is 1 if some class is the greatest for
+                          // both teacher and student
+  void* stats = nullptr;  // acc [kStats, rows], then the scale; or null
   void* grad =
       nullptr;  // [rows, classes] in the student's dtype, or null; may be the student itself
   RowStrides grad_stride;
@@ -124,7 +124,7 @@ struct ForwardArgs : Inputs {
 // The arguments of backward, which writes grad = d(sum_i grad_output_i * scale * loss_i)/d student
 // from the stats of forward.
 struct BackwardArgs : Inputs {
-  const void* stats = nullptr;        // acc [kStats, rows] followed by the scale
+  const void* stats = nullptr;        // acc [kStats, rows], then the scale
   const void* grad_output = nullptr;  // acc, one number, or [rows] when `grad_output_per_row`
   bool grad_output_per_row = false;
   void* grad = nullptr;  // [rows, classes] in the student's dtype
@@ -204,8 +204,8 @@ struct Kernels {
   void (*exp2)(const float* in, float* out, int64_t count, bool by_registers);
   // Compute rows [begin, end) of the sparse loss. `listed`: bitmap_words(classes) words, all 0
   // before and after the call. Return the first row with an invalid list, or -1. A list is invalid
-  // if a class is out of range or listed twice, or if numbers are no log-probabilities. The row's
-  // loss and gradient are then NaN.
+  // if a class is out of range or listed twice, or if its probabilities do not add up to at most
+  // kMostMass (topk.h). The row's loss and gradient are then NaN.
   int64_t (*topk)(const TopkArgs&, int64_t begin, int64_t end, uint64_t* listed);
   void (*mixture)(const MixtureArgs&, int64_t begin, int64_t end);
 };

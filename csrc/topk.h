@@ -26,7 +26,7 @@ enum TopkTerm : int { kStudentMass = kTerms, kTeacherMass, kTopkTerms };
 // be valid.
 struct TopkArgs : Inputs {
   int64_t k = 0;
-  // [rows, k] class of each log-probability. An entry whose class is negative or whose
+  // [rows, k]: the class of each log-probability. An entry whose class is negative or whose
   // log-probability is -inf is padding, and is ignored.
   const int64_t* indices = nullptr;
   Tail tail = Tail::kGhost;                // with kIgnore the divergence must be the forward KL

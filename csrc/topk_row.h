@@ -113,9 +113,9 @@ struct Soft {
   bool is_present = true;  // false if the list has no probability to compare
   bool has_rest = false;   // true if the rest is compared, as one class: the ghost
   double student_scale = 1, student_log_scale = 0;  // q = student_scale * e for a listed class
-  double teacher_scale = 1, teacher_log_scale = 0;  // p = teacher_scale * exp(log_prob)
+  double teacher_scale = 1, teacher_log_scale = 0;  // p = teacher_scale * listed probability
   double rest_p = 0, rest_q = 0, rest_log_q = kMinusInfinity;
-  double rest = 0;  // gradient = rest * e for a class of the rest
+  double rest = 0;  // rest * e is D's gradient with respect to z / t for a class of the rest
 };
 
 // Sums over the listed classes, to which include_rest() adds the ghost.

@@ -72,8 +72,8 @@ FASTKD_HOST_DEVICE CacheLevel next_of(int64_t at, int64_t classes) {
 }
 template <CacheLevel kLevel, class S>
 FASTKD_HOST_DEVICE void prefetch(const S* base, uintptr_t ahead) {
-  const uintptr_t address =
-      reinterpret_cast<uintptr_t>(base) + ahead;  // an integer: the address may be in another array
+  // The address is an integer, because it may be beyond the array.
+  const uintptr_t address = reinterpret_cast<uintptr_t>(base) + ahead;
   __builtin_prefetch(reinterpret_cast<const void*>(address), 0, kLevel == CacheLevel::kL1 ? 3 : 2);
 }
 template <CacheLevel kLevel, int64_t kWidth, class S>

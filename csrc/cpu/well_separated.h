@@ -15,7 +15,7 @@ FASTKD_HOST_DEVICE V even_log(V ratio) {
   return ratio * polynomial(y, {1.0f, 0.3333332017f, 0.2000378032f, 0.141183099f, 0.1342574901f});
 }
 
-// Sum value and slopes of a block with is_comparable(). Replace the teacher's exponentials by the
+// Sum value and slopes of a block that is_comparable(). Replace the teacher's exponentials by the
 // slopes, relative to q's scale. With h = d / 2, log(m / q) is h + log cosh h = max(d, 0) -
 // log(max(p, q) / m).
 template <class S>
