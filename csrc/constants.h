@@ -40,8 +40,8 @@ constexpr const char* kDivergenceNames[kDivergences] = {"forward_kl",
 template <class T>
 struct ConstantsOf {
   static constexpr bool kIsDouble = sizeof(T) == sizeof(double);
-  // mix and 1 - mix, whose sum is exactly 1 in T. An error of this sum would show where the
-  // logarithm of the mixture is close to 0.
+  // mix and 1 - mix, whose sum is exactly 1 in T. An error of this sum would show where log(m / q),
+  // for the mixture m of p and q, is close to 0.
   T mix = 0, rest = 1;
   // Series in d = log(p / q) of two quantities of a class, for |d| <= kSeriesLimit. `value`: the
   // divergence's value over q d^2. `log`: (1 - mix) log(m / q) over d, for the mixture m of p and
@@ -77,7 +77,7 @@ void economize(const double (&many)[kMany], float (&few)[kFew]) {
   double remaining[kMany];
   for (int i = 0; i < kMany; ++i) remaining[i] = many[i] * std::pow(kSeriesLimit, i);
   for (int n = kMany - 1; n >= kFew; --n) {
-    double term = remaining[n];  // coefficient of T_n / 2^(n - 1), from the highest power down
+    double term = remaining[n];  // times the coefficients of T_n / 2^(n - 1), highest power first
     for (int i = n; i >= 0; i -= 2) {
       remaining[i] -= term;
       const int below = n - i;

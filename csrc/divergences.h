@@ -18,13 +18,14 @@
 
 namespace fastkd {
 
-// The formula of the gradient, given the slopes and their sum S.
+// The formula of the gradient with respect to z / t (with respect to z for kUnit), given the slopes
+// and their sum S.
 enum class SlopeCentering {
   kNone,     // the slope itself: S is 0
   kStudent,  // slope - q * S
   // kMean: slope / n. kCentered: (slope - S / n) / n. n counts the classes that student and teacher
   // do not both mask. Classes that both mask have a value and slope of NaN, and a gradient of 0.
-  // The divergences with kMean read only the difference of two logits.
+  // Divergences with kMean or kCentered read only Element::gap.
   kMean,
   kCentered,
   // (slope - u D) / |z| for Cosine, where u is the student's unit vector and D the divergence.
@@ -39,8 +40,8 @@ struct Evaluated {
   T value, slope;
 };
 
-// KL(p || q) = sum p log(p / q) (Hinton et al. 2015, equation 2 at temperature t). The soft cross
-// entropy adds the teacher's entropy, which has no gradient.
+// KL(p || q) = sum p log(p / q) (Hinton et al. 2015). The soft cross entropy adds the teacher's
+// entropy, which has no gradient.
 struct ForwardKL {
   static constexpr SlopeCentering kCentering = SlopeCentering::kNone;
 
@@ -62,7 +63,7 @@ struct ReverseKL {
   template <class T>
   static FASTKD_HOST_DEVICE Evaluated<T> at(const Element<T>& e) {
     const T product = times_log(e.q, bounded_above(e.d));
-    // q f(-d), where f(d) = d + expm1(-d)
+    // The value is q f(-d), where f(d) = d + expm1(-d).
     return {is_small(e.d) ? product * (e.d * series_of(-e.d)) : (e.p - e.q) - product, -product};
   }
   template <class T>
@@ -278,7 +279,7 @@ FASTKD_HOST_DEVICE BinaryKL<T> binary_kl(const Odds<T>& teacher, const Odds<T>& 
           q_rest = student.rest();
   const auto small = is_small(difference), likely = teacher.log > 0;
   // Compute log(p / q) and log(p_rest / q_rest). If the logarithms of the odds are far apart, the
-  // log ratio of the likelier outcome gives the other log ratio.
+  // log ratio of the teacher's likelier outcome gives the other log ratio.
   const T of_likely =
       likely ? teacher.log_label() - student.log_label() : teacher.log_rest() - student.log_rest();
   const T apart = likely ? of_likely : of_likely + difference;
@@ -319,8 +320,8 @@ FASTKD_HOST_DEVICE auto visit(Divergence id, Fn&& fn) {
   return fn(ForwardKL{});
 }
 
-// Return true if value and gradient come from one sweep, as for the forward KL. If false, the
-// gradient is known only after the slopes are summed.
+// Return true if value and gradient come from one sweep after the softmax sums, as for the forward
+// KL. If false, another sweep before the last sums slopes or counts classes.
 FASTKD_HOST_DEVICE bool is_one_sweep(Divergence id) {
   return id == Divergence::kForwardKL || id == Divergence::kSoftCrossEntropy ||
          id == Divergence::kDecoupled;

@@ -1,4 +1,4 @@
-// The dtypes of logits: their names, and the choice of the compute type, whose rounding
+// The dtypes of logits: their names and sizes, and the choice of the compute type, whose rounding
 // docs/maths.md discusses in section 3.
 #pragma once
 #include <cstdint>

@@ -1,9 +1,9 @@
 // The interface between the kernels and their callers: structs and functions without torch. topk.h
 // and mixture.h extend this interface.
 //
-// One call computes, for each row of logits and its temperature t,
+// One call computes, for each row of logits, with the student's temperature t,
 //   loss = hard_weight * CE(student, label)
-//         + soft_weight * t^2 * D(softmax(teacher / t), softmax(student / t))
+//         + soft_weight * t^2 * D(softmax(teacher / teacher_temperature), softmax(student / t))
 // (docs/maths.md, section 1). The gradient with respect to the student's logits is computed in the
 // same pass through memory.
 //
@@ -24,7 +24,7 @@ enum class Reduction : int32_t { kNone = 0, kSum = 1, kMean = 2 };
 // The rows of `terms` (ForwardArgs), which the ops return after the loss.
 enum Term : int { kHard, kSoft, kStudentEntropy, kTeacherEntropy, kAgreement, kTerms };
 
-// The rows of `row_settings`.
+// The rows of `row_settings` (Inputs).
 enum RowSetting : int { kTemperature, kTeacherTemperature, kHardWeight, kSoftWeight, kRowSettings };
 
 // The rows of `stats`: the numbers of a row from which backward recomputes the gradient, bit for
@@ -47,17 +47,17 @@ enum Stat : int {
   // kCenteredSquaredError: the means of z and of w.
   kStudentMean = kStudentScale,
   kTeacherMean = kTeacherScale,
-  // kForwardKL, kSoftCrossEntropy and kJensenShannon on a CPU: the mean of log(p / q) under the
-  // teacher if the row is well separated (cpu/row.h), else 0.
+  // kForwardKL, kSoftCrossEntropy and kJensenShannon in the CPU's row engine (cpu/rows.h): the
+  // teacher's mean of log(p / q) if the row is well separated, else 0 (mean_of(), cpu/row.h).
   kMeanLogRatio = kClassCount,
 };
-// With kDecoupled the sums leave the label out. Maximum and scales are 0 if all classes but the
-// label are masked.
+// With kDecoupled the sums leave the label out. A maximum and its scales are 0 if all classes but
+// the label are masked.
 
-// Strides of rows, which come in groups of `group_rows`: rows of a group are `row` elements apart,
-// and groups are `group` elements apart. Most tensors have one group. logits[:, :-1] of a batch of
-// sequences has one group per sequence, and (N, C, H, W) one per image. Either `row` or `classes`
-// is 1.
+// Strides, in elements. Rows come in groups of `group_rows`: rows of a group are `row` apart,
+// groups are `group` apart, and classes of a row are `classes` apart. Most tensors have one group.
+// logits[:, :-1] of a batch of sequences has one group per sequence, and (N, C, H, W) one per
+// image. Either `row` or `classes` is 1.
 struct RowStrides {
   int64_t row = 0;
   int64_t group = 0;
@@ -86,7 +86,7 @@ struct Inputs {
 
   const int64_t* labels = nullptr;  // [rows], or null: no hard term and no ignored rows
 
-  // Settings of each row, acc [kRowSettings, rows], which replace the four numbers below; or null.
+  // Settings of each row, acc [kRowSettings, rows], which replace the next four numbers; or null.
   // If the two temperatures below are equal, the two temperatures of each row must be equal as
   // well.
   const void* row_settings = nullptr;
@@ -104,11 +104,11 @@ struct Inputs {
 
 // A forward call with its outputs. A label out of range makes the row's loss and gradient NaN.
 struct ForwardArgs : Inputs {
-  void* loss = nullptr;  // acc [rows], weighted, not yet divided by any denominator
-  void* terms =
-      nullptr;  // acc [kTerms, rows], or null. Entropies in nats at temperature t; agreement is 1
-                // if some class is the greatest for both teacher and student
-  void* stats = nullptr;  // acc [kStats, rows] followed by the scale, an acc; or null
+  void* loss = nullptr;   // acc [rows], weighted, not yet divided by any denominator
+  void* terms = nullptr;  // acc [kTerms, rows], or null. Entropies in nats, at the temperatures of
+                          // student and teacher; agreement is 1 if some class is the greatest for
+                          // both teacher and student
+  void* stats = nullptr;  // acc [kStats, rows], then the scale; or null
   void* grad =
       nullptr;  // [rows, classes] in the student's dtype, or null; may be the student itself
   RowStrides grad_stride;
@@ -124,7 +124,7 @@ struct ForwardArgs : Inputs {
 // The arguments of backward, which writes grad = d(sum_i grad_output_i * scale * loss_i)/d student
 // from the stats of forward.
 struct BackwardArgs : Inputs {
-  const void* stats = nullptr;        // acc [kStats, rows] followed by the scale
+  const void* stats = nullptr;        // acc [kStats, rows], then the scale
   const void* grad_output = nullptr;  // acc, one number, or [rows] when `grad_output_per_row`
   bool grad_output_per_row = false;
   void* grad = nullptr;  // [rows, classes] in the student's dtype
@@ -141,11 +141,11 @@ namespace cpu {
 // number of threads (docs/maths.md, section 9).
 constexpr int64_t kSegment = 32768;
 
-// Greatest number of classes of a row that uses the transposed layout, one row per SIMD lane. Rows
-// whose classes are not adjacent always use that layout, and rows computed in fp64 never. The
-// layout saves each row's padded last step and separate logarithms, but many classes of several
-// rows do not fit in L1. The layout saves 11 % of the time at 128 classes, and costs 6 % at 160
-// (Zen 4, 2026-11-28).
+// Greatest number of adjacent classes with which rows use the transposed layout, one row per SIMD
+// lane. Rows whose classes are not adjacent always use that layout, and rows computed in fp64
+// never. The layout saves each row's padded last step and separate logarithms, but many classes of
+// several rows do not fit in L1. The layout saves 11 % of the time at 128 classes, and costs 6 % at
+// 160 (Zen 4, 2026-11-28).
 constexpr int64_t kNarrow = 144;
 
 FASTKD_HOST_DEVICE bool has_apart_classes(const Inputs& in) {
@@ -166,11 +166,12 @@ struct Statistics {
   // that are not masked, and the numbers of these classes. Other divergences: 0.
   double student_moment = 0, teacher_moment = 0;
   double student_count = 0, teacher_count = 0;
-  // The sum over classes of exp((w - max w) / t) times the difference (w - max w) - (z - max z).
-  // The sum is NaN if abandoned because the row is not well separated, and 0 if unused (cpu/row.h).
+  // The sum over classes of exp((w - max w) / t) times the difference (w - max w) - (z - max z),
+  // which is bounded for the JSD (cpu/scan.h). The sum is NaN if it was abandoned after the first
+  // block (cpu/first_sweep.h), and 0 if unused.
   double log_ratio_sum = 0;
 };
-// Sums of the second sweep over one segment of one row.
+// Sums of the sweeps after the first over one segment of one row.
 struct Sums {
   double value;           // sum of the values of the divergence
   double slope;           // sum of slopes; for kDecoupled the sum of q - p, for kCosine `value`
@@ -190,8 +191,8 @@ struct Kernels {
   // The steps of forward(), for a few rows that are longer than a segment. First, scan every
   // segment of a row. Unless the divergence is_one_sweep(), sum the slopes of every segment next,
   // given all statistics. Then write every segment, given the total of the sums. Last, close the
-  // row: write its loss, terms and statistics. Statistics and sums have ceil(classes / kSegment)
-  // entries. sum_slopes and write add to the segment's entry of the sums.
+  // row: write its loss, terms and `stats`. The arrays of statistics and sums have ceil(classes /
+  // kSegment) entries. sum_slopes and write add to the segment's entry of the sums.
   void (*scan)(const ForwardArgs&, int64_t row, int64_t segment, Statistics*);
   void (*sum_slopes)(const ForwardArgs&, int64_t row, int64_t segment, const Statistics* of_row,
                      Sums* of_segment);
@@ -203,8 +204,8 @@ struct Kernels {
   void (*exp2)(const float* in, float* out, int64_t count, bool by_registers);
   // Compute rows [begin, end) of the sparse loss. `listed`: bitmap_words(classes) words, all 0
   // before and after the call. Return the first row with an invalid list, or -1. A list is invalid
-  // if a class is out of range or listed twice, or if numbers are no log-probabilities. The row's
-  // loss and gradient are then NaN.
+  // if a class is out of range or listed twice, or if its probabilities do not add up to at most
+  // kMostMass (topk.h). The row's loss and gradient are then NaN.
   int64_t (*topk)(const TopkArgs&, int64_t begin, int64_t end, uint64_t* listed);
   void (*mixture)(const MixtureArgs&, int64_t begin, int64_t end);
 };
@@ -226,16 +227,16 @@ bool select(const char* name);
 
 namespace cuda {
 
-// Every call returns a cudaError_t (0 is success), and queues work on `stream` of the current
-// device. No call waits for the device, so that calls can be captured in a CUDA graph. All pointers
-// are device pointers.
+// Every call but describe() returns a cudaError_t (0 is success), and queues work on `stream` of
+// the current device. No call waits for the device, so that calls can be captured in a CUDA graph.
+// All pointers to tensors are device pointers.
 
 // Compute forward, and reduce the losses and terms of the rows. `args.stats` is required, and its
 // last number receives the scale that was folded into the gradient and the total. If `total` is not
 // null, `args.loss` and `args.terms` are scratch memory.
 //   total        acc [1], or [1 + kTerms] with `args.terms`; null for Reduction::kNone
 //   denominator  acc, one number: replaces the count of rows that are not ignored in
-//   Reduction::kMean; or null
+//                Reduction::kMean; or null
 int forward(const ForwardArgs& args, void* total, const void* denominator, void* stream);
 
 // Compute backward. `filled`: args.grad already holds the gradient for grad_output = 1, as forward

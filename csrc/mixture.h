@@ -1,5 +1,5 @@
-// The interface of mixtures: several teachers, or probabilities, become the logits of one teacher
-// (docs/maths.md, section 12). kernels.h explains the conventions.
+// The interface of mixtures: several teachers, or one teacher's probabilities, become the logits of
+// one teacher (docs/maths.md, section 12). kernels.h explains the conventions.
 #pragma once
 #include "kernels.h"
 
@@ -38,7 +38,7 @@ struct MixtureArgs {
 
 namespace cuda {
 
-constexpr int kMostTeachers = 32;  // also in python/fastkd/_core/dense.py
+constexpr int kMostTeachers = 32;  // MOST_TEACHERS_ON_CUDA of python/fastkd/_core/dense.py
 
 // Queue a mixture of at most kMostTeachers teachers. `stream` and the returned status are as in
 // kernels.h.

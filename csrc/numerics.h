@@ -3,8 +3,10 @@
 //
 // Letters here and in all kernels:
 //   z, w   student and teacher logits of one row        q = softmax(z / t), p = softmax(w / t)
-//   t      temperature of the row                       d = log p - log q
-//   diff   q - p, computed without cancellation         S = sum of slopes (maths.md, section 2)
+//   t      temperature of the student for z, of the teacher for w
+//   d      log p - log q
+//   diff   q - p, computed without cancellation
+//   S      sum of slopes (docs/maths.md, section 2)
 #pragma once
 #include <cmath>
 #include <cstdint>
@@ -140,7 +142,7 @@ struct Element {
   T d;       // log p - log q
   T diff;    // q - p
   T excess;  // p * f(d) = p * d + (q - p), where f(d) = d + expm1(-d) >= 0
-  T gap{};   // w / t - z / t, of divergences that compare logits
+  T gap{};   // w / t - z / t, for divergences that compare logits (centered or not)
 };
 
 // Return true if f(d) is computed by its series.
@@ -157,14 +159,14 @@ FASTKD_HOST_DEVICE T series_of(T d) {
   return polynomial(d, {0.5f, -1.6666642e-1f, 4.1666716e-2f, -8.3488394e-3f, 1.3895343e-3f});
 }
 FASTKD_HOST_DEVICE double series_of(double d) {
-  // The series is truncated after d^14 / 14!, with an error below 1e-19 of the sum at |d| = 1/4.
+  // The series of f is truncated after d^14 / 14!, with an error below 1e-19 of f at |d| = 1/4.
   return polynomial(d, {0.5, -1.0 / 6.0, 1.0 / 24.0, -1.0 / 120.0, 1.0 / 720.0, -1.0 / 5040.0,
                         1.0 / 40320.0, -1.0 / 362880.0, 1.0 / 3628800.0, -1.0 / 39916800.0,
                         1.0 / 479001600.0, -1.0 / 6227020800.0, 1.0 / 87178291200.0});
 }
 
-// Return d, bounded below or above by `bound`. NaN becomes the bound. The bounds keep p d and q d
-// at 0 for a masked class, whose d is infinite or NaN.
+// Return d, bounded below or above by `bound`. NaN becomes the bound. The default bounds keep p d
+// at 0 if the teacher masks the class, and q d at 0 if the student does: d is then infinite or NaN.
 template <class T>
 FASTKD_HOST_DEVICE T bounded_below(T d, Scalar<T> bound = Scalar<T>(-1e30)) {
   return d > bound ? d : broadcast<T>(bound);

@@ -13,7 +13,8 @@ enum class Tail : int32_t { kGhost = 0, kRenormalize = 1, kIgnore = 2 };
 // 2020). kNone: the list is compared by the divergence of Inputs instead.
 enum class Estimator : int32_t { kNone = 0, kK1 = 1, kK2 = 2, kK3 = 3 };
 
-// Return true if the sparse loss supports the divergence, which must compare probabilities.
+// Return true if the sparse loss supports the divergence: one that compares probabilities, except
+// kDecoupled.
 constexpr bool is_sparse_divergence(Divergence id) { return id <= Divergence::kTotalVariation; }
 
 // The rows of the sparse loss's `terms`: those of Term, then the probabilities that student and
@@ -25,15 +26,15 @@ enum TopkTerm : int { kStudentMass = kTerms, kTeacherMass, kTopkTerms };
 // be valid.
 struct TopkArgs : Inputs {
   int64_t k = 0;
-  // [rows, k] class of each log-probability. An entry whose class is negative or whose
+  // [rows, k]: the class of each log-probability. An entry whose class is negative or whose
   // log-probability is -inf is padding, and is ignored.
   const int64_t* indices = nullptr;
   Tail tail = Tail::kGhost;                // with kIgnore the divergence must be the forward KL
-  Estimator estimator = Estimator::kNone;  // a value but kNone needs k = 1, and `tail` is not read
+  Estimator estimator = Estimator::kNone;  // unless kNone: k must be 1, and `tail` is not read
 
   void* loss = nullptr;   // acc [rows], weighted, not yet divided by any denominator; or null
   void* terms = nullptr;  // acc [kTopkTerms, rows], unweighted, or null
-  void* stats = nullptr;  // CUDA only: acc [kStats, rows], scratch memory, then the scale
+  void* stats = nullptr;  // CUDA only: acc [kStats, rows] as scratch memory, then the scale
   void* grad = nullptr;   // [rows, classes] in the student's dtype, or null; not the student itself
   RowStrides grad_stride;
   Reduction reduction = Reduction::kMean;  // `reduction` and `scale` are as in ForwardArgs
@@ -57,10 +58,10 @@ constexpr int64_t bitmap_words(int64_t classes) { return (classes + 63) / 64; }
 
 namespace cuda {
 
-// Compute the sparse loss. `total`, `denominator` and `stream` are as in forward() of kernels.h. A
-// row with an invalid list (cpu::Kernels::topk) gets the loss and the gradient NaN. topk_backward()
-// writes only the gradient, from the logits. `filled`: args.grad already holds the gradient for
-// grad_output = 1, which stays if grad_output is 1.
+// Compute the sparse loss. `total`, `denominator` and `stream` are as in forward() of kernels.h,
+// with kTopkTerms instead of kTerms. A row with an invalid list (cpu::Kernels::topk) gets the loss
+// and the gradient NaN. topk_backward() writes only the gradient, from the logits. `filled`:
+// args.grad already holds the gradient for grad_output = 1, which stays if grad_output is 1.
 int topk(const TopkArgs& args, void* total, const void* denominator, void* stream);
 int topk_backward(const TopkArgs& args, bool filled, const void* denominator, void* stream);
 

@@ -101,7 +101,8 @@ FASTKD_HOST_DEVICE Evaluated<double> estimate(Estimator estimator, double d) {
     return {estimator == Estimator::kK1 ? kMinusInfinity : -kMinusInfinity, 0};
   if (estimator == Estimator::kK1) return {-d, -d};
   if (estimator == Estimator::kK2) return {0.5 * d * d, -d};
-  // r - 1 - log r for the ratio r = p / q is f(-d). f(d) = d + expm1(-d) has a series for small d.
+  // k3 is r - 1 - log r for the ratio r = p / q. This is f(-d), and f(d) = d + expm1(-d) has a
+  // series for small d.
   const double ratio_minus_1 = std::expm1(d);
   return {is_small(d) ? d * d * series_of(-d) : ratio_minus_1 - d, -ratio_minus_1};
 }
@@ -112,9 +113,9 @@ struct Soft {
   bool is_present = true;  // false if the list has no probability to compare
   bool has_rest = false;   // true if the rest is compared, as one class: the ghost
   double student_scale = 1, student_log_scale = 0;  // q = student_scale * e for a listed class
-  double teacher_scale = 1, teacher_log_scale = 0;  // p = teacher_scale * exp(log_prob)
+  double teacher_scale = 1, teacher_log_scale = 0;  // p = teacher_scale * listed probability
   double rest_p = 0, rest_q = 0, rest_log_q = kMinusInfinity;
-  double rest = 0;  // gradient = rest * e for a class of the rest
+  double rest = 0;  // rest * e is D's gradient with respect to z / t for a class of the rest
 };
 
 // Sums over the listed classes, to which include_rest() adds the ghost.
@@ -134,8 +135,8 @@ FASTKD_HOST_DEVICE Soft soften(const Comparison& comparison, const RowOptions& r
                                const Summary& summary) {
   const bool renormalizes = !comparison.estimates() && comparison.tail == Tail::kRenormalize;
   Soft soft;
-  // The scale is relative to the maximum of the listed classes, so that nothing underflows where
-  // the rest is greater.
+  // The scale is relative to the maximum of the listed classes, so that nothing underflows if the
+  // rest has greater logits.
   if (summary.list.max > kMinusInfinity) {
     soft.student_log_scale =
         renormalizes ? -std::log(summary.list.tempered) : summary.log_q(row, summary.list.max, 1.0);
@@ -156,7 +157,7 @@ FASTKD_HOST_DEVICE Soft soften(const Comparison& comparison, const RowOptions& r
   if (has_others)
     soft.rest_p = remaining > comparison.least_rest ? remaining : comparison.least_rest;
   if (soft.rest_p == remaining) return soft;
-  // Scale the listed probabilities, because list and ghost do not add up to 1.
+  // Scale the listed probabilities, because list and ghost, if there is one, do not add up to 1.
   soft.is_present = summary.teacher > 0;
   if (!soft.is_present) return soft;
   soft.teacher_scale = (1 - soft.rest_p) / summary.teacher;
@@ -164,8 +165,8 @@ FASTKD_HOST_DEVICE Soft soften(const Comparison& comparison, const RowOptions& r
   return soft;
 }
 
-// Evaluate the divergence D, or the estimator, at a listed class, given p, q and `log_e`, the
-// logarithm of q / student_scale.
+// Evaluate the divergence D, or the estimator, at a listed class, given p, q, the list's `log_p`,
+// and `log_e`, the logarithm of q / student_scale.
 template <class D>
 FASTKD_HOST_DEVICE Evaluated<double> listed(const Comparison& comparison, const Soft& soft,
                                             const ConstantsOf<double>& constants, double p,
@@ -189,8 +190,8 @@ FASTKD_HOST_DEVICE void include_rest(const Comparison& comparison,
     sums->entropy -= times_log(soft->rest_p, log_p);
     ghost_slope = ghost.slope;
   }
-  // The forward KL's terms contain q - p, whose sum is 0, or 1 minus the listed probabilities if
-  // Tail::kIgnore cuts the teacher's list off.
+  // The forward KL's terms contain q - p, whose sum is 0. With Tail::kIgnore the teacher's rest is
+  // 0, and the sum is 1 minus the listed probabilities.
   if (comparison.is_cut_off()) sums->value += summary.teacher - 1;
   if (summary.rest.tempered > 0) {
     soft->rest = (ghost_slope - soft->rest_q * sums->slope) / summary.rest.tempered;
@@ -203,7 +204,7 @@ struct Gains {
   double rest = 0, rest_hard = 0;  // factors of exponentials relative to the rest's maximum
 };
 
-// Return the factors of a row's gradient. `gain` multiplies the gradient.
+// `gain` multiplies the row's gradient.
 FASTKD_HOST_DEVICE Gains gains_of(const RowOptions& row, const Summary& summary, const Soft& soft,
                                   double gain) {
   Gains g;

@@ -11,17 +11,18 @@ namespace fastkd::cpu::FASTKD_ISA {
 namespace {
 
 // The constants of one row, and of one block of that row, for the sweeps after the first. A block's
-// exponentials are relative to the greatest logit before the block's end (set_block(), row.h).
+// exponentials are relative to the greatest logit of the segment up to the block's end
+// (set_block(), row.h).
 template <class T>
 struct Coefficients : LogRatio<T> {
   Exponential<T> separate;  // exp(z - max z) if it is not a power of exp(z / t)
-  int squarings = 0;        // number of squarings from exp((z - max z) / t) to its power
+  int squarings = 0;        // number of squarings from exp((z - max z) / t) to exp(z - max z)
   T soft_gain = 0;  // gradient = soft_gain * (slope - ...) + hard_gain * exp(z - max z) + uniform
   T hard_gain = 0;
   T uniform = 0;  // minus label smoothing's part of the target, times the gain
   T student_share =
       0;  // factor of q, or of u with kUnit, in the centering of slopes (divergences.h)
-  T constant_share = 0;  // factor of 1 in the centering of slopes
+  T constant_share = 0;  // subtracted from each slope with kCentered
   // Gradient of a row whose sums leave the label out (decoupled.h): rest_gain times q is added to
   // the gradient of the classes other than the label, and the label gets label_gradient.
   T rest_gain = 0, label_gradient = 0;
@@ -34,8 +35,8 @@ struct Coefficients : LogRatio<T> {
     teacher_soft_gain = 0;  // soft_gain times student_scale and teacher_scale
   T block_hard_gain = 0, block_rest_gain = 0;
 
-  // Return true if the exponentials of the block can be compared relative to q's scale. In a block
-  // far below the row's maximum the scale is too close to 0.
+  // Return true if find_even_slopes() (well_separated.h) can divide by the student's scale. In a
+  // block far below the row's maximum this scale is too close to 0.
   bool is_comparable() const { return well_separated && student_scale > T(1e-15); }
 };
 
@@ -72,7 +73,7 @@ struct Classes {
   }
 };
 
-// Call fn(classes) for all registers of a block.
+// Call fn(classes) for each register of a block.
 template <class T, class S, class Fn>
 FASTKD_HOST_DEVICE void for_registers(const RowBlock<T, S>& block, Fn&& fn) {
   const RowBlock<T, S> b = block;
@@ -122,8 +123,8 @@ struct SlopeSums {
   double value = 0, slope = 0, classes = 0;
 };
 
-// Sum value and slopes, for divergences that need more than one sweep. Replace the teacher's
-// exponentials by the slopes.
+// Sum value and slopes, and count the classes of a mean, for divergences that are not
+// is_one_sweep(). Replace the teacher's exponentials by the slopes.
 template <class D, class T, class S>
 __attribute__((noinline)) SlopeSums find_slopes(const Coefficients<T>& coefficients,
                                                 const ConstantsOf<T>& constants,
@@ -210,7 +211,8 @@ FASTKD_HOST_DEVICE void write_gradient(const Coefficients<T>& c, const RowBlock<
   }
 }
 
-// Write the gradient of a well-separated row (row.h): q - p, directly.
+// Write the forward KL's gradient for a well-separated row (row.h): q - p from the exponentials,
+// without d.
 template <ExpSource kSource, class T, class S>
 __attribute__((noinline)) void write_difference(const Coefficients<T>& coefficients,
                                                 const RowBlock<T, S>& b, const Label<T>& label) {
@@ -260,8 +262,8 @@ __attribute__((noinline)) SlopeSums write_reverse_kl(const Coefficients<T>& coef
 }
 
 // Write the gradient from the slopes that replaced the teacher's exponentials. The slopes are
-// relative to q's scale if the block is comparable. With kMasked, slopes may be NaN (the soft
-// term's gradient is then 0), and a constant or z may center the slopes.
+// relative to q's scale if the block is_comparable(). With kMasked, slopes may be NaN (the soft
+// term's gradient is then 0), and a constant or a multiple of z is subtracted from the slopes.
 template <ExpSource kSource, bool kMasked, class T, class S>
 __attribute__((noinline)) void center_slopes(const Coefficients<T>& coefficients, bool unit,
                                              const RowBlock<T, S>& b, const Label<T>& label) {

@@ -95,8 +95,8 @@ template <class V, class Sums>
 FASTKD_HOST_DEVICE void include_label(const Inputs& in, const Settings<V>& row, const Scales<V>& s,
                                       const LogRatio<V>& ratio, Sums* sums) {
   const LabelOdds<V> odds = label_odds(row, s, ratio);
-  // The exact sum of q - p is 0: the computed sum is the rounding error of the odds (docs/maths.md,
-  // section 10).
+  // The exact sum of q - p is 0. The computed sum is exp(e) - 1 for the rounding error e of the
+  // constant log_ratio (docs/maths.md, section 10).
   const V difference = odds.difference + log1p_of(sums->slope);
   // NaN comes from 0 * inf, and means an infinite divergence, as in results_of() (formulas.h).
   const V within = sums->value == sums->value ? sums->value : broadcast<V>(kInfinity<Scalar<V>>);

@@ -47,7 +47,7 @@ struct Engine : FirstSweep<T> {
     b->w = fetch(teacher_of(in, r.index), b->at, b->classes, buffer, r.row.left_out);
   }
 
-  // Return true if add_extras() has sums to add.
+  // Return true if add_extras() may have sums to add.
   bool has_extras() const {
     return terms || in.label_smoothing != 0 || in.divergence == Divergence::kSoftCrossEntropy;
   }
@@ -77,7 +77,7 @@ struct Engine : FirstSweep<T> {
     sums->agreement += e.agreement;
   }
 
-  // Sum value and slopes of a block; of the reverse KL, only slopes. If slopes are cached, they
+  // Sum value and slopes of a block; of the reverse KL, only slopes. If caches_slopes(), the slopes
   // replace the teacher's exponentials.
   template <class S>
   SlopeSums sum_block(const ActiveRow<T>& r, const RowBlock<T, S>& b) const {
@@ -98,7 +98,8 @@ struct Engine : FirstSweep<T> {
     });
   }
 
-  // Sum value and slopes of one segment. In `cache`, slopes replace the teacher's exponentials.
+  // Sum value and slopes of one segment. In `cache`, slopes replace the teacher's exponentials as
+  // in sum_block().
   void sum_segment(ActiveRow<T>* r, int64_t segment, const SegmentCache<T>& cache,
                    Sums* sums) const {
     if (!r->has_gradient()) return;
@@ -143,8 +144,8 @@ struct Engine : FirstSweep<T> {
     return {row.label, false, static_cast<T>(r.gain * row.hard_weight * (1 - in.label_smoothing))};
   }
 
-  // Write a block's gradient, if a gradient is wanted. Return the sums that are computed together
-  // with the gradient; the other sums are 0.
+  // Write a block's gradient to b.grad. Return the sums that are computed in the same loop, and 0
+  // for the remaining sums.
   template <ExpSource kSource, class S>
   SlopeSums write_block(const ActiveRow<T>& r, const RowBlock<T, S>& b) const {
     const Coefficients<T>& c = r.c;
@@ -167,8 +168,8 @@ struct Engine : FirstSweep<T> {
     return {};
   }
 
-  // Write the gradient of a segment. `sums`: the sums of forward, or null in backward.
-  // `has_slopes`: true if `cache` holds the slopes of sum_segment().
+  // Write the gradient of a segment, and add to `sums`, which is null in backward. `has_slopes`:
+  // true if `cache` holds the slopes of sum_segment().
   void write(ActiveRow<T>* r, int64_t segment, const SegmentCache<T>& cache, bool has_slopes,
              Sums* sums) const {
     const bool difference = is_difference(*r);

@@ -2,16 +2,16 @@
 // vectorize it (docs/maths.md, section 4).
 //
 // With log2(e) / t as the factor, the exponent x needs no reduction by ln 2. x is n + f with the
-// nearest integer n. 2^f is a polynomial, and n is added to the bits of the exponent. The scale is
-// folded into the polynomial's coefficients, which makes normalization free. The maximum is
-// subtracted before anything is rounded, so that the result is as accurate for large logits as for
-// small logits.
+// nearest integer n. 2^f is a polynomial, and n is added to the exponent bits of the result. The
+// scale is folded into the polynomial's coefficients, which makes normalization free. The maximum
+// is subtracted before anything is rounded, so that the result is as accurate for large logits as
+// for small logits.
 //
 // With scale 1, 2^x has an error of at most 1.0 ulp with FMA, and of 1.3 ulp without, for -126 <= x
-// < 128. The error is relative to the exact value at the float x (measured, tests/kernels). Results
-// below 2^-126, scale included, and x = -inf give exactly 0. x = 0 gives exactly 1, and NaN gives
-// NaN. For x >= 128 the result is meaningless. The dense kernels subtract the maximum first, so
-// that x is at most 0, or NaN for a logit of +inf.
+// < 128. The error is relative to the exact value at the float x (measured, tests/kernels). The
+// result is exactly 0 if it would be below 2^-126, scale included, and for x = -inf. x = 0 gives
+// exactly 1, and NaN gives NaN. For x >= 128 the result is meaningless. The dense kernels subtract
+// the maximum first, so that x is at most 0, or NaN for a logit of +inf.
 #pragma once
 #include <cmath>
 #include <cstdint>
@@ -103,7 +103,8 @@ struct Exponential {
 
   FASTKD_HOST_DEVICE T operator()(T logit) const { return power_of(logit - max, factor, least); }
 
-  // Return the exponential of logit - max. V is T, or a register with a factor for each lane.
+  // Return scale * 2^(offset * factor) for offset = logit - max. V is T, or a register with a
+  // factor for each lane.
   template <class V = T, class Bits = typename F::Bits>
   FASTKD_HOST_DEVICE V power_of(V offset, V factor, V least) const {
     const V shifted = mul_add(offset, factor, F::kRound);

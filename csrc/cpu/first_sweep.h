@@ -1,5 +1,6 @@
 // The first sweep over a row: maxima, sums of exponentials, and a cache of the exponentials for the
-// later sweeps (docs/maths.md, sections 3 and 4). FirstSweep also addresses and fills the gradient.
+// later sweeps (docs/maths.md, sections 3 and 4). FirstSweep also addresses the gradient, and can
+// fill it with a constant.
 #pragma once
 #include "blocks.h"
 #include "row_blocks.h"

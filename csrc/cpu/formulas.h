@@ -1,6 +1,6 @@
-// The formulas that are computed once per row, between the sweeps over the classes: scales,
-// constants of log(p / q), factors of the gradient's terms, loss and terms (docs/maths.md, sections
-// 1 to 3, 7 and 10).
+// The formulas that are computed once per row, between or after the sweeps over the classes:
+// scales, constants of log(p / q), factors of the gradient's terms, loss and terms (docs/maths.md,
+// sections 1 to 3, 7 and 10).
 //
 // The row engine (rows.h) and the transposed engine (transposed_engine.h) share the formulas. In
 // the row engine V is double or the compute type T, and results are rounded to T. In the transposed
@@ -44,7 +44,8 @@ struct Scales {
   V zero_row_value{};  // what a student or teacher of zeros adds to the divergence (kCosine)
   V mean{};            // the forward KL of a well-separated row; else 0
 
-  // Return false if a logit is NaN or +inf, or all logits are -inf.
+  // Return false if a logit is NaN or +inf, or all logits are -inf. With kCosine, also return false
+  // if only one of student and teacher masks a class.
   FASTKD_HOST_DEVICE auto valid() const {
     return finite(student_max) & finite(student_scale) & finite(teacher_max) &
            finite(teacher_scale) & valid_label(student_label, student_scale) &

@@ -19,7 +19,8 @@ inline void copy_apart(const void* from, int64_t from_stride, void* to, int64_t 
   }
 }
 
-// Call fn(args, row, row + 1) for each row, with contiguous copies of its logits and its gradient.
+// Call fn(args, row, row + 1) for each row, with contiguous copies of its logits. Copy to args.grad
+// the contiguous gradient that fn writes.
 template <class Args, class Fn>
 void for_gathered_rows(const Args& args, int64_t begin, int64_t end, Fn&& fn) {
   const int64_t student_size = size_of(args.student_dtype),

@@ -1,7 +1,7 @@
 // Logits of a mixture of teachers, or of one teacher's probabilities, row by row, compiled once for
 // each instruction set. The first sweep computes the normalization of each teacher. The second
-// sweep mixes the logits, which are then in the cache. A mean of logits, or one teacher, needs no
-// first sweep. Formulas: docs/maths.md, section 12.
+// sweep mixes the logits, which are then in the processor's cache. A mean of logits, or one
+// teacher, needs no first sweep. Formulas: docs/maths.md, section 12.
 #include "../mixture.h"
 
 #include <limits>
@@ -98,8 +98,9 @@ class Mixer {
     }
   }
 
-  // Compute the mixed logits of a block: the logarithm of the sum of the teachers' probabilities.
-  // The sum is relative to the greatest probability of each class, so that nothing overflows.
+  // Compute the mixed logits of a block: the temperature times the logarithm of the weighted sum of
+  // the teachers' probabilities. The sum is relative to the greatest probability of each class, so
+  // that the sum does not underflow.
   void mix_block(int64_t row, int64_t at, int64_t count, T factor, T temperature, T* sums) {
     T* const greatest = block(args_.count + 1);
     const int64_t padded = (count + kLanes - 1) / kLanes * kLanes;

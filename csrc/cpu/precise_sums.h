@@ -8,14 +8,14 @@
 namespace fastkd::cpu::FASTKD_ISA {
 namespace {
 
-// exp(z / t) as 2^(n + f) for an integer n. A fused product makes z * factor - n exact. Rounding z
-// - max and the factor would otherwise be the greatest errors. Sums are relative to 2^reference,
-// where `reference` is the integer nearest to log2(exp(max / t)).
+// exp(z / t) as 2^(n + f) for an integer n. A fused product rounds z * factor - n only once.
+// Otherwise the rounding of z - max and of the factor would cause the greatest errors. Sums are
+// relative to 2^reference, where `reference` is the integer nearest to log2(exp(max / t)).
 struct PreciseExponential {
   double exact_factor;       // log2(e) / t
   float factor, factor_low;  // upper and lower part of exact_factor
   float least = 0;           // replaces smaller logits, and has the exponential 2^(reference - 90)
-  float round = 0;           // added to n + f, leaves the bits of 2^(n - reference) at the low end
+  float round = 0;           // n + f + round ends with the exponent bits of 2^(n - reference)
   double to_max = 0;         // log2 of the factor that makes sums relative to the maximum
 
   explicit PreciseExponential(double temperature)
@@ -23,8 +23,8 @@ struct PreciseExponential {
         factor(static_cast<float>(exact_factor)),
         factor_low(static_cast<float>(exact_factor - static_cast<double>(factor))) {}
 
-  // Set the maximum. Return true if the sums are precise: the processor must have FMA, and the
-  // reference must be small enough that `round` is exact.
+  // Set the maximum. Return true if the sums are precise: the instruction set must have FMA, and
+  // the reference must be small enough that `round` is exact.
   bool set_max(double max) {
     const double exponent = max * exact_factor, reference = std::nearbyint(exponent);
     round = Format<float>::kRound + 127 - static_cast<float>(reference);
@@ -35,19 +35,19 @@ struct PreciseExponential {
 };
 
 // Return the sums of a block relative to the maximum that set_max() has set. Powers 2^n are summed
-// apart from the parts, which are 2^n times 2^f - 1: a sum of powers rounds only if the powers
-// differ by a factor of 2^24, and the parts are small. A run has only kRun classes, because
-// rounding biases the sum of powers: less than half a unit is lost, and half a unit is mostly
-// rounded down. A logit of -inf counts as the least power of two, whose parts are normal numbers:
-// one subnormal sum costs some 150 cycles.
+// apart from the parts 2^n (2^f - 1). A sum of powers is exact unless a power is below an ulp of
+// the sum. The parts are small, and so are their rounding errors. A run has only kRun classes,
+// because rounding biases a longer sum of powers: a power below half an ulp of the sum is lost, and
+// a power of half an ulp is usually lost. A logit of -inf counts as `least`, whose
+// parts are normal numbers: one subnormal sum costs some 150 cycles.
 template <ExpSource kSource>
 __attribute__((noinline)) ExponentialSums sum_precisely(const Vectors<const float>& logits,
                                                         int64_t count,
                                                         const PreciseExponential& tempered_one,
                                                         const Exponential<float>& separate_one,
                                                         int squarings, CacheLevel next) {
-  // Coefficients of 2^f - 1 for |f| <= 1/2, each fitted to the rounded coefficients before. The
-  // error of 2^f is at most 3.0e-9, and -6e-12 on average.
+  // Coefficients of 2^f - 1 for |f| <= 1/2, each fitted after the coefficients before it were
+  // rounded. The error of 2^f is at most 3.0e-9, and -6e-12 on average.
   constexpr float kCoefficients[] = {6.931471824645996e-1f,  2.4022647738456726e-1f,
                                      5.550359934568405e-2f,  9.618505835533142e-3f,
                                      1.3390807434916496e-3f, 1.5326471475418657e-4f};

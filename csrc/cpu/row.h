@@ -1,5 +1,5 @@
-// One row without its classes: temperature and label, the merging of statistics, and the constants
-// of the second sweep (docs/maths.md, sections 3, 4 and 9).
+// Numbers computed once for each row, not for each class: temperatures and label, merged
+// statistics, and the constants of the later sweeps (docs/maths.md, sections 3, 4 and 9).
 #pragma once
 #include <cmath>
 
@@ -28,7 +28,8 @@ inline bool may_be_well_separated(const Inputs& in) {
 }
 // A row is well separated if its forward KL is at least kWellSeparated nats and below kGreatest
 // nats. The forward KL must also be at least kShare of the logarithm in mean_of(), because rounding
-// costs up to 4e-7 of that logarithm. Masks make the forward KL larger, infinite or NaN.
+// costs up to 4e-7 of that logarithm. kGreatest excludes rows whose forward KL is infinite or huge
+// because the student masks a class.
 constexpr double kWellSeparated = 0.05, kShare = 0.1, kGreatest = 1e4;
 
 template <class T>
@@ -48,8 +49,8 @@ struct Row : Settings<double> {
   T hard_factor = 0;        // log2(e), the factor of exponents at temperature 1
   int power = 0;            // exp(z) = exp(z / t)^power if `hard` is kPower, else 0
 
-  // Return the factor for a sum of exponentials, tempered or not, whose maximum changes from `from`
-  // to `to`. An empty sum, whose maximum is -inf, stays empty.
+  // Return the factor for a sum of 2^((z - max) * exponent), whose maximum changes from `from` to
+  // `to`. An empty sum, whose maximum is -inf, stays empty.
   static double rescale(double from, double to, double exponent) {
     if (from == to) return 1;
     return from > kLowest ? std::exp2((from - to) * exponent) : 0;
@@ -229,8 +230,8 @@ LogRatio<T> make_log_ratio(const Row<T>& row, const Scales<T>& s) {
 }
 
 // Return true if reverse_of() can form the reverse KL from the sum of its slopes: the sum is well
-// above 0, and d is unshifted. The sum contains the rounding error of log_ratio, which reverse_of()
-// subtracts.
+// above 0, and `ratio` is not shifted. The sum contains the rounding error of log_ratio, which
+// reverse_of() subtracts.
 template <class T>
 bool is_sum_of_slopes(const LogRatio<T>& ratio, T slope) {
   return !ratio.shifted && slope >= static_cast<T>(kWellSeparated);

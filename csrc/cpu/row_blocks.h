@@ -1,6 +1,7 @@
 // The student, teacher and gradient of a row, divided into blocks, which the loops of scan.h and
-// blocks.h read and write. This file also has the cache of exponentials from the first sweep to the
-// second. The boundaries of blocks fix the order of sums (docs/maths.md, section 9).
+// blocks.h read and write. This file also has the cache that passes exponentials from the first
+// sweep to the later sweeps. The boundaries of blocks fix the order of sums (docs/maths.md, section
+// 9).
 #pragma once
 #include <memory>
 #include <new>
@@ -61,9 +62,9 @@ __attribute__((noinline)) void copy_block(const Logits& logits, int64_t begin, i
   for (int64_t i = count; i < padded<T>(count); ++i) buffer[i] = narrow<T>(-__builtin_huge_valf());
 }
 
-// Return a block. If the loops can read the tensor itself, only the last step is copied to `buffer`
-// and padded. Otherwise the block is copied to `buffer`. The class that the sums leave out is
-// masked.
+// Return a block. If the loops can read the tensor itself, only a last step that is not full is
+// copied to `buffer` and padded. Otherwise the block is copied to `buffer`. The class that the sums
+// leave out is masked.
 template <class S>
 FASTKD_HOST_DEVICE Vectors<const S> fetch(const Logits& logits, int64_t begin, int64_t count,
                                           S* buffer, int64_t left_out = -1) {
@@ -79,9 +80,9 @@ FASTKD_HOST_DEVICE Vectors<const S> fetch(const Logits& logits, int64_t begin, i
   return {buffer};
 }
 
-// Return true if a gradient is too large for the caches, and is written by non-temporal stores.
-// Rows of fewer than `least_classes` classes take longer with non-temporal stores, even if rows
-// begin with a cache line.
+// Return true if non-temporal stores write the gradient: it is too large for the caches, and does
+// not overwrite the student. Rows of fewer than `least_classes` classes take longer with
+// non-temporal stores, even if rows begin with a cache line.
 inline bool stores_non_temporal(const Inputs& in, const void* grad, int64_t least_classes) {
   constexpr int64_t kBytes = 12 << 20;
   return in.classes >= least_classes &&
@@ -121,14 +122,14 @@ FASTKD_HOST_DEVICE void for_blocks(int64_t begin, int64_t end, int64_t left_out,
   }
 }
 
-// The exponentials of student and teacher in a segment, cached by the first sweep for the second
-// sweep. The exponentials are relative to the greatest logit of the segment up to the end of the
-// block. The cache is empty if no memory is available, or if another call ran the first sweep. The
-// second sweep then recomputes the exponentials block by block, to equal bits.
+// The exponentials of student and teacher in a segment, cached by the first sweep for the later
+// sweeps. The exponentials are relative to the greatest logit of the segment up to the end of the
+// block. The cache is empty if no memory is available, or if another call ran the first sweep. A
+// later sweep then recomputes the exponentials block by block, to equal bits.
 template <class T>
 struct SegmentCache {
   static constexpr int64_t kBlocks =
-      kSegment / kBlock + 3;  // for_blocks() divides a segment into at most this number
+      kSegment / kBlock + 3;  // for_blocks() divides a segment into at most this number of blocks
 
   T* student = nullptr;
   T* teacher = nullptr;
@@ -164,7 +165,7 @@ class RowCache {
     void operator()(T* memory) const { ::operator delete[](memory, kAlignment); }
   };
 
-  int64_t width_;  // number of exponentials of a segment
+  int64_t width_;  // padded number of classes of a segment
   std::unique_ptr<T[], Delete> exponentials_;
   std::unique_ptr<double[]> maxima_;
 };

@@ -2,10 +2,10 @@
 //
 // The first sweep finds the maxima and the sums of exponentials, and caches the exponentials. The
 // last sweep writes the gradient. For some divergences a sweep before the last sums the slopes. The
-// later sweeps find logits and exponentials in the cache, so that they cost no further memory
-// traffic (engine.h). All sweeps work on blocks in L1 (scan.h, blocks.h). Rows are divided into
-// segments whose results are merged in a fixed order: the bits do not depend on how segments are
-// divided among threads. Derivations: docs/maths.md, sections 1 to 3, and 9.
+// later sweeps find logits and exponentials in the processor's cache, so that they cost no further
+// memory traffic (engine.h). All sweeps work on blocks in L1 (scan.h, blocks.h). Rows are divided
+// into segments whose results are merged in a fixed order: the bits do not depend on how segments
+// are divided among threads. Derivations: docs/maths.md, sections 1 to 3, and 9.
 #pragma once
 #include "engine.h"
 #include "gather.h"

@@ -49,9 +49,9 @@ auto maximum(const Vectors<const S>& logits, int64_t count) {
   return tree_reduce<kWide<T>>(lanes, [](T a, T b) { return a > b ? a : b; });
 }
 
-// The sum of the tempered exponentials, each times the log ratio of the class. A log ratio is the
-// difference of the two logits' distances from the two maxima. kBounded: log ratios are at most
-// kMostLogRatio, so that a log ratio above 1000 does not hide log ratios near 0.
+// The kind of sum of the tempered exponentials, each times the log ratio of the class. A log ratio
+// is the difference of the two logits' distances from the two maxima. kBounded: log ratios are at
+// most kMostLogRatio, so that a log ratio above 1000 does not hide log ratios near 0.
 enum class LogRatioSum { kNone, kUnbounded, kBounded };
 constexpr double kMostLogRatio = 8;  // in nats
 
@@ -72,8 +72,8 @@ FASTKD_HOST_DEVICE CacheLevel next_of(int64_t at, int64_t classes) {
 }
 template <CacheLevel kLevel, class S>
 FASTKD_HOST_DEVICE void prefetch(const S* base, uintptr_t ahead) {
-  const uintptr_t address =
-      reinterpret_cast<uintptr_t>(base) + ahead;  // an integer: the address may be in another array
+  // The address is an integer, because it may be beyond the array.
+  const uintptr_t address = reinterpret_cast<uintptr_t>(base) + ahead;
   __builtin_prefetch(reinterpret_cast<const void*>(address), 0, kLevel == CacheLevel::kL1 ? 3 : 2);
 }
 template <CacheLevel kLevel, int64_t kWidth, class S>
@@ -89,9 +89,9 @@ constexpr int64_t kRun = kRegisterBytes < 32 ? 64 : 128;
 static_assert(kRun % kLanes == 0, "");
 
 // Sum the exponentials of a block, and write the tempered exponentials to `cache` unless `cache` is
-// null. `separate` is read only with ExpSource::kSeparate, `squarings` with kPower, `others` with
-// log ratios. The function is not inlined: a caller of all instances would save and restore so many
-// registers that rows of few blocks slow down.
+// null. `separate_one` is used only with ExpSource::kSeparate, `squarings` only with kPower, and
+// the other logits only with log ratios. The function is not inlined: a caller of all instances
+// would save and restore so many registers that rows of few blocks slow down.
 template <ExpSource kSource, LogRatioSum kLogRatios, class T, class S>
 __attribute__((noinline)) ExponentialSums
 sum_exponentials(const Vectors<const S>& vectors, int64_t count, const Exponential<T>& tempered_one,

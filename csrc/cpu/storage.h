@@ -38,7 +38,7 @@ FASTKD_HOST_DEVICE float widen(Float16 x) {
 
 // Return bits whose upper half is x as bf16, rounded to nearest, ties to even. If x is NaN, its
 // payload must not overflow, as that of kNaN does not; rows with NaN are filled with kNaN. `V` is
-// float or a register of floats, and `Bits` the unsigned integer of the same size.
+// float or a register of floats, and `Bits` is uint32_t or a register of uint32_t.
 template <class Bits = uint32_t, class V>
 FASTKD_HOST_DEVICE Bits rounded_bits(const V& x) {
   const Bits bits = bits_as<Bits>(x);

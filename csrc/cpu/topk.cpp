@@ -24,9 +24,9 @@ using topk::Soft;
 using topk::SoftSums;
 using topk::Summary;
 
-// Return true if the first sweep caches the rest's exponentials for the second. Caching the
-// exponentials of fp32 logits would double the memory; recomputing the exponentials from cached
-// logits takes less time.
+// True if the first sweep caches the rest's exponentials for the second. Caching the exponentials
+// of fp32 logits would double the memory; recomputing the exponentials from logits in the
+// processor's cache takes less time.
 template <class T, class S>
 constexpr bool kCachesRest = sizeof(S) < sizeof(T);
 
@@ -216,7 +216,7 @@ struct TopkRow {
                   static_cast<double>(count) * near;
       }
     });
-    if (sums.max == kMinusInfinity) sums.tempered *= 0, sums.hard *= 0;  // 0, or NaN for NaN
+    if (sums.max == kMinusInfinity) sums.tempered *= 0, sums.hard *= 0;  // 0; NaN stays NaN
     return sums;
   }
 

@@ -16,7 +16,7 @@
 namespace fastkd::cpu::FASTKD_ISA {
 namespace {
 
-// Number of rows side by side: one cache line of 16-bit pixels, two of 32-bit pixels.
+// Number of rows side by side: one cache line of 16-bit numbers, two of 32-bit numbers.
 constexpr int64_t kTileRows = 32;
 
 // A group has as many rows as a register has lanes.

@@ -14,7 +14,8 @@ void copy_rows(const TransposedEngine& engine, const void* from, void* to) {
   }
 }
 
-// Write the group's numbers to field `index` of `base`, float [fields, rows].
+// Write the group's numbers, or `otherwise` for rows that are not computed, to field `index` of
+// `base`, float [fields, rows].
 void put(const TransposedEngine& engine, void* base, int64_t index, V numbers) {
   const V result = engine.computed ? numbers : engine.otherwise;
   copy_rows(engine, &result, static_cast<float*>(base) + index * engine.in.rows + engine.first);

@@ -1,5 +1,5 @@
 // The transposed engine: loss and gradient of several rows at once, one row per SIMD lane. The
-// engine computes rows of few classes, and rows whose classes are not adjacent.
+// engine computes, in fp32, rows of few classes, and rows whose classes are not adjacent.
 //
 // The engine evaluates formulas.h, decoupled.h and divergences.h with registers as numbers
 // (docs/maths.md, sections 1 to 3, 7 and 10). In the row engine, a row of ten classes would fill
@@ -64,13 +64,13 @@ struct TransposedEngine {
   void* const grad;  // [rows, classes], or null
   const RowStrides grad_stride;
   const bool hard;      // the hard term is needed
-  const bool terms;     // the terms are needed
+  const bool terms;     // ForwardArgs::terms are needed
   const bool unit;      // the divergence is of unit vectors (kCosine)
   const bool centered;  // the divergence is of centered logits (kCenteredSquaredError)
   const bool
       decoupled;  // the sums are over the classes other than the label (kDecoupled; decoupled.h)
   const Constants constants;
-  Row<float> shared;  // the settings of all rows, if the call has no row_settings
+  Row<float> shared;  // settings of the call; `settings` has those of each row
   Tile tile;
   Ahead ahead[3];  // the next tile's logits, and this tile's gradient
 
@@ -91,8 +91,7 @@ struct TransposedEngine {
   ExpSums exponentials;
   Moments<float> moments;
   V offsets;
-  // Sums of the second sweep, as in Sums (kernels.h). Each block is summed separately first, so
-  // that sums round less.
+  // Sums of the second sweep, as in Sums (kernels.h).
   V value, slope, classes, student_entropy, teacher_entropy, agreement;
 
   template <class Args>
@@ -264,7 +263,7 @@ struct TransposedEngine {
       max = FASTKD_ISA::max(load(student_at(c)), max);
       teacher_max = FASTKD_ISA::max(load(teacher_at(c)), teacher_max);
     }
-    if (decoupled) {  // the label may be the only class
+    if (decoupled) {  // the label may be the only class that is not masked
       max = max == -kInfinity<float> ? V{} : max;
       teacher_max = teacher_max == -kInfinity<float> ? V{} : teacher_max;
     }

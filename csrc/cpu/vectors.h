@@ -1,4 +1,4 @@
-// Loops over a block: the vectors of a row, its padded last step, and sums over lanes. The order of
+// Loops over a block of a row: its vectors, its padded last step, and sums over lanes. The order of
 // these sums is fixed (docs/maths.md, section 9).
 #pragma once
 #include <type_traits>
@@ -10,10 +10,10 @@
 namespace fastkd::cpu::FASTKD_ISA {
 namespace {
 
-// 4 KB of fp32, so that three blocks stay in L1. Sums are fp32 lanes within a block and double
-// beyond, so the block bounds the rounding error of a sum.
+// Number of classes of a block: 4 KB of fp32, so that three blocks stay in L1. Sums are fp32 lanes
+// within a block and double beyond, so the block bounds the rounding error of a sum.
 constexpr int64_t kBlock = 1024;
-// The loops take kLanes classes at a time (4 in fp64), and shorter steps at the end of a row. The
+// The loops take kLanes classes at a time (4 in fp64), and shorter steps at the end of a block. The
 // last step is padded with -inf. 16-bit numbers are unpacked in pairs that fill registers, and have
 // no shorter steps. fp64 is computed one number at a time (registers.h).
 constexpr int64_t kLanes = 32;
@@ -38,7 +38,7 @@ template <class S>
 struct Vectors {
   S* block = nullptr;
   S* last = nullptr;
-  int64_t full_classes = INT64_MAX;  // number of classes before the last step
+  int64_t full_classes = INT64_MAX;  // number of classes before `last`
 
   FASTKD_HOST_DEVICE S* at(int64_t index) const {
     return index < full_classes ? block + index : last;
@@ -48,8 +48,8 @@ struct Vectors {
   }
 };
 
-// Call fn(at, width) for all of `count` classes. `width` is a compile-time constant; `fn` should be
-// FASTKD_INLINE.
+// Call fn(at, width) for each step of `count` classes. `width` is a compile-time constant; `fn`
+// should be FASTKD_INLINE.
 template <class S, class Fn>
 FASTKD_HOST_DEVICE void for_vectors(int64_t count, Fn&& fn) {
   int64_t at = 0;
@@ -65,7 +65,7 @@ inline bool holds(int64_t begin, int64_t count, int64_t index) {
   return begin <= index && index < begin + count;
 }
 
-// Reduce over lanes by halving, because a chain of dependent additions is noticeable in short rows.
+// Reduce over lanes by halving, because a chain of dependent additions would slow down short rows.
 template <int64_t kWidth, class T, class Join>
 FASTKD_HOST_DEVICE T tree_reduce(const T* lanes, Join&& join) {
   if constexpr (kWidth == 1) {
@@ -98,8 +98,9 @@ struct DoubleSums {
   }
 };
 
-// Return the sum of a register's lanes. At most 8 numbers are then added in double. In a row of one
-// block, rounding these additions would be most of the sum's error.
+// Return the sum of a register's lanes. 16 lanes are first added in pairs, and 8 or fewer numbers
+// are added in double. In a row of one block, rounding these last additions to fp32 would cause
+// most of the sum's error.
 template <class T>
 FASTKD_HOST_DEVICE double precise_sum_of(const Register<T>& sum) {
   constexpr int64_t kCount = kPerRegister<T>, kFew = kCount < 8 ? kCount : 8;

@@ -1,5 +1,5 @@
-// The JSD with mix 1/2 of a well-separated row (row.h). The slopes need no series for p near q,
-// which makes the loop shorter (docs/maths.md, sections 3 and 10).
+// The JSD with mix 1/2 of a well-separated row (row.h). Values and slopes need no series for p near
+// q, which makes the loop shorter (docs/maths.md, sections 3 and 10).
 #pragma once
 #include "blocks.h"
 
@@ -15,8 +15,9 @@ FASTKD_HOST_DEVICE V even_log(V ratio) {
   return ratio * polynomial(y, {1.0f, 0.3333332017f, 0.2000378032f, 0.141183099f, 0.1342574901f});
 }
 
-// Compute value and slopes relative to q's scale, for blocks with is_comparable(). With h = d / 2,
-// log(m / q) is h + log cosh h = max(d, 0) - log(max(p, q) / m).
+// Sum value and slopes of a block that is_comparable(). Replace the teacher's exponentials by the
+// slopes, relative to q's scale. With h = d / 2, log(m / q) is h + log cosh h = max(d, 0) -
+// log(max(p, q) / m).
 template <class S>
 __attribute__((noinline)) SlopeSums find_even_slopes(const Coefficients<float>& c,
                                                      const RowBlock<float, S>& b) {
