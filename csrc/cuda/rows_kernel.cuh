@@ -12,8 +12,8 @@
 namespace fastkd::cuda {
 
 // Teams: the threads that share a row. merge(x, rule) gives each thread of a row the sum of x over
-// all threads of that row. `rule` is an argument of the members of x that add. The order of the sum
-// depends only on the launch.
+// all threads of that row. `rule` is the last argument of x's members merge_lanes() and add(). The
+// order of the sum depends only on the launch.
 
 // kLanes adjacent lanes of a warp share a row.
 template <int kLanes>

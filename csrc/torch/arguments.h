@@ -61,7 +61,7 @@ void return_results(StableIValue* stack, const Results&... results) {
 
 struct Reducing {
   Reduction reduction;
-  double normalizer;                  // divisor of the mean, if positive and no denominator is given
+  double normalizer;                  // divisor of the mean, if positive and without denominator
   std::optional<Tensor> denominator;  // divisor of the mean: acc, one number on the inputs' device
 
   void take_from(ArgumentReader* reader) {

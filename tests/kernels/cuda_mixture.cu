@@ -31,8 +31,8 @@ double share_of(const Case& c, size_t k) {
   return 2 * static_cast<double>(k + 1) / (count * (count + 1));
 }
 
-// Return the mixture's log-probabilities of one row from each teacher's logits; NaN for an invalid
-// row.
+// Return the mixture's log-probabilities of one row from each teacher's logits or probabilities;
+// NaN for an invalid row.
 std::vector<double> reference_row(const Case& c, const std::vector<std::vector<double>>& logits,
                                   double teacher_temperature) {
   const size_t n = static_cast<size_t>(c.classes);

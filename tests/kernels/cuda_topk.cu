@@ -212,7 +212,8 @@ void Runner::run() {
     const double got = load(loss.host.data(), acc, r);
     // Rounding errors of the student's probabilities change a divergence D in proportion to
     // sqrt(D), the size of its gradient. For a student near the teacher, the loss is small and must
-    // still be accurate. With Tail::kIgnore, D is less accurate, because the kernel adds up p - q.
+    // still be accurate. With Tail::kIgnore, D is less accurate, because the kernel's terms contain
+    // q - p, whose sum the kernel subtracts again.
     const bool near = c.noise < 0.1 && c.tail != Tail::kIgnore;
     const double absolute = wide ? 1e-13 : near ? 1e-7 * std::sqrt(want[r].loss) : 1e-6;
     if (!close(got, want[r].loss, absolute, wide ? 1e-12 : near ? 1e-6 : 3e-6))
