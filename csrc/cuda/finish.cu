@@ -1,6 +1,6 @@
 // Kernels for the scale and the total of a call (docs/maths.md, section 6). count_kernel and
-// scale_kernel run before the rows' kernel, and finish_kernel runs after the rows' kernel. The
-// kernels are separate, because the CTAs of one kernel do not wait for each other.
+// scale_kernel, if needed, run before the rows' kernel, and finish_kernel runs after the rows'
+// kernel. The kernels are separate, because the CTAs of one kernel do not wait for each other.
 #include "launch.h"
 
 namespace fastkd::cuda {

@@ -1,5 +1,5 @@
-// The arguments of the forward kernels, and the functions besides the sweeps that kernels of all
-// layouts share. These functions classify rows, compute the scale, write a row's loss, terms and
+// The arguments of the forward kernels, and the functions that kernels of all layouts share besides
+// the sweeps. These functions classify rows, compute the scale, write a row's loss, terms and
 // statistics, and sum the total. Derivations: docs/maths.md, sections 1, 5 and 6. numerics.h
 // defines the letters.
 #pragma once

@@ -89,8 +89,8 @@ struct GeneralStats : RowStats<A> {
   __device__ __forceinline__ void invalidate_unless(bool good) {
     if (!good) this->student_scale = student_moment = A(NAN);
   }
-  // Set maximum and scales to 0 if all classes but the label are masked. Invalidate the row if the
-  // label's logit is NaN or +inf, or if the label is masked as well.
+  // If the student or the teacher masks all classes but the label, set its maximum and scales to 0.
+  // Invalidate the row if the label is masked as well, or if a logit of the label is NaN or +inf.
   __device__ __forceinline__ void leave_out_label(const Inputs& in, int64_t row,
                                                   const Statistics<A>& statistics) {
     if (statistics.student_sum == A(0))

@@ -113,8 +113,8 @@ Reference reference_row(const Case& c, Row row) {
     if (row.log_p[i] == -kInfinity) row.ids[i] = -1;  // padding
   bool poisoned = !is_list(c, row) || (c.labels && (row.label < 0 || row.label >= c.classes));
   for (const double z : row.z) poisoned |= std::isnan(z) || z == kInfinity;
-  // Subtract the maximum: the loss depends only on differences of logits, and large logits over t
-  // would lose digits.
+  // Subtract the maximum: the loss depends only on differences of logits, and large logits divided
+  // by t would lose digits.
   const double top = *std::max_element(row.z.begin(), row.z.end());
   for (double& z : row.z) z -= top > -kInfinity ? top : 0;
   const double t = c.temperature;
