@@ -34,9 +34,9 @@ __device__ __forceinline__ bool has_moments(const Inputs& in) {
 
 // The temperatures of a row. softmax(z) is proportional to softmax(z / t) to the `power`, which
 // saves the hard term's exponential. `power` is 1, 2 or 4, and 0 for other temperatures. `power` is
-// also 0 if t is not 1 and the hard term is the greater part of the gradient, because the power
-// multiplies the error of exp(z / t) by t. Rows without labels have no hard term, and get the
-// cheapest power, 1. `power` is 0 for all rows of a divergence with has_moments().
+// also 0 if t is not 1 and the hard term is the greater part of the gradient: the power multiplies
+// the error of exp(z / t) by t. Rows without labels have no hard term, and get the cheapest power,
+// 1. `power` is 0 for all rows of a divergence with has_moments().
 template <class A>
 struct Temperature {
   A t, inverse;
@@ -196,7 +196,8 @@ struct RowStats {
   A student_max, student_scale, hard_scale, teacher_max, teacher_scale;
 
   RowStats() = default;
-  // Compute the results. The constructor of GeneralStats (general.cuh) has the same parameters.
+  // Compute the results of the first sweep. The constructor of GeneralStats (general.cuh) has the
+  // same parameters.
   __device__ __forceinline__ RowStats(const Inputs&, int64_t, const Statistics<A>& s,
                                       const Moments&)
       : student_max(s.student_max),

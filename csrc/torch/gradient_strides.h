@@ -7,9 +7,9 @@
 
 namespace fastkd {
 
-// Return the first dimension with a stride less than that of the classes, if the strides of the
-// dimensions but the classes never increase, as in (N, C, H, W). In memory, the classes lie just
-// outside that dimension. Otherwise return the last dimension.
+// Return the first dimension with a stride less than that of the classes, as H in (N, C, H, W). In
+// memory, the classes lie just outside that dimension. Return the last dimension if there is no
+// such dimension, or if the strides of the dimensions but the classes increase somewhere.
 inline int64_t dimension_outside_classes(int64_t dims, const int64_t* sizes,
                                          const int64_t* strides) {
   const int64_t last = dims - 1;

@@ -178,8 +178,8 @@ void check_row(Data& data, const std::vector<Truth>& truths, int64_t r, bool ter
       continue;
     }
     const Real exact = truth.grad[static_cast<size_t>(i)];
-    // The error is at most the compute type's error at the size of the probabilities, plus half a
-    // unit in the last place of the stored type if that type is not fp64.
+    // The error is at most the compute type's error at the size of the probabilities. Rounding to a
+    // stored type other than fp64 adds half a unit in the last place.
     const double slack = (fp64 ? 1e-14 : 1.5e-6) * size;
     const double half = fp64 && p.student == DType::kFloat64
                             ? 0

@@ -21,7 +21,7 @@ struct Case {
   // pad, offset: padding of each row and offset of the first row, in elements, for teachers after
   // the first. group_rows: rows of a group, for every teacher; 0: all rows are one group.
   int64_t pad = 0, offset = 0, group_rows = 0;
-  double spread = 3, base = 0;  // standard deviation of logits; added to logits
+  double spread = 3, base = 0;  // standard deviation of the logits; number added to all logits
   bool masked = false, nan = false, infinite = false, nothing = false;
   std::string name;
 };

@@ -44,8 +44,8 @@ struct Runner {
           static_cast<int>(c.estimator), what, static_cast<long long>(row),
           static_cast<long long>(i), got, want);
   }
-  // Make a row: a teacher, whose greatest classes are listed in permuted order, a student with the
-  // teacher's logits and noise, and the changes that the case asks for.
+  // Make a row: a teacher, whose greatest classes are listed in permuted order, and a student with
+  // the teacher's logits and noise. Then make the changes that the case asks for.
   Row make_row(Random& random, int64_t index) const {
     Row row;
     const size_t n = static_cast<size_t>(c.classes);

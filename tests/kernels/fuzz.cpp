@@ -1,6 +1,6 @@
 // Fuzz the interface of the CPU kernels (kernels.h). The input's bytes become sizes, strides,
 // options, labels and the bits of the logits. For any input and instruction set, nothing outside
-// the buffers is touched, padding and inputs stay unchanged, ignored rows give 0, and all paths
+// the buffers is touched, and padding and inputs stay unchanged. Ignored rows give 0, and all paths
 // give equal numbers. Buffers have no spare byte, so AddressSanitizer reports any access beyond
 // their end.
 //

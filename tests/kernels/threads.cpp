@@ -1,6 +1,6 @@
 // Test the CPU kernels from several threads at once, as csrc/torch/cpu.cpp calls them. Cases: rows
-// divided among threads (forward and backward), rows shared segment by segment, concurrent calls on
-// the same inputs, calls on a small stack and without memory for the cache of exponentials, and a
+// divided among threads (forward and backward); rows shared segment by segment; concurrent calls on
+// the same inputs; calls on a small stack; calls without memory for the cache of exponentials; a
 // concurrent choice of the instruction set. Every loss and gradient has the bits of a run on one
 // thread. ThreadSanitizer (make sanitize) checks that threads do not race.
 #include <pthread.h>
