@@ -5,8 +5,8 @@ VENV ?= .venv
 TORCH ?= torch==2.13.0
 RUN := $(VENV)/bin/python
 INSTALL := $(RUN) -m pip install --quiet
-# Python compiles a module when a program imports it, which is enough for the demo. The tests would fail there: they make
-# warnings errors, and some libraries' modules have warnings.
+# The demo's packages are installed uncompiled: Python compiles a module when a program imports it. All other packages
+# are compiled when installed, because the tests make warnings errors, and compiling some libraries' modules warns.
 INSTALL_FOR_DEMO := $(INSTALL) --no-compile
 SOURCES := $(wildcard csrc/*.h csrc/*/*) CMakeLists.txt pyproject.toml
 CUDA_BUILD := build/cuda

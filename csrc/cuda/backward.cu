@@ -1,8 +1,8 @@
-// The kernels of backward, which write the gradient for a grad_output. The kernels recompute the
-// gradient from the row statistics that forward stored, to equal bits. If forward has written an
-// fp32 or fp64 gradient, or a gradient over the student, the kernels scale that gradient in place.
-// If forward has written the gradient and grad_output is 1, the kernels return at once.
-// Derivations: docs/maths.md, sections 2, 3, 7 and 8.
+// The kernels of backward(), which write the gradient for a grad_output. The kernels recompute the
+// gradient from the logits and the row statistics of forward. For grad_output = 1, the gradient has
+// the bits that forward writes. If forward has written an fp32 or fp64 gradient, or a gradient over
+// the student, the kernels scale that gradient in place. If forward has written the gradient and
+// grad_output is 1, the kernels return at once. Derivations: docs/maths.md, sections 2, 3, 7 and 8.
 #include "launch.h"
 #include "sweeps.cuh"
 
@@ -25,7 +25,7 @@ __device__ __forceinline__ A grad_output_of(const BackwardArgs& args, int64_t ro
   return static_cast<const A*>(args.grad_output)[args.grad_output_per_row ? row : 0];
 }
 
-// Call fn(place, row, grad_output) for each row of this thread whose gradient changes.
+// Call fn(place, row, grad_output) for each row of this thread whose gradient must be written.
 template <class A, class Fn>
 __device__ __forceinline__ void for_rows(const BackwardCall& call, Fn&& fn) {
   const BackwardArgs& args = call.args;

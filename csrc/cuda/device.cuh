@@ -34,7 +34,7 @@ __device__ __forceinline__ float add_of(float a, float b) { return __fadd_rn(a, 
 __device__ __forceinline__ double add_of(double a, double b) { return __dadd_rn(a, b); }
 __device__ __forceinline__ double reciprocal_of(double x) { return 1.0 / x; }
 // Return a / b, correctly rounded except in rare cases. b must be neither 0 nor near the ends of
-// float's range. An exact division would call a subroutine, around which registers spill.
+// float's range. The operator / would call a subroutine, around which registers spill.
 __device__ __forceinline__ float quotient_of(float a, float b) {
   float r = reciprocal_of(b);
   r = fmaf(fmaf(-b, r, 1.0f), r, r);

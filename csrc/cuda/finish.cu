@@ -1,6 +1,6 @@
 // Kernels for the scale and the total of a call (docs/maths.md, section 6). count_kernel and
-// scale_kernel run before the rows' kernel, and finish_kernel runs after the rows' kernel. The
-// kernels are separate, because the CTAs of one kernel cannot wait for each other.
+// scale_kernel, if needed, run before the rows' kernel, and finish_kernel runs after the rows'
+// kernel. The kernels are separate, because the CTAs of one kernel do not wait for each other.
 #include "launch.h"
 
 namespace fastkd::cuda {
@@ -49,7 +49,8 @@ __global__ void __launch_bounds__(kThreads)
     sum += static_cast<double>(values[cta * rows_at_once]);
   sum = exchange.sum(sum);
   if (threadIdx.x != 0) return;
-  // If no row counts, the mean's denominator may be 0 and the scale infinite. The total is then 0.
+  // If all rows are ignored, the mean's denominator may be 0 and the scale infinite. The total is
+  // then 0.
   const A scale = static_cast<const A*>(call.args.stats)[kStats * call.args.rows];
   static_cast<A*>(call.total)[quantity] =
       sum == 0 ? A(0) : static_cast<A>(sum * static_cast<double>(scale));

@@ -1,5 +1,5 @@
-// The arguments of the forward kernels, and the functions besides the sweeps that kernels of all
-// layouts share. These functions classify rows, compute the scale, write a row's loss, terms and
+// The arguments of the forward kernels, and the functions that kernels of all layouts share besides
+// the sweeps. These functions classify rows, compute the scale, write a row's loss, terms and
 // statistics, and sum the total. Derivations: docs/maths.md, sections 1, 5 and 6. numerics.h
 // defines the letters.
 #pragma once
@@ -12,18 +12,18 @@ enum class ScaleSource : int32_t { kArgument, kDenominator, kCount, kStats };
 
 struct ForwardCall {
   ForwardArgs args;
-  const void* denominator = nullptr;  // acc, one number
+  const void* denominator = nullptr;  // acc, one number, or null
   void* total = nullptr;              // acc [quantities()], or null
   ScaleSource scale_source = ScaleSource::kArgument;
   Constants constants;
-  int terms = kTerms;  // rows of args.terms
+  int terms = kTerms;  // number of rows of args.terms
 
   // Return the number of results of each row: the loss, and the terms if the call has terms.
   FASTKD_HOST_DEVICE int quantities() const { return args.terms == nullptr ? 1 : 1 + terms; }
 };
 
-// Return true if the sweeps also compute the sums of Writer::add_extra(), for `terms`, label
-// smoothing or the soft cross entropy.
+// Return true if a call needs the sums of Writer::add_extra(), for `terms`, label smoothing or the
+// soft cross entropy.
 FASTKD_HOST_DEVICE bool wants_extra(const ForwardArgs& args) {
   return args.terms != nullptr || args.label_smoothing != 0 ||
          args.divergence == Divergence::kSoftCrossEntropy;
@@ -66,12 +66,13 @@ __device__ __forceinline__ void close_row(const ForwardArgs& args, int64_t row, 
       hard = weighted(A(1) - eps, hard) + weighted(eps, log_sum - sums.logits);
     }
   }
-  // In a valid row, NaN comes only from 0 * inf, for a class that the student masks and whose
-  // teacher probability underflows. The divergence is then infinite.
+  // In a valid row, NaN comes only from infinite terms: from 0 * inf, if the student masks a class
+  // whose teacher probability underflows, or from inf - inf (kCenteredSquaredError). The divergence
+  // is then infinite.
   A soft =
       divergence_of(args.divergence, sums.value, sums.slope, sums.classes, sums.teacher_entropy);
   if (soft != soft) soft = A(INFINITY);
-  // nan_or_0 is added to every result, so that all results of an invalid row are NaN.
+  // nan_or_0 makes the loss and the terms of an invalid row NaN.
   const A nan_or_0 = stats.valid() ? A(0) : static_cast<A>(fill_value(RowKind::kBad));
   soft += nan_or_0;
   static_cast<A*>(args.loss)[row] =
@@ -88,7 +89,7 @@ __device__ __forceinline__ void close_row(const ForwardArgs& args, int64_t row, 
   stats.store(static_cast<A*>(args.stats), args.rows, row, sums.slope, sums.classes);
 }
 
-// Return the number of labels that are not ignored among first, first + step, ...
+// Return the number of labels that are not ignored, among those of rows first, first + step, ...
 __device__ __forceinline__ int count_labels(const Inputs& in, int64_t first, int64_t step) {
   int count = 0;
 #pragma unroll 8
@@ -99,7 +100,7 @@ template <class A>
 __device__ __forceinline__ A scale_of_count(int64_t count) {
   return quotient_of(A(1), static_cast<A>(count > 0 ? count : 1));
 }
-// Return the scale of a call whose rows need not be counted.
+// Return the scale of a call whose scale_source is not kCount.
 template <class A>
 __device__ __forceinline__ A known_scale(const ForwardCall& call) {
   if (call.scale_source == ScaleSource::kDenominator)
@@ -108,8 +109,8 @@ __device__ __forceinline__ A known_scale(const ForwardCall& call) {
     return static_cast<const A*>(call.args.stats)[kStats * call.args.rows];
   return static_cast<A>(call.args.scale);
 }
-// Return the scale; one thread of the grid stores the scale in `stats`. All threads of a CTA must
-// call this function.
+// Return the scale. Unless `stats` has the scale already, one thread of the grid stores it there.
+// All threads of a CTA must call this function.
 template <class A>
 __device__ __forceinline__ A block_scale(const ForwardCall& call, WarpExchange& exchange) {
   A scale;

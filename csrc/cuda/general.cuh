@@ -40,7 +40,7 @@ struct LabelLogits {
   }
 };
 
-// Statistics of a row from the general kernels' sweeps before sum().
+// Statistics of a row from scan() and moments_of() (sweeps.cuh), for a GeneralWriter.
 template <class A>
 struct GeneralStats : RowStats<A> {
   // 1 / |z| and 1 / |w| for kCosine, the means of z and w for kCenteredSquaredError, else the
@@ -89,8 +89,8 @@ struct GeneralStats : RowStats<A> {
   __device__ __forceinline__ void invalidate_unless(bool good) {
     if (!good) this->student_scale = student_moment = A(NAN);
   }
-  // Set maximum and scales to 0 if all classes but the label are masked. Invalidate the row if the
-  // label's logit is NaN or +inf, or if the label is masked as well.
+  // If the student or the teacher masks all classes but the label, set its maximum and scales to 0.
+  // Invalidate the row if the label is masked as well, or if a logit of the label is NaN or +inf.
   __device__ __forceinline__ void leave_out_label(const Inputs& in, int64_t row,
                                                   const Statistics<A>& statistics) {
     if (statistics.student_sum == A(0))
@@ -163,7 +163,7 @@ struct alignas(16) GeneralWriter : Writer<A> {
   }
 
   // Add value and slope of one class; with kUnit, the value in place of the slope. With `extra`,
-  // also add the sums of add_extra().
+  // also add the class to the sums of add_extra().
   template <class D>
   __device__ __forceinline__ void sum_as(A z, A w, bool extra, Sums<A>& sums) const {
     A unused;
@@ -228,7 +228,7 @@ struct alignas(16) GeneralWriter : Writer<A> {
     sums.logits = fma_of(above, this->share, sums.logits);
 
     const A log = log_odds(z), teacher_log = teacher_log_odds(w);
-    // The exact sum of q - p is 0: the computed sum is the rounding error of the odds
+    // The exact sum of q - p is 0, so that the computed sum measures the rounding error of the odds
     // (docs/maths.md, section 10).
     const A apart = odds_difference(z, w) + log1p_of(sums.slope);
     // NaN comes from 0 * inf, and means an infinite divergence, as in close_row()
@@ -269,8 +269,8 @@ struct alignas(16) GeneralWriter : Writer<A> {
     this->soft = mul_of(this->soft, mix_of(in));
   }
 
-  // Return the weight of the KL among the classes other than the label: 0 if the teacher gives
-  // these classes probability 0.
+  // Return the weight of the KL among the classes other than the label: `mix`, or 0 if the teacher
+  // masks all of these classes.
   __device__ __forceinline__ A mix_of(const Inputs& in) const {
     return this->stats.teacher_scale > A(0) ? static_cast<A>(in.mix) : A(0);
   }
@@ -288,7 +288,7 @@ struct alignas(16) GeneralWriter : Writer<A> {
     const A log = (z - this->stats.student_max) - log_sum_of(this->stats);
     return this->stats.hard_scale == A(0) ? A(INFINITY) : log;
   }
-  // Return teacher_log_odds(w) - log_odds(z), up to the rounding of the sums.
+  // Return teacher_log_odds(w) - log_odds(z), with the rounding error of Writer::shift.
   __device__ __forceinline__ A odds_difference(A z, A w) const {
     if (this->stats.student_scale == A(0) || this->stats.teacher_scale == A(0))
       return teacher_log_odds(w) - log_odds(z);

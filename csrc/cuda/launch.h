@@ -1,5 +1,5 @@
-// Declarations of the functions that launch kernels. launch.cu chooses the kernels of a call. Each
-// file that defines kernels also launches these kernels, so that nvcc compiles the files in
+// Declarations of the functions that launch kernels. launch.cu chooses the forward kernels of a
+// call. Each file that defines kernels also launches these kernels, so that the files compile in
 // parallel. docs/maths.md derives the results of rows in sections 2, 3 and 10, and the totals in
 // section 6.
 #pragma once
@@ -11,7 +11,7 @@ namespace fastkd::cuda {
 
 // Compute the rows of a call, and the call's total. launch_short_rows() lets 8 or 32 lanes of a
 // warp share a row, and launch_long_rows() all threads of a CTA. launch_strided() accepts classes
-// of any stride, and lets one or eight threads share a row.
+// of any stride, and lets one or eight threads compute a row.
 cudaError_t launch_short_rows(const ForwardCall& call, cudaStream_t stream);
 cudaError_t launch_long_rows(const ForwardCall& call, cudaStream_t stream);
 cudaError_t launch_strided(const ForwardCall& call, cudaStream_t stream);
@@ -25,7 +25,8 @@ cudaError_t launch_finish(const ForwardCall& call, int64_t ctas, int rows_at_onc
 cudaError_t launch_backward(const BackwardArgs& args, bool filled, cudaStream_t stream);
 
 // Return true if the hot kernels compute the loss: the forward KL or the soft cross entropy, with
-// one temperature for student and teacher. If false, the kernels of general.cuh compute the loss.
+// one temperature for student and teacher. If false, kernels with a GeneralWriter (general.cuh)
+// compute the loss.
 inline bool is_hot(const Inputs& in) {
   return is_one_sweep(in.divergence) && in.divergence != Divergence::kDecoupled &&
          in.temperature == in.teacher_temperature;

@@ -1,7 +1,7 @@
 // Logits of a mixture of teachers, or of one teacher's probabilities, computed by one CTA for each
 // row. The first sweep over the row computes the normalization of each teacher. The second sweep
 // mixes the logits, which are then in L2. A mean of logits, or one teacher, needs no first sweep.
-// The arithmetic is that of csrc/cpu/mixture.cpp: docs/maths.md, section 12.
+// The formulas are those of csrc/cpu/mixture.cpp (docs/maths.md, section 12).
 #include "../mixture.h"
 #include "../numerics.h"
 #include "launch.h"
@@ -109,8 +109,9 @@ __device__ __forceinline__ void normalize(const MixtureCall& call, int64_t row, 
   __syncthreads();
 }
 
-// Compute the mixed logits of a chunk: the logarithm of the sum of the teachers' probabilities. The
-// sum is relative to the greatest probability of each class, so that nothing overflows.
+// Compute the mixed logits of a chunk: t times the logarithm of the sum over teachers of share
+// times probability. The sum is relative to the greatest summand of each class, so that nothing
+// overflows.
 template <class A>
 __device__ __forceinline__ void mix_chunk(const MixtureCall& call, int64_t row, int64_t first,
                                           A factor, A unit, const Normal<A>* normal,

@@ -34,7 +34,7 @@ struct ChunkClasses {
   Count count;
   Step step;
 
-  // Return the label's position in the chunk, or -1. Rows have fewer than 2^31 classes.
+  // Return the label's position in the chunk, or -1. Rows must have fewer than 2^31 classes.
   __device__ __forceinline__ int place_of(int64_t label) const {
     const int inside = static_cast<int>(label - first);
     if (static_cast<unsigned>(inside) >= static_cast<unsigned>(kMost * step)) return -1;
@@ -109,7 +109,8 @@ struct VectorRow {
   __device__ __forceinline__ float student_at(int64_t i) const { return to_acc(student[i]); }
   __device__ __forceinline__ void store_at(int64_t i, float g) const { grad[i] = from_acc<T>(g); }
 
-  // Call fn with each chunk of this thread. kLast: no later sweep reads the classes.
+  // Call fn with each chunk of this thread. kLast: load with the hint that no later sweep reads the
+  // classes.
   template <bool kLast, int kUnroll, class Fn>
   __device__ __forceinline__ void for_chunks(Fn&& fn) const {
     const auto* const students = reinterpret_cast<const uint4*>(student + layout.begin);
@@ -172,7 +173,7 @@ struct Strip {
 };
 
 // Dtypes of an ElementRow's tensors. SameDtype: T for all three tensors. AnyDtypes: the dtypes in
-// the arguments, computed in Acc.
+// the arguments. Acc is the compute type.
 template <class T_>
 struct SameDtype {
   using T = T_;

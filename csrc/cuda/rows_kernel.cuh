@@ -12,7 +12,8 @@
 namespace fastkd::cuda {
 
 // Teams: the threads that share a row. merge(x, rule) gives each thread of a row the sum of x over
-// all threads of that row. The order of the sum depends only on the launch.
+// all threads of that row. `rule` is the last argument of x's members merge_lanes() and add(). The
+// order of the sum depends only on the launch.
 
 // kLanes adjacent lanes of a warp share a row.
 template <int kLanes>
@@ -84,7 +85,8 @@ __device__ __forceinline__ void run_row(const ForwardCall& call, Team& team, Row
                                         typename Row::A scale) {
   using A = typename Row::A;
   const ForwardArgs& args = call.args;
-  // Compile a copy of the loops for each power, but only in hot kernels.
+  // Compile a copy of the loops for each power, but only in hot kernels without the sums of
+  // add_extra().
   const auto with_power_of = [&](int power, auto&& fn) {
     if constexpr (Row::kHot && !W::kGeneral && !kExtra) {
       with_power(power, fn);
@@ -158,8 +160,8 @@ __global__ void __launch_bounds__(kThreads, kResident)
   add_up_rows<A>(call, team.place.rows, exchange);
 }
 
-// Call fn with the writer of a call, and with std::true_type if the kernel has the sums of
-// add_extra().
+// Call fn with TypeOf<W> for the call's writer type W, and with std::true_type if the kernel has
+// the sums of add_extra(), else std::false_type.
 template <class Row, class Fn>
 cudaError_t with_writer(const ForwardArgs& args, Fn&& fn) {
   using A = typename Row::A;
@@ -171,8 +173,9 @@ cudaError_t with_writer(const ForwardArgs& args, Fn&& fn) {
   return fn(TypeOf<Writer<A>>(), std::true_type());
 }
 
-// Launch the rows_kernel of a call with at most kThreads threads, and then the kernel that adds up
-// the total. `lanes`: the number of threads that share a row, or 0 for all threads of a CTA.
+// Launch the rows_kernel of a call with at most kThreads threads, and then, if a total is wanted,
+// the kernel that adds up the total. `lanes`: the number of threads that share a row, or 0 for all
+// threads of a CTA.
 template <class Row, class Team, int kThreads>
 cudaError_t launch_team(const ForwardCall& call, int lanes, int threads, cudaStream_t stream) {
   return with_writer<Row>(call.args, [&](auto writer, auto extra) {
@@ -180,7 +183,7 @@ cudaError_t launch_team(const ForwardCall& call, int lanes, int threads, cudaStr
     // fp64 doubles the registers that a thread needs, and so does the sweep that sums slopes.
     constexpr bool kWide = sizeof(typename Row::A) == 8;
     constexpr int kMost = kWide || W::kGeneral ? 256 : kThreads;
-    // kResident: the number of CTAs for which a multiprocessor has registers.
+    // kResident: the number of CTAs that must fit in a multiprocessor's registers.
     constexpr bool kFewRegisters = !decltype(extra)::value && Row::kChunk <= 4;
     constexpr int kResident = kWide || kThreads > 256 ? 1 : kFewRegisters ? 3 : 2;
     const auto kernel = rows_kernel<Row, Team, W, decltype(extra)::value, kMost, kResident>;

@@ -34,9 +34,9 @@ __device__ __forceinline__ bool has_moments(const Inputs& in) {
 
 // The temperatures of a row. softmax(z) is proportional to softmax(z / t) to the `power`, which
 // saves the hard term's exponential. `power` is 1, 2 or 4, and 0 for other temperatures. `power` is
-// also 0 if the hard term is the greater part of the gradient, because the power multiplies the
-// error of exp(z / t) by t. Rows without labels have no hard term, and get the cheapest power, 1.
-// `power` is 0 for all rows of a divergence with has_moments().
+// also 0 if t is not 1 and the hard term is the greater part of the gradient: the power multiplies
+// the error of exp(z / t) by t. Rows without labels have no hard term, and get the cheapest power,
+// 1. `power` is 0 for all rows of a divergence with has_moments().
 template <class A>
 struct Temperature {
   A t, inverse;
@@ -190,13 +190,14 @@ struct Moments {
   }
 };
 
-// Results of the first sweep: the row's entry in `stats`.
+// Results of the first sweep, which `stats` holds for each row.
 template <class A>
 struct RowStats {
   A student_max, student_scale, hard_scale, teacher_max, teacher_scale;
 
   RowStats() = default;
-  // Compute the results. The constructor of GeneralStats (general.cuh) has the same parameters.
+  // Compute the results of the first sweep. The constructor of GeneralStats (general.cuh) has the
+  // same parameters.
   __device__ __forceinline__ RowStats(const Inputs&, int64_t, const Statistics<A>& s,
                                       const Moments&)
       : student_max(s.student_max),
@@ -205,14 +206,15 @@ struct RowStats {
         teacher_max(s.teacher_max),
         teacher_scale(reciprocal_of(s.teacher_sum)) {}
 
-  // Return false if a logit is NaN or +inf, or all logits are -inf.
+  // Return false if a logit of student or teacher is NaN or +inf, or if all logits of either are
+  // -inf.
   __device__ __forceinline__ bool valid() const {
     const A zero(0);
     return student_max * zero + student_scale * zero + teacher_max * zero + teacher_scale * zero ==
            zero;
   }
 
-  // Store the row's entry. `slope` and `classes`: the members of Sums (writer.cuh).
+  // Store the row's entry of `stats`. `slope` and `classes`: the members of Sums (writer.cuh).
   __device__ __forceinline__ void store(A* stats, int64_t rows, int64_t row, A slope,
                                         A classes) const {
     stats[kStudentMax * rows + row] = student_max;

@@ -1,6 +1,6 @@
 // Kernels for rows whose classes are not adjacent, as in (N, C, H, W), of any dtypes and strides.
 // One thread computes a row, or eight threads share the row. The threads of a warp have neighboring
-// rows, so that loads of a class are coalesced. The second sweep reads the logits from L1 or L2
+// rows, so that loads of a class are coalesced. The later sweeps read the logits from L1 or L2
 // while the rows in flight fit in the cache. Derivations: docs/maths.md, sections 2, 3 and 10.
 #include "rows_kernel.cuh"
 

@@ -8,10 +8,10 @@
 
 namespace fastkd::cuda {
 
-// Return the statistics of this thread's classes. The maxima are raised only if a logit exceeds a
-// maximum by t.margin. In almost every vector some lane of a warp has a new maximum, and rescaling
-// the sums costs as much as two classes. `left_out(chunk)`: the position of the class that the sums
-// leave out, or -1.
+// Return the statistics of this thread's classes. During the sweep, the maxima are raised only if a
+// logit exceeds a maximum by more than t.margin. In almost every vector some lane of a warp has a
+// new maximum, and rescaling the sums costs as much as two classes. `left_out(chunk)`: the position
+// of the class that the sums leave out, or -1.
 template <int kPower, class Row, class LeftOut>
 __device__ __forceinline__ Statistics<typename Row::A> scan(const Row& row,
                                                             const Temperature<typename Row::A>& t,
@@ -45,7 +45,8 @@ __device__ __forceinline__ Moments moments_of(const Row& row, bool squared) {
   return moments;
 }
 
-// Return the sums over values and slopes that a GeneralWriter needs before the gradient is known.
+// Return the sums of values and slopes over this thread's classes, for a GeneralWriter. With
+// `extra`, also compute the sums of add_extra().
 template <class Row, class W, class LeftOut>
 __device__ __forceinline__ Sums<typename Row::A> sum(const Row& row, const W& writer,
                                                      const LeftOut& left_out, bool extra) {

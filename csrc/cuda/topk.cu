@@ -22,7 +22,8 @@ __device__ __forceinline__ double max_of_cta(WarpExchange& exchange, double x) {
   return lanes_max(exchange.share(lanes_max(x), static_cast<double>(topk::kMinusInfinity)));
 }
 
-// Return the number of 32-bit words of the map, and one more, because bits_of() reads two words.
+// Return the number of 32-bit words to allocate: those of the map, and at least one more, because
+// bits_of() reads two neighboring words.
 FASTKD_HOST_DEVICE int64_t map_words(int64_t classes) {
   return (classes < kMapBits ? classes : kMapBits) / 32 + 2;
 }
@@ -97,8 +98,9 @@ __device__ __forceinline__ bool scan_rest(const ForwardArgs& logits, int64_t ind
   return good;
 }
 
-// Sum up the row, and set the scales of the row's probabilities. Only one thread calls this
-// function. Each step stores its result in `s`, in shared memory, because registers would spill.
+// Complete the row's sums of exponentials, and set the scales of the row's probabilities. Only one
+// thread calls this function. Each step stores its result in `s`, in shared memory, because
+// registers would spill.
 template <class A>
 __device__ __forceinline__ void soften(Solution<A>& s, const TopkCall& call, int64_t index,
                                        const Rest<A>& rest, const ListSums& list, double greatest) {
@@ -112,8 +114,8 @@ __device__ __forceinline__ void soften(Solution<A>& s, const TopkCall& call, int
   s.soft = topk::soften(call.comparison, s.row, s.summary);
 }
 
-// Complete the sums of a row, and set the constants of the gradient. Only one thread calls this
-// function.
+// Add the rest to the sums of the soft term, and set the constants of the gradient. Only one thread
+// calls this function.
 template <class A>
 __device__ __forceinline__ void solve(Solution<A>& s, const TopkCall& call, const Rest<A>& rest,
                                       const topk::SoftSums& sums, double gain) {
@@ -127,7 +129,7 @@ __device__ __forceinline__ void solve(Solution<A>& s, const TopkCall& call, cons
   s.rest = RestWriter<A>(s.gains, rest);
 }
 
-// Write the loss and the terms of a row that is ignored (0) or invalid (NaN).
+// Write `value` as the loss and the terms of a row: 0 if the row is ignored, NaN if it is invalid.
 template <class A>
 __device__ __forceinline__ void put_constant(const ForwardArgs& args, int64_t index, A value) {
   if (threadIdx.x != 0) return;
@@ -149,8 +151,8 @@ __device__ __forceinline__ void write_results(const Row& row, const List<typenam
   const bool has_terms = args.terms != nullptr;
   double weighted_offsets = 0, agreements = 0;
   if (has_terms) {
-    // The exponentials are relative to `origin`, which may be a little below the maximum
-    // (Rest::include()).
+    // The exponentials are relative to `origin`, which may be up to t.margin below the greatest
+    // logit (Rest::include()).
     const A origin = static_cast<A>(s.summary.all.max);
     A sum = 0, top = A(-INFINITY);
     row.template for_chunks<true, 4>([&](const auto& chunk) {
@@ -185,7 +187,8 @@ __device__ __forceinline__ void write_results(const Row& row, const List<typenam
                   });
 }
 
-// Run the second sweep. Then overwrite the gradients of the listed classes and of the label.
+// If the call has a gradient, run the second sweep, and then overwrite the gradients of the listed
+// classes and of the label.
 template <class Row>
 __device__ __forceinline__ void write_gradient(const Row& row, const List<typename Row::A>& list,
                                                const TopkCall& call, int64_t label,
@@ -249,8 +252,8 @@ __device__ __forceinline__ void run_row(const Row& row, const ForwardArgs& logit
   put_constant(args, index, static_cast<A>(fill_value(RowKind::kBad)));
 }
 
-// Return `args` with the student as the teacher, because views need a teacher. The sparse loss does
-// not read that teacher.
+// Return `args` with the student as the teacher, because views need a teacher. The sparse loss
+// ignores that teacher's logits.
 FASTKD_HOST_DEVICE ForwardArgs with_student_twice(ForwardArgs args) {
   args.teacher = args.student, args.teacher_dtype = args.student_dtype;
   args.teacher_stride = args.student_stride;

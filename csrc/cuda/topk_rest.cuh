@@ -13,8 +13,8 @@ template <class A>
 struct Rest : Statistics<A> {
   double logits = 0;  // sum of all logits, listed classes included; 0 without label smoothing
 
-  // Add a chunk without the listed classes, which have a 1 in `bits`. The maximum is raised as in
-  // scan().
+  // Add a chunk without the listed classes, which have a 1 in `bits`. As in the loop of scan()
+  // (sweeps.cuh), the maximum is raised only if a logit exceeds it by more than t.margin.
   template <class C>
   __device__ __forceinline__ void include(const C& chunk, uint32_t bits, const Temperature<A>& t,
                                           bool smoothing) {

@@ -1,8 +1,8 @@
 // Conversion of logits between the stored dtype and the compute type: single elements, and vectors
-// of 16 bytes, the widest loads of a thread.
+// of 16 bytes, which a thread loads or stores at once.
 //
 // At most 7 elements lie before a row's first aligned vector, and at most 7 after the last vector.
-// One thread computes each of these elements.
+// A separate thread computes each of these elements.
 #pragma once
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>

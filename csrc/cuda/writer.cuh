@@ -1,19 +1,19 @@
-// The second sweep over a row: value and gradient of the forward KL and of the hard term. One sweep
-// computes both terms, because the terms share the student's exponentials. Derivations:
-// docs/maths.md, sections 2, 3 and 7. numerics.h defines the letters.
+// The second sweep over a row: value and gradient of the forward KL, and the gradient of the hard
+// term. One sweep computes both gradients, because they share the student's exponentials.
+// Derivations: docs/maths.md, sections 2, 3 and 7. numerics.h defines the letters.
 #pragma once
 #include "statistics.cuh"
 
 namespace fastkd::cuda {
 
-// Running sums of the second sweep.
+// Running sums of the sweeps after scan() (sweeps.cuh).
 template <class A>
 struct Sums {
   A value = 0;
   A logits = 0;  // the mean over all classes of z - max z
   A student_entropy = 0, teacher_entropy = 0;
   A agreement = 0;
-  A slope = 0;    // sum of slopes, which centers the gradient in general.cuh
+  A slope = 0;    // sum of slopes (kCosine: of values), which centers the gradient in general.cuh
   A classes = 0;  // number of classes in a mean: n of SlopeCentering (divergences.h), or 0
 
   // Merge the sums of a group of lanes. Without `kAll`, merge only `value`.
@@ -59,8 +59,8 @@ __device__ __forceinline__ Element<double> device_element(double p, double q, do
   return element(p, q, d);
 }
 
-// Greatest distances of the two maxima, divided by t and in logits, at which d is formed from w -
-// z. Beyond these distances w - z would lose digits, so logits are first taken relative to the
+// Greatest distances of the two maxima at which d is formed from w - z: divided by t, and in
+// logits. Beyond these distances w - z would lose digits, so logits are first taken relative to the
 // maxima (docs/maths.md, section 3).
 constexpr float kLargestDistance = 11;
 constexpr float kApart = 32;
@@ -80,8 +80,8 @@ struct alignas(16) Writer {
   A student_log, teacher_log;  // logarithms of the two scales
   A share;                     // 1 / classes
 
-  // Set the constants of row `index`. `scale`: the factor of the gradient, which includes
-  // grad_output.
+  // Set the constants of row `index`. `scale`: the factor of the gradient, which in backward
+  // includes grad_output.
   template <class Call>
   __device__ __forceinline__ Writer(const Call& call, int64_t index,
                                     const Temperature<A>& temperature, const RowStats<A>& row,
@@ -125,8 +125,8 @@ struct alignas(16) Writer {
     if (!t.same) return fma_of(ws, t.teacher_inverse, fma_of(-zs, t.inverse, shift));
     return fma_of(is_apart ? ws - zs : w - z, t.inverse, shift);
   }
-  // Return p, q and d of one class. `hard_exponent`: log2 of exp(z - max z), read if exp(z) is no
-  // power of q.
+  // Return the Element of one class. Set `hard_exponent` to log2 of exp(z - max z), which is read
+  // if t.power is 0.
   __device__ __forceinline__ Element<A> element(A z, A w, bool is_apart, A& hard_exponent) const {
     const A zs = z - stats.student_max, ws = w - stats.teacher_max;
     const A q = mul_of(exp2_of(mul_of(zs, t.slope)), stats.student_scale);
@@ -150,8 +150,8 @@ struct alignas(16) Writer {
     return kUniform ? add_of(softmax, -uniform) : softmax;
   }
 
-  // Return the gradient of one class without the label's part. kApart: the member `apart`, as a
-  // constant.
+  // Return the gradient of one class without the label's part, and add the class to `sums`. kApart:
+  // the member `apart`, as a constant.
   template <bool kApart, int kPower, bool kExtra, bool kUniform>
   __device__ __forceinline__ A write_as(A z, A w, Sums<A>& sums) const {
     A hard_exponent;

@@ -61,7 +61,7 @@ void return_results(StableIValue* stack, const Results&... results) {
 
 struct Reducing {
   Reduction reduction;
-  double normalizer;                  // divisor of the mean, if positive
+  double normalizer;                  // divisor of the mean, if positive and without denominator
   std::optional<Tensor> denominator;  // divisor of the mean: acc, one number on the inputs' device
 
   void take_from(ArgumentReader* reader) {
@@ -76,14 +76,14 @@ DType dtype_of(const Tensor& tensor, const char* name);
 inline bool in_double(const Inputs& in) {
   return computes_in_double(in.student_dtype, in.teacher_dtype);
 }
-// Return the type of loss, terms, stats, row_settings and grad_output.
+// Return torch's type for acc (kernels.h).
 inline ScalarType acc_type(bool in_double) {
   return in_double ? ScalarType::Double : ScalarType::Float;
 }
 inline int64_t acc_bytes(const Inputs& in) { return in_double(in) ? 8 : 4; }
 
 // Check that `tensor` has `entries` numbers of `dtype` for each row and is on the device of `like`.
-// Return `tensor`, or a contiguous copy of it.
+// Return `tensor`, or a copy that kernels can read (readable()).
 Tensor checked_rows(const Tensor& tensor, const Tensor& like, ScalarType dtype, int64_t rows,
                     const char* name, int64_t entries);
 
@@ -118,9 +118,9 @@ struct Outputs {
   Tensor out, rows;
 };
 
-// Complete the arguments of a forward pass but for terms, stats and scale. `fields`: numbers that
-// are computed for each row, of which the loss is the first. `grad`: the gradient's memory, or
-// null.
+// Allocate the outputs, and complete the arguments of a forward pass but for terms, stats and
+// scale. `fields`: the number of results of each row, of which the loss is the first. `grad`: the
+// gradient's memory, or null.
 template <class Args>
 Outputs set_outputs(const Call& call, const Reducing& reducing, int64_t fields, const Tensor* grad,
                     Args* args) {
@@ -151,8 +151,8 @@ void set_gradient(const Call& call, const Tensor& grad_output, const Tensor& gra
 void check_grad_output(const Call& call, const Reducing& reducing, const Tensor& grad_output,
                        bool filled);
 
-// Throw unless the denominator has the dtype and device of the loss of `call`. With `with_grad`,
-// also throw for reduction none.
+// Throw unless the denominator, if given, is one number with the dtype and device of the call's
+// loss. With `with_grad`, also throw for reduction none.
 void check_reducing(const Reducing& reducing, const Call& call, bool with_grad);
 
 }  // namespace fastkd::glue

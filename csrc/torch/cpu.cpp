@@ -109,7 +109,7 @@ void add_up(const Inputs& inputs, const Outputs& outputs, double scale) {
 // Greatest number of mixed logits in a thread's buffer, which should stay in L2. The buffer holds
 // at least one row.
 constexpr int64_t kMixedClasses = 65536;
-constexpr int64_t kTile = 64;  // number of rows: a multiple of the transposed engine's tiles
+constexpr int64_t kTile = 64;  // number of rows, a multiple of kTileRows (csrc/cpu/transpose.h)
 
 // Call run(args, begin, end) for rows whose teacher is a mixture, on all threads. Each thread mixes
 // a few rows at a time, and passes the mixed logits as the teacher's.

@@ -70,8 +70,8 @@ struct Ops {
   size_t reduction = 0;     // index of the argument `reduction`
 };
 
-// Append the tensors among `arguments` to `tensors`, and return the other arguments as scalars. A
-// tensor that is no list becomes a bool, which is true if the tensor is present. A list becomes its
+// Append the tensors among `arguments` to `tensors`, and return the other arguments as scalars. An
+// argument of one tensor becomes a bool, which is true if the tensor is present. A list becomes its
 // length, followed by its numbers if it holds numbers.
 std::vector<IValue> take_tensors(const Ops& ops, c10::ArrayRef<IValue> arguments,
                                  variable_list* tensors) {
@@ -116,7 +116,8 @@ Stack join_tensors(const Ops& ops, const Tensor* tensors, c10::ArrayRef<IValue> 
   return arguments;
 }
 
-// Call an op with `first`, the arguments of a loss, and `last`. Return the op's results.
+// Call an op with `first`, then `arguments`, which are those of a loss, then `last`. Return the
+// op's results.
 Stack call(const c10::OperatorHandle& op, Stack first, const Stack& arguments, Stack last = {}) {
   first.reserve(first.size() + arguments.size() + last.size());
   first.insert(first.end(), arguments.begin(), arguments.end());
@@ -247,7 +248,7 @@ struct FastKDTopkLoss : FusedLoss<FastKDTopkLoss> {
   }
 };
 
-// Run the loss with autograd, if the student requires a gradient.
+// Run the loss: with autograd if the student requires a gradient, else without.
 template <class T>
 void loss_with_autograd(const c10::OperatorHandle& op, Stack* stack) {
   const size_t count = op.schema().arguments().size();
@@ -263,8 +264,9 @@ void loss_with_autograd(const c10::OperatorHandle& op, Stack* stack) {
 // each of the op's arguments in every call, which takes longer than a small loss itself.
 class PreparedCall {
  public:
-  // Bind the arguments. `arguments`: the op's arguments, in the order of the schema, with None for
-  // the unbound tensors. `places`: the indices of the unbound tensors among `arguments`.
+  // Bind the arguments. `arguments`: the op's arguments, in the order of the schema, with None or
+  // an empty list for the unbound tensors. `places`: the indices of the unbound tensors among
+  // `arguments`.
   PreparedCall(const std::string& name, const py::tuple& arguments, std::vector<size_t> places)
       : op_(find_op(name)), places_(std::move(places)) {
     const auto& schema = op_.schema().arguments();
@@ -277,8 +279,8 @@ class PreparedCall {
     }
   }
 
-  // Call the op. `tensors`: one tensor for each place. If the op takes a list, the tensor becomes
-  // the only element of the list.
+  // Call the op. `tensors`: a tensor or None for each place. If the op takes a list at the place,
+  // the tensor becomes the only element of the list.
   Tensor operator()(const py::args& tensors) const {
     TORCH_CHECK_VALUE(tensors.size() == places_.size(), "expected ", places_.size(), " tensors");
     Stack stack;

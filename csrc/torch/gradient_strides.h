@@ -7,9 +7,9 @@
 
 namespace fastkd {
 
-// Return the first dimension with a stride less than that of the classes, if all dimensions but the
-// classes are in order, as in (N, C, H, W). In memory, the classes lie just outside that dimension.
-// Otherwise return the last dimension.
+// Return the first dimension with a stride less than that of the classes, as H in (N, C, H, W). In
+// memory, the classes lie just outside that dimension. Return the last dimension if there is no
+// such dimension, or if the strides of the dimensions but the classes increase somewhere.
 inline int64_t dimension_outside_classes(int64_t dims, const int64_t* sizes,
                                          const int64_t* strides) {
   const int64_t last = dims - 1;
@@ -25,9 +25,9 @@ inline int64_t dimension_outside_classes(int64_t dims, const int64_t* sizes,
 
 // Write the strides of a new, dense gradient to `result`. `strided`: true if the kernels take
 // classes that are not adjacent. With `strided`, a student such as (N, C, H, W) determines the
-// order: its classes are not adjacent, and the other dimensions are in order. Otherwise the
-// gradient is contiguous. _make_fake_gradient() in python/fastkd/_core/shapes.py, for tracing, must
-// agree.
+// order: its classes are not adjacent, and the strides of its other dimensions never increase.
+// Otherwise the gradient is contiguous. _make_fake_gradient() in python/fastkd/_core/shapes.py, for
+// tracing, must agree.
 inline void gradient_strides(int64_t dims, const int64_t* sizes, const int64_t* strides,
                              bool strided, int64_t* result) {
   const int64_t last = dims - 1;

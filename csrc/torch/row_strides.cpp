@@ -47,7 +47,7 @@ std::optional<Layout> find_layout(const Tensor& student, const Tensor& teacher,
   const bool empty = student.numel() == 0;
   std::array<MergedDimension, 2> merged;  // rows of a group, and groups
   size_t count = 0;
-  // The strides of an empty tensor are not read, because contiguous() does not change them.
+  // The strides of an empty tensor do not matter, because kernels read no row.
   for (int64_t dim = empty ? -1 : last - 1; dim >= 0; --dim) {
     const int64_t size = student.size(dim);
     if (size == 1) continue;

@@ -1,7 +1,7 @@
 // The ops of the sparse loss (docs/maths.md, section 13): schemas and checks. cpu.cpp and cuda.cpp
 // call the kernels. The autograd kernel is in eager.cpp or python/fastkd/_core/autograd.py. Shapes
-// for tracing, the differentiable gradient, and the formula for devices without these kernels are
-// in python/fastkd/_core/topk.py.
+// for tracing, and the formula for second derivatives and for devices without these kernels, are in
+// python/fastkd/_core/topk.py.
 #include "backends.h"
 
 namespace fastkd::glue {
@@ -109,9 +109,9 @@ void topk_loss_backward_(StableIValue* stack, uint64_t, uint64_t) {
   "int reduction, float normalizer, bool with_terms"
 
 // indices: int64 [..., k]. log_probs: acc [..., k]. row_settings: as in library.cpp, with two equal
-// temperatures for each row. The result is acc [] or [rows], or with terms [1 + kTopkTerms] or
-// [1 + kTopkTerms, rows]. The ops are like those of library.cpp, but have no stats: the backward
-// pass reads the logits again.
+// temperatures for each row. The result is acc [] or [rows], or with terms [1 + kTopkTerms] or [1 +
+// kTopkTerms, rows]. The ops are like those of library.cpp, but have no stats: the backward pass
+// recomputes the sums from the logits.
 STABLE_TORCH_LIBRARY_FRAGMENT(fastkd, m) {
   m.def("topk_loss(" FASTKD_TOPK ") -> Tensor");
   m.def("topk_loss_into(Tensor(a!) grad, " FASTKD_TOPK ") -> Tensor");

@@ -126,8 +126,8 @@ void test_infinities(const cpu::Kernels& k) {
 }
 
 // Test the layout (N, C, L): fewer rows than a tile (csrc/cpu/transpose.h), full tiles and more,
-// and groups whose boundaries lie inside tiles. Classes fit in one block and in a tile's memory on
-// the stack, or in neither.
+// and groups whose boundaries lie inside tiles. The classes fit in a tile's memory on the stack, in
+// one block alone, or in neither.
 void test_pixels(const cpu::Kernels& k) {
   for (DType type : kTypes) {
     for (int64_t classes : {int64_t{1}, int64_t{2}, int64_t{19}, cpu::kNarrow - 1, cpu::kNarrow,

@@ -136,13 +136,12 @@ bool agrees(double got, Real want, double relative, double absolute) {
   return std::fabs(got - expected) <= relative * std::fabs(expected) + absolute;
 }
 
-// True in the mode `cpu_kernels memory`: test only memory accesses, and that all paths give the
-// same bits. Under valgrind, long double is slow and has the precision of double.
+// True in the mode `cpu_kernels memory`, which does not compare results with the reference: under
+// valgrind, long double is slow and has the precision of double.
 bool memory_only = false;
 
-// Return true if the reference is more precise than the result, and has a wider range. Where
-// long double is only double, it is too imprecise for fp64, and too narrow for exponents beyond
-// double's range.
+// Return true if the reference is precise enough to check the results. A reference in double is too
+// imprecise for fp64 results, and its range is too narrow for low temperatures.
 bool has_truth(const Problem& p, DType acc) {
   if (memory_only) return false;
   volatile Real one = 1, less = static_cast<Real>(std::numeric_limits<double>::epsilon()) / 4;
@@ -179,8 +178,8 @@ void check_row(Data& data, const std::vector<Truth>& truths, int64_t r, bool ter
       continue;
     }
     const Real exact = truth.grad[static_cast<size_t>(i)];
-    // The error is at most the compute type's error at the size of the probabilities, plus half a
-    // unit in the last place of the stored type if that type is not fp64.
+    // The error is at most the compute type's error at the size of the probabilities. Rounding to a
+    // stored type other than fp64 adds half a unit in the last place.
     const double slack = (fp64 ? 1e-14 : 1.5e-6) * size;
     const double half = fp64 && p.student == DType::kFloat64
                             ? 0

@@ -129,8 +129,8 @@ void divergences(bool brief) {
       d = c, d.nan = true, d.ignored = false, test(d, (name + ", nan").c_str());
       d = c, d.student_base = 300, test(d, (name + ", apart").c_str());
     }
-  // Test an outlying logit. If the maximum were subtracted, the squared errors of all classes but
-  // the outlier would be lost.
+  // Test an outlying logit, and student logits far from the teacher's. If the maximum were
+  // subtracted, the squared errors of all classes but the outlier would be lost.
   for (const Divergence id : {Divergence::kSquaredError, Divergence::kCenteredSquaredError})
     for (const int64_t classes : {7, 100, 1003, 20001})
       for (const double teacher_temperature : {0.0, 3.0}) {

@@ -21,7 +21,7 @@ struct Case {
   // pad, offset: padding of each row and offset of the first row, in elements, for teachers after
   // the first. group_rows: rows of a group, for every teacher; 0: all rows are one group.
   int64_t pad = 0, offset = 0, group_rows = 0;
-  double spread = 3, base = 0;  // standard deviation of logits; added to logits
+  double spread = 3, base = 0;  // standard deviation of the logits; number added to all logits
   bool masked = false, nan = false, infinite = false, nothing = false;
   std::string name;
 };
@@ -31,8 +31,8 @@ double share_of(const Case& c, size_t k) {
   return 2 * static_cast<double>(k + 1) / (count * (count + 1));
 }
 
-// Return the mixture's log-probabilities of one row from each teacher's logits; NaN for an invalid
-// row.
+// Return the mixture's log-probabilities of one row from each teacher's logits or probabilities;
+// NaN for an invalid row.
 std::vector<double> reference_row(const Case& c, const std::vector<std::vector<double>>& logits,
                                   double teacher_temperature) {
   const size_t n = static_cast<size_t>(c.classes);

@@ -44,8 +44,8 @@ struct Runner {
           static_cast<int>(c.estimator), what, static_cast<long long>(row),
           static_cast<long long>(i), got, want);
   }
-  // Make a row: a teacher, whose greatest classes are listed in permuted order, a student with the
-  // teacher's logits and noise, and the changes that the case asks for.
+  // Make a row: a teacher, whose greatest classes are listed in permuted order, and a student with
+  // the teacher's logits and noise. Then make the changes that the case asks for.
   Row make_row(Random& random, int64_t index) const {
     Row row;
     const size_t n = static_cast<size_t>(c.classes);
@@ -212,7 +212,8 @@ void Runner::run() {
     const double got = load(loss.host.data(), acc, r);
     // Rounding errors of the student's probabilities change a divergence D in proportion to
     // sqrt(D), the size of its gradient. For a student near the teacher, the loss is small and must
-    // still be accurate. With Tail::kIgnore, D is less accurate, because the kernel adds up p - q.
+    // still be accurate. With Tail::kIgnore, D is less accurate, because the kernel's terms contain
+    // q - p, whose sum the kernel subtracts again.
     const bool near = c.noise < 0.1 && c.tail != Tail::kIgnore;
     const double absolute = wide ? 1e-13 : near ? 1e-7 * std::sqrt(want[r].loss) : 1e-6;
     if (!close(got, want[r].loss, absolute, wide ? 1e-12 : near ? 1e-6 : 3e-6))

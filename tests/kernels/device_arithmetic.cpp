@@ -1,6 +1,7 @@
-// Test the arithmetic of the CUDA kernels (csrc/cuda/writer.cuh), compiled for the CPU. Single
-// classes, and rows that several threads share, are compared with long double. The rounding of
-// ex2.approx and rcp.approx, and the cooperation of threads on a device, are not tested.
+// Test the arithmetic of the CUDA kernels (csrc/cuda/writer.cuh, general.cuh), compiled for the
+// CPU. Single classes, and rows that several threads share, are compared with long double. The
+// rounding of ex2.approx and rcp.approx, and the cooperation of threads on a device, are not
+// tested.
 #include "device_problem.h"
 
 namespace {

@@ -34,7 +34,7 @@ bool close(double got, double want, double absolute, double relative) {
   return std::fabs(got - want) <= absolute + relative * std::fabs(want);
 }
 
-// Return false under valgrind, where long double is only as precise as double.
+// Return true if long double is more precise than double, which it is not under valgrind.
 bool has_truth_for_double() {
   volatile Real one = 1, less = static_cast<Real>(std::numeric_limits<double>::epsilon()) / 4;
   return one + less != one;

@@ -1,10 +1,11 @@
-// Fuzz the C interface of the CPU kernels. The input's bytes become sizes, strides, options, labels
-// and the bits of the logits. For any input and instruction set, nothing outside the buffers is
-// touched, padding stays unchanged, and what kernels.h promises holds. Buffers have no spare byte,
-// so AddressSanitizer reports any access beyond their end.
+// Fuzz the interface of the CPU kernels (kernels.h). The input's bytes become sizes, strides,
+// options, labels and the bits of the logits. For any input and instruction set, nothing outside
+// the buffers is touched, and padding and inputs stay unchanged. Ignored rows give 0, and all paths
+// give equal numbers. Buffers have no spare byte, so AddressSanitizer reports any access beyond
+// their end.
 //
 // LLVMFuzzerTestOneInput is libFuzzer's entry. Without -DFASTKD_LIBFUZZER, main() passes random and
-// mutated inputs from a seed: fuzz [CASES [SEED]].
+// mutated inputs from a seed: cpu_fuzz [CASES [SEED]].
 #include <algorithm>
 #include <cmath>
 #include <cstdint>

@@ -1,5 +1,5 @@
-// Shared code of the fuzzers of the kernels' C interface: numbers from bytes, matrices with exactly
-// the length that their strides require, and comparisons of results.
+// Shared code of the fuzzers of the CPU kernels' interface: numbers from bytes, matrices with
+// exactly the length that their strides require, and comparisons of results.
 #pragma once
 #include <algorithm>
 #include <cstdint>

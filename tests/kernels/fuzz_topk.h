@@ -56,7 +56,8 @@ struct TopkCall {
     lists->fill(in, acc, in.coin());
     if (in.coin()) spread();
   }
-  // Write logarithms of probabilities that add up to at most 1, so that calls are not refused.
+  // Write logarithms of probabilities that add up to at most 1, so that no list is invalid by its
+  // sum.
   void spread() {
     for (int64_t i = 0; i < args.rows * args.k; ++i) {
       const double value = -std::log(static_cast<double>(args.k)) - static_cast<double>(i % 3);

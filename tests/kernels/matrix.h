@@ -34,7 +34,7 @@ Shape shape_of(DType dtype) {
   }
 }
 
-// Return the distance between neighboring numbers around x.
+// Return the distance between neighboring numbers of `dtype` around x.
 double spacing(double x, DType dtype) {
   const Shape shape = shape_of(dtype);
   const int exponent = x == 0 ? shape.min_exponent : std::max(std::ilogb(x), shape.min_exponent);

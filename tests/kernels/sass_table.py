@@ -35,7 +35,7 @@ EXPONENTIALS = 2  # per class
 
 
 class Need(NamedTuple):
-    """Hold the least numbers of exponentials, vector loads and vector stores on a path."""
+    """Hold numbers of exponentials, vector loads and vector stores."""
 
     exponentials: int
     loads: int
@@ -82,7 +82,7 @@ class Block(NamedTuple):
 
 
 def blocks_of(code: list[Instruction]) -> list[Block]:
-    """Split the code into basic blocks; branches out of the code have no successor."""
+    """Split the code into basic blocks; branches out of the code add no successor."""
     starts = {code[0].address, *(i.target for i in code if i.target is not None)}
     starts |= {
         after.address
@@ -109,7 +109,7 @@ def blocks_of(code: list[Instruction]) -> list[Block]:
 
 
 def shortest(code: list[Instruction], need: Need) -> Counter[str] | None:
-    """Return the opcodes of the shortest path from first to last block that meets all needs."""
+    """Return the opcodes of the shortest path from first to last block that meets ``need``."""
     blocks = blocks_of(code)
     available = zip(*(block.counts for block in blocks), strict=True)
     if any(sum(count) < minimum for count, minimum in zip(available, need, strict=True)):

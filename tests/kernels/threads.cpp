@@ -1,8 +1,8 @@
-// Test the CPU kernels from many threads at once, as csrc/torch/cpu.cpp calls them. Cases: rows
-// divided among threads (forward and backward), rows shared segment by segment, concurrent calls on
-// the same inputs, calls on a small stack and without memory for the cache, and a concurrent choice
-// of the instruction set. Every loss and gradient has the bits of a run on one thread.
-// ThreadSanitizer (make sanitize) checks that threads do not race.
+// Test the CPU kernels from several threads at once, as csrc/torch/cpu.cpp calls them. Cases: rows
+// divided among threads (forward and backward); rows shared segment by segment; concurrent calls on
+// the same inputs; calls on a small stack; calls without memory for the cache of exponentials; a
+// concurrent choice of the instruction set. Every loss and gradient has the bits of a run on one
+// thread. ThreadSanitizer (make sanitize) checks that threads do not race.
 #include <pthread.h>
 
 #include <atomic>
@@ -117,7 +117,8 @@ void rows_shared(const cpu::Kernels& k, const ForwardArgs& args) {
   }
 }
 
-// Return true if a call fits on the stack that some systems give a thread: musl gives 128 KB.
+// Run `work` on a thread with a stack of 128 KB, as musl gives. Return false if the thread cannot
+// start; a stack overflow ends the program.
 bool fits_small_stack(const std::function<void()>& work) {
   constexpr size_t kStack = 128 << 10;
   pthread_attr_t attributes;

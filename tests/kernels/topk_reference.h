@@ -104,7 +104,7 @@ bool is_list(const Case& c, const Row& row) {
   return mass <= 1.1;
 }
 
-// Compute the loss and gradient of a row by docs/maths.md, section 13.
+// Compute loss, terms and gradient of a row by docs/maths.md, section 13.
 Reference reference_row(const Case& c, Row row) {
   Reference r;
   r.grad.assign(row.z.size(), 0.0);
@@ -113,8 +113,8 @@ Reference reference_row(const Case& c, Row row) {
     if (row.log_p[i] == -kInfinity) row.ids[i] = -1;  // padding
   bool poisoned = !is_list(c, row) || (c.labels && (row.label < 0 || row.label >= c.classes));
   for (const double z : row.z) poisoned |= std::isnan(z) || z == kInfinity;
-  // The loss depends only on differences. Differences from the maximum are exact for logits of any
-  // size.
+  // Subtract the maximum: the loss depends only on differences of logits, and large logits divided
+  // by t would lose digits.
   const double top = *std::max_element(row.z.begin(), row.z.end());
   for (double& z : row.z) z -= top > -kInfinity ? top : 0;
   const double t = c.temperature;

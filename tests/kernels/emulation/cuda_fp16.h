@@ -1,4 +1,4 @@
-// fp16 for g++: the part of CUDA's header that the kernels use.
+// fp16 for g++: a part of CUDA's header.
 #pragma once
 #include "cuda_runtime.h"
 

@@ -1,5 +1,5 @@
-// CUDA C++ for g++: the keywords, the device functions, and a part of the runtime. This folder is
-// first on the include path, so that the kernels' sources compile unchanged.
+// CUDA C++ for g++: the keywords, and a part of the device functions and of the runtime. This
+// folder is first on the include path, so that the kernels' sources compile unchanged.
 #pragma once
 #include <math.h>
 

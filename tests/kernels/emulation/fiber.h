@@ -11,8 +11,8 @@ namespace emulation {
 
 class Fiber {
  public:
-  // Start at `entry`, which must never return. A fiber that is not started represents the running
-  // code.
+  // Let the first switch to this fiber run `entry`, which must never return. A fiber without
+  // start() represents the code that runs already.
   void start(void* stack, size_t bytes, void (*entry)());
   void switch_to(Fiber& to);  // from this fiber, which must be running
 

@@ -76,7 +76,7 @@ extern uint64_t events;  // incremented by every event that threads may wait for
 size_t draw(size_t below);  // return a random number below `below`
 void wait_for(Wait wait);   // yield until the wait is over
 
-// shared.cpp
+// defined in shared.cpp
 size_t shared_bytes();
 void put_in_place(Cta& cta);
 bool copies_are_left();

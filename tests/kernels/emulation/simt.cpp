@@ -1,4 +1,4 @@
-// Threads of a grid: their waits, and the choice of the next thread to run. See README.md.
+// Threads of a grid: their waits, and the choice of the next warp to run. See README.md.
 #include "simt.h"
 
 #include <sys/mman.h>

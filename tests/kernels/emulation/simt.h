@@ -1,5 +1,5 @@
 // Threads of a grid on the CPU, for the headers in this folder. Threads wait for each other, and
-// the next thread to run is drawn at random from those that can run. See README.md.
+// the next warp to run is drawn at random from the warps that can run. See README.md.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -40,7 +40,7 @@ int ranks_in_cluster();
 void yield(const char* what, Place place);
 
 // Wait for the warp's lanes of `mask`, and return an array of the 32 lanes' `value`. The array is
-// valid until the next call; `value` has at most 8 bytes.
+// valid until the lane's next call.
 const uint64_t* meet_warp(const char* what, unsigned mask, uint64_t value, Place place);
 void meet_block(Place place);
 void meet_some(int barrier, int threads, Place place);
