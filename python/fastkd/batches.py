@@ -3,8 +3,8 @@
 A batch is one of
 
 - ``(inputs, labels)``, ``(inputs,)`` or a tensor of inputs;
-- ``(inputs, labels, ids)``: a :class:`Labelled`, or any tuple of three. The ids number the samples
-  of a :class:`fastkd.teachers.TeacherCache`;
+- ``(inputs, labels, ids)``: a :class:`Labelled`, or any tuple or list of three. The ids number the
+  samples of a :class:`fastkd.teachers.TeacherCache`;
 - an :class:`Unlabelled`, ``(inputs, ids)``;
 - a mapping with ``"labels"`` and ``"ids"``, both optional. All other entries of the mapping are
   keyword arguments of the models, as in Hugging Face's libraries.

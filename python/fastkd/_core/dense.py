@@ -90,9 +90,9 @@ def make_row_numbers(
 ) -> tuple[tuple[float, ...], Tensor | None]:
     """Return temperatures and weights as scalars, and as a flat tensor if any is a tensor.
 
-    The kernels read the tensor, or the scalars if the tensor is None. ``numbers`` begins with the
-    temperatures of student and teacher. If the scalars for both temperatures are equal, the kernels
-    assume that both temperatures of each row are equal, too (csrc/kernels.h).
+    If any number is a tensor, the kernels read the flat tensor, and the scalars are placeholders.
+    Placeholders of the temperatures are equal only if both temperatures of each row are equal, as
+    the kernels then assume (csrc/kernels.h). ``numbers`` begins with these two temperatures.
     """
     if not any(isinstance(number, Tensor) for number in numbers):
         return numbers, None  # type: ignore[return-value]

@@ -170,7 +170,7 @@ def compute_statistics(call: Call) -> tuple[Tensor, Tensor]:
 
 
 def write_gradient_(call: Call, stats: Tensor) -> None:
-    """Write the gradient over the student's logits; ``stats``: from :func:`compute_statistics`."""
+    """Write the gradient over the student's logits, from ``stats`` (csrc/kernels.h: Stat)."""
     arguments = dense.make_arguments(call, False)
     _loss_backward_(call.student, stats.new_ones(()), stats, call.student, *arguments, False)
 

@@ -71,8 +71,8 @@ def plan(
             ``chunk_by="classes"``; or ``"auto"``. Default ``"auto"``.
         accumulate_dtype: the dtype in which several chunks of rows sum the gradient of the
             student's weight. ``"auto"``: float32 for a 16-bit weight, else the weight's dtype.
-            ``torch.bfloat16`` needs half the memory of float32, and rounds the sum once a chunk.
-            Default ``"auto"``.
+            ``torch.bfloat16``, for a bfloat16 weight, needs half the memory of float32, and rounds
+            the sum once a chunk. Default ``"auto"``.
         **options: the options of the loss, as in :func:`fastkd.loss`.
 
     Raises:

@@ -15,7 +15,7 @@ from fastkd.linear import products
 
 MIB = 2**20
 LOGITS_BYTES = {"cuda": 2048 * MIB, "cpu": 48 * MIB}
-"""Bound, in bytes, for the logits of student and teacher in a chunk of rows, if there is no
+"""Bound for the sum of ``Sizes.row_bytes`` over a chunk of rows, if there is no
 ``max_workspace``. Matrix products of 2048 rows on a GPU, or 256 rows on a CPU, are about as fast
 per row as larger products."""
 LEAST_ROWS = {"cuda": 512, "cpu": 128}
@@ -50,7 +50,7 @@ class Plan(NamedTuple):
     chunk: int
     """Largest number of rows of a chunk; for chunks of classes, largest number of classes."""
     logits_bytes: int
-    """Bytes of the logits of a chunk."""
+    """Bytes of a chunk's logits: student, teacher, and intermediate results."""
     peak_bytes: int
     """Bound for the bytes in use beyond the inputs, including the gradients."""
     accumulate: torch.dtype

@@ -44,11 +44,11 @@ class TeacherCache:
         tail: mean probability of the classes that are not stored.
 
     Raises:
-        TypeError: if ``path`` is not a path.
+        TypeError: if ``path`` is not a path, or ``teacher`` is not a module.
         FileNotFoundError: if there is no cache.
         ValueError: if ``path`` cannot be a folder, or if ``classes`` or ``teacher`` differ.
-        ValueError: if a file is damaged, is not a regular file, or has another format or another
-            teacher than the first file.
+        ValueError: if a file is damaged, is not a regular file, has another format, or differs
+            from the first file in its options or its teacher.
 
     Example:
         >>> import tempfile, torch, fastkd
@@ -252,7 +252,7 @@ class TeacherCache:
         return TopK(log_probs, indices.view(log_probs.shape))
 
     def _check_rows(self, number: int, index: Tensor) -> None:
-        """Check the checksums of those samples of a shard that were not checked before."""
+        """Check the checksums of the samples at ``index``, all in one shard, that are unchecked."""
         new = torch.unique(index[self._unchecked[index]])
         sums = shard.compute_checksums(self._shards[number], self._starts[new], self._lengths[new])
         damaged = new[sums != self._checksums[new]]
