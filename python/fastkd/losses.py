@@ -266,7 +266,7 @@ def terms(
 ) -> Terms:
     """Compute the loss and its terms for logging; the arguments are those of :func:`loss`.
 
-    An objective with a kernel takes one pass over the logits. ``class_weight`` and probabilities as
+    Options with a kernel take one pass over the logits. ``class_weight`` and probabilities as
     labels need extra passes, and a TopK or Sampled needs one more pass over the student's logits.
 
     Returns:

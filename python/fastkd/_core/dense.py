@@ -32,7 +32,7 @@ class Arguments(NamedTuple):
     row_temperatures: Tensor | None = None
     """Flattened ``(2, rows)``: ``mixture_temperature`` and ``teachers_temperature`` of each row."""
     shares: tuple[float, ...] = ()
-    """The weight of each teacher in the mixture; empty if the only teacher is logits."""
+    """The weight of each teacher in the mixture; empty if there is one teacher, of logits."""
     probabilities: bool = False
     ensemble: int = 0
     mixture_temperature: float = 1.0

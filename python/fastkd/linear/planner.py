@@ -35,7 +35,7 @@ _FEWEST_CLASSES = 64
 """Most classes of a chunk whose logits lie outside the weight's gradient, if the weight gets one.
 ``max_workspace`` makes no chunk smaller than this number."""
 _MULTIPLE = 64
-"""Larger chunks have a multiple of this number of rows or classes, a tile of matrix products."""
+"""Chunks of more rows or classes have a multiple of this number, a tile of matrix products."""
 _ROW_STATISTICS_BYTES = 128
 """Bytes of the loss, label and statistics of a row in the loop over chunks of classes."""
 
