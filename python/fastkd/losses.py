@@ -142,7 +142,7 @@ def loss(
             ``"symmetric_kl"``: weight of the forward KL (0.5). ``"jsd"``: weight of the teacher
             (0.5). ``"skewed_forward_kl"``: the teacher's share of the mixture (0.1).
             ``"skewed_reverse_kl"``: the student's share of the mixture (0.1). ``"dkd"``: weight of
-            the classes other than the label (8).
+            the KL of the classes other than the label (8).
         teacher_form: ``"logits"``, or ``"log_probs"`` or ``"probs"`` of a teacher that is softened
             already. Probabilities need not sum to 1 exactly: rows are renormalized. Default
             ``"logits"``.
@@ -195,11 +195,11 @@ def loss(
         gives NaN.
 
         With a TopK, the rules for masked classes hold for listed classes. With ``tail="ghost"``,
-        the teacher's extra class has probability 0 if no unmasked class remains for it, or if the
+        the teacher's extra class has probability 0 if no unmasked class remains, or if the
         listed probabilities sum to 1 or more. The listed probabilities are then divided by their
         sum. The reverse and the symmetric KL would be infinite for a sum of 1 or more. For these
         two divergences, the extra class therefore has a probability of at least 2^-24 (2^-53 in
-        float64) if an unmasked class remains for it.
+        float64) if an unmasked class remains.
 
     Raises:
         TypeError, ValueError: for invalid arguments, before anything is computed. The

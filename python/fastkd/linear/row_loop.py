@@ -43,7 +43,7 @@ def run(inputs: Inputs, call: LinearCall, counted: Tensor | None, power: Tensor 
     gradients by the denominator. If ``power`` is not None, the caller must multiply the gradients
     of weight and bias by ``power``.
     """
-    # The loop allocates the weight's gradient. If there is one chunk, its logits are freed before.
+    # The loop allocates the weight's gradient. If there is one chunk, its logits are freed first.
     out = allocate_outputs(inputs, call._replace(weight_grad=False))
     rows = inputs.hidden.shape[0] if counted is None else counted.numel()
     if counted is not None:

@@ -61,8 +61,8 @@ def distributions(
 
     The shape is ``(..., k)``, with -inf for padding, or ``(..., k + 1)`` for ``tail="ghost"``. The
     ghost, the last class, stands for all classes that are not listed. ``has_floor``: give the
-    teacher's ghost a probability of at least half the machine epsilon, so that the divergence is
-    finite for a list that adds up to 1.
+    teacher's ghost at least half the machine epsilon, so that the divergence is finite for a list
+    that adds up to 1.
     """
     listed = indices >= 0
     log_p = log_probs.masked_fill(~listed, -math.inf)

@@ -33,10 +33,11 @@ class TeacherCache:
         classes: number of classes of the teacher.
         top_k: how many classes are stored in each row; None: all classes.
         temperature: T; the cache holds log softmax(logits / T). A loss may use a cache of all
-            classes at any temperature, since T times the log-probabilities are the teacher's logits
-            up to a constant in each row. A loss may use a cache of the top k at T alone.
+            classes at any temperature: T times the log-probabilities are the teacher's logits up to
+            a constant in each row. A loss may use a cache of the top k at T alone.
         dtype: dtype of the log-probabilities.
-        positions: shape of a sample's rows: () for one row, (-1,) for sequences, or sizes.
+        positions: shape of a sample's rows: () for one row, (-1,) for sequences, or sizes such as
+            (64, 64) for images.
         teacher: :func:`fingerprint` of the teacher.
         ids: int64, the ids of all samples, ascending.
         kl: KL(teacher || distribution reconstructed from the cache) at T, mean over rows, in nats.

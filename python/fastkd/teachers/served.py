@@ -74,7 +74,7 @@ def from_vllm(
               with ``"prompt_logprobs"``;
             - a ``vllm.RequestOutput``, an object with ``.prompt_logprobs``;
             - ``outputs[0].logprobs`` of a ``vllm.RequestOutput``, for generated tokens, or a part
-              of one of these lists: a sequence of dictionaries from token id to
+              of this list or of ``prompt_logprobs``: a sequence of dictionaries from token id to
               ``{"logprob": ...}`` or ``vllm.Logprob``. The first entry of the sequence may be None.
         tokens: the ids of the sequence's tokens, ``(n,)``. If given, the reply must have n
             positions and list each of these tokens, or the function raises an error.

@@ -205,7 +205,7 @@ def _measure_distortion(
     The tail is the probability of all classes that are not stored. A reader spreads the tail evenly
     over these classes. The reader's values q, rounded when stored, sum to 1 + z, so
     KL = sum p log(p / q) + log(1 + z). With d = log(p / q), the stored classes contribute the sum
-    of p (d + exp(-d) - 1), which does not cancel where q is near p, minus z.
+    of p (d + exp(-d) - 1), minus z. This sum does not cancel where q is near p.
     """
     p = log_p.exp()
     if indices is None:
