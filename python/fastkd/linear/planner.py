@@ -90,7 +90,7 @@ class Sizes(NamedTuple):
     """True if the student's weight gets a gradient."""
     device: Literal["cpu", "cuda"]
     logits_per_row: float = 2.0
-    """Tensors of the logits' size that exist at a time: 2 for a student and a teacher."""
+    """Number of tensors of the logits' size that exist at a time: 2 for a student and a teacher."""
     cast_per_class: int = 0
     """Bytes of autocast's copies of the weights, for each class."""
     copied_per_row: int = 0

@@ -45,6 +45,7 @@ class TeacherCache:
         tail: mean probability of the classes that are not stored.
 
     Raises:
+        ImportError: if safetensors is missing.
         TypeError: if ``path`` is not a path, or ``teacher`` is not a module.
         FileNotFoundError: if there is no cache.
         ValueError: if ``path`` cannot be a folder, or if ``classes`` or ``teacher`` differ.
@@ -156,6 +157,7 @@ class TeacherCache:
                 teacher's inputs. Omit ``batch`` if inputs are augmented at random.
 
         Raises:
+            TypeError: if ``teacher``, ``ids`` or ``batch`` has the wrong type.
             ValueError: if the cache does not fit an argument.
         """
         if classes is not None and classes != self.classes:
