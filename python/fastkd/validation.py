@@ -1,4 +1,4 @@
-"""Check numbers, names, folders and labels that are passed to any part of fastkd.
+"""Check numbers, names and folders that are passed to fastkd, and convert labels to int64.
 
 Every message names the argument, what was given, and what is accepted.
 """
