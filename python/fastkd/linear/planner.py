@@ -1,6 +1,6 @@
 """Choose how many logits of a Head are in memory at a time, from sizes alone.
 
-The functions read no tensor and no device, so equal sizes give equal plans on all machines.
+The functions read no tensor and query no device, so equal sizes give equal plans on all machines.
 """
 
 from __future__ import annotations
