@@ -7,9 +7,10 @@
 
 ``loss``, ``terms`` and ``KDLoss`` compute the loss. Student and teacher are tensors of logits, or a
 ``Head``: a linear layer and its input, in place of logits. A teacher may also be several
-tensors, a ``TopK``, a ``Sampled`` or a ``Routed``. ``Trainer``, ``Hint``, ``teachers`` and
-``report`` train a student and measure the student. ``export`` writes a student as a program for a
-device, and ``deployment`` loads such programs. ``explain``, ``verify``, ``check_inputs`` and
+tensors, a ``TopK``, a ``Sampled`` or a ``Routed``. ``Trainer`` trains a student, ``Hint`` matches
+features of student and teacher, ``teachers`` stores a teacher's outputs, and ``report`` measures
+models. ``export`` writes a student as a program for a device, and ``deployment`` loads the
+program. ``explain``, ``verify``, ``check_inputs`` and
 ``check_logits`` describe and check a call. ``fastkd.compat`` offers the losses of other libraries
 under their names, and ``fastkd.integrations`` connects fastkd to the trainers of other libraries.
 """

@@ -22,7 +22,7 @@ _COMMANDS = (distill, sweep, report, export)
 
 
 def info() -> dict[str, str]:
-    """Return what ``fastkd info`` prints: versions, kernels, devices and threads."""
+    """Return the names and values that ``fastkd info`` prints."""
     facts = {
         "fastkd": fastkd.__version__,
         "torch": f"{torch.__version__} (CUDA {torch.version.cuda or 'not in this build'})",

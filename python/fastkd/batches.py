@@ -3,8 +3,8 @@
 A batch is one of
 
 - ``(inputs, labels)``, ``(inputs,)`` or a tensor of inputs;
-- ``(inputs, labels, ids)``: a :class:`Labelled`, or any tuple of three. The ids number the samples
-  of a :class:`fastkd.teachers.TeacherCache`;
+- ``(inputs, labels, ids)``: a :class:`Labelled`, or any tuple or list of three. The ids number the
+  samples of a :class:`fastkd.teachers.TeacherCache`;
 - an :class:`Unlabelled`, ``(inputs, ids)``;
 - a mapping with ``"labels"`` and ``"ids"``, both optional. All other entries of the mapping are
   keyword arguments of the models, as in Hugging Face's libraries.
@@ -181,10 +181,10 @@ def outputs(model: nn.Module, inputs: Any) -> Any:
 def arguments(model: nn.Module, inputs: Any) -> tuple[Sequence[Any], Mapping[str, Any]]:
     """Make the positional and the keyword arguments of ``model`` from a batch's inputs.
 
-    A mapping becomes keyword arguments; a tuple or list becomes positional arguments. A model that
-    takes ``use_cache`` gets ``use_cache=False`` unless the inputs have this key. With a key-value
-    cache, models of transformers ignore where ``position_ids`` restart, so the sequences of a
-    packed batch would attend to one another.
+    A mapping becomes keyword arguments, a tuple or list becomes positional arguments, and any other
+    value becomes one positional argument. A model that takes ``use_cache`` gets ``use_cache=False``
+    unless the inputs have this key. With a key-value cache, models of transformers ignore where
+    ``position_ids`` restart, so the sequences of a packed batch would attend to one another.
     """
     positional: Sequence[Any] = ()
     keywords: Mapping[str, Any] = {}
@@ -280,7 +280,7 @@ def map_tensors(function: Callable[[Tensor], Tensor], value: Any) -> Any:
 
 
 def to(value: Any, device: torch.device, dtype: torch.dtype | None = None) -> Any:
-    """Move all tensors in a batch to ``device``; convert floating-point tensors to ``dtype``."""
+    """Move a batch's tensors to ``device``, and floating-point tensors to ``dtype`` if given."""
 
     def move(tensor: Tensor) -> Tensor:
         return tensor.to(device, dtype if tensor.is_floating_point() else None, non_blocking=True)

@@ -77,11 +77,12 @@ def loss(
              + (1 - alpha) * T^2 * KL(softmax(teacher / T) || softmax(student / T))
 
     This is the loss of Hinton, Vinyals and Dean, "Distilling the Knowledge in a Neural Network"
-    (2015). T^2 keeps the size of the soft gradients independent of T. One pass reads the logits and
-    writes the gradient. Arithmetic is float64 if student or teacher is float64, else float32. The
-    loss stays accurate when the student is close to its teacher. Options such as ``divergence``
-    change the formula. docs/objectives.md lists the options without a kernel, for which PyTorch
-    operations compute the loss. :func:`fastkd.explain` describes in words what options compute.
+    (2015). T^2 keeps the size of the soft gradients roughly independent of T. One pass reads the
+    logits and writes the gradient. Arithmetic is float64 if student or teacher is float64, else
+    float32. The loss stays accurate when the student is close to its teacher. Options such as
+    ``divergence`` change the formula. docs/objectives.md lists the options without a kernel, for
+    which PyTorch operations compute the loss. :func:`fastkd.explain` describes in words what
+    options compute.
 
     Args:
         student: ``(..., C)`` logits, float64, float32, bfloat16 or float16, or a
@@ -141,7 +142,7 @@ def loss(
             ``"symmetric_kl"``: weight of the forward KL (0.5). ``"jsd"``: weight of the teacher
             (0.5). ``"skewed_forward_kl"``: the teacher's share of the mixture (0.1).
             ``"skewed_reverse_kl"``: the student's share of the mixture (0.1). ``"dkd"``: weight of
-            the classes other than the label (8).
+            the KL of the classes other than the label (8).
         teacher_form: ``"logits"``, or ``"log_probs"`` or ``"probs"`` of a teacher that is softened
             already. Probabilities need not sum to 1 exactly: rows are renormalized. Default
             ``"logits"``.
@@ -155,9 +156,9 @@ def loss(
         dim: the dimension of the classes: -1, or 1 for logits ``(N, C, d1, ...)`` with labels
             ``(N, d1, ...)``. Default -1.
         shift: how many positions after a row its label lies. Causal language models need 1: their
-            logits at position i predict the token at position i + 1. With ``shift=1``,
-            ``student``, ``labels`` and the teacher are all ``(..., positions)``, as the model and
-            the data loader return them. Row i is then compared with
+            logits at position i predict the token at position i + 1. With ``shift=1``, pass all
+            positions of student, teacher and labels, as the models and the data loader return
+            them. Row i is then compared with
 
             - label i + 1;
             - row i of a teacher's logits, Head or Routed;
@@ -194,10 +195,11 @@ def loss(
         gives NaN.
 
         With a TopK, the rules for masked classes hold for listed classes. With ``tail="ghost"``,
-        the teacher's extra class has probability 0 if no unmasked class remains for it, or if the
+        the teacher's extra class has probability 0 if no unmasked class remains, or if the
         listed probabilities sum to 1 or more. The listed probabilities are then divided by their
-        sum. The reverse and the symmetric KL would be infinite with probability 0. For these two
-        divergences, the extra class has a probability of at least 2^-24 (2^-53 in float64).
+        sum. The reverse and the symmetric KL would be infinite for a sum of 1 or more. For these
+        two divergences, the extra class therefore has a probability of at least 2^-24 (2^-53 in
+        float64) if an unmasked class remains.
 
     Raises:
         TypeError, ValueError: for invalid arguments, before anything is computed. The
@@ -264,8 +266,8 @@ def terms(
 ) -> Terms:
     """Compute the loss and its terms for logging; the arguments are those of :func:`loss`.
 
-    An objective with a kernel takes one pass over the logits. ``class_weight`` and probabilities as
-    labels need extra passes, and a TopK needs one extra pass over the student's logits.
+    Options with a kernel take one pass over the logits. ``class_weight`` and probabilities as
+    labels need extra passes, and a TopK or Sampled needs one more pass over the student's logits.
 
     Returns:
         A :class:`fastkd.Terms`, whose fields are reduced like the loss. ``loss`` alone has a

@@ -1,4 +1,4 @@
-"""Check numbers, names, folders and labels that are passed to any part of fastkd.
+"""Check numbers, names and folders that are passed to fastkd, and convert labels to int64.
 
 Every message names the argument, what was given, and what is accepted.
 """
@@ -62,7 +62,7 @@ def check_number(
 ) -> float:
     """Return ``value`` as a finite float in [low, high]; an open end is excluded."""
     if type(value) is not float:
-        # NumPy's scalars are Real; NumPy's booleans and torch's tensors are not.
+        # NumPy's integers and floats are Real; NumPy's booleans and torch's tensors are not.
         if isinstance(value, bool) or not isinstance(value, (int, float, numbers.Real)):
             raise TypeError(f"{name} must be a number; got {type(value).__name__}")
         try:

@@ -72,7 +72,7 @@ def make_listed(teacher: TopK | Sampled) -> Listed:
 def prepare(student: Tensor, teacher: object, labels: Tensor | None, options: Options) -> Call:
     """Check all arguments of a call for logits, and convert them.
 
-    Class indices and labels out of range are not detected here.
+    The range of labels, and of a sparse teacher's classes, is not checked here.
     """
     validation.check_count("shift", options.shift, 0)
     if options.shift:
@@ -187,8 +187,8 @@ def shift_labels(
             f"shift={n} needs logits (..., positions, C); got the shape {tuple(student.shape)}"
         )
     if labels is None:
-        # shift_rows() below fills these labels with ignore_index in the last rows. The zeros have
-        # no effect, because the hard term gets weight 0.
+        # shift_rows() below sets the labels of the last rows to ignore_index. The hard term gets
+        # weight 0, so the student is not compared with the zeros.
         resolve(options, has_labels=False, teachers=None)
         soft_weight = 1.0 if options.soft_weight is None else options.soft_weight
         options = options._replace(alpha=None, hard_weight=0.0, soft_weight=soft_weight)
@@ -276,7 +276,7 @@ def check_sparse(teacher: TopK | Sampled) -> None:
 
 
 def check_fits_rows(teacher: TopK | Sampled, logits: Tensor) -> None:
-    """Raise unless a sparse teacher has an entry for each row of logits, on the logits' device."""
+    """Raise unless a sparse teacher has entries for each row of logits, on the logits' device."""
     rows = logits.shape[:-1]
     entries, suffix = ("k >= 1 entries", ("k",)) if isinstance(teacher, TopK) else ("one entry", ())
     for name in teacher._fields[:2]:

@@ -229,9 +229,9 @@ class _FusedLoss(torch.autograd.Function):
             tensors = tensors[count:]
         if uses_formula:
             return _compute_gradient(ops, student, arguments, grad_output), None, None
-        # While operations are traced, a float16 gradient is recomputed: grad_output may be a loss
-        # scale, which cannot restore numbers that underflowed in grad. With the reduction "none",
-        # and in a second backward pass (retain_graph=True), grad is None.
+        # Unless may_write, a float16 gradient is recomputed: grad_output may be a loss scale, which
+        # cannot restore numbers that underflowed in grad. With the reduction "none", and in a
+        # second backward pass (retain_graph=True), grad is None.
         filled = may_write and grad is not None
         grad = grad if filled else _empty_gradient(student, ops.strided)
         statistics = (stats,) if ops.has_stats else ()

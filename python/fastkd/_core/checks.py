@@ -359,7 +359,7 @@ def check_lists(
     ignore_index: int,
     name: str = "indices",
 ) -> None:
-    """Raise for the first row with an invalid list; messages call the class indices ``name``."""
+    """Raise if a row has an invalid list; messages call the class indices ``name``."""
     counts = torch.ones_like(indices[..., 0], dtype=torch.bool)
     if labels is not None:
         counts = labels != ignore_index

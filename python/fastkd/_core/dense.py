@@ -32,7 +32,7 @@ class Arguments(NamedTuple):
     row_temperatures: Tensor | None = None
     """Flattened ``(2, rows)``: ``mixture_temperature`` and ``teachers_temperature`` of each row."""
     shares: tuple[float, ...] = ()
-    """The weight of each teacher in the mixture; empty if the only teacher is logits."""
+    """The weight of each teacher in the mixture; empty if there is one teacher, of logits."""
     probabilities: bool = False
     ensemble: int = 0
     mixture_temperature: float = 1.0
@@ -90,9 +90,9 @@ def make_row_numbers(
 ) -> tuple[tuple[float, ...], Tensor | None]:
     """Return temperatures and weights as scalars, and as a flat tensor if any is a tensor.
 
-    The kernels read the tensor, or the scalars if the tensor is None. ``numbers`` begins with the
-    temperatures of student and teacher. If the scalars for both temperatures are equal, the kernels
-    assume that both temperatures of each row are equal, too (csrc/kernels.h).
+    If any number is a tensor, the kernels read the flat tensor, and the scalars are placeholders.
+    Placeholders of the temperatures are equal only if both temperatures of each row are equal, as
+    the kernels then assume (csrc/kernels.h). ``numbers`` begins with these two temperatures.
     """
     if not any(isinstance(number, Tensor) for number in numbers):
         return numbers, None  # type: ignore[return-value]

@@ -24,7 +24,7 @@ _loss_into = torch.ops.fastkd.loss_into.default
 _loss_backward_ = torch.ops.fastkd.loss_backward_.default
 
 IN_TWO_PASSES = frozenset({"labels of probabilities", "class_weight= with label_smoothing="})
-"""Features that need a second pass of the kernels and do not support ``inplace``."""
+"""Features that the kernels compute in two passes on CPUs, without ``inplace``."""
 
 
 def list_missing_features(
@@ -118,7 +118,7 @@ def _compute_in_two_passes(call: Call, with_terms: bool) -> Tensor | None:
 
     The second pass computes the soft cross entropy with a teacher at temperature 1, whose
     probabilities are the smoothed and weighted labels. Return None if a probability is negative or
-    a row of probabilities sums to 0, because the kernels do not accept such a teacher.
+    a row of probabilities sums to 0, because the kernels do not accept such probabilities.
     """
     assert call.labels is not None
     labels, o, student = call.labels, call.objective, call.student.to(call.dtype)
@@ -170,7 +170,7 @@ def compute_statistics(call: Call) -> tuple[Tensor, Tensor]:
 
 
 def write_gradient_(call: Call, stats: Tensor) -> None:
-    """Write the gradient over the student's logits; ``stats``: from :func:`compute_statistics`."""
+    """Write the gradient over the student's logits, from ``stats`` (csrc/kernels.h: Stat)."""
     arguments = dense.make_arguments(call, False)
     _loss_backward_(call.student, stats.new_ones(()), stats, call.student, *arguments, False)
 

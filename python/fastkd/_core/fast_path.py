@@ -59,7 +59,7 @@ def run(
 def _find_call(
     tail: str | None, with_terms: bool, has_labels: bool, options: tuple[Any, ...]
 ) -> _BoundOp:
-    """Return the op with ``options`` bound, or None if the fast path lacks an option."""
+    """Return the op with ``options`` bound, or None if the fast path does not support them."""
     # The key includes types, because True == 1 == 1.0, and native.EAGER, because tests replace it.
     types = tuple(map(type, options))
     key = (native.EAGER, tail, with_terms, has_labels, types, options)
@@ -78,7 +78,7 @@ def _find_call(
 
 
 def _bind(tail: str | None, with_terms: bool, has_labels: bool, options: Options) -> _BoundOp:
-    """Check the options and bind them to the op; return None if the fast path lacks an option."""
+    """Check options and bind them to the op; return None if the fast path does not support them."""
     if (
         options.chunks != "auto"
         or options.inplace is not False

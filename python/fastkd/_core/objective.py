@@ -182,7 +182,7 @@ def _check_mix(divergence: str, mix: object) -> float | None:
 
 
 def _check_compares_logits(objective: Objective, teachers: int | None) -> None:
-    """Raise if the options compare logits, but teachers are given or mixed as probabilities."""
+    """Raise if the divergence or ``standardize`` needs logits, but gets probabilities."""
     comparing = reference.DIVERGENCES[objective.divergence].compares == "logits"
     if not comparing and not objective.standardize:
         return

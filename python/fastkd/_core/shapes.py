@@ -28,8 +28,8 @@ def accumulator(*logits: Tensor) -> torch.dtype:
 def check_devices(*arguments: Any) -> None:
     """Raise RuntimeError unless all tensors among the arguments of an op are on one device.
 
-    If any tensor is on "meta", the dispatcher calls a fake kernel. For tensors on other devices, a
-    fake kernel would return uninitialized memory as the result.
+    If the student is on a CPU or GPU and another tensor is on "meta", the dispatcher calls a fake
+    kernel. The result would be uninitialized memory.
     """
     lists = [each if isinstance(each, (list, tuple)) else [each] for each in arguments]
     devices = {tensor.device for each in lists for tensor in each if isinstance(tensor, Tensor)}
@@ -50,9 +50,8 @@ def _make_fake_out(
 def _make_fake_gradient(student: Tensor, strided: bool) -> Tensor:
     """Return a tensor laid out like a gradient (gradient_strides in csrc/torch/gradient_strides.h).
 
-    If ``strided`` is True and the student is a view of contiguous logits such as (N, C, H, W) with
-    the classes moved last, the gradient has the student's order in memory. Otherwise the gradient
-    is contiguous.
+    With ``strided``, the gradient of contiguous logits, such as (N, C, H, W), with the classes
+    moved last has the student's order in memory. Otherwise the gradient is contiguous.
     """
     *shape, classes = student.shape
     place = len(shape)

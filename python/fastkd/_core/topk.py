@@ -78,7 +78,7 @@ def _make_arguments(call: Call, with_terms: bool) -> tuple[Any, ...]:
 
 
 def compute(call: Call, with_terms: bool) -> Tensor:
-    """Compute the loss with a sparse teacher, or all terms stacked, by one pass of the kernels."""
+    """Compute the loss with a sparse teacher, or all terms stacked, by one call of the op."""
     out: Tensor = _topk_loss(*_make_arguments(call, with_terms))
     if call.objective.reduction == "none":
         out = out.reshape((*out.shape[:-1], *call.student.shape[:-1]))

@@ -178,8 +178,8 @@ class Sampled(NamedTuple):
 class Routed(NamedTuple):
     """Assign one of several teachers to each row, such as a specialist for each task.
 
-    The loss reads each teacher only in the rows that are assigned to that teacher. A Head computes
-    the logits of its assigned rows only.
+    The loss reads each teacher only in the rows that are assigned to that teacher. If a teacher is
+    a Head, the loss computes the logits of these rows only.
 
     A ``Routed`` is a named tuple, so pytrees, ``torch.compile``, data loaders and Accelerate handle
     it.

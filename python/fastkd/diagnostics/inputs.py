@@ -23,9 +23,9 @@ def check_inputs(
     """Raise if the data of a call of :func:`fastkd.loss` with logits is not valid.
 
     Use this function when a loss becomes NaN. The function synchronizes CUDA, reads the data, and
-    names the first invalid row. On CUDA, the loss does not synchronize: a label or a temperature
-    out of range makes the loss and the gradient of its row NaN. On the CPU, the loss raises an
-    error for a label or a temperature out of range.
+    names the first invalid row. On CUDA, the loss does not synchronize: a label out of range, or a
+    temperature that is not positive and finite, makes the loss and the gradient of its row NaN. On
+    the CPU, the loss raises an error for a label or a temperature out of range.
 
     Args:
         student: ``(..., C)``.

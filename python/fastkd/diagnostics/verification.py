@@ -73,8 +73,9 @@ class Verification(NamedTuple):
 def _compute_eager(rows: Call) -> Tensor:
     """Compute the loss by ``F.kl_div`` and ``F.cross_entropy``, or by :mod:`fastkd.reference`.
 
-    The functions of PyTorch compute the forward KL with the logits of one teacher, and labels that
-    are class indices without ``class_weight``. The reference computes the other calls.
+    The functions of PyTorch compute the forward KL with the logits of one teacher, without
+    ``standardize``, and labels that are class indices, without ``class_weight``. The reference
+    computes all other calls.
     """
     o = rows.objective
     soft_labels = rows.labels is not None and rows.labels.is_floating_point()

@@ -1,4 +1,4 @@
-"""Check the arguments of a call whose student is a Head; convert them to a ``LinearCall``."""
+"""Check a call whose student is a Head; convert it to ``Inputs`` and a ``LinearCall``."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def prepare_heads(
 ) -> tuple[Inputs, LinearCall]:
     """Check all arguments and flatten the rows.
 
-    ``accumulate``, ``chunk`` and ``by_classes`` are not chosen yet.
+    The fields ``accumulate``, ``chunk`` and ``by_classes`` of the ``LinearCall`` are placeholders.
     """
     device, lead = student.hidden.device, student.hidden.shape[:-1]
     _check_head(student, "student", device)

@@ -49,10 +49,10 @@ def plan(
         chunks = fastkd.chunks.plan(student, teacher, labels, max_workspace=2**30)
         loss = fastkd.loss(student, teacher, labels, chunks=chunks)
 
-    A plan depends on the shapes, dtypes and device of the tensors, on which tensors require grad,
-    on autocast, and on the options of the loss. The function computes no logits. A plan serves
-    later calls that differ only in their data, or that have fewer rows. Without a GPU, or before
-    the tensors exist, pass tensors on the meta device: the plan is then for a GPU.
+    A plan depends on the shapes, dtypes, device and ``requires_grad`` of the tensors, on autocast,
+    and on the options of the loss. The function computes no logits. A plan serves later calls that
+    differ only in their data, or that have fewer rows. Without a GPU, or before the tensors exist,
+    pass tensors on the meta device: the plan is then for a GPU.
 
     By default there is one chunk of rows if its logits fit in 2 GiB on a GPU or 48 MiB on a CPU.
     Otherwise the plan has the fewest chunks of equal size that fit. A chunk may always have 512
@@ -71,8 +71,8 @@ def plan(
             ``chunk_by="classes"``; or ``"auto"``. Default ``"auto"``.
         accumulate_dtype: the dtype in which several chunks of rows sum the gradient of the
             student's weight. ``"auto"``: float32 for a 16-bit weight, else the weight's dtype.
-            ``torch.bfloat16`` needs half the memory of float32, and rounds the sum once a chunk.
-            Default ``"auto"``.
+            ``torch.bfloat16``, for a bfloat16 weight, needs half the memory of float32, and rounds
+            the sum once a chunk. Default ``"auto"``.
         **options: the options of the loss, as in :func:`fastkd.loss`.
 
     Raises:
@@ -165,7 +165,7 @@ def make_sizes(inputs: Inputs, call: LinearCall) -> Sizes:
         is_fused = dispatch.is_fused(inputs.hidden, labels, make_objective(inputs, call))
     else:
         # A chunk has the student's logits, their gradient, two lists of at most 8 bytes an entry,
-        # and the kernel's copies of the two lists.
+        # and the kernel's copies of the lists.
         is_fused, teacher_dtype = (
             topk.is_fused(inputs.hidden, make_objective(inputs, call)),
             call.dtype,

@@ -104,7 +104,7 @@ class RowStatistics:
         # kSlopeSum of csrc/kernels.h is the divergence for the reverse KL, else 0.
         slopes = self.divergence if self.objective.divergence == "reverse_kl" else zeros
         students = [self.student_top, student, hard if has_labels else zeros]
-        # The last zeros stand for kClassCount, which the divergences in DIVERGENCES do not need.
+        # The last zeros are kClassCount or kMeanLogRatio: no row counts as well separated.
         rows = [*students, self.teacher_top, teacher, slopes, zeros, scale.reshape(1)]
         return torch.cat([row.to(self.like.dtype) for row in rows])
 

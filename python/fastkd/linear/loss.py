@@ -71,7 +71,7 @@ def compute_routed(
     for each, rows in zip(teacher.teachers, rows_of, strict=True):
 
         def select_rows(value: Tensor, trailing: int, rows: Tensor = rows) -> Tensor:
-            """Return the teacher's rows; ``trailing``: the number of dimensions after the rows."""
+            """Return this teacher's rows of ``value``; ``trailing``: dimensions after the rows."""
             return value.reshape(-1, *value.shape[value.dim() - trailing :])[rows]
 
         teacher_part: Any = (

@@ -1,6 +1,6 @@
 """Choose how many logits of a Head are in memory at a time, from sizes alone.
 
-The functions read no tensor and no device, so equal sizes give equal plans on all machines.
+The functions read no tensor and query no device, so equal sizes give equal plans on all machines.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from fastkd.linear import products
 
 MIB = 2**20
 LOGITS_BYTES = {"cuda": 2048 * MIB, "cpu": 48 * MIB}
-"""Bound, in bytes, for the logits of student and teacher in a chunk of rows, if there is no
+"""Bound for the sum of ``Sizes.row_bytes`` over a chunk of rows, if there is no
 ``max_workspace``. Matrix products of 2048 rows on a GPU, or 256 rows on a CPU, are about as fast
 per row as larger products."""
 LEAST_ROWS = {"cuda": 512, "cpu": 128}
 """Rows that a chunk may have without ``max_workspace``, even if their logits exceed
-``LOGITS_BYTES``. This limits the number of chunks: each chunk reads both weights and adds to the
-complete gradient of the student's weight."""
+``LOGITS_BYTES``. The minimum limits the number of chunks: each chunk reads both weights and adds to
+the complete gradient of the student's weight."""
 FEW_ROWS = {"cuda": 256, "cpu": 32}
 """Chunks of fewer rows take longer than chunks of classes, although the latter compute the logits
 twice."""
@@ -35,7 +35,7 @@ _FEWEST_CLASSES = 64
 """Most classes of a chunk whose logits lie outside the weight's gradient, if the weight gets one.
 ``max_workspace`` makes no chunk smaller than this number."""
 _MULTIPLE = 64
-"""Larger chunks have a multiple of this number of rows or classes, a tile of matrix products."""
+"""Chunks of more than 64 rows or classes have a multiple of 64, a tile of matrix products."""
 _ROW_STATISTICS_BYTES = 128
 """Bytes of the loss, label and statistics of a row in the loop over chunks of classes."""
 
@@ -50,7 +50,7 @@ class Plan(NamedTuple):
     chunk: int
     """Largest number of rows of a chunk; for chunks of classes, largest number of classes."""
     logits_bytes: int
-    """Bytes of the logits of a chunk."""
+    """Bytes of a chunk's logits: student, teacher, and intermediate results."""
     peak_bytes: int
     """Bound for the bytes in use beyond the inputs, including the gradients."""
     accumulate: torch.dtype
@@ -90,7 +90,7 @@ class Sizes(NamedTuple):
     """True if the student's weight gets a gradient."""
     device: Literal["cpu", "cuda"]
     logits_per_row: float = 2.0
-    """Tensors of the logits' size that exist at a time: 2 for a student and a teacher."""
+    """Number of tensors of the logits' size that exist at a time: 2 for a student and a teacher."""
     cast_per_class: int = 0
     """Bytes of autocast's copies of the weights, for each class."""
     copied_per_row: int = 0
@@ -128,8 +128,8 @@ def plan_sizes(
 ) -> Plan:
     """Choose the chunks; the options are those of :func:`fastkd.chunks.plan`, checked."""
     # By default, several chunks of rows sum the gradient of a 16-bit weight in float32. With one
-    # chunk of rows, or chunks of classes, only the gradient of a float16 weight is float32, because
-    # backward scales the gradient and then rounds.
+    # chunk of rows, or chunks of classes, the gradient of a bfloat16 weight is bfloat16. That of a
+    # float16 weight is float32, because backward scales the gradient and then rounds.
     summed = accumulate_dtype
     if summed == "auto":
         summed = torch.float32 if sizes.weight_dtype.itemsize == 2 else sizes.weight_dtype
@@ -302,7 +302,7 @@ def divide_classes(
     The weight's gradient has ``grad_row`` bytes for each class. Until the gradient of a class is
     written, its memory may hold logits. With ``writes``, each chunk ends with writing the gradient
     of its classes, so the unwritten memory shrinks from chunk to chunk. Chunks whose logits do not
-    fit there are small (``separate_classes()``), and their logits lie in a buffer.
+    fit in unwritten memory are small (``separate_classes()``), and use a separate buffer.
     """
     start = 0
     fixed = compute_buffer_bytes(rows, 0, item_bytes) + ALIGNMENT

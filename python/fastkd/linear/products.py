@@ -50,7 +50,10 @@ def _is_upcast(tensor: Tensor) -> bool:
 
 
 def _split_classes(classes: int, width: int) -> Iterator[slice]:
-    """Yield blocks of 2 MiB, at ``width`` float32 numbers for each class, or of 64 classes."""
+    """Yield slices of the classes, for products block by block.
+
+    A slice has 2 MiB at ``width`` float32 numbers for each class, but at least 64 classes.
+    """
     step = max(_LEAST_BLOCK, _BLOCK_BYTES // (4 * max(1, width)))
     for start in range(0, classes, step):
         yield slice(start, start + step)

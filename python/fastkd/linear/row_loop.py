@@ -4,11 +4,11 @@ Each chunk has four steps; the last two compute only the gradients that are need
 
 1. Write the logits of the student's head, and of the teacher's head if the teacher has one, to
    buffers that every chunk reuses.
-2. Compute the loss and its gradient. With a dense teacher, the fused kernel writes the gradient
-   over the student's logits.
+2. Compute the loss and its gradient. With a dense teacher, a fused kernel, if the options have one,
+   writes the gradient over the student's logits.
 3. Multiply this gradient by the weight, which gives the gradient of the chunk's hidden states.
 4. Multiply the gradient of step 2 by the hidden states, and add the product to the weight's
-   gradient.
+   gradient. Add the gradient's sum over rows to the bias's gradient.
 
 The loop does not synchronize with a GPU.
 """
@@ -43,7 +43,7 @@ def run(inputs: Inputs, call: LinearCall, counted: Tensor | None, power: Tensor 
     gradients by the denominator. If ``power`` is not None, the caller must multiply the gradients
     of weight and bias by ``power``.
     """
-    # The gradient of the weight is allocated once the first chunk's teacher logits are freed.
+    # The loop allocates the weight's gradient. If there is one chunk, its logits are freed first.
     out = allocate_outputs(inputs, call._replace(weight_grad=False))
     rows = inputs.hidden.shape[0] if counted is None else counted.numel()
     if counted is not None:
@@ -79,7 +79,7 @@ def run(inputs: Inputs, call: LinearCall, counted: Tensor | None, power: Tensor 
         if grad is None:
             continue
         del logits, teacher_logits
-        if chunk == rows:  # free every buffer except the gradient
+        if chunk == rows:  # free the logits' buffers; grad keeps its memory
             del buffer, teacher_buffer
         if part_slope is not None:
             grad.mul_(part_slope)

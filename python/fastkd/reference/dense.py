@@ -1,9 +1,9 @@
 """Define the loss and every option in PyTorch operations.
 
-Tests and benchmarks compare the kernels with this module in float64. fastkd also calls this module
-where no kernel can run: options without a kernel, function transforms, second derivatives, batches
-of gradients, and devices without kernels. The code follows the definitions in the papers, not the
-kernels, so that this module does not repeat a mistake of a kernel.
+Tests and benchmarks compare the kernels with this module in float64. fastkd calls this module where
+no kernel can run: options without a kernel, gradients of options, second derivatives, batches of
+gradients, function transforms, unsupported devices. The code follows the definitions in the papers,
+not the kernels, so that this module does not repeat a mistake of a kernel.
 """
 
 from __future__ import annotations
@@ -229,8 +229,8 @@ def terms(
     definition = DIVERGENCES[divergence]
     compared = [scaled_teacher, scaled] if definition.compares == "logits" else [log_p, log_q]
     if isinstance(soft_weight, Tensor) or soft_weight == 0:
-        # Rows with weight 0 get no gradient: their divergence may be infinite, and 0 times an
-        # infinite gradient is NaN.
+        # Rows with soft_weight 0 get no gradient of their divergence, which may be infinite: 0
+        # times an infinite gradient is NaN.
         has_weight = torch.as_tensor(soft_weight != 0, device=student.device).unsqueeze(-1)
         compared = [torch.where(has_weight, x, x.detach()) for x in compared]
     arguments: list[object] = [*compared]

@@ -1,8 +1,9 @@
 """Define the divergences, and list their names, formulas and sources.
 
 Formulas use the letters of docs/maths.md: p are the teacher's probabilities, q the student's
-probabilities, z the student's logits and w the teacher's logits. A divergence takes rows,
-``(..., C)``, and returns one number for each row, ``(...)``.
+probabilities, z the student's logits and w the teacher's logits. T and T_t are the temperatures of
+student and teacher, and y is the label. A divergence takes rows, ``(..., C)``, and returns one
+number for each row, ``(...)``.
 """
 
 from __future__ import annotations
@@ -100,9 +101,9 @@ def soft_cross_entropy(log_p: Tensor, log_q: Tensor) -> Tensor:
 def dkd(log_p: Tensor, log_q: Tensor, labels: Tensor, mix: float) -> Tensor:
     """Compute decoupled distillation: a binary KL, plus ``mix`` times a KL without the label.
 
-    The binary KL compares the probability of the label with that of all other classes together. The
-    second KL compares the other classes, and is 0 if the teacher masks all of them. ``labels``:
-    class indices, ``(...)``. Zhao et al., "Decoupled Knowledge Distillation" (CVPR 2022).
+    The binary KL has two classes: the label, and all other classes together. The second KL compares
+    the other classes, and is 0 if the teacher masks all of them. ``labels``: class indices,
+    ``(...)``. Zhao et al., "Decoupled Knowledge Distillation" (CVPR 2022).
     """
     index = labels.unsqueeze(-1)
     # ``binary``: log-probabilities of (label, all other classes), (..., 2). ``others``:
@@ -124,7 +125,7 @@ def dkd(log_p: Tensor, log_q: Tensor, labels: Tensor, mix: float) -> Tensor:
 
 
 def _subtract(teacher: Tensor, student: Tensor) -> tuple[Tensor, Tensor]:
-    """Return student - teacher, 0 where both mask a class, and the number of other classes."""
+    """Return student - teacher, 0 where both mask a class, and the count of remaining classes."""
     absent = (teacher == -math.inf) & (student == -math.inf)
     difference = student.masked_fill(absent, 0) - teacher.masked_fill(absent, 0)
     return difference, (~absent).sum(-1, keepdim=True)

@@ -60,9 +60,9 @@ def distributions(
     """Return the log-probabilities of teacher and student that a divergence compares.
 
     The shape is ``(..., k)``, with -inf for padding, or ``(..., k + 1)`` for ``tail="ghost"``. The
-    ghost, the last class, stands for all classes that are not listed. ``has_floor``: give the
-    teacher's ghost a probability of at least half the machine epsilon, so that the divergence is
-    finite for a list that adds up to 1.
+    ghost, the last class, stands for all classes that are not listed. ``has_floor``: the
+    teacher's probability of the ghost is at least half the machine epsilon, which keeps the
+    divergence finite for a list that adds up to 1.
     """
     listed = indices >= 0
     log_p = log_probs.masked_fill(~listed, -math.inf)

@@ -33,10 +33,11 @@ class TeacherCache:
         classes: number of classes of the teacher.
         top_k: how many classes are stored in each row; None: all classes.
         temperature: T; the cache holds log softmax(logits / T). A loss may use a cache of all
-            classes at any temperature, since T times the log-probabilities are the teacher's logits
-            up to a constant in each row. A loss may use a cache of the top k at T alone.
+            classes at any temperature: T times the log-probabilities are the teacher's logits up to
+            a constant in each row. A loss may use a cache of the top k at T alone.
         dtype: dtype of the log-probabilities.
-        positions: shape of a sample's rows: () for one row, (-1,) for sequences, or sizes.
+        positions: shape of a sample's rows: () for one row, (-1,) for sequences, or sizes such as
+            (64, 64) for images.
         teacher: :func:`fingerprint` of the teacher.
         ids: int64, the ids of all samples, ascending.
         kl: KL(teacher || distribution reconstructed from the cache) at T, mean over rows, in nats.
@@ -44,11 +45,12 @@ class TeacherCache:
         tail: mean probability of the classes that are not stored.
 
     Raises:
-        TypeError: if ``path`` is not a path.
+        ImportError: if safetensors is missing.
+        TypeError: if ``path`` is not a path, or ``teacher`` is not a module.
         FileNotFoundError: if there is no cache.
         ValueError: if ``path`` cannot be a folder, or if ``classes`` or ``teacher`` differ.
-        ValueError: if a file is damaged, is not a regular file, or has another format or another
-            teacher than the first file.
+        ValueError: if a file is damaged, is not a regular file, has another format, or differs
+            from the first file in its options or its teacher.
 
     Example:
         >>> import tempfile, torch, fastkd
@@ -155,6 +157,7 @@ class TeacherCache:
                 teacher's inputs. Omit ``batch`` if inputs are augmented at random.
 
         Raises:
+            TypeError: if ``teacher``, ``ids`` or ``batch`` has the wrong type.
             ValueError: if the cache does not fit an argument.
         """
         if classes is not None and classes != self.classes:
@@ -252,7 +255,7 @@ class TeacherCache:
         return TopK(log_probs, indices.view(log_probs.shape))
 
     def _check_rows(self, number: int, index: Tensor) -> None:
-        """Check the checksums of those samples of a shard that were not checked before."""
+        """Check the checksums of the samples at ``index``, all in one shard, that are unchecked."""
         new = torch.unique(index[self._unchecked[index]])
         sums = shard.compute_checksums(self._shards[number], self._starts[new], self._lengths[new])
         damaged = new[sums != self._checksums[new]]

@@ -1,6 +1,6 @@
 """Check the entries of a server's reply, and convert them to a :class:`fastkd.TopK`.
 
-An entry is a token id with its log-probability, and a position of the reply has several entries.
+An entry is a token id with its log-probability. A position of the reply has any number of entries.
 :mod:`fastkd.teachers.served` extracts the entries of each position.
 """
 

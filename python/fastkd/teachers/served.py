@@ -9,8 +9,8 @@ and stacks them into a batch. :func:`gather` selects the sequence's tokens from 
 the reply. For a complete prompt, row i of a result corresponds to row i - 1 of the student's
 logits. No distribution predicted the first token of a prompt, so row 0 is padding: indices -1,
 log-probabilities -inf. For generated tokens, row 0 belongs to the first generated token.
-:func:`collate` with ``length=`` and left padding adds a row of padding for each token of the
-prompt. ``shift=1`` then compares row i with row i - 1 of the logits::
+:func:`collate` with left padding, to the ``length`` of prompt and generated tokens, adds a row of
+padding for each token of the prompt. ``shift=1`` then compares row i with row i - 1 of the logits::
 
     loss = fastkd.loss(logits, teacher, labels, shift=1)  # label -100: prompt and padding
 
@@ -74,7 +74,7 @@ def from_vllm(
               with ``"prompt_logprobs"``;
             - a ``vllm.RequestOutput``, an object with ``.prompt_logprobs``;
             - ``outputs[0].logprobs`` of a ``vllm.RequestOutput``, for generated tokens, or a part
-              of one of these lists: a sequence of dictionaries from token id to
+              of this list or of ``prompt_logprobs``: a sequence of dictionaries from token id to
               ``{"logprob": ...}`` or ``vllm.Logprob``. The first entry of the sequence may be None.
         tokens: the ids of the sequence's tokens, ``(n,)``. If given, the reply must have n
             positions and list each of these tokens, or the function raises an error.
@@ -89,10 +89,10 @@ def from_vllm(
         with ``logprob_token_ids`` a rank is a position in the request.
 
     Raises:
-        TypeError: if ``reply``, ``tokens`` or ``k`` has the wrong type.
-        ValueError: if the reply lacks the field; or if a position is not a dictionary, lists a
-            token twice, or has numbers that are not log-probabilities, and the message names the
-            position; or if the reply does not fit ``tokens``.
+        TypeError: if ``tokens`` or ``k`` has the wrong type.
+        ValueError: if the reply has none of these forms, or lacks the field; or if a position is
+            not a dictionary, lists a token twice, or has numbers that are not log-probabilities,
+            and the message names the position; or if the reply does not fit ``tokens``.
 
     Example:
         >>> from fastkd.teachers import served

@@ -52,8 +52,9 @@ def precompute(
         path: a folder; created if it does not exist.
         top_k: how many classes of each row to store, most probable first. Default None: all.
         dtype: float16, bfloat16 or float32. Default float16.
-        temperature: T > 0. A loss may use a cache of all classes at any temperature, but a cache of
-            the top k only at this temperature. Default 2, as in :func:`fastkd.loss`.
+        temperature: T, from 1e-18 to 1e18. A loss may use a cache of all classes at any
+            temperature, but a cache of the top k only at this temperature. Default 2, as in
+            :func:`fastkd.loss`.
         ignore_index: sequences ``(B, T, C)`` are stored up to the last label that is not
             ``ignore_index``, so that padding is not stored. Without labels, the
             ``attention_mask`` of a mapping is used. Default -100.
@@ -72,9 +73,9 @@ def precompute(
         ValueError: for other invalid arguments; or if ``path`` holds a cache whose options or
             teacher differ.
         ValueError: if the loader gives no batch, or a batch without ids.
-        ValueError: if the teacher's logits hold NaN or +inf, or a row of -inf; if the number of
-            classes or the shape of a sample's rows changes; or if there are fewer than ``top_k``
-            classes.
+        ValueError: if the teacher's logits have no shape above, or hold NaN or +inf, or a row of
+            -inf; if the number of classes or the shape of a sample's rows changes; or if there are
+            fewer than ``top_k`` classes.
 
     Example: see :class:`TeacherCache`.
     """
@@ -204,7 +205,7 @@ def _measure_distortion(
     The tail is the probability of all classes that are not stored. A reader spreads the tail evenly
     over these classes. The reader's values q, rounded when stored, sum to 1 + z, so
     KL = sum p log(p / q) + log(1 + z). With d = log(p / q), the stored classes contribute the sum
-    of p (d + exp(-d) - 1), which does not cancel where q is near p, minus z.
+    of p (d + exp(-d) - 1), minus z. This sum does not cancel where q is near p.
     """
     p = log_p.exp()
     if indices is None:
@@ -213,7 +214,7 @@ def _measure_distortion(
         others = p.scatter(-1, indices, 0.0)
         tail = others.sum(-1)
         spread = math.log(max(1, p.shape[-1] - indices.shape[-1]))
-        # xlogy(tail, tail / n) would underflow: 1e-44 / 1000 is 0 in float32.
+        # tail / exp(spread) may underflow: 1e-44 / 1000 is 0 in float32.
         even = tail * spread - torch.special.xlogy(tail, tail)
         tail_kl = even - torch.special.entr(others).sum(-1)
         log_p, p = log_p.gather(-1, indices), p.gather(-1, indices)
