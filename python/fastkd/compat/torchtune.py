@@ -50,7 +50,10 @@ class ForwardKLLoss(_MaskedLoss):
     def forward(
         self, student_logits: Tensor, teacher_logits: Tensor, labels: Tensor, normalize: bool = True
     ) -> Tensor:
-        """Compute the mean (the sum with ``normalize=False``) over rows of ``(..., classes)``."""
+        """Compute the loss of logits ``(..., classes)``: the mean over rows.
+
+        With ``normalize=False``, the loss is the sum over rows.
+        """
         options = self._make_options(student_logits, labels, normalize)
         return losses.loss(student_logits, teacher_logits, divergence=self.divergence, **options)
 
@@ -86,7 +89,10 @@ class SymmetricKLLoss(_MaskedLoss):
     def forward(
         self, student_logits: Tensor, teacher_logits: Tensor, labels: Tensor, normalize: bool = True
     ) -> Tensor:
-        """Compute the mean (the sum with ``normalize=False``) over rows of ``(..., classes)``."""
+        """Compute the loss of logits ``(..., classes)``: the mean over rows.
+
+        With ``normalize=False``, the loss is the sum over rows.
+        """
         options = self._make_options(student_logits, labels, normalize)
         options.update(divergence="symmetric_kl", mix=self.sym_kd_ratio)
         terms = losses.terms(student_logits, teacher_logits, **options)

@@ -34,10 +34,10 @@ The trainers differ from TRL's in these points:
   ``DistillationTrainer`` computes logits in float32. Both fastkd and TRL compute the divergence of
   these logits in float32.
 - If the teacher's head has more classes than the student's, TRL's ``DistillationTrainer`` drops
-  the extra classes without renormalizing. Here different numbers of classes are an error.
+  the extra classes. Here different numbers of classes are an error.
 
-With ``lmbda > 0`` or ``seq_kd``, ``GKDTrainer`` divides as TRL does: by the number of tokens in the
-data set's completions, not by the number of generated tokens.
+With ``lmbda > 0`` or ``seq_kd``, ``GKDTrainer`` divides, as in TRL, by the number of tokens in the
+data set's completions, not of generated tokens.
 """
 
 from __future__ import annotations
@@ -149,7 +149,7 @@ def _make_head(
     def convert(parameter: Tensor) -> Tensor:
         if hasattr(parameter, "full_tensor"):  # a DTensor, under FSDP2
             parameter = parameter.full_tensor()
-        # Under autocast, the loss casts the parameter, and sums its gradient in its own dtype.
+        # Under autocast, the loss casts the parameter, and sums the gradient in the original dtype.
         if torch.is_autocast_enabled(hidden.device.type):
             return parameter
         return parameter.to(hidden.dtype)
