@@ -80,7 +80,7 @@ class LigerFusedLinearKLTopKLogprobLoss(nn.Module):
         true_labels: Tensor,
         student_bias: Tensor | None = None,
     ) -> Tensor:
-        """Compute the loss of one batch, a 0-d tensor.
+        """Compute the loss of one batch as a 0-d tensor.
 
         Args:
             lm_head_weight: ``(C, width)``, with C classes.

@@ -30,9 +30,8 @@ The trainers differ from TRL's in these points:
   ``SFTTrainer`` does.
 - If all tokens of an optimizer step are ignored, the loss of TRL's ``GKDTrainer`` is 0 / 0; here
   the loss is 0.
-- Logits of 16-bit hidden states are rounded to 16 bits, as in the models. TRL's
-  ``DistillationTrainer`` computes logits in float32. Both fastkd and TRL compute the divergence of
-  these logits in float32.
+- Logits of 16-bit hidden states are rounded to 16 bits, as in the models, and their divergence is
+  computed in float32. TRL's ``DistillationTrainer`` computes logits in float32, too.
 - If the teacher's head has more classes than the student's, TRL's ``DistillationTrainer`` drops
   the extra classes. Here different numbers of classes are an error.
 

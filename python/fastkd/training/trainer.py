@@ -81,7 +81,7 @@ class Trainer:
         loss: the distillation loss, with ``reduction="mean"``, without ``normalizer`` and
             ``class_weight``. Default ``KDLoss()``. Batches without labels need ``alpha=0.0`` or
             ``hard_weight=0.0``.
-        hints: pairs of intermediate features to match. Default: none.
+        hints: a sequence of :class:`fastkd.Hint`, pairs of features to match. Default: none.
         scheduler: a learning rate schedule, stepped after each optimizer step. Default None.
         accumulate: number of batches of each process in an optimizer step; fewer at the end of an
             epoch. Default 1.
