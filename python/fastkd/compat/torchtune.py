@@ -129,7 +129,7 @@ class ForwardKLWithChunkedOutputLoss(nn.Module):
     def forward(
         self, student_logits: Sequence[Tensor], teacher_logits: Sequence[Tensor], labels: Tensor
     ) -> Tensor:
-        """Compute the mean loss of the rows that are not ignored; labels are ``(batch, tokens)``."""
+        """Compute the mean loss of rows that are not ignored; labels are ``(batch, tokens)``."""
         tokens = [chunk.shape[1] for chunk in student_logits]
         if len(tokens) > self.num_output_chunks or sum(tokens) != labels.shape[1]:
             raise ValueError(

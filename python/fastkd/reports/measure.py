@@ -299,7 +299,7 @@ def summarize_turns(turns: Sequence[Turn], batch_size: int) -> tuple[dict[str, L
 
 
 def _compare_batches(name: str, by_batch: Mapping[int, Latency]) -> list[str]:
-    """Return a warning if a sample takes longer in the largest batch than in the smallest."""
+    """Return a warning if samples take over 20 % longer in the largest batch than the smallest."""
     small, large = min(by_batch), max(by_batch)
     times, samples = by_batch[large].p50 / by_batch[small].p50, large / small
     if times <= 1.2 * samples:  # caches may explain up to 20 %
