@@ -31,7 +31,7 @@ The trainers differ from TRL's in these points:
 - If all tokens of an optimizer step are ignored, the loss of TRL's ``GKDTrainer`` is 0 / 0; here
   the loss is 0.
 - Logits of 16-bit hidden states are rounded to 16 bits, as in the models, and their divergence is
-  computed in float32. TRL's ``DistillationTrainer`` computes logits in float32, too.
+  computed in float32. TRL's ``DistillationTrainer`` does not round logits.
 - If the teacher's head has more classes than the student's, TRL's ``DistillationTrainer`` drops
   the extra classes. Here different numbers of classes are an error.
 

@@ -261,8 +261,8 @@ def summarize_turns(turns: Sequence[Turn], batch_size: int) -> tuple[dict[str, L
 
     The speedup is the median over turns of the teacher's fastest call divided by the model's
     fastest call, because other programs disturb fast calls least. The speedup is withheld if the
-    ratio of the median latencies differs from the speedup by more than ``DISAGREE``, or if the
-    process waited for processors in most turns.
+    ratio of the median latencies differs from the speedup by more than the factor ``DISAGREE``, or
+    if the process waited for processors in most turns.
     """
     quiet = [turn for turn in turns if turn.share >= QUIET]
     is_quiet = 2 * len(quiet) >= len(turns)
