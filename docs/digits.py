@@ -1,6 +1,6 @@
-"""Write the result of ``make demo`` into README.md and docs/first-distillation.md.
+"""Write the accuracies of examples/digits.py into README.md and docs/first-distillation.md.
 
-``python docs/digits.py`` runs ten seeds of examples/digits.py, and also draws docs/digits.png and
+``python docs/digits.py`` trains on ten seeds, and also draws docs/digits.png and
 docs/soft-targets.png.
 """
 

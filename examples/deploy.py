@@ -188,8 +188,8 @@ report.save(folder)
 print(f"\nthe whole report: {folder / 'report.html'}")
 
 # %% [markdown]
-# The 8-bit student may lose at most half a percentage point of accuracy, and may have at most 0.35
-# times the bytes of the 32-bit student.
+# The 8-bit student may lose at most half a percentage point of accuracy. Its file may have at most
+# 0.35 times the bytes of the 32-bit student's file.
 
 # %%
 by_name = {model.name: model for model in report.models}

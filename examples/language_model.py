@@ -190,7 +190,7 @@ def summarize(values: list[float]) -> str:
 
 
 def describe(rows: dict[str, Row], error: float) -> str:
-    """Return a table and comparisons of the models as Markdown, with reasons if as expected."""
+    """Return a table and comparisons of the models as Markdown; expected results get a reason."""
     lines = ["| | " + " | ".join(rows["teacher"]) + " |", "|-|" + "-:|" * len(rows["teacher"])]
     for name, row in rows.items():
         lines.append(f"| {name} | {' | '.join(map(summarize, row.values()))} |")
@@ -235,7 +235,7 @@ def draw(rows: dict[str, Row], path: pathlib.Path) -> None:
 
 
 def main() -> None:
-    """Print the results; with ``--write``, also write them and the plot into a document."""
+    """Print the comparisons; with ``--write``, also update a document and its plot."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, default=5, help="students of each kind")
     parser.add_argument("--steps", type=int, default=120, help="of each of the five losses")

@@ -54,7 +54,7 @@ def list_entries(value: Any) -> list[tuple[Any, Any]]:
 
 
 def edit_header(data: bytes, seed: int) -> bytes:
-    """Change, delete or replace one entry of the header, and sometimes bytes of the body."""
+    """Change or delete one entry of the header, and sometimes change bytes of the body."""
     header, body = split(data)
     draw = random.Random(seed)
     container, key = draw.choice(list_entries(header))

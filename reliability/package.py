@@ -30,7 +30,7 @@ SMOKE_TEST = (
 def run(*command: str | Path, **environment: str) -> str:
     """Run a command in ``FOLDER``; return its output, or raise RuntimeError after a failure.
 
-    The command finds the tools of this Python environment, even if it is not activated.
+    The command finds the tools of this Python environment, which need not be activated.
     """
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     done = subprocess.run(

@@ -1,4 +1,4 @@
-"""Repeat calls of several kinds, also failing calls, and check that the process does not grow.
+"""Repeat calls of several kinds, also failing calls, and check that memory does not grow.
 
 ``python -m reliability.soak [CALLS]`` repeats each kind of call CALLS times. ``MARGIN`` allows for
 pages that an allocator takes late. 100,000 leaked tensors of 3,200 bytes would take 320 MB.

@@ -2,7 +2,7 @@
 
 A source distribution is built once. Each pair builds a wheel from the source distribution with the
 pair's torch, and runs the tests on the installed wheel. A pair also tests the wheel of the previous
-pair with the same Python, because the stable ABI promises that the wheel works with both torches.
+pair with the same Python. The stable ABI promises that this wheel works with both pairs' torches.
 """
 
 from __future__ import annotations

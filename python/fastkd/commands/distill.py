@@ -31,7 +31,7 @@ def distill(
     alpha: float | None = None,
     divergence: str | None = None,
 ) -> None:
-    """Train a student on a teacher's outputs, and write it to the output folder.
+    """Train a student on a teacher's outputs, and write the student to the output folder.
 
     Options come from the file that --config names, and from the command line, which takes
     precedence: --loss.temperature=8 sets one entry of a mapping. Functions are named as
@@ -185,7 +185,6 @@ def _make_cache(
             cache = writing.open_existing(folder, **options, teacher=teachers.fingerprint(live))
         if cache is not None:  # check the cached samples before precompute() adds samples
             _check_inputs(cache, samples, first_validation, training.batch_size)
-        # Each process computes its share of the samples.
         share = range(accelerator.process_index, len(samples), accelerator.num_processes)
         loader = make_loader(Subset(samples, share), training, shuffle=False)
         live, is_main = live.to(accelerator.device), accelerator.is_main_process

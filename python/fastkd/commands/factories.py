@@ -37,7 +37,7 @@ class Factories:
     """
 
     def __init__(self, folder: pathlib.Path, modules: Sequence[str]) -> None:
-        """Trust the modules in ``folder`` and the modules named ``modules``, with submodules."""
+        """Trust the modules in ``folder`` and the modules named in ``modules``, with submodules."""
         self._folder, self._modules = folder.resolve(), tuple(modules)
         # Folders at the end of sys.path cannot replace modules of Python or of installed packages.
         for path in (str(self._folder), str(pathlib.Path.cwd())):
@@ -76,7 +76,7 @@ class Factories:
         return model
 
     def _make(self, name: str, training: Any) -> Any:
-        """Call the factory that the option names."""
+        """Call the factory in the option ``name`` with the arguments in ``{name}_options``."""
         factory, options = getattr(training, name), getattr(training, f"{name}_options")
         if not re.fullmatch(r"\w+(\.\w+)*:\w+", factory):
             raise ConfigError(f"{name} must be module:function; got {factory!r}")

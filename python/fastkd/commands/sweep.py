@@ -145,7 +145,7 @@ def _make_loss(
 
 
 def _read(file: pathlib.Path, training: Training) -> Accuracies:
-    """Return the results in the file, and prepare the file for appending results.
+    """Return the accuracies in the file, and prepare the file for appending accuracies.
 
     The first line of the file is the configuration. An incomplete last line, which a killed process
     may leave, is removed.

@@ -2,9 +2,8 @@
 
 Libraries disagree on the term that ``alpha`` weighs, on T squared, on the divisor of a mean, and on
 the rows that are masked. Each public module of this package is named after a library, and has the
-library's names, signatures and conventions, so that usually only an import changes.
-``docs/compat.md`` compares the conventions, and lists where a module differs from its library on
-purpose.
+library's names, signatures and conventions. Usually only an import changes. ``docs/compat.md``
+compares the conventions, and lists where a module differs from its library on purpose.
 
 >>> import torch
 >>> from fastkd.compat.torchtune import ForwardKLLoss

@@ -27,8 +27,8 @@ class LigerFusedLinearKLTopKLogprobLoss(nn.Module):
         compiled, chunk_size: have no effect; :func:`fastkd.loss` plans the chunks.
         compute_ce_loss: False omits the cross entropy. Default True.
         normalize_topk: True renormalizes student and teacher over the list. If False, ``beta`` must
-            be 0, and the divergence is the sum over the list of p log(p / q), where the teacher's p
-            and the student's q are not renormalized. Default True.
+            be 0, and the divergence is the sum over the list of p log(p / q). The teacher's p and
+            the student's q are then not renormalized. Default True.
 
     Example:
         >>> import torch
@@ -80,7 +80,7 @@ class LigerFusedLinearKLTopKLogprobLoss(nn.Module):
         true_labels: Tensor,
         student_bias: Tensor | None = None,
     ) -> Tensor:
-        """Compute the loss of one batch, a 0-d tensor.
+        """Compute the loss of one batch as a 0-d tensor.
 
         Args:
             lm_head_weight: ``(C, width)``, with C classes.

@@ -16,8 +16,8 @@ def convert_reduction(
 ) -> tuple[Literal["mean", "sum", "none"], float]:
     """Return fastkd's reduction and soft weight for a reduction of :class:`torch.nn.KLDivLoss`.
 
-    fastkd sums over classes and averages over rows; ``KLDivLoss`` divides by all elements
-    (``"mean"``) or by the first dimension alone (``"batchmean"``).
+    fastkd sums over classes and averages over rows. ``KLDivLoss`` divides by the number of elements
+    (``"mean"``) or by the size of the first dimension (``"batchmean"``).
     """
     if reduction in ("sum", "none"):
         return reduction, 1.0  # type: ignore[return-value]
@@ -47,7 +47,7 @@ def mask_rows(labels: Tensor | None, ignore_index: int) -> dict[str, Any]:
 
 
 def check_none(name: str, value: object, reason: str) -> None:
-    """Raise ValueError if ``value``, which the adapter does not support, is not None."""
+    """Raise ValueError unless ``value`` is None; the message gives the ``reason``."""
     if value is not None:
         raise ValueError(f"{name} must be None: {reason}; got {value!r}")
 

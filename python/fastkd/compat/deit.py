@@ -23,9 +23,10 @@ class DistillationLoss(nn.Module):
         teacher_model: called with the inputs, without gradient; returns logits ``(N, C)`` of C
             classes. As in DeiT, the teacher's mode is not set here, and ``train()`` of this module
             also sets the teacher's mode.
-        distillation_type: ``"none"``, the base criterion alone; ``"soft"``, tau^2 times the mean
-            over rows and classes of p log(p / q), with the teacher's p and the student's q; or
-            ``"hard"``, the cross entropy with the teacher's most probable class.
+        distillation_type: ``"none"``: the loss is the base criterion alone. ``"soft"``: the
+            teacher's term is tau^2 times the mean over rows and classes of p log(p / q), with the
+            teacher's p and the student's q. ``"hard"``: the teacher's term is the cross entropy
+            with the teacher's most probable class.
         alpha: weight of the **teacher's** term, in [0, 1].
         tau: temperature of ``"soft"``.
 
@@ -59,7 +60,7 @@ class DistillationLoss(nn.Module):
     def forward(
         self, inputs: Tensor, outputs: Tensor | tuple[Tensor, Tensor], labels: Tensor
     ) -> Tensor:
-        """Compute the loss of the model's outputs.
+        """Compute the loss of the student's outputs.
 
         ``outputs``: (class logits, distillation logits), or class logits alone for ``"none"``.
         """

@@ -37,7 +37,7 @@ def step_loss(
         alpha_ce: weight of the **soft** term.
         alpha_mlm: weight of the cross entropy of each token with its own label.
         alpha_clm: weight of the cross entropy of each token with the next token's label.
-        alpha_mse: weight of the squared error of the logits.
+        alpha_mse: weight of the squared error of the logits, summed over classes.
         restrict_ce_to_mask: if True, soft terms ignore rows without a label, instead of rows with
             ``attention_mask`` 0.
 

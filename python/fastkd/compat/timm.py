@@ -15,7 +15,7 @@ class LogitDistillationTask(nn.Module):
     """Compute task_loss_weight * criterion + distill_loss_weight * T^2 * KL(teacher || student).
 
     Args:
-        student_model: the trained model, which returns logits ``(N, C)`` of C classes.
+        student_model: the model to train, which returns logits ``(N, C)`` of C classes.
         teacher_model: returns logits ``(N, C)``; called without gradient, always in evaluation
             mode.
         criterion: called with logits and targets. Default: cross entropy, in one pass with

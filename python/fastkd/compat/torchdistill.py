@@ -25,7 +25,8 @@ class KDLoss(nn.Module):
         reduction: ``"batchmean"``, ``"mean"`` or ``"sum"``, as in :class:`torch.nn.KLDivLoss`.
             The hard term is a mean over rows, but a sum for ``"sum"``. Default ``"batchmean"``.
         weight: weights of the C classes in the hard term, ``(C,)``.
-        ignore_index: rows with this target are ignored. Default -100.
+        ignore_index: rows with this target are ignored, unless the loss is the KL alone.
+            Default -100.
         label_smoothing: smoothing of the labels in the hard term. Default 0.
 
     Example:
@@ -98,10 +99,11 @@ class KDLoss(nn.Module):
 
 
 class LogitStdKDLoss(KDLoss):
-    """Compute :class:`KDLoss` with standardized logits (mean 0, deviation 1) in the soft term.
+    """Compute :class:`KDLoss` with standardized logits in the soft term.
 
-    The loss comes from Sun et al., "Logit Standardization in Knowledge Distillation" (CVPR 2024).
-    Arguments are those of :class:`KDLoss`, and ``eps``, which must be 1e-7, after ``temperature``.
+    Each row of logits is shifted and scaled to mean 0 and standard deviation 1. The loss comes from
+    Sun et al., "Logit Standardization in Knowledge Distillation" (CVPR 2024). Arguments are those
+    of :class:`KDLoss`, and ``eps``, which must be 1e-7, after ``temperature``.
 
     Example:
         >>> import torch

@@ -50,7 +50,10 @@ class ForwardKLLoss(_MaskedLoss):
     def forward(
         self, student_logits: Tensor, teacher_logits: Tensor, labels: Tensor, normalize: bool = True
     ) -> Tensor:
-        """Compute the mean (the sum with ``normalize=False``) over rows of ``(..., classes)``."""
+        """Compute the loss of logits ``(..., classes)``: the mean over rows.
+
+        With ``normalize=False``, the loss is the sum over rows.
+        """
         options = self._make_options(student_logits, labels, normalize)
         return losses.loss(student_logits, teacher_logits, divergence=self.divergence, **options)
 
@@ -86,7 +89,10 @@ class SymmetricKLLoss(_MaskedLoss):
     def forward(
         self, student_logits: Tensor, teacher_logits: Tensor, labels: Tensor, normalize: bool = True
     ) -> Tensor:
-        """Compute the mean (the sum with ``normalize=False``) over rows of ``(..., classes)``."""
+        """Compute the loss of logits ``(..., classes)``: the mean over rows.
+
+        With ``normalize=False``, the loss is the sum over rows.
+        """
         options = self._make_options(student_logits, labels, normalize)
         options.update(divergence="symmetric_kl", mix=self.sym_kd_ratio)
         terms = losses.terms(student_logits, teacher_logits, **options)
@@ -123,7 +129,7 @@ class ForwardKLWithChunkedOutputLoss(nn.Module):
     def forward(
         self, student_logits: Sequence[Tensor], teacher_logits: Sequence[Tensor], labels: Tensor
     ) -> Tensor:
-        """Compute the mean over all rows that are not ignored; labels are ``(batch, tokens)``."""
+        """Compute the mean loss of rows that are not ignored; labels are ``(batch, tokens)``."""
         tokens = [chunk.shape[1] for chunk in student_logits]
         if len(tokens) > self.num_output_chunks or sum(tokens) != labels.shape[1]:
             raise ValueError(

@@ -36,9 +36,9 @@ def generalized_jsd_loss(
         labels: ``(...)``; rows with -100 are ignored.
         beta: in [0, 1]. 0 gives the forward KL, and 1 the reverse KL. Default 0.5.
         temperature: T > 0 of student and teacher. Default 1.
-        reduction: ``"batchmean"``, ``"mean"`` (over rows and classes) or ``"sum"``. Default
-            ``"batchmean"``.
-        num_items_in_batch: the divisor of the sum, in place of ``reduction``: a number, or a tensor
+        reduction: ``"batchmean"`` (over rows; without labels, over the first dimension), ``"mean"``
+            (over rows and classes) or ``"sum"``. Default ``"batchmean"``.
+        num_items_in_batch: the divisor of the sum, in place of ``reduction``. A number, or a tensor
             of any shape with equal elements. 0 is accepted if every label is -100.
 
     Example:

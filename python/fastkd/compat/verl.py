@@ -27,7 +27,7 @@ def compute_forward_kl_topk(
             ``(1, tokens, k)``. A list belongs to the logits at its position.
         config, data_format: have no effect.
         tail: the ``tail`` of a :class:`fastkd.TopK`. ``"ignore"`` gives verl's sum over the list of
-            p log(p / q), with the teacher's p and the student's q; verl clamps a negative sum at 0.
+            p log(p / q), with the teacher's p and the student's q. verl clamps a negative sum at 0.
             ``"ghost"`` gives a KL, which is at least 0. Default ``"ignore"``.
 
     Returns:

@@ -65,7 +65,7 @@ def export(
     max_batch: int = 32,
     dim: int = -1,
 ) -> Exported:
-    """Write ``student`` as a program without Python code, and compare the logits of both.
+    """Write ``student`` as a program without Python code, and compare program and student.
 
     The program takes batches of any size (an ExecuTorch program: up to ``max_batch``), and returns
     the logits. The file is written under a temporary name, loaded, compared with the student, and
@@ -100,10 +100,10 @@ def export(
             extra, ``fastkd[deploy]``.
         TypeError: for arguments of a wrong type, such as an ``example`` without tensors.
         ValueError: for invalid arguments, such as a ``path`` that does not fit the format; if the
-            student cannot be traced with batches of any size; or if the program's logits are not
-            finite or, without ``quantize``, differ from the student's by more than sqrt(eps) times
-            the largest absolute logit, where eps is the dtype's machine epsilon. In these cases
-            ``path`` is not written.
+            student cannot be traced with batches of any size; or if the program's logits are wrong.
+            A logit is wrong if it is not finite. Without ``quantize``, a logit is also wrong if it
+            differs from the student's by more than sqrt(eps) times the largest absolute logit,
+            where eps is the dtype's machine epsilon. In these cases ``path`` is not written.
         OSError: if the file cannot be written.
 
     Example:
@@ -209,7 +209,7 @@ def _compare(
 
     Raises:
         ValueError: if logits are not finite, have another shape than the student's, or, without
-            quantization, differ from the student's.
+            quantization, differ too much from the student's.
     """
     count = agreeing = 0
     difference = largest = 0.0

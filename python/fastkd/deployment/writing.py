@@ -51,7 +51,7 @@ def check_packages(format: str, is_quantized: bool) -> None:
 def write(
     path: pathlib.Path, model: nn.Module, inputs: tuple[Tensor, ...], request: Request
 ) -> None:
-    """Write a model that maps tensors to logits; ``inputs`` calibrate a quantized model."""
+    """Trace a model with ``inputs``, and write it; ``inputs`` also calibrate quantization."""
     with loading.silence():
         program = _trace(model, inputs, request)
         if request.format == "onnx":

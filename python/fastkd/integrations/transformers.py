@@ -41,16 +41,16 @@ class DistillationMixin:
     """Make a ``transformers.Trainer`` distill; put this class before the trainer among the bases.
 
     The loss is :func:`fastkd.loss` of the student's and the teacher's logits and the labels, which
-    are shifted by one for causal language models (:func:`causal_labels`). Like the losses of
-    transformers' models, the loss is divided by ``num_items_in_batch``, the number of labels other
-    than -100 in all batches of an optimizer step. With ``args.average_tokens_across_devices`` this
-    number is summed over all processes. ``args.label_smoothing_factor`` smooths the labels of the
-    hard term. The student gets no labels, so that the model computes no loss. An encoder-decoder
-    gets labels, which are the inputs of its decoder.
+    are shifted by one for causal language models (:func:`causal_labels`). As in transformers'
+    models, the loss is divided by ``num_items_in_batch``: the number of labels other than -100 in
+    all batches of an optimizer step. With ``args.average_tokens_across_devices`` this number is
+    summed over all processes. ``args.label_smoothing_factor`` smooths the labels of the hard term.
+    The student gets no labels, so that the student computes no loss. An encoder-decoder gets
+    labels, from which it makes the inputs of its decoder.
 
     Student and teacher may be any modules that take a batch as keyword arguments. A model may
-    return logits as a tensor, as the entry ``logits`` of an output, or in a tuple, as the first
-    tensor that is not 0-d. A causal language model of another library needs an attribute
+    return logits as a tensor, or as the entry ``logits`` of an output. In a tuple, the logits are
+    the first tensor that is not 0-d. A causal language model of another library needs an attribute
     ``loss_type = "ForCausalLM"``.
 
     Args:

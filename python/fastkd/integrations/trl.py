@@ -30,14 +30,13 @@ The trainers differ from TRL's in these points:
   ``SFTTrainer`` does.
 - If all tokens of an optimizer step are ignored, the loss of TRL's ``GKDTrainer`` is 0 / 0; here
   the loss is 0.
-- Logits of 16-bit hidden states are rounded to 16 bits, as in the models. TRL's
-  ``DistillationTrainer`` computes logits in float32. Both fastkd and TRL compute the divergence of
-  these logits in float32.
+- Logits of 16-bit hidden states are rounded to 16 bits, as in the models, and their divergence is
+  computed in float32. TRL's ``DistillationTrainer`` does not round logits.
 - If the teacher's head has more classes than the student's, TRL's ``DistillationTrainer`` drops
-  the extra classes without renormalizing. Here different numbers of classes are an error.
+  the extra classes. Here different numbers of classes are an error.
 
-With ``lmbda > 0`` or ``seq_kd``, ``GKDTrainer`` divides as TRL does: by the number of tokens in the
-data set's completions, not by the number of generated tokens.
+With ``lmbda > 0`` or ``seq_kd``, ``GKDTrainer`` divides, as in TRL, by the number of tokens in the
+data set's completions, not of generated tokens.
 """
 
 from __future__ import annotations
@@ -149,7 +148,7 @@ def _make_head(
     def convert(parameter: Tensor) -> Tensor:
         if hasattr(parameter, "full_tensor"):  # a DTensor, under FSDP2
             parameter = parameter.full_tensor()
-        # Under autocast, the loss casts the parameter, and sums its gradient in its own dtype.
+        # Under autocast, the loss casts the parameter, and sums the gradient in the original dtype.
         if torch.is_autocast_enabled(hidden.device.type):
             return parameter
         return parameter.to(hidden.dtype)

@@ -128,26 +128,26 @@ def report(
 ) -> Report:
     """Measure a teacher and its students on the same data.
 
-    A model is a module or a deployed program: an exported program, an ONNX Runtime session, an
-    ExecuTorch program, or the path of an ``.onnx``, ``.pte`` or ``.pt2`` file, quantized or not.
-    :func:`fastkd.deployment.load` has the details. Programs run on the CPU.
+    A model is a module or a deployed program. A program is a ``torch.export`` program, an ONNX
+    Runtime session, an ExecuTorch program, or the path of an ``.onnx``, ``.pte`` or ``.pt2`` file.
+    :func:`fastkd.deployment.load` has the details. Programs may be quantized, and run on the CPU.
 
     - **Size**: parameters, and bytes of the file, or of a module's weights and buffers; shared
       tensors count once. An unknown figure is a dash in tables, and null in JSON.
     - **Peak memory**: the growth of resident memory on the CPU while the model is loaded (a module
       is copied) and called with the largest batch. Linux only.
     - **Answers**, over all rows of the loader that are not ignored: accuracy with its 95 % Wilson
-      interval, cross entropy in nats, agreement (the share of rows on which model and teacher have
-      the same most probable class) and the expected calibration error,
-      ``sum_b n_b / n |accuracy_b - confidence_b|`` over 15 equal bins b of confidence, with n_b of
-      the n rows (Guo et al., "On Calibration of Modern Neural Networks", 2017). Each model runs on
-      its own device.
+      interval, cross entropy in nats, agreement and expected calibration error. The agreement is
+      the share of rows on which model and teacher have the same most probable class. The
+      calibration error is ``sum_b n_b / n |accuracy_b - confidence_b|`` over 15 equal bins b of
+      confidence, with n_b of the n rows (Guo et al., "On Calibration of Modern Neural Networks",
+      2017). Each model runs on its own device.
     - **Latency** of a forward pass on each device, on the loader's first inputs: median and 95th
       percentile. Models take turns, so that changes of the machine's speed affect all models.
       Throughput is the batch size divided by the median latency; tables show the throughput of the
       last of ``batch_sizes``. A ratio to the teacher's latency is withheld if two estimates of the
-      ratio differ by more than 1.5x, or if, on Linux, the process often waited for a processor;
-      ``warnings`` says so.
+      ratio differ by more than 1.5x. On Linux, ratios are also withheld if the process often waited
+      for a processor. ``warnings`` reports withheld ratios.
 
     The models run without gradients in evaluation mode, and are not changed. On another device than
     the model's, a copy of the model is measured. If a student's name has the word "alone", the
@@ -179,10 +179,10 @@ def report(
             of a program is not installed.
         TypeError: for arguments of a wrong type, such as models of unsupported types, or names that
             are not text.
-        ValueError: for numbers out of range, no student, a file that does not exist, a program with
-            a device other than the CPU, a loader without rows, models whose logits differ in their
-            number of rows, labels that do not fit the logits, a student named ``teacher``, or
-            logits or a cross entropy that are not finite.
+        ValueError: for numbers out of range, no student, a student named ``teacher``, a file that
+            does not exist, or a program with a device other than the CPU. For a loader without
+            rows, labels that do not fit the logits, or models whose logits differ in their number
+            of rows. For logits or a cross entropy that are not finite.
 
     Example:
         >>> import torch, fastkd

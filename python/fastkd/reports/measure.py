@@ -261,8 +261,8 @@ def summarize_turns(turns: Sequence[Turn], batch_size: int) -> tuple[dict[str, L
 
     The speedup is the median over turns of the teacher's fastest call divided by the model's
     fastest call, because other programs disturb fast calls least. The speedup is withheld if the
-    ratio of the median latencies differs much, or if the process waited for processors in most
-    turns.
+    ratio of the median latencies differs from the speedup by more than the factor ``DISAGREE``, or
+    if the process waited for processors in most turns.
     """
     quiet = [turn for turn in turns if turn.share >= QUIET]
     is_quiet = 2 * len(quiet) >= len(turns)
@@ -299,7 +299,7 @@ def summarize_turns(turns: Sequence[Turn], batch_size: int) -> tuple[dict[str, L
 
 
 def _compare_batches(name: str, by_batch: Mapping[int, Latency]) -> list[str]:
-    """Return a warning if a sample takes longer in the largest batch than in the smallest."""
+    """Return a warning if samples take over 20 % longer in the largest batch than the smallest."""
     small, large = min(by_batch), max(by_batch)
     times, samples = by_batch[large].p50 / by_batch[small].p50, large / small
     if times <= 1.2 * samples:  # caches may explain up to 20 %

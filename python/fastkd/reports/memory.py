@@ -26,8 +26,8 @@ def measure_peak_memory(model: nn.Module, inputs: Any) -> int | None:
     process already holds.
 
     Returns:
-        The bytes, or None if the model cannot be copied (such as a program in memory) or called on
-        the CPU, or the system is not Linux.
+        The bytes. None if the system is not Linux, or if the model cannot be copied (such as a
+        program in memory) or called on the CPU.
     """
     if isinstance(model, deployment.DeployedModel) and not model.is_file:
         return None

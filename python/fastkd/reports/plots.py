@@ -90,10 +90,10 @@ def _draw_tradeoff(report: Report, width: float) -> Any:
 
 
 def _choose_costs(report: Report) -> tuple[list[float], str]:
-    """Return each model's median latency, and the label of the axis.
+    """Return each model's median latency for the smallest batch, and the label of the axis.
 
-    If a speed ratio is withheld on every device, and all sizes are known, return kilobytes in place
-    of latencies.
+    The device is the first on which no speed ratio is withheld, or the first of all if a size is
+    unknown. Without such a device, return kilobytes in place of latencies.
     """
     sizes = [model.size.bytes for model in report.models if model.size.bytes is not None]
     is_size_known = len(sizes) == len(report.models)

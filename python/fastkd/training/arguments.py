@@ -15,7 +15,7 @@ from fastkd.losses import KDLoss
 
 
 def make_accelerator(**options: Any) -> Any:
-    """Make an ``accelerate.Accelerator``, for a CPU if the machine has no accelerator.
+    """Make an ``accelerate.Accelerator``, for a CPU if the machine has no accelerator device.
 
     Without ``cpu=True``, several processes on CPUs would each train alone.
     """

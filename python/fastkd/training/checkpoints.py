@@ -115,7 +115,8 @@ def write_checksums(folder: pathlib.Path) -> None:
 def read_metadata(folder: pathlib.Path, expected: Mapping[str, int]) -> dict[str, Any]:
     """Check all files of a checkpoint before anything is loaded; return its ``trainer.json``.
 
-    Raise ValueError if a file is damaged, or if ``trainer.json`` differs from ``expected``.
+    Raise ValueError if a file is missing or damaged, or if ``trainer.json`` differs from
+    ``expected``.
     """
     check_no_code(folder)
     file = folder / CHECKSUMS

@@ -74,7 +74,7 @@ class LoaderState:
             yield batch
 
     def _set(self, states: dict[str, Any]) -> None:
-        """Set the random states; raise if the number of generators differs within a pass."""
+        """Set the random states; raise if generators were added or removed within a pass."""
         saved, current = len(states["loader"]), len(self._generators)
         if self.batches and saved != current:
             raise ValueError(

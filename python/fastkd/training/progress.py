@@ -16,8 +16,8 @@ class Progress:
     """Read the values of training steps, and pass them to a progress bar and Accelerate's trackers.
 
     Values on the CPU are read at once, so a loss that is not finite raises before the optimizer
-    step. Values on another device are copied asynchronously and read one step later, so that the
-    host can queue a step while the device computes the step before.
+    step. Values on another device are copied asynchronously and read one step later. The host can
+    then queue a step while the device computes the previous step.
     """
 
     def __init__(

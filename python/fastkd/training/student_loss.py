@@ -36,7 +36,7 @@ class StepTerms(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Denominators:
-    """Hold the 0-d divisors of a step's sums: counts of all processes over the number of processes.
+    """Hold the 0-d divisors of a step's sums: means over processes of each process's counts.
 
     With mixed precision, FSDP casts tensors in a tuple to 16 bits, but not tensors in a dataclass.
     """
@@ -82,9 +82,10 @@ class StudentLoss(nn.Module):
         return StepTerms(terms.loss + hint, terms.hard, terms.soft, terms.agreement, hint.detach())
 
     def sum_terms(self, model: nn.Module, batch: Any, teacher_logits: Any) -> Tensor:
-        """Return float64 sums over rows that are not ignored: the terms, correct rows, all rows.
+        """Return sums over the rows that are not ignored, in float64.
 
-        The terms are loss, hard, soft and agreement.
+        The sums are loss, hard, soft, agreement, the number of correct rows (NaN without labels),
+        and the number of rows.
         """
         logits = self._forward(model, batch)
         targets = self.get_targets(batch)

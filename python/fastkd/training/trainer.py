@@ -73,15 +73,15 @@ class Trainer:
 
     Args:
         student: module to train in place.
-        teacher: a module, frozen and set to evaluation mode, run without gradients in its dtype; a
-            list of modules, whose outputs ``loss`` mixes; or a
-            :class:`fastkd.teachers.TeacherCache`, read by the sample ids of the batches.
+        teacher: a module, a list of modules, whose outputs ``loss`` mixes, or a
+            :class:`fastkd.teachers.TeacherCache`, read by the sample ids of the batches. Modules
+            are frozen, set to evaluation mode, and run without gradients in their own dtypes.
         optimizer: an optimizer of the student's parameters. The optimizer's first parameter group
             also gets the parameters of the hints' projections, unless the optimizer has them.
         loss: the distillation loss, with ``reduction="mean"``, without ``normalizer`` and
             ``class_weight``. Default ``KDLoss()``. Batches without labels need ``alpha=0.0`` or
             ``hard_weight=0.0``.
-        hints: pairs of intermediate features to match. Default: none.
+        hints: a sequence of :class:`fastkd.Hint`, pairs of features to match. Default: none.
         scheduler: a learning rate schedule, stepped after each optimizer step. Default None.
         accumulate: number of batches of each process in an optimizer step; fewer at the end of an
             epoch. Default 1.
@@ -292,7 +292,7 @@ class Trainer:
         return Step(number, self.epoch, *values.unbind())
 
     def _count_rows_and_samples(self, window: list[Any]) -> student_loss.Denominators:
-        """Return the rows and samples of all processes, divided by the number of processes.
+        """Count the rows and samples of all processes, and divide by the number of processes.
 
         The division compensates for Accelerate's mean of the gradients over processes.
         """
@@ -386,9 +386,9 @@ class Trainer:
         interrupted. The loader must be made with the same arguments as before.
 
         Raises:
-            ValueError: if the checkpoint was written by a different version, number of processes or
-                kind of trainer, if a file could execute code, or if a file is missing or damaged.
-                All files are checked before the trainer changes.
+            ValueError: if the checkpoint has another format, number of processes or kind of
+                trainer, or if a file is missing, damaged or able to execute code. All files are
+                checked before the trainer changes.
             pickle.UnpicklingError: if a file holds code; the code is not executed.
         """
         if self._folder is None:
