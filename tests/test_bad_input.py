@@ -90,7 +90,7 @@ MISTAKES: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "label_smoothing negative": ({"label_smoothing": -0.1}, ValueError, "label_smoothing must be in [0, 1]; got -0.1"),
     "label_smoothing above 1": ({"label_smoothing": 1.1}, ValueError, "label_smoothing must be in [0, 1]; got 1.1"),
     # names, ignore_index, NumPy scalars
-    "unknown reduction": ({"reduction": "batchmean"}, ValueError, "reduction must be one of 'none', 'sum', 'mean'; got 'batchmean'. \"mean\" divides by the rows, as torch's batchmean does"),
+    "unknown reduction": ({"reduction": "batchmean"}, ValueError, "reduction must be one of 'none', 'sum', 'mean'; got 'batchmean'. \"mean\" divides by the rows"),
     "reduction None": ({"reduction": None}, ValueError, "reduction must be one of 'none', 'sum', 'mean'; got None"),
     "unknown divergence": ({"divergence": "hellinger"}, ValueError, "divergence must be one of 'forward_kl'"),
     "divergence a number": ({"divergence": 0}, ValueError, "divergence must be one of 'forward_kl'"),

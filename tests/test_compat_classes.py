@@ -90,7 +90,7 @@ def test_torchdistill_refuses_unsupported_options():
         torchdistill.KDLoss(*PATHS, temperature=2.0)
     with pytest.raises(ValueError, match=r"reduction must be one of .*; got 'none'"):
         torchdistill.KDLoss(*PATHS, temperature=2.0, alpha=0.5, reduction="none")
-    with pytest.raises(ValueError, match=r"beta must be .*; got -0\.5"):
+    with pytest.raises(ValueError, match=r"beta, by default 1 - alpha, must be .*; got -0\.5"):
         torchdistill.KDLoss(*PATHS, temperature=2.0, alpha=1.5)
     with pytest.raises(ValueError, match=r"eps must be 1e-7; got 1e-05"):
         torchdistill.LogitStdKDLoss(*PATHS, temperature=2.0, eps=1e-5, alpha=0.5)

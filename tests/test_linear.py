@@ -487,8 +487,14 @@ def test_bad_heads_are_refused(wrong, message):
 
 
 TEACHER = {
-    "none": (None, "teacher must be a Head, TopK, Sampled or a tensor of logits .* got NoneType"),
-    "several": ([torch.zeros(ROWS, CLASSES)], "teacher must be a Head, TopK, Sampled or a tensor"),
+    "none": (
+        None,
+        "teacher must be a Head, TopK, Sampled or a tensor of logits .* got NoneType",
+    ),
+    "several": (
+        [torch.zeros(ROWS, CLASSES)],
+        "teacher must be a Head, TopK, Sampled or a tensor",
+    ),
     "shape": (torch.zeros(ROWS, 200), r"\(37, 203\).*\(37, 200\)"),
     "classes": (
         Head(torch.zeros(ROWS, 3), torch.zeros(3, 3)),

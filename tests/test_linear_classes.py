@@ -445,5 +445,5 @@ def test_terms_are_refused():
 def test_sparse_teachers_are_refused():
     heads = make_heads()
     teacher = TopK(*heads.teacher.logits().log_softmax(-1).topk(4))
-    with pytest.raises(ValueError, match="with a TopK as teacher"):
+    with pytest.raises(ValueError, match="with a TopK or Sampled as teacher"):
         run(heads._replace(teacher=teacher), chunks=chunk_by_classes())

@@ -60,6 +60,11 @@ def test_shifted_logits_equal_slices(student, teacher, labels, reduction, with_l
     check(student, (teacher, labels), teacher[:, :-1], sliced, reduction=reduction)
 
 
+@pytest.mark.parametrize("ignore_index", [0, 1])
+def test_a_class_as_ignore_index_ignores_no_row_without_labels(student, teacher, ignore_index):
+    check(student, (teacher, None), teacher[:, :-1], None, ignore_index=ignore_index)
+
+
 @pytest.mark.parametrize("with_labels", [True, False])
 @pytest.mark.parametrize("divergence", ["forward_kl", "jsd"])
 def test_lists_belong_to_tokens(student, teacher, labels, divergence, with_labels):

@@ -64,7 +64,7 @@ MISTAKES: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "alpha above 1": ({"alpha": 1.5}, ValueError, "alpha must be in [0, 1]; got 1.5"),
     "alpha without labels": ({"alpha": 0.5, "labels": None}, ValueError, "alpha weighs the hard term, which needs labels"),
     "alpha and hard_weight": ({"alpha": 0.5, "hard_weight": 1.0}, ValueError, "alpha cannot be given together with hard_weight or soft_weight"),
-    "unknown reduction": ({"reduction": "batchmean"}, ValueError, "reduction must be one of 'none', 'sum', 'mean'; got 'batchmean'. \"mean\" divides by the rows, as torch's batchmean does"),
+    "unknown reduction": ({"reduction": "batchmean"}, ValueError, "reduction must be one of 'none', 'sum', 'mean'; got 'batchmean'. \"mean\" divides by the rows"),
     "label_smoothing": ({"label_smoothing": -0.1}, ValueError, "label_smoothing must be in [0, 1]; got -0.1"),
     "ignore_index a float": ({"ignore_index": 1.5}, TypeError, "ignore_index must be an int; got float"),
     "ignore_index beyond 64 bits": ({"ignore_index": 2**70}, ValueError, "ignore_index must be an int of 64 bits; got"),
@@ -120,24 +120,35 @@ DATA = [name for name, (_, _, message) in MISTAKES.items() if re.search(r"row \d
 
 
 @pytest.mark.parametrize("mistake", DATA)
-@pytest.mark.parametrize(
-    "implementation", ["formula", pytest.param("cuda", marks=pytest.mark.cuda)]
-)
-def test_an_unchecked_mistake_makes_its_row_nan(mistake, implementation, request):
-    # Neither the formula nor the CUDA kernels check data.
+def test_a_call_with_a_learned_temperature_checks_data(mistake):
+    changed, error, message = MISTAKES[mistake]
+    temperature = torch.ones((), requires_grad=True)
+    with pytest.raises(error, match=re.escape(message)):
+        loss_of({**valid_arguments(), **changed}, temperature=temperature)
+
+
+@pytest.mark.parametrize("mistake", DATA)
+@pytest.mark.parametrize("place", ["torch.func", pytest.param("cuda", marks=pytest.mark.cuda)])
+def test_an_unchecked_mistake_makes_its_row_nan(mistake, place):
+    # Neither PyTorch's function transforms nor the CUDA kernels check data.
     changed, _, message = MISTAKES[mistake]
     arguments = {**valid_arguments(), **changed}
-    if implementation == "formula":
-        request.getfixturevalue("formula")
-    else:
+    if place == "cuda":
         arguments = {
             name: x.cuda() if isinstance(x, Tensor) else x for name, x in arguments.items()
         }
-    arguments["student"].requires_grad_()
-    value = loss_of(arguments, reduction="none")
-    value.sum().backward()
+    student = arguments.pop("student")
+    if place == "torch.func":
+        value, pull_back = torch.func.vjp(
+            lambda leaf: loss_of({"student": leaf, **arguments}, reduction="none"), student
+        )
+        (grad,) = pull_back(torch.ones_like(value))
+    else:
+        student.requires_grad_()
+        value = loss_of({"student": student, **arguments}, reduction="none")
+        (grad,) = torch.autograd.grad(value.sum(), student)
     bad = {int(re.search(r"row (\d)", message)[1])} if mistake != "probabilities" else {0, 1, 2}
     # With "probabilities", each row's mass is above 1.1, even if one class is listed.
     for row in range(3):
         assert bool(value[row].isnan()) == (row in bad)
-        assert bool(arguments["student"].grad[row].isnan().all()) == (row in bad)
+        assert bool(grad[row].isnan().all()) == (row in bad)

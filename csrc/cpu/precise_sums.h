@@ -38,8 +38,8 @@ struct PreciseExponential {
 // apart from the parts 2^n (2^f - 1). A sum of powers is exact unless a power is below an ulp of
 // the sum. The parts are small, and so are their rounding errors. A run has only kRun classes,
 // because rounding biases a longer sum of powers: a power below half an ulp of the sum is lost, and
-// a power of half an ulp is usually lost. A logit of -inf counts as `least`, whose
-// parts are normal numbers: one subnormal sum costs some 150 cycles.
+// a power of half an ulp is usually lost. A logit of -inf counts as `least`, whose parts are normal
+// numbers: one subnormal sum costs some 150 cycles.
 template <ExpSource kSource>
 __attribute__((noinline)) ExponentialSums sum_precisely(const Vectors<const float>& logits,
                                                         int64_t count,

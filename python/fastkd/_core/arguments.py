@@ -187,11 +187,13 @@ def shift_labels(
             f"shift={n} needs logits (..., positions, C); got the shape {tuple(student.shape)}"
         )
     if labels is None:
-        # shift_rows() below sets the labels of the last rows to ignore_index. The hard term gets
-        # weight 0, so the student is not compared with the zeros.
+        # shift_rows() below sets the labels of the last rows to ignore_index, which must not be
+        # the class 0. The hard term gets weight 0, so the student is not compared with the zeros.
         resolve(options, has_labels=False, teachers=None)
         soft_weight = 1.0 if options.soft_weight is None else options.soft_weight
-        options = options._replace(alpha=None, hard_weight=0.0, soft_weight=soft_weight)
+        options = options._replace(
+            alpha=None, hard_weight=0.0, soft_weight=soft_weight, ignore_index=-100
+        )
         labels = torch.zeros(rows, dtype=torch.int64, device=student.device)
     elif isinstance(labels, Tensor) and labels.is_floating_point():
         raise TypeError(f"labels must be class indices with shift={n}; got {labels.dtype}")
@@ -391,7 +393,17 @@ def _has_overlap(tensor: Tensor) -> bool:
     return False
 
 
-# ---- errors of kernels
+# ---- values of tensors, and errors of kernels
+
+
+def check_values(call: Call) -> None:
+    """Raise if a label, a temperature or a list of a call is invalid."""
+    student, labels, objective = call.student, call.labels, call.objective
+    checks.check_rows(student, labels, objective.ignore_index, objective.temperature)
+    if call.listed is not None:
+        log_probs, indices = call.listed[:2]
+        ignored, name = objective.ignore_index, call.listed.name
+        checks.check_lists(student, log_probs, indices, labels, ignored, name)
 
 
 def raise_for_kernel_error(error: RuntimeError, call: Call) -> None:
@@ -417,8 +429,4 @@ def raise_for_kernel_error(error: RuntimeError, call: Call) -> None:
         # batches.
         torch.empty((3, *student.shape), dtype=student.dtype, device=student.device)
     if student.device.type == "cpu":
-        checks.check_rows(student, labels, objective.ignore_index, objective.temperature)
-        if call.listed is not None:
-            log_probs, indices = call.listed[:2]
-            ignored, name = objective.ignore_index, call.listed.name
-            checks.check_lists(student, log_probs, indices, labels, ignored, name)
+        check_values(call)

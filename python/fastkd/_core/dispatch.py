@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fastkd import reference
 from fastkd._core import checks, dense, topk
-from fastkd._core.arguments import Call
+from fastkd._core.arguments import Call, check_values
 from fastkd._core.autograd import is_transformed
 from fastkd._core.dense import DIVERGENCES, KERNEL_DEVICES, MOST_TEACHERS_ON_CUDA
 from fastkd._core.objective import Objective
@@ -71,8 +71,7 @@ def compute(call: Call, with_terms: bool) -> Tensor:
                 f"this call on {device}"
             )
         if checks.is_readable(student):
-            objective = call.objective
-            checks.check_rows(student, call.labels, objective.ignore_index, objective.temperature)
+            check_values(call)
             out = (
                 _compute_in_two_passes(call, with_terms)
                 if IN_TWO_PASSES.issuperset(missing)
@@ -90,6 +89,8 @@ def compute(call: Call, with_terms: bool) -> Tensor:
 def _compute_sparse(call: Call, with_terms: bool) -> Tensor:
     """Compute the loss with a sparse teacher, or all its terms stacked."""
     if not topk.is_fused(call.student, call.objective):
+        if checks.is_readable(call.student):
+            check_values(call)
         terms = topk.compute_by_operations(call)
         return terms.stacked() if with_terms else terms.loss
     return topk.compute(call, with_terms)

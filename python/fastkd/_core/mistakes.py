@@ -49,7 +49,7 @@ FORM_HINTS = {
     **dict.fromkeys(("log_softmax", "logprobs", "log_prob"), "Did you mean 'log_probs'?"),
 }
 REDUCTION_HINTS = {
-    "batchmean": '"mean" divides by the rows, as torch\'s batchmean does',
+    "batchmean": '"mean" divides by the rows',
     **dict.fromkeys(("avg", "average"), "Did you mean 'mean'?"),
 }
 
@@ -92,7 +92,7 @@ def hint_for_type(name: str, value: object) -> str:
     if isinstance(value, Tensor):
         integer = not value.is_floating_point() and not value.is_complex()
         if name.endswith(".log_probs"):
-            hint = "The fields are in the order of torch.topk: log_probs, indices"
+            hint = "The first field is log_probs, the second the class indices"
         elif integer and name.startswith("teacher"):
             hint = "The arguments are student, teacher, labels, in this order"
         elif integer:
@@ -119,7 +119,11 @@ def hint_for_labels(shape: Sequence[int], logits: Sequence[int]) -> str:
     elif len(logits) > 2 and shape == (logits[0], *logits[2:]):
         hint = f"With dim=1, logits of shape {logits} have {logits[1]} classes"
     elif rows and shape and shape[:-1] == rows[:-1] and abs(shape[-1] - rows[-1]) == 1:
-        shifted = "labels[:, 1:]" if shape[-1] > rows[-1] else "student[:, :-1] and teacher[:, :-1]"
+        lead = ":, " * (len(shape) - 1)
+        by_one = f"[{lead}1:]" if shape[-1] > rows[-1] else f"[{lead}:-1]"
+        shifted = (
+            f"labels{by_one}" if shape[-1] > rows[-1] else f"student{by_one} and teacher{by_one}"
+        )
         hint = f"Pass {shifted}, or the logits and labels of all positions and shift=1"
     return hint and f". {hint}"
 

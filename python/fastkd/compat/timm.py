@@ -64,14 +64,16 @@ class LogitDistillationTask(nn.Module):
                 f"teacher_model must be a torch.nn.Module; got the name {teacher_model!r}. Load it "
                 f"first: timm.create_model({teacher_model!r}, pretrained=True, num_classes=...)"
             )
+        name = "distill_loss_weight"
         if distill_loss_weight is None:
+            name += ", by default 1 - task_loss_weight,"
             distill_loss_weight = 1.0 if task_loss_weight is None else 1.0 - task_loss_weight
         if task_loss_weight is None:
             task_loss_weight = 1.0
         self.trainable_module = student_model
         self.teacher = teacher_model.eval()
         self.criterion = criterion
-        self.distill_loss_weight = check_weight("distill_loss_weight", distill_loss_weight)
+        self.distill_loss_weight = check_weight(name, distill_loss_weight)
         self.task_loss_weight = check_weight("task_loss_weight", task_loss_weight)
         self.temperature = check_positive("temperature", temperature)
 

@@ -66,7 +66,10 @@ class KDLoss(nn.Module):
         self.teacher_module_io = teacher_module_io
         self.temperature = check_positive("temperature", temperature)
         self.alpha = 0.0 if alpha is None else check_weight("alpha", alpha)
-        self.beta = check_weight("beta", 1 - self.alpha if beta is None else beta)
+        if beta is None:
+            self.beta = check_weight("beta, by default 1 - alpha,", 1 - self.alpha)
+        else:
+            self.beta = check_weight("beta", beta)
         self.reduction = reduction
         self.register_buffer("weight", weight, persistent=False)
         self.ignore_index = ignore_index

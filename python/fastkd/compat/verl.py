@@ -45,7 +45,8 @@ def compute_forward_kl_topk(
         lists.values().unsqueeze(0) if lists.is_nested else lists
         for lists in (teacher_topk_log_probs, teacher_topk_ids)
     )
-    # verl fills positions without a list with several tokens of probability 1.
+    # verl fills positions without a list with k tokens of probability 1. One such token may be a
+    # list.
     is_filled = (log_probs == 0).sum(-1, keepdim=True) > 1
     teacher = losses.TopK(log_probs, ids.masked_fill(is_filled, -1), tail)
     terms = losses.terms(student_logits, teacher, temperature=1.0, reduction="none")

@@ -48,7 +48,7 @@ def list_missing_features(inputs: Inputs, call: LinearCall) -> list[str]:
         inputs.hidden, inputs.labels, make_objective(inputs, call)
     )
     if inputs.topk_indices is not None:
-        names.append("a TopK as teacher")
+        names.append("a TopK or Sampled as teacher")
     if inputs.class_weight is not None and not call.label_smoothing:
         names.append("class_weight=")
     if call.divergence not in DIVERGENCES and not names:

@@ -58,7 +58,10 @@ def compute_routed(
     lead, device = student.hidden.shape[:-1], student.hidden.device
     rows_of = find_teacher_rows(teacher, lead, device)
     if options.class_weight is not None:
-        raise ValueError("class_weight must be None with a Routed teacher; got a tensor")
+        raise ValueError(
+            "class_weight must be None with a Head as student and a Routed teacher; got "
+            f"{type(options.class_weight).__name__}"
+        )
     logits = student.hidden[..., :1]  # shift_labels() reads only shape and device
     if options.shift:
         _, labels, options = shift_labels(logits, None, labels, options)

@@ -141,7 +141,7 @@ def plan_sizes(
         if max_workspace is not None and not fits:
             raise ValueError(
                 f"max_workspace={max_workspace} is too small for chunks of classes: the gradients "
-                f"and the logits of a few classes take {by_classes.peak_bytes} bytes"
+                f"and the logits of a chunk take {by_classes.peak_bytes} bytes"
             )
         return by_classes
     try:
