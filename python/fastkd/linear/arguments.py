@@ -38,8 +38,8 @@ def prepare_heads(
         _check_teacher_head(student, teacher)
     elif not isinstance(teacher, (TopK, Sampled, Tensor)):
         raise TypeError(
-            "teacher must be a Head, TopK, Sampled or a tensor of logits if student is a Head, or a "
-            f"Routed in fastkd.loss and fastkd.terms; got {type(teacher).__name__}"
+            "teacher must be a Head, TopK, Sampled or a tensor of logits if student is a Head, or "
+            f"a Routed in fastkd.loss and fastkd.terms; got {type(teacher).__name__}"
         )
     dtype = _get_logits_dtype(student.hidden)
     # prepare() checks labels, options and lists against logits, in whose place a tensor with
