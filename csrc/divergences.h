@@ -321,7 +321,7 @@ FASTKD_HOST_DEVICE auto visit(Divergence id, Fn&& fn) {
 }
 
 // Return true if value and gradient come from one sweep after the softmax sums, as for the forward
-// KL. If false, another sweep before the last sums slopes or counts classes.
+// KL. If false, another sweep before the last adds up slopes or counts classes.
 FASTKD_HOST_DEVICE bool is_one_sweep(Divergence id) {
   return id == Divergence::kForwardKL || id == Divergence::kSoftCrossEntropy ||
          id == Divergence::kDecoupled;

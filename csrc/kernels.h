@@ -57,7 +57,7 @@ enum Stat : int {
 // Strides, in elements. Rows come in groups of `group_rows`: rows of a group are `row` apart,
 // groups are `group` apart, and classes of a row are `classes` apart. Most tensors have one group.
 // logits[:, :-1] of a batch of sequences has one group per sequence, and (N, C, H, W) one per
-// image. Either `row` or `classes` is 1.
+// image. Either `row` or `classes` is 1, unless there is a single row.
 struct RowStrides {
   int64_t row = 0;
   int64_t group = 0;

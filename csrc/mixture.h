@@ -38,7 +38,7 @@ struct MixtureArgs {
 
 namespace cuda {
 
-constexpr int kMostTeachers = 32;  // MOST_TEACHERS_ON_CUDA of python/fastkd/_core/dense.py
+constexpr int kMostTeachers = 32;  // equals MOST_TEACHERS_ON_CUDA of python/fastkd/_core/dense.py
 
 // Queue a mixture of at most kMostTeachers teachers. `stream` and the returned status are as in
 // kernels.h.

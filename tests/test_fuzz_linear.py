@@ -46,7 +46,8 @@ class Case(NamedTuple):
     dtype: torch.dtype = FP32
     spread: float = 1.0
     seed: int = 0
-    special: tuple[tuple[int, int, int, float], ...] = ()  # (tensor, row, column, value)
+    # (student or teacher, row, column, value) of hidden states
+    special: tuple[tuple[int, int, int, float], ...] = ()
     layout: str = "contiguous"
     labels: str = "indices"
     ignored: float = 0.2

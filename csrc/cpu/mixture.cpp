@@ -50,7 +50,8 @@ class Mixer {
 
   T* block(int64_t i) { return blocks_.data() + i * kBlock; }
 
-  // Load a teacher's logits, padded with -inf to a multiple of kLanes; return that multiple.
+  // Load `count` logits of a teacher, or logarithms of its probabilities, padded with -inf to a
+  // multiple of kLanes; return that multiple.
   int64_t load(int64_t k, int64_t row, int64_t at, int64_t count, T* to) const {
     const MixedTeacher& teacher = args_.teachers[k];
     const int64_t start = row_offset(row, teacher.group_rows, teacher.stride);

@@ -47,7 +47,7 @@ struct Row : Settings<double> {
   T factor = 0;             // log2(e) / t, the factor of the student's exponents
   T teacher_factor = 0;     // log2(e) over the teacher's temperature
   T hard_factor = 0;        // log2(e), the factor of exponents at temperature 1
-  int power = 0;            // exp(z) = exp(z / t)^power if `hard` is kPower, else 0
+  int power = 0;            // exp(z) is this power of exp(z / t); 0 unless `hard` is kPower
 
   // Return the factor for a sum of 2^((z - max) * exponent), whose maximum changes from `from` to
   // `to`. An empty sum, whose maximum is -inf, stays empty.

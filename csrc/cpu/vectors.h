@@ -48,8 +48,8 @@ struct Vectors {
   }
 };
 
-// Call fn(at, width) for each step of `count` classes. `width` is a compile-time constant; `fn`
-// should be FASTKD_INLINE.
+// Divide `count` classes into steps, and call fn(at, width) for the `width` classes from `at` on.
+// `width` is a compile-time constant; `fn` should be FASTKD_INLINE.
 template <class S, class Fn>
 FASTKD_HOST_DEVICE void for_vectors(int64_t count, Fn&& fn) {
   int64_t at = 0;

@@ -133,7 +133,8 @@ struct alignas(16) GeneralWriter : Writer<A> {
         constants(constants_in<A>(call.constants)),
         student_moment(row.student_moment),
         teacher_moment(row.teacher_moment) {
-    // Comparisons drop NaN, so some classes of an invalid row would otherwise get numbers.
+    // Comparisons drop NaN, so some classes of an invalid row would otherwise get a gradient other
+    // than NaN.
     if (!row.valid()) this->soft = A(NAN);
     if (divergence == Divergence::kDecoupled) decouple(call.args, index);
     if (is_unit(call.args)) this->soft = mul_of(mul_of(this->soft, this->t.t), student_moment);

@@ -72,10 +72,10 @@ def export(
     renamed, so ``path`` never is an incomplete or wrong file. The student is copied, and not
     changed.
 
-    ``quantize="int8"`` quantizes weights and activations statically to 8 bits. ONNX Runtime
-    quantizes ``"onnx"`` programs, and PT2E with ExecuTorch's ``XNNPACKQuantizer`` quantizes
-    ``"executorch"`` and ``"torch"`` programs. A quantized ``"torch"`` program is smaller, but
-    PyTorch alone does not run the program faster.
+    ``quantize="int8"`` quantizes weights and activations statically to 8 bits, and weights of
+    ``"onnx"`` programs to 7. ONNX Runtime quantizes ``"onnx"`` programs, and PT2E with ExecuTorch's
+    ``XNNPACKQuantizer`` quantizes ``"executorch"`` and ``"torch"`` programs. A quantized
+    ``"torch"`` program is smaller, but PyTorch alone does not run the program faster.
 
     Args:
         student: module that returns logits ``(B, ..., C)`` of B samples and C classes, or an output

@@ -32,7 +32,7 @@ FORMAT = 7  # version of the checkpoint format
 
 
 class Step(NamedTuple):
-    """Hold the values of an optimizer step over all processes.
+    """Hold means over the rows of an optimizer step that are not ignored, in all processes.
 
     The tensors are 0-d. On a GPU, reading a tensor waits for the step to complete.
     """

@@ -33,7 +33,7 @@ struct Thread {
   Wait wait;
 };
 
-// Threads at a barrier. The turn ends when the expected number of threads has arrived.
+// Threads at a barrier. When the expected number of threads has arrived, `turn` is incremented.
 struct Meeting {
   int arrived = 0;
   uint64_t turn = 0;

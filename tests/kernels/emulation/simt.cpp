@@ -28,7 +28,7 @@ uint64_t events = 0;
 namespace {
 
 constexpr size_t kStackBytes = 256 * 1024;  // a thread touches few pages
-constexpr int kIdleTurns = 200000;          // turns without an event, until a deadlock is reported
+constexpr int kIdleTurns = 200000;          // warp runs without an event that count as a deadlock
 
 const std::function<void()>* kernel_of_threads = nullptr;
 Meeting cluster_meeting;
