@@ -41,8 +41,8 @@ void check_temperatures(const void* of_rows, int64_t rows, bool in_double) {
   for (int64_t at = 0; at < 2 * rows; ++at) {
     const double t = in_double ? static_cast<const double*>(of_rows)[at]
                                : static_cast<const float*>(of_rows)[at];
-    STD_TORCH_CHECK(t > 0 && std::isfinite(t), "temperature must be positive and finite; row ",
-                    at % rows, " has ", t);
+    STD_TORCH_CHECK(t > 0 && std::isfinite(t), at < rows ? "temperature" : "teacher_temperature",
+                    " must be positive and finite; row ", at % rows, " has ", t);
   }
 }
 
