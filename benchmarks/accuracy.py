@@ -129,7 +129,10 @@ def compute_errors(rows: Rows, truth: Rows) -> Errors:
 def compare(
     regime: Regime, dtype: torch.dtype, device: str, divergence: str
 ) -> tuple[Errors, Errors, float]:
-    """Return the errors of fastkd and eager PyTorch, and the median error of a rounded gradient."""
+    """Return the errors of fastkd and eager PyTorch, and the median error of rounding alone.
+
+    Rounding alone means the exact gradient, rounded to ``dtype``.
+    """
     student, teacher = draw(regime, dtype, device)
     exact_teacher = teacher.double()
     needs = reference.DIVERGENCES[divergence].needs_labels

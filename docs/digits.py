@@ -51,7 +51,7 @@ def write(document: pathlib.Path, text: str) -> None:
 
 
 def set_style(axes: Axes) -> None:
-    """Remove frame and tick marks, and set a color that is readable on light and dark pages."""
+    """Remove frame and tick marks; color tick labels to be readable on light and dark pages."""
     axes.spines[:].set_visible(False)
     axes.tick_params(colors=INK, length=0)
 

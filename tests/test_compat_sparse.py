@@ -320,7 +320,7 @@ def test_verl_does_not_clamp_log_probabilities():
 
 
 def test_verl_with_a_tail():
-    # With tail="ignore" the loss may be negative; verl clamps the loss outside this function.
+    # With tail="ignore" the loss may be negative; verl's caller of this loss clamps the loss at 0.
     log_probs, ids = torch.tensor([[[0.5, 0.3]]]).log(), torch.tensor([[[0, 1]]])
     student = torch.tensor([[[0.6, 0.35, 0.05]]]).log()
     truncated, ghost = (

@@ -323,7 +323,7 @@ def test_a_forged_class_is_refused(cache, tmp_path):
 
 
 def contents(path: pathlib.Path) -> list[torch.Tensor]:
-    """Return a cache's ids, lengths, digests of inputs, four numbers, and teacher outputs."""
+    """Return ids, lengths, input digests, (classes, temperature, kl, tail) and teacher outputs."""
     read = TeacherCache(path)
     numbers = torch.tensor([read.classes, read.temperature, read.kl, read.tail])
     return [read.ids, read._lengths, read._inputs, numbers, *lookup_tensors(read, read.ids)]

@@ -104,7 +104,8 @@ FASTKD_HOST_DEVICE Element<Register<T>> element_of(const Coefficients<T>& c, con
 }
 
 // Add value and slope of some classes to the sums; with kUnit, add the value in place of the slope.
-// Skip classes that student and teacher both mask, if leaves_out_masked().
+// If leaves_out_masked(), skip classes that student and teacher both mask, and count the remaining
+// classes.
 template <class D, class V, class Values, class Sums>
 FASTKD_HOST_DEVICE void add_classes(const Evaluated<V>& here, int64_t index, Values* values,
                                     Sums* slopes, Sums* classes) {

@@ -83,8 +83,8 @@ FASTKD_HOST_DEVICE void prefetch_next(const S* block) {
   }
 }
 
-// A register sums at most kRun classes, so that rounding errors add up no more than with kLanes
-// lanes.
+// A register sums at most kRun classes at a time, so that rounding errors add up no more than if
+// kLanes lanes summed the block.
 constexpr int64_t kRun = kRegisterBytes < 32 ? 64 : 128;
 static_assert(kRun % kLanes == 0, "");
 

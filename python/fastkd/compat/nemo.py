@@ -53,7 +53,7 @@ class KDLoss(nn.Module):
     ) -> Tensor:
         """Compute the loss of logits ``(..., C)`` and labels ``(...)``.
 
-        ``num_batch_labels`` replaces the number of rows as the divisor of the mean.
+        ``num_batch_labels``: divisor of the mean. Default: the number of rows that are not ignored.
         """
         for name, value in (("student_logits", student_logits), ("teacher_logits", teacher_logits)):
             if hasattr(value, "full_tensor"):

@@ -71,7 +71,10 @@ class Shard(NamedTuple):
 
 
 def compute_checksums(shard: Shard, starts: Tensor, lengths: Tensor) -> Tensor:
-    """Compute, for each sample i, the CRC-32 of ``lengths[i]`` rows from row ``starts[i]`` on."""
+    """Compute the CRC-32 of each sample's ``log_probs`` and, if any, ``indices``.
+
+    Sample i has ``lengths[i]`` rows from row ``starts[i]`` on.
+    """
     sums = [0] * len(starts)
     for tensor in (shard.log_probs, shard.indices):
         if tensor is not None:
