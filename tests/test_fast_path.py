@@ -218,9 +218,11 @@ def test_hooks_may_return_wrappers(name, dtype):
 
         with saved_tensors_hooks(lambda x: x, unpack):
             value = LOSSES[name](leaf, teacher, labels)
-        torch.autograd.grad(value, leaf, retain_graph=True)
-        (again,) = torch.autograd.grad(value, leaf, retain_graph=True)
-        assert_near(unwrap(again), expected)
+        # The first pass may return the gradient that forward computed. The second recomputes it.
+        for _ in range(2):
+            seen.clear()
+            (again,) = torch.autograd.grad(value, leaf, retain_graph=True)
+            assert_near(unwrap(again), expected)
 
 
 @pytest.mark.parametrize("dtype", [FP64, FP32, BF16], ids=name_of)

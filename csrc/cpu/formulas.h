@@ -192,8 +192,9 @@ template <class V, class Sums>
 FASTKD_HOST_DEVICE Results<V> results_of(Divergence id, const Settings<V>& row, V hard,
                                          const Sums& sums) {
   const V value = divergence_of(id, sums.value, sums.slope, sums.classes, sums.teacher_entropy);
-  // In a valid row, NaN comes only from 0 * inf, for a class that the student masks and whose
-  // teacher probability underflows. The divergence is then infinite.
+  // In a valid row, NaN comes only from infinite terms: from 0 * inf, if the student masks a class
+  // whose teacher probability underflows, or from inf - inf (kCenteredSquaredError). The divergence
+  // is then infinite.
   const V soft = value == value ? value : broadcast<V>(kInfinity<Scalar<V>>);
   const V weight = row.soft_weight * row.temperature * row.temperature;
   return {weighted(weight, soft) + weighted(row.hard_weight, hard),
