@@ -132,15 +132,13 @@ def sharding_accelerator() -> Accelerator:
 
 
 def die_in_save(number: int) -> None:
-    """Kill this process before the ``number``-th renaming (odd), or at the ``number``-th .pt file
-    (even).
-    """
+    """Kill this process before the ``number``-th checkpoint is renamed to its final name."""
     written = 0
     synchronize = checkpoints.synchronize
 
     def killing(path: pathlib.Path) -> None:
         nonlocal written
-        written += path.name == checkpoints._INCOMPLETE if number % 2 else path.suffix == ".pt"
+        written += path.name == checkpoints._INCOMPLETE
         if written == number:
             os.kill(os.getpid(), signal.SIGKILL)
         synchronize(path)
