@@ -4,10 +4,8 @@ VENV ?= .venv
 # The torch that a new environment gets. Any torch >= 2.10 works, with or without CUDA: make demo TORCH=torch
 TORCH ?= torch==2.13.0
 RUN := $(VENV)/bin/python
-INSTALL := $(RUN) -m pip install --quiet
-# The demo's packages are installed uncompiled: Python compiles a module when a program imports it. All other packages
-# are compiled when installed, because the tests make warnings errors, and compiling some libraries' modules warns.
-INSTALL_FOR_DEMO := $(INSTALL) --no-compile
+# Python compiles a module when a program imports it, which is enough for the demo.
+INSTALL := $(RUN) -m pip install --quiet --no-compile
 SOURCES := $(wildcard csrc/*.h csrc/*/*) CMakeLists.txt pyproject.toml
 CUDA_BUILD := build/cuda
 CTEST := $(VENV)/bin/ctest --output-on-failure --parallel $(shell nproc)
@@ -23,21 +21,24 @@ help:  ## list the targets
 
 $(VENV)/created:
 	$(PYTHON) -m venv $(VENV)
-	$(INSTALL_FOR_DEMO) --upgrade pip
-	$(INSTALL_FOR_DEMO) "$(TORCH)" numpy
-	$(INSTALL_FOR_DEMO) "scikit-build-core>=0.11" "pybind11>=2.13" "cmake>=3.25" "ninja>=1.11"
+	$(INSTALL) --upgrade pip
+	$(INSTALL) "$(TORCH)" numpy
+	$(INSTALL) "scikit-build-core>=0.11" "pybind11>=2.13" "cmake>=3.25" "ninja>=1.11"
 	touch $@
 
 $(VENV)/installed: $(VENV)/created $(SOURCES)
-	$(INSTALL_FOR_DEMO) --no-build-isolation -e ".[demo,bench]"
+	$(INSTALL) --no-build-isolation -e ".[demo,bench]"
 	touch $@
 
 # Developers also need linters, and the libraries of tests and examples. The group `peers` is installed with --no-deps,
-# because its dependencies take gigabytes, and the tests do not use them.
+# because its dependencies take gigabytes, and the tests do not use them. All modules are compiled, because tests start
+# many processes, and because tests make warnings errors, which compiling some modules gives. Errors are ignored: some
+# files are for a later Python.
 $(VENV)/complete: $(VENV)/installed
 	$(INSTALL) --no-build-isolation -e ".[train,report,deploy,examples,test,dev]"
 	$(INSTALL) --no-deps --group peers
 	$(INSTALL) --group stacks
+	@$(RUN) -W ignore -m compileall -qq -j 0 $(VENV)/lib || true
 	touch $@
 
 install: $(VENV)/installed  ## create .venv, build fastkd and install it there
