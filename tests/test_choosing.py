@@ -28,13 +28,24 @@ def test_the_sweep_writes_the_page(tmp_path):
     command = [sys.executable, "-m", "benchmarks.choosing", "--quick"]
     command += ["--page", page, "--results", results]
     subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
-    written, lines = page.read_text(), results.read_text().splitlines(keepends=True)
+    written = page.read_text()
     assert PART.sub("", written) == PART.sub("", PAGE.read_text()) and written != PAGE.read_text()
     assert all(text.count("\n") > 3 for name, text in PART.findall(written) if name != "run")
     assert "nan" not in written and page.with_suffix(".png").exists()
+
+
+@pytest.mark.slow
+def test_a_stopped_sweep_continues(tmp_path):
+    pytest.importorskip("sklearn")
+    from benchmarks.sweep import list_cells, run_cells
+
+    results = tmp_path / "results.jsonl"
+    cells = {cell: tried for cell, tried in list_cells(50).items() if cell.data == "cancer"}
+    run_cells(cells, 2, 50, results)
+    lines = results.read_text().splitlines(keepends=True)
     # The results end within a line, as if the run was killed.
     results.write_text("".join(lines[:-2]) + lines[-2][:100])
-    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    run_cells(cells, 2, 50, results)
     again = results.read_text().splitlines(keepends=True)
     assert again[:-2] == lines[:-2] and len(again) == len(lines)
     assert [text.partition('"seconds"')[0] for text in again] == [
