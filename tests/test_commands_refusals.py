@@ -28,6 +28,8 @@ pytestmark = pytest.mark.usefixtures("restored_path")
     ("change", "message"),
     [
         ("epoch=3", "nrecognized arguments: --epoch=3. Did you mean 'epochs'"),
+        ("T=4", "nrecognized arguments: --T=4. Did you mean 'temperature'"),
+        ("beta=0", "nrecognized arguments: --beta=0. TRL's beta is mix"),
         ("epochs=1.5", "epochs.*int.*1.5"),
         ("epochs=true", "epochs.*int.*True"),
         ("epochs=0", "epochs must be an int of at least 1; got 0"),

@@ -10,6 +10,7 @@ from peers import MASKS, SHAPES, SINGLE, assert_equal_losses, draw, kl_rows
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+import fastkd
 from fastkd.compat import distilbert, liger, modelopt, nemo, textbrewer, torchtune, trl
 
 # Several libraries use kl_div's default reduction, about which torch warns.
@@ -202,6 +203,27 @@ def test_liger_kl_gives_its_own_loss(reduction, log_target):
         lambda s: theirs(s.log_softmax(-1), target),
         student,
     )
+
+
+def test_heads_give_the_loss_of_ligers_fused_linear_jsd():
+    chunked = pytest.importorskip("liger_kernel.chunked_loss")
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((6, 5), (9, 5), (6, 4), (9, 4))
+    tensors = [torch.randn(shape, generator=generator) for shape in shapes]
+    student, teacher = tensors[:2], tensors[2:]
+    labels = torch.tensor([1, 2, -100, 4, 5, 8])
+    for x in student:
+        x.requires_grad_()
+    expected = chunked.LigerFusedLinearJSDLoss(
+        weight_hard_loss=0.3, weight_soft_loss=0.7, beta=0.1, temperature=2.0, compiled=False
+    )(*student, *teacher, labels)
+    loss = fastkd.loss(
+        fastkd.Head(*student), fastkd.Head(*teacher), labels, temperature=2.0,
+        divergence="jsd", mix=0.1, hard_weight=0.3, soft_weight=0.7 / 2.0**2,
+    )  # fmt: skip
+    torch.testing.assert_close(loss, expected)
+    gradients = (torch.autograd.grad(each, student) for each in (loss, expected))
+    torch.testing.assert_close(*gradients)
 
 
 def test_liger_kl_needs_no_eps():

@@ -62,8 +62,8 @@ IMPORTS = {
     "compat": {"_core", "losses", "validation"},
     "integrations": {"batches", "compat", "extras", "losses"},
     "commands": {
-        *("batches", "deployment", "extras", "losses", "reports", "teachers", "training"),
-        "validation",
+        *("_core", "batches", "deployment", "extras", "losses", "reports", "teachers"),
+        *("training", "validation"),
     },
 }
 # C++ autograd has no stable interface; these files belong to the optional module fastkd._eager.

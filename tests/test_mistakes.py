@@ -51,13 +51,29 @@ MISTAKES = {
         lambda: fastkd.chunks.plan(fastkd.Head(logits(), logits(3, C)), logits(N, 3), tau=2.0),
         "Did you mean 'temperature'?",
     ),
+    "a name that is nearer to teacher_temperature": (
+        lambda: loss(student_temperature=2.0), "Did you mean 'temperature'?",
+    ),
+    "axolotl's kd_alpha": (lambda: loss(kd_alpha=0.5), "alpha weighs the hard term"),
+    "Liger's weight_hard_loss": (
+        lambda: loss(None, None, rows, weight_hard_loss=0.5), "Did you mean 'hard_weight'?",
+    ),
+    "transformers' shift_labels": (lambda: loss(shift_labels=rows), "Did you mean 'labels'?"),
+    "an attention mask": (lambda: loss(text, text, tokens, attention_mask=tokens), "label -100"),
     "options without names": (lambda: KDLoss(4.0, 0.1), "temperature=4.0, alpha=0.1"),
+    "tensors instead of options": (
+        lambda: KDLoss(logits(), logits(), rows), "KDLoss()(student, teacher, labels)",
+    ),
     "a temperature without its name": (lambda: loss(None, None, rows, 4.0), "temperature=4.0"),
     "a misspelt function": (lambda: fastkd.KDloss(), "Did you mean 'KDLoss'?"),
     # values of options
     "kl": (lambda: loss(divergence="kl"), "Did you mean 'forward_kl'?"),
     "a hyphen": (lambda: loss(divergence="Reverse-KL"), "Did you mean 'reverse_kl'?"),
     "js": (lambda: KDLoss(divergence="js"), "Did you mean 'jsd'?"),
+    "DistiLLM's name of a divergence": (
+        lambda: loss(divergence="srkl"), "Did you mean 'skewed_reverse_kl'?",
+    ),
+    "a boolean shift": (lambda: loss(text, text, tokens, shift=True), "Did you mean shift=1?"),
     "batchmean": (lambda: KDLoss(reduction="batchmean"), '"mean" divides by the rows'),
     "avg": (lambda: KDLoss(reduction="avg"), "Did you mean 'mean'?"),
     "softmax": (lambda: loss(teacher_form="softmax"), "Did you mean 'probs'?"),
@@ -70,8 +86,17 @@ MISTAKES = {
         lambda: loss(logits(), ModelOutput(logits=logits())), "Pass teacher.logits",
     ),
     "a student's output": (lambda: loss(SimpleNamespace(logits=logits())), "Pass student.logits"),
+    "a dictionary of outputs": (
+        lambda: loss(logits(), {"logits": logits()}), 'Pass teacher["logits"]',
+    ),
     "a tuple of outputs": (lambda: loss((logits(), None), logits()), "such as student[0]"),
     "a model": (lambda: loss(nn.Linear(2, 2)), "Pass the module's output"),
+    "a layer as weight": (
+        lambda: loss(fastkd.Head(logits(N, 3), nn.Linear(3, C))), "such as linear.weight",
+    ),
+    "stacked teachers": (
+        lambda: loss(logits(), torch.stack([logits(), logits()])), "list(teacher) passes 2",
+    ),
     "an array": (lambda: loss(logits().numpy()), "torch.from_numpy(student)"),
     "labels as teacher": (lambda: loss(logits(), rows, logits()), "student, teacher, labels"),
     "a teacher with a gradient": (
@@ -86,9 +111,23 @@ MISTAKES = {
         lambda: loss(logits(), TopK(torch.full((N, 3), 0.9), top.indices)),
         "must be logarithms of probabilities",
     ),
+    "the logits of the most probable classes": (
+        lambda: loss(logits(), TopK(*logits().topk(3))), "torch.log_softmax(logits",
+    ),
     # labels
     "pixels without dim": (lambda: loss(image, image, pixels), "With dim=1, logits"),
     "a column of labels": (lambda: loss(None, None, rows[:, None]), "labels.squeeze(-1)"),
+    "labels of pixels with a channel": (
+        lambda: loss(image, image, pixels[:, None], dim=1), "labels.squeeze(1)",
+    ),
+    "labels with a channel, without dim": (
+        lambda: loss(image, image, pixels[:, None]), "With dim=1, logits",
+    ),
+    "flat labels": (lambda: loss(text, text, tokens.flatten()), "labels.view(2, 6)"),
+    "flat logits": (
+        lambda: loss(text.flatten(0, 1), text.flatten(0, 1), tokens), "labels.flatten()",
+    ),
+    "boolean labels": (lambda: loss(None, None, rows > 1), "labels.long()"),
     "one-hot labels": (lambda: loss(None, None, torch.eye(N, C).long()), "labels.argmax(-1)"),
     "labels of one position less": (lambda: loss(text, text, tokens[:, 1:]), "shift=1"),
     "logits of one position less": (

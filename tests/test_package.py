@@ -57,7 +57,7 @@ def test_public_names_exist():
 
 def test_tab_completion_shows_public_names_alone():
     for module in (
-        *(fastkd, fastkd.chunks, fastkd.compat, fastkd.integrations),
+        *(fastkd, fastkd.chunks, fastkd.compat, fastkd.deployment, fastkd.integrations),
         *(fastkd.teachers, fastkd.teachers.served),
     ):
         assert dir(module) == sorted(module.__all__)
@@ -70,7 +70,8 @@ import fastkd
 assert {"compat", "integrations"} <= set(dir(fastkd)) and "fastkd.compat" not in sys.modules
 fastkd.compat.trl.generalized_jsd_loss
 fastkd.integrations.transformers.DistillationMixin
-assert "transformers" not in sys.modules
+fastkd.integrations.trl.chunked_divergence_loss
+assert not {"transformers", "trl"} & set(sys.modules)
 for module in (fastkd, fastkd.compat):
     try:
         module.nothing

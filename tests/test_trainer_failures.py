@@ -290,6 +290,14 @@ def test_an_optimizer_of_other_parameters_is_refused():
         fastkd.Trainer(student, teacher, others)
 
 
+@pytest.mark.parametrize(
+    ("optimizer", "got"), [(torch.optim.SGD, "the class SGD"), ([torch.ones(1)], "list")]
+)
+def test_something_else_than_an_optimizer_is_refused(optimizer, got):
+    with pytest.raises(TypeError, match=f"torch.optim.Optimizer, such as .*; got {got}$"):
+        fastkd.Trainer(network(), network(24, 1), optimizer)
+
+
 @pytest.mark.parametrize("below", ["", "run"])
 def test_checkpoints_must_be_a_folder(tmp_path, below):
     file = tmp_path / "file"

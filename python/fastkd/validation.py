@@ -85,7 +85,8 @@ def check_count(name: str, value: object, least: int = 1) -> None:
     is_int = isinstance(value, int) and not isinstance(value, bool)
     if not is_int or value < least:  # type: ignore[operator]
         error = ValueError if is_int else TypeError
-        raise error(f"{name} must be an int of at least {least}; got {value!r}")
+        hint = f". Did you mean {name}=1?" if value is True else ""
+        raise error(f"{name} must be an int of at least {least}; got {value!r}{hint}")
 
 
 def check_folder(name: str, value: object, otherwise: str = "") -> pathlib.Path:

@@ -67,6 +67,8 @@ def check_teacher(student: Tensor, name: str, value: Tensor, dim: int = -1) -> N
             f"student and {name} must have the same shape; got {tuple(student.shape)} and "
             f"{tuple(value.shape)}"
         )
+        if value.shape[1:] == student.shape:
+            message += f". list({name}) passes {value.shape[0]} teachers"
         rows = [list(each.shape) for each in (student, value)]
         if value.dim() == student.dim():
             fewest = min(each.pop(dim) for each in rows)
@@ -106,7 +108,10 @@ def check_labels(value: object, student: Tensor) -> bool:
             "labels.long() converts them to indices"
         )
     if value.dtype not in INTEGERS:
-        raise TypeError(f"labels must be class indices of an integer dtype; got {value.dtype}")
+        raise TypeError(
+            f"labels must be class indices of an integer dtype; got {value.dtype}. labels.long() "
+            "converts them to indices"
+        )
     check_entries(value, "labels", student)
     return False
 
@@ -388,4 +393,5 @@ def check_lists(
         mass,
         "teacher.log_probs must be logarithms of probabilities at the temperature of the loss, "
         f"which add up to at most 1 ({limit} with rounding) in each row",
+        lambda _: ". torch.log_softmax(logits / temperature, -1).topk(k) has such values",
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn, TypeVar
 
@@ -14,18 +15,30 @@ from fastkd.validation import suggest
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 _SPARSE = "{} is a field of the teacher, fastkd.{}"
 OPTION_HINTS = {
-    **dict.fromkeys(("t", "tau", "temp", "kd_temperature"), "Did you mean 'temperature'?"),
     **dict.fromkeys(
-        ("lambda_", "lam", "lmbda", "kd_weight", "kd_ratio", "gamma"),
+        ("t", "tau", "temp", "kd_temperature", "student_temperature"),
+        "Did you mean 'temperature'?",
+    ),
+    **dict.fromkeys(
+        ("lambda_", "lam", "lmbda", "kd_weight", "kd_ratio", "gamma", "kd_alpha", "alpha_kd"),
         "alpha weighs the hard term, and 1 - alpha the soft term",
     ),
+    "weight_hard_loss": "Did you mean 'hard_weight'?",
+    "weight_soft_loss": "Did you mean 'soft_weight'?",
     "beta": 'TRL\'s beta is mix with divergence="jsd"; beta=0 is divergence="forward_kl", and '
     'beta=1 is divergence="reverse_kl"',
     "weight": "Did you mean 'class_weight'?",
     "axis": "Did you mean 'dim'?",
     "log_target": 'Did you mean teacher_form="log_probs"?',
     "num_items_in_batch": "Did you mean 'normalizer'?",
-    **dict.fromkeys(("target", "targets", "label", "y"), "Did you mean 'labels'?"),
+    **dict.fromkeys(
+        ("target", "targets", "label", "y", "true_labels", "shift_labels"),
+        "Did you mean 'labels'?",
+    ),
+    **dict.fromkeys(
+        ("attention_mask", "mask", "loss_mask", "pad_token_id"),
+        "Rows with the label -100 count in neither term: labels.masked_fill(mask == 0, -100)",
+    ),
     **dict.fromkeys(("loss", "loss_type", "kind", "objective"), "Did you mean 'divergence'?"),
     **dict.fromkeys(("k", "topk", "top_k"), "Pass a fastkd.TopK as teacher"),
     "tail": _SPARSE.format("tail", "TopK"),
@@ -38,6 +51,8 @@ DIVERGENCE_HINTS = {
         "reverse_kl": ("rkl", "reverse"),
         "symmetric_kl": ("jeffreys", "skl"),
         "jsd": ("js", "jensen_shannon", "gjsd", "generalized_jsd", "js_divergence"),
+        "skewed_forward_kl": ("sfkl",),
+        "skewed_reverse_kl": ("srkl",),
         "total_variation": ("tv", "tvd", "l1"),
         "soft_cross_entropy": ("ce", "cross_entropy", "soft_ce"),
         "mse": ("l2",),
@@ -71,9 +86,10 @@ def raise_for_call(
             f"{function}() got an unexpected keyword argument {name!r}"
             + suggest(name, accepted, OPTION_HINTS)
         )
+    tensors = ". Call the module with tensors: KDLoss()(student, teacher, labels)"
     raise TypeError(
         f"{function}() takes {takes} but {count} were given. Options are keywords, such as "
-        "temperature=4.0, alpha=0.1"
+        "temperature=4.0, alpha=0.1" + (tensors if function == "KDLoss" else "")
     )
 
 
@@ -99,6 +115,10 @@ def hint_for_type(name: str, value: object) -> str:
             hint = f"{name}.float() converts it"
     elif isinstance(getattr(value, "logits", None), Tensor):
         hint = f"Pass {name}.logits"
+    elif isinstance(value, Mapping) and "logits" in value:
+        hint = f'Pass {name}["logits"]'
+    elif isinstance(value, torch.nn.Module) and name.endswith(".weight"):
+        hint = "Pass the weight of the module, such as linear.weight"
     elif isinstance(value, torch.nn.Module):
         hint = f"Pass the module's output: {name}(inputs)"
     elif type(value).__module__ == "numpy":
@@ -114,9 +134,18 @@ def hint_for_labels(shape: Sequence[int], logits: Sequence[int]) -> str:
     rows = logits[:-1]
     if shape == (*rows, 1):
         hint = "labels.squeeze(-1) has this shape"
+    elif shape == (*rows[:1], 1, *rows[1:]):
+        hint = "labels.squeeze(1) has this shape"
+    elif len(shape) == 1 and shape[0] == math.prod(rows):
+        hint = f"labels.view{rows} has this shape"
+    elif len(rows) == 1 and rows[0] == math.prod(shape):
+        hint = "labels.flatten() has this shape"
     elif shape == logits:
         hint = "labels.argmax(-1) are the class indices of one-hot labels"
-    elif len(logits) > 2 and shape == (logits[0], *logits[2:]):
+    elif len(logits) > 2 and shape in (
+        (logits[0], *logits[2:]),
+        (logits[0], 1, *logits[2:]),
+    ):
         hint = f"With dim=1, logits of shape {logits} have {logits[1]} classes"
     elif rows and shape and shape[:-1] == rows[:-1] and abs(shape[-1] - rows[-1]) == 1:
         lead = ":, " * (len(shape) - 1)

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
 from fastkd import extras, validation
+from fastkd._core.mistakes import OPTION_HINTS
 from fastkd.commands.factories import ConfigError, Factories
 
 # Largest depth of nesting in a file; PyYAML recurses for each level.
@@ -150,7 +151,7 @@ def run(command: Callable[..., None], arguments: Sequence[str]) -> None:
         message = shorten_message(error)
         misspelled = re.search(r"(?:arguments: --|Option ')(\w+)", message)
         names = ["config", "module", *options, *(field.name for field in fields)]
-        hint = validation.suggest(misspelled[1], names) if misspelled else ""
+        hint = validation.suggest(misspelled[1], names, OPTION_HINTS) if misspelled else ""
         raise ConfigError(f"{source}{message}{hint}") from None
     factories = Factories(pathlib.Path(path or "config.yaml").parent, namespace.module)
     command(training, factories, **{name: namespace[name] for name in options})

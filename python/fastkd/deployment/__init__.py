@@ -6,6 +6,11 @@
 """
 
 from fastkd.deployment.exporting import Exported, export
-from fastkd.deployment.loading import DeployedModel, check_model, is_model, load
+from fastkd.deployment.loading import DeployedModel, load
 
-__all__ = ["DeployedModel", "Exported", "check_model", "export", "is_model", "load"]
+__all__ = ["DeployedModel", "Exported", "export", "load"]
+
+
+def __dir__() -> list[str]:
+    """Return the public names."""
+    return __all__

@@ -1,8 +1,8 @@
 """Use fastkd in the trainers of other libraries; each library has a module."""
 
-from fastkd.integrations import transformers
+from fastkd.integrations import transformers, trl
 
-__all__ = ["transformers"]
+__all__ = ["transformers", "trl"]
 
 
 def __dir__() -> list[str]:

@@ -50,7 +50,7 @@ class Plan(NamedTuple):
     chunk: int
     """Largest number of rows of a chunk; for chunks of classes, largest number of classes."""
     logits_bytes: int
-    """Bytes of a chunk's logits: student, teacher, and intermediate results."""
+    """Bytes of a chunk's logits (student and teacher) and of its intermediate results."""
     peak_bytes: int
     """Bound for the bytes in use beyond the inputs, including the gradients."""
     accumulate: torch.dtype

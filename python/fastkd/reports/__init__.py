@@ -23,6 +23,7 @@ import torch
 from torch import nn
 
 from fastkd import _C, deployment, extras, validation
+from fastkd.deployment.loading import check_model, is_model
 from fastkd.reports import measure, memory, page, plots, tables
 
 
@@ -233,7 +234,7 @@ def report(
 
 def _name_models(teacher: Any, students: Any) -> dict[str, Any]:
     """Return the models by name, the teacher first; raise for a model of an unsupported type."""
-    named = {"student": students} if deployment.is_model(students) else students
+    named = {"student": students} if is_model(students) else students
     if not isinstance(named, Mapping):
         raise TypeError(
             "students must be a module, or a mapping of names to modules such as "
@@ -247,7 +248,7 @@ def _name_models(teacher: Any, students: Any) -> dict[str, Any]:
     for name, model in models.items():
         if not isinstance(name, str):
             raise TypeError(f"students must have names that are text; got {name!r}")
-        deployment.check_model(name, model)
+        check_model(name, model)
     return models
 
 

@@ -62,6 +62,22 @@ def check_loss(loss: KDLoss, teachers: int) -> None:
     check_teacher_weights(loss.teacher_weights, teachers)
 
 
+def check_optimizer(optimizer: object, student: nn.Module) -> None:
+    """Raise unless ``optimizer`` is an optimizer that has a parameter of the student."""
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        got = type(optimizer).__name__
+        if isinstance(optimizer, type):
+            got = f"the class {optimizer.__name__}"
+        raise TypeError(
+            "optimizer must be a torch.optim.Optimizer, such as "
+            f"torch.optim.Adam(student.parameters()); got {got}"
+        )
+    if set(list_parameters(optimizer)).isdisjoint(student.parameters()):
+        raise ValueError(
+            "optimizer has none of the student's parameters; make it of student.parameters()"
+        )
+
+
 def list_parameters(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
     """Return the parameters that an optimizer updates."""
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]

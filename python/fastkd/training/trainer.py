@@ -161,11 +161,8 @@ class Trainer:
                 raise ValueError("save_every needs checkpoints, the folder to write to; got None")
         folder = checkpoints
         self._folder = None if folder is None else check_folder("checkpoints", folder, " or None")
+        arguments.check_optimizer(optimizer, student)
         optimized = set(arguments.list_parameters(optimizer))
-        if optimized.isdisjoint(student.parameters()):
-            raise ValueError(
-                "optimizer has none of the student's parameters; make it of student.parameters()"
-            )
         self.accelerator = arguments.make_accelerator() if accelerator is None else accelerator
         arguments.check_accelerator(self.accelerator, ema)
         self.student, self.scheduler = student, scheduler
