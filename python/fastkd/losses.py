@@ -8,7 +8,7 @@ from typing import Any, Literal, NoReturn
 import torch
 from torch import Tensor, nn
 
-from fastkd import linear, reference
+from fastkd import linear, reference, validation
 from fastkd._core import dispatch, fast_path, native
 from fastkd._core.arguments import (
     Student,
@@ -311,11 +311,11 @@ def divergences() -> tuple[str, ...]:
 class KDLoss(nn.Module):
     """Compute :func:`fastkd.loss` as a module; ``alpha`` weighs the **hard** term.
 
-    Options are those of :func:`fastkd.loss`. All except ``shift`` are checked when the module is
-    made. ``forward`` and :meth:`terms` take ``(student, teacher, labels=None)``. Options that are
-    tensors are buffers, which follow the module to another device. A ``temperature`` or a weight
-    that is an ``nn.Parameter`` becomes a parameter of the module. Options are attributes that may
-    be assigned: ``criterion.temperature = 2.0``.
+    Options are those of :func:`fastkd.loss`. They are checked when the module is made. ``forward``
+    and :meth:`terms` take ``(student, teacher, labels=None)``. Options that are tensors are
+    buffers, which follow the module to another device. A ``temperature`` or a weight that is an
+    ``nn.Parameter`` becomes a parameter of the module. Options are attributes that may be assigned:
+    ``criterion.temperature = 2.0``.
 
     Example:
         >>> import torch, fastkd
@@ -421,6 +421,7 @@ class KDLoss(nn.Module):
 
 def _check_options(options: Options) -> None:
     resolve(options, has_labels=True, teachers=None)
+    validation.check_count("shift", options.shift, 0)
     linear.chunks.check_plan(options.chunks)
 
 
