@@ -17,11 +17,18 @@ from fastkd.compat import axolotl, ms_swift, trl_sdft, verl
 # ---- TRL's SDFT and SDPO
 
 
+KINDS = ("full_logit", "topk", "sampled_token")
+
+
 @functools.cache
 def sdft():
     names = ("compute_divergence", "add_tail_bucket")
-    losses = ("compute_topk_self_distillation_loss", "compute_full_logit_self_distillation_loss")
-    return peers.compile_code("trl", "experimental/sdft/loss_utils.py", *names, *losses)
+    losses = [f"compute_{kind}_self_distillation_loss" for kind in KINDS]
+    log_softmax = peers.compile_code(
+        "trl", "trainer/utils.py", "selective_log_softmax", is_triton_available=lambda: False
+    )
+    file = "experimental/sdft/loss_utils.py"
+    return peers.compile_code("trl", file, *names, *losses, **vars(log_softmax))
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.1, 0.5, 1.0])
@@ -55,6 +62,23 @@ def test_trl_sdft_top_k_gives_its_own_loss(k, add_tail, alpha):
         lambda s: sdft().compute_topk_self_distillation_loss(s, teacher, **options),
         student,
     )
+
+
+def test_trl_sdft_of_sampled_tokens_gives_its_own_loss():
+    student, teacher, tokens = draw((2, 4, 11))
+    assert_equal_losses(
+        lambda s: trl_sdft.compute_sampled_token_self_distillation_loss(
+            s, teacher, tokens, distillation_alpha=1.0
+        ),
+        lambda s: sdft().compute_sampled_token_self_distillation_loss(
+            s, teacher, tokens, distillation_alpha=1.0
+        ),
+        student,
+    )
+    with pytest.raises(ValueError, match=r"distillation_alpha must be 1, .* got 0\.5"):
+        trl_sdft.compute_sampled_token_self_distillation_loss(
+            student, teacher, tokens, distillation_alpha=0.5
+        )
 
 
 # ---- ms-swift

@@ -179,7 +179,8 @@ class Routed(NamedTuple):
     """Assign one of several teachers to each row, such as a specialist for each task.
 
     The loss reads each teacher only in the rows that are assigned to that teacher. If a teacher is
-    a Head, the loss computes the logits of these rows only.
+    a Head, the loss computes the logits of these rows only. The number of rows of each teacher
+    depends on data, so a ``Routed`` does not support ``torch.compile(fullgraph=True)``.
 
     A ``Routed`` is a named tuple, so pytrees, ``torch.compile``, data loaders and Accelerate handle
     it.
