@@ -125,3 +125,28 @@ def test_bad_arguments_are_refused(case):
     with pytest.raises(error) as raised:
         fastkd.loss(Z(2, 4), fastkd.Routed(teachers, indices))
     assert message in str(raised.value)
+
+
+ROWS, INDICES = (2, 5), torch.tensor([[0, 1, 0, 1, 1], [1, 1, 0, 0, 0]])
+LABELS = torch.arange(10).view(ROWS)
+BAD_ROWS = {
+    "labels of other rows": {"labels": LABELS.T},
+    "too few labels": {"labels": LABELS[:, 1:]},
+    "too many labels": {"labels": Z(3, 5, dtype=torch.int64)},
+    "a list of labels": {"labels": LABELS.tolist()},
+    "a label out of range": {"labels": LABELS + 4},
+    "weights of other rows": {"labels": LABELS, "soft_weight": Z(5, 2)},
+    "a temperature of 0": {"labels": LABELS, "temperature": Z(ROWS)},
+    "a negative shift": {"labels": LABELS, "shift": -1},
+}
+
+
+@pytest.mark.parametrize("case", BAD_ROWS)
+def test_a_head_with_a_routed_teacher_is_checked_like_a_head_with_a_teacher(case):
+    head = fastkd.Head(Z(*ROWS, 3), Z(10, 3))
+    messages = []
+    for teacher in (head, fastkd.Routed((head, head), INDICES)):
+        with pytest.raises((TypeError, ValueError)) as raised:
+            fastkd.loss(head, teacher, **BAD_ROWS[case])
+        messages.append(str(raised.value))
+    assert messages[0] == messages[1]
