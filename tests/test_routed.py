@@ -127,6 +127,18 @@ def test_bad_arguments_are_refused(case):
     assert message in str(raised.value)
 
 
+def test_narrow_labels_are_accepted():
+    # PyTorch converts ignore_index, -100, to 156 to compare it with uint8 labels.
+    labels = torch.tensor([156, 3, 7, 156])
+    head = fastkd.Head(draw(4, 6, seed=0), draw(200, 6, seed=1))
+    teacher = fastkd.Routed((head, head), torch.tensor([0, 1, 1, 0]))
+    narrow, wide = (
+        fastkd.terms(head, teacher, y, reduction="sum") for y in (labels.byte(), labels)
+    )
+    assert narrow == wide
+    assert fastkd.loss(head, teacher, labels.byte()) == fastkd.loss(head, teacher, labels)
+
+
 ROWS, INDICES = (2, 5), torch.tensor([[0, 1, 0, 1, 1], [1, 1, 0, 0, 0]])
 LABELS = torch.arange(10).view(ROWS)
 BAD_ROWS = {

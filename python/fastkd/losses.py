@@ -296,7 +296,7 @@ def terms(
         rows = student.hidden[..., 0] if isinstance(student, Head) else student.select(dim, 0)
         one, valid = torch.ones_like(rows, dtype=total.dtype), None
         if labels is not None and not labels.is_floating_point():
-            valid = labels.ne(ignore_index)
+            valid = validation.to_int64(labels).ne(ignore_index)
         if shift:
             valid = shift_rows(one.bool() if valid is None else valid, shift, False)
         logged += [reference.reduce(one, valid, reduction, normalizer)] * 2

@@ -26,6 +26,7 @@ from fastkd.linear.call import (
     make_heads,
     make_objective,
 )
+from fastkd.validation import to_int64
 
 
 def compute(
@@ -69,7 +70,7 @@ def compute_routed(
         _, labels, options = shift_labels(logits, None, labels, options)
     counted = torch.ones(lead, dtype=torch.bool, device=device)
     if labels is not None and not labels.is_floating_point():
-        counted = labels != options.ignore_index
+        counted = to_int64(labels) != options.ignore_index
     if options.reduction == "mean" and options.normalizer is None:
         options = options._replace(normalizer=counted.sum().clamp(min=1))
     results = []
