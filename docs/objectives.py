@@ -54,10 +54,10 @@ options computes.
 | `inplace` | `False` | write the gradient over the student's logits, to save memory |
 | `chunks` | `"auto"` | how many logits of a `Head` are in memory; or a `fastkd.chunks.plan` |
 
-With a `TopK` or `Sampled` teacher, the default temperature is 1. Labels are class indices, or
-probabilities. Without labels, `alpha` and `hard_weight` must be 0 or omitted. Slices such as
-`logits[..., :n]` of student and teacher leave padded classes out, and are not copied.
-[`fastkd.loss`](reference/loss.md) documents shapes, dtypes and errors.
+With a `TopK` or `Sampled` teacher, the default temperature is 1, and labels are class indices. With
+other teachers, labels are class indices or probabilities. Without labels, `alpha` and `hard_weight`
+must be 0 or omitted. Slices such as `logits[..., :n]` of student and teacher leave padded classes
+out, and are not copied. [`fastkd.loss`](reference/loss.md) documents shapes, dtypes and errors.
 """
 
 _MATRIX = """

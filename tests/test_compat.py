@@ -24,6 +24,7 @@ from fastkd.compat import (
     torchdistill,
     torchtune,
     trl,
+    trl_async,
     trl_sdft,
     verl,
 )
@@ -41,6 +42,16 @@ def axolotl_loss(s, t, y):
     mask, no_labels = (y != -100)[:, None].expand_as(ids), torch.full_like(y, -100)
     head = torch.eye(5, dtype=s.dtype, device=s.device)
     return AXOLOTL(head, s[None], ids[None], values[None], mask[None], no_labels[None])
+
+
+def trl_async_loss(s, t, y):
+    """Compute the loss of TRL's AsyncDistillationTrainer, with an identity matrix as the head."""
+    values, ids = t.log_softmax(-1).topk(3)
+    head = torch.eye(5, dtype=s.dtype, device=s.device)
+    lists = (ids, values, torch.ones_like(ids, dtype=torch.bool))
+    return trl_async.chunked_jsd_loss(s, head, None, 1.0, None, *lists, 0.1, 2.0, True, None, 1, 9)[
+        0
+    ]
 
 
 def verl_loss(s, t, y):
@@ -73,7 +84,11 @@ OTHERS = {
     "sdft": lambda s, t, y: trl_sdft.compute_full_logit_self_distillation_loss(
         s, t, distillation_alpha=0.1
     ).sum(),
+    "sdft, sampled": lambda s, t, y: trl_sdft.compute_sampled_token_self_distillation_loss(
+        s, t, y, distillation_alpha=1.0
+    ).sum(),
     "textbrewer": lambda s, t, y: textbrewer.kd_mse_loss(s, t, torch.full_like(y, 3).to(s)),
+    "trl, async": trl_async_loss,
     "verl": verl_loss,
 }
 

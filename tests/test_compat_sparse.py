@@ -12,16 +12,23 @@ import torch
 from peers import MASKS, SINGLE, assert_equal_losses, draw
 
 import fastkd
-from fastkd.compat import axolotl, ms_swift, trl_sdft, verl
+from fastkd.compat import axolotl, ms_swift, trl_async, trl_sdft, verl
 
 # ---- TRL's SDFT and SDPO
+
+
+KINDS = ("full_logit", "topk", "sampled_token")
 
 
 @functools.cache
 def sdft():
     names = ("compute_divergence", "add_tail_bucket")
-    losses = ("compute_topk_self_distillation_loss", "compute_full_logit_self_distillation_loss")
-    return peers.compile_code("trl", "experimental/sdft/loss_utils.py", *names, *losses)
+    losses = [f"compute_{kind}_self_distillation_loss" for kind in KINDS]
+    log_softmax = peers.compile_code(
+        "trl", "trainer/utils.py", "selective_log_softmax", is_triton_available=lambda: False
+    )
+    file = "experimental/sdft/loss_utils.py"
+    return peers.compile_code("trl", file, *names, *losses, **vars(log_softmax))
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.1, 0.5, 1.0])
@@ -55,6 +62,69 @@ def test_trl_sdft_top_k_gives_its_own_loss(k, add_tail, alpha):
         lambda s: sdft().compute_topk_self_distillation_loss(s, teacher, **options),
         student,
     )
+
+
+def test_trl_sdft_of_sampled_tokens_gives_its_own_loss():
+    student, teacher, tokens = draw((2, 4, 11))
+    assert_equal_losses(
+        lambda s: trl_sdft.compute_sampled_token_self_distillation_loss(
+            s, teacher, tokens, distillation_alpha=1.0
+        ),
+        lambda s: sdft().compute_sampled_token_self_distillation_loss(
+            s, teacher, tokens, distillation_alpha=1.0
+        ),
+        student,
+    )
+    with pytest.raises(ValueError, match=r"distillation_alpha must be 1, .* got 0\.5"):
+        trl_sdft.compute_sampled_token_self_distillation_loss(
+            student, teacher, tokens, distillation_alpha=0.5
+        )
+
+
+# ---- TRL's AsyncDistillationTrainer
+
+
+@functools.cache
+def trl_async_loss():
+    names = ("_add_tail_bucket", "_jsd_divergence", "_jsd_loss_chunk", "_chunked_jsd_loss")
+    file = "experimental/async_distillation/async_distillation_trainer.py"
+    return peers.compile_code("trl", file, *names)._chunked_jsd_loss
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("add_tail", [True, False])
+@pytest.mark.parametrize(
+    ("scale", "softcap", "temperature", "teachers"),
+    [(1.0, None, 1.0, None), (0.5, 4.0, 2.0, [0, 2, 2, 0, 0, 0])],
+)
+def test_trl_async_gives_its_own_loss(beta, add_tail, scale, softcap, temperature, teachers):
+    # With lists of nearly all probability, TRL's tail is inexact in float32.
+    teacher, other, _ = (tensor.float() / 3 for tensor in draw((6, 11)))
+    hidden, weight, bias = teacher.roll(1, 0), other.T @ other / 30, other[0]
+    values, ids = (teacher / temperature).log_softmax(-1).topk(4)
+    mask = torch.ones_like(ids, dtype=torch.bool)
+    mask[2, 2:] = mask[3, 3] = False
+    lists = (ids.masked_fill(~mask, -1), values, mask)
+    numbers = None if teachers is None else torch.tensor(teachers)
+    options = (beta, temperature, add_tail, numbers, 3, 4)
+
+    def call(function, hidden, weight, bias):
+        return function(hidden, weight, bias, scale, softcap, *lists, *options)
+
+    for leaf, compute in (
+        (hidden, lambda f, x: call(f, x, weight, None)[0]),
+        (weight, lambda f, x: call(f, hidden, x, bias)[0]),
+        (bias, lambda f, x: call(f, hidden, weight, x)[0]),
+    ):
+        ours, theirs = (
+            functools.partial(compute, f) for f in (trl_async.chunked_jsd_loss, trl_async_loss())
+        )
+        assert_equal_losses(ours, theirs, leaf, SINGLE)
+    ours, theirs = (
+        call(f, hidden, weight, bias) for f in (trl_async.chunked_jsd_loss, trl_async_loss())
+    )
+    torch.testing.assert_close(ours, theirs, **SINGLE)
+    assert len(ours) == 5 and ours[4].any() == (teachers is not None)
 
 
 # ---- ms-swift

@@ -133,6 +133,8 @@ def test_explain_refuses_what_the_loss_refuses():
         fastkd.explain(normalizer=torch.ones(3))
     with pytest.raises(TypeError, match="unexpected keyword argument 'tau'"):
         fastkd.explain(tau=2.0)
+    with pytest.raises(TypeError, match=r"teacher must be a fastkd\.TopK, .* or None for"):
+        fastkd.explain(teacher=torch.zeros(2, 3))
 
 
 def test_the_page_is_generated_by_the_code():
@@ -148,10 +150,18 @@ def test_the_page_is_generated_by_the_code():
 @pytest.mark.parametrize("tail", ["ghost", "renormalize", "ignore"])
 def test_the_text_describes_a_list(tail):
     top = fastkd.TopK(torch.zeros(2, 3) - 2, torch.arange(6).view(2, 3), tail)
-    text = fastkd.explain(teacher=top, show=False)
-    assert "T = T_t = 1 softens" in text or "T = 1 softens" in text
+    text = explain_on_one_line(teacher=top, temperature=2.0)
     words = {"ghost": "k + 1 classes", "renormalize": "alone", "ignore": "may be negative"}
-    assert words[tail] in " ".join(text.split())
+    assert words[tail] in text
+    check_that_the_text_is_about_log_probabilities(text)
+    assert "temperature T = 1 softens" in explain_on_one_line(teacher=top)
+
+
+def check_that_the_text_is_about_log_probabilities(text):
+    """Assert that the text describes log-probabilities that no temperature softens, and indices."""
+    assert "p = exp(w); z are the student's logits, w the teacher's log-probabilities" in text
+    assert "softens the student;" in text and "at temperature T." in text
+    assert "Labels are class indices, as" in text and "abels that are probabilities" not in text
 
 
 @pytest.mark.parametrize(("estimator", "gradient"), [("k1", "q || p"), ("k3", "p || q")])
@@ -160,6 +170,7 @@ def test_the_text_describes_a_sampled_class(estimator, gradient):
     text = " ".join(fastkd.explain(teacher=sampled, shift=1, show=False).split())
     assert f"is the gradient of KL({gradient})" in text and f"[{estimator}: Schulman 2020]" in text
     assert "sampled class i + 1" in text
+    check_that_the_text_is_about_log_probabilities(text)
 
 
 def test_a_list_refuses_what_the_loss_refuses():

@@ -106,6 +106,7 @@ MISTAKES = {
     "another device": (
         lambda: loss(logits(), logits().to("meta")), "teacher.to(student.device)",
     ),
+    "torch.topk's result": (lambda: loss(logits(), top), "is a fastkd.TopK(log_probs, indices)"),
     "torch.topk's order": (lambda: TopK(top.indices, top.values), "The first field is log_probs"),
     "probabilities for logarithms": (
         lambda: loss(logits(), TopK(torch.full((N, 3), 0.9), top.indices)),

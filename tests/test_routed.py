@@ -110,7 +110,8 @@ BAD = {
     "negative": ((Z(2, 4), Z(2, 4)), torch.tensor([0, -1]), ValueError, "got -1 to 0"),
     "floats": ((Z(2, 4),), Z(2), TypeError, "Routed.indices must be a tensor of an integer dtype"),
     "none": ((), torch.tensor([0, 0]), TypeError, "Routed.teachers must be a tuple of at least"),
-    "kinds": ((Z(2, 4), fastkd.Head(Z(2, 3), Z(4, 3))), torch.tensor([0, 0]), TypeError, "all Heads"),
+    "kinds": ((Z(2, 4), fastkd.Head(Z(2, 3), Z(4, 3))), torch.tensor([0, 0]), TypeError, "all Heads; got Tensor, Head"),
+    "lists": ((fastkd.TopK(Z(2, 3) - 2, torch.arange(6).view(2, 3)),) * 2, torch.tensor([0, 0]), TypeError, "all Heads; got TopK, TopK"),
     "rows": ((Z(2, 4), Z(3, 4)), torch.tensor([0, 0]), ValueError, "teacher.teachers[1] must have the"),
     "classes": ((Z(2, 5),), torch.tensor([0, 0]), ValueError, "must have 4 classes; got 5"),
     "indices of other rows": ((Z(2, 4),), torch.tensor([0]), ValueError, "teacher.indices must have"),
@@ -124,3 +125,40 @@ def test_bad_arguments_are_refused(case):
     with pytest.raises(error) as raised:
         fastkd.loss(Z(2, 4), fastkd.Routed(teachers, indices))
     assert message in str(raised.value)
+
+
+def test_narrow_labels_are_accepted():
+    # PyTorch converts ignore_index, -100, to 156 to compare it with uint8 labels.
+    labels = torch.tensor([156, 3, 7, 156])
+    head = fastkd.Head(draw(4, 6, seed=0), draw(200, 6, seed=1))
+    teacher = fastkd.Routed((head, head), torch.tensor([0, 1, 1, 0]))
+    narrow, wide = (
+        fastkd.terms(head, teacher, y, reduction="sum") for y in (labels.byte(), labels)
+    )
+    assert narrow == wide
+    assert fastkd.loss(head, teacher, labels.byte()) == fastkd.loss(head, teacher, labels)
+
+
+ROWS, INDICES = (2, 5), torch.tensor([[0, 1, 0, 1, 1], [1, 1, 0, 0, 0]])
+LABELS = torch.arange(10).view(ROWS)
+BAD_ROWS = {
+    "labels of other rows": {"labels": LABELS.T},
+    "too few labels": {"labels": LABELS[:, 1:]},
+    "too many labels": {"labels": Z(3, 5, dtype=torch.int64)},
+    "a list of labels": {"labels": LABELS.tolist()},
+    "a label out of range": {"labels": LABELS + 4},
+    "weights of other rows": {"labels": LABELS, "soft_weight": Z(5, 2)},
+    "a temperature of 0": {"labels": LABELS, "temperature": Z(ROWS)},
+    "a negative shift": {"labels": LABELS, "shift": -1},
+}
+
+
+@pytest.mark.parametrize("case", BAD_ROWS)
+def test_a_head_with_a_routed_teacher_is_checked_like_a_head_with_a_teacher(case):
+    head = fastkd.Head(Z(*ROWS, 3), Z(10, 3))
+    messages = []
+    for teacher in (head, fastkd.Routed((head, head), INDICES)):
+        with pytest.raises((TypeError, ValueError)) as raised:
+            fastkd.loss(head, teacher, **BAD_ROWS[case])
+        messages.append(str(raised.value))
+    assert messages[0] == messages[1]

@@ -141,6 +141,13 @@ def test_bad_shifts_are_refused(student, teacher, options, error, message):
         fastkd.loss(student, teacher, **options)
 
 
+def test_a_bad_shift_is_refused_without_logits():
+    with pytest.raises(ValueError, match="shift must be an int of at least 0; got -1"):
+        fastkd.KDLoss(shift=-1)
+    with pytest.raises(TypeError, match=r"at least 0; got 1\.0"):
+        fastkd.explain(shift=1.0)
+
+
 def test_bad_shapes_are_refused(student, teacher):
     with pytest.raises(ValueError, match=r"shift=1 needs logits \(..., positions, C\)"):
         fastkd.loss(student[0, 0], teacher[0, 0], shift=1)

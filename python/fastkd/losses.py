@@ -8,7 +8,7 @@ from typing import Any, Literal, NoReturn
 import torch
 from torch import Tensor, nn
 
-from fastkd import linear, reference
+from fastkd import linear, reference, validation
 from fastkd._core import dispatch, fast_path, native
 from fastkd._core.arguments import (
     Student,
@@ -296,7 +296,7 @@ def terms(
         rows = student.hidden[..., 0] if isinstance(student, Head) else student.select(dim, 0)
         one, valid = torch.ones_like(rows, dtype=total.dtype), None
         if labels is not None and not labels.is_floating_point():
-            valid = labels.ne(ignore_index)
+            valid = validation.to_int64(labels).ne(ignore_index)
         if shift:
             valid = shift_rows(one.bool() if valid is None else valid, shift, False)
         logged += [reference.reduce(one, valid, reduction, normalizer)] * 2
@@ -311,11 +311,11 @@ def divergences() -> tuple[str, ...]:
 class KDLoss(nn.Module):
     """Compute :func:`fastkd.loss` as a module; ``alpha`` weighs the **hard** term.
 
-    Options are those of :func:`fastkd.loss`. All except ``shift`` are checked when the module is
-    made. ``forward`` and :meth:`terms` take ``(student, teacher, labels=None)``. Options that are
-    tensors are buffers, which follow the module to another device. A ``temperature`` or a weight
-    that is an ``nn.Parameter`` becomes a parameter of the module. Options are attributes that may
-    be assigned: ``criterion.temperature = 2.0``.
+    Options are those of :func:`fastkd.loss`. They are checked when the module is made. ``forward``
+    and :meth:`terms` take ``(student, teacher, labels=None)``. Options that are tensors are
+    buffers, which follow the module to another device. A ``temperature`` or a weight that is an
+    ``nn.Parameter`` becomes a parameter of the module. Options are attributes that may be assigned:
+    ``criterion.temperature = 2.0``.
 
     Example:
         >>> import torch, fastkd
@@ -421,6 +421,7 @@ class KDLoss(nn.Module):
 
 def _check_options(options: Options) -> None:
     resolve(options, has_labels=True, teachers=None)
+    validation.check_count("shift", options.shift, 0)
     linear.chunks.check_plan(options.chunks)
 
 

@@ -101,8 +101,12 @@ def prepare(student: Tensor, teacher: object, labels: Tensor | None, options: Op
     elif not teachers:
         raise ValueError("teacher must have at least one tensor; got an empty sequence")
     else:
-        for i, value in enumerate(teachers):
-            name = "teacher" if len(teachers) == 1 else f"teacher[{i}]"
+        names = ["teacher"]
+        if len(teachers) > 1:
+            names = [f"teacher[{i}]" for i in range(len(teachers))]
+        for name, value in zip(names, teachers, strict=True):
+            checks.check_floats(name, value)
+        for name, value in zip(names, teachers, strict=True):
             checks.check_teacher(student, name, value, options.dim)
             check_teacher_has_no_gradient(name, value)
     inplace = options.inplace and not is_transformed()

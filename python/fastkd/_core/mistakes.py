@@ -109,6 +109,8 @@ def hint_for_type(name: str, value: object) -> str:
         integer = not value.is_floating_point() and not value.is_complex()
         if name.endswith(".log_probs"):
             hint = "The first field is log_probs, the second the class indices"
+        elif integer and name.startswith("teacher["):
+            hint = "A teacher that lists a few classes is a fastkd.TopK(log_probs, indices)"
         elif integer and name.startswith("teacher"):
             hint = "The arguments are student, teacher, labels, in this order"
         elif integer:

@@ -179,7 +179,8 @@ class Routed(NamedTuple):
     """Assign one of several teachers to each row, such as a specialist for each task.
 
     The loss reads each teacher only in the rows that are assigned to that teacher. If a teacher is
-    a Head, the loss computes the logits of these rows only.
+    a Head, the loss computes the logits of these rows only. The number of rows of each teacher
+    depends on data, so a ``Routed`` does not support ``torch.compile(fullgraph=True)``.
 
     A ``Routed`` is a named tuple, so pytrees, ``torch.compile``, data loaders and Accelerate handle
     it.
@@ -253,12 +254,10 @@ def check_routed(routed: Routed, name: str = "Routed") -> None:
         raise TypeError(
             f"{name}.teachers must be a tuple of at least one teacher; got {teachers!r}"
         )
-    for i, teacher in enumerate(teachers):
-        if not isinstance(teacher, (Tensor, Head)) or type(teacher) is not type(teachers[0]):
-            raise TypeError(
-                f"{name}.teachers must all be logits, or all Heads; [{i}] is a "
-                f"{type(teacher).__name__}, [0] a {type(teachers[0]).__name__}"
-            )
+    is_mixed = any(type(teacher) is not type(teachers[0]) for teacher in teachers)
+    if is_mixed or not isinstance(teachers[0], (Tensor, Head)):
+        types = ", ".join(type(teacher).__name__ for teacher in teachers)
+        raise TypeError(f"{name}.teachers must all be logits, or all Heads; got {types}")
     if not isinstance(indices, Tensor) or indices.dtype not in validation.INTEGERS:
         got = indices.dtype if isinstance(indices, Tensor) else type(indices).__name__
         raise TypeError(f"{name}.indices must be a tensor of an integer dtype; got {got}")

@@ -26,6 +26,7 @@ from fastkd.compat import (
     torchdistill,
     torchtune,
     trl,
+    trl_async,
     trl_sdft,
     verl,
 )
@@ -45,6 +46,7 @@ __all__ = [
     "torchdistill",
     "torchtune",
     "trl",
+    "trl_async",
     "trl_sdft",
     "verl",
 ]

@@ -1,4 +1,4 @@
-"""Compute the full-logit and top-k losses of TRL's experimental SDFTTrainer and SDPOTrainer."""
+"""Compute the losses of TRL's experimental SDFTTrainer and SDPOTrainer."""
 
 from __future__ import annotations
 
@@ -74,3 +74,43 @@ def compute_topk_self_distillation_loss(
         reduction="none",
         **choose_divergence(distillation_alpha),
     )
+
+
+def compute_sampled_token_self_distillation_loss(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    completion_ids: Tensor,
+    *,
+    distillation_alpha: float,
+) -> Tensor:
+    """Compute a loss of each token, ``(...)``, whose gradient estimates that of the reverse KL.
+
+    The loss is (log q - log p), detached, times log q. p and q are the probabilities that teacher
+    and student give the token. The gradient is that of a :class:`fastkd.Sampled` with ``"k1"``.
+
+    Args:
+        student_logits, teacher_logits: ``(..., C)``, with C classes.
+        completion_ids: ``(...)``: the tokens, sampled from the student.
+        distillation_alpha: must be 1, the reverse KL.
+
+    Example:
+        >>> import torch
+        >>> from fastkd.compat.trl_sdft import compute_sampled_token_self_distillation_loss
+        >>> student, teacher = torch.tensor([[0.0, 1.0]]), torch.tensor([[1.0, 0.0]])
+        >>> compute_sampled_token_self_distillation_loss(
+        ...     student, teacher, torch.tensor([0]), distillation_alpha=1.0
+        ... )
+        tensor([1.3133])
+    """
+    if distillation_alpha != 1:
+        raise ValueError(
+            "distillation_alpha must be 1, the reverse KL, for a sampled token; got "
+            f"{distillation_alpha!r}"
+        )
+    chosen = completion_ids.unsqueeze(-1).long()
+    log_p = (teacher_logits.gather(-1, chosen) - teacher_logits.logsumexp(-1, True)).squeeze(-1)
+    teacher = losses.Sampled(log_p, completion_ids, "k1")
+    k1 = losses.loss(student_logits, teacher, temperature=1.0, reduction="none")
+    # k1 is log q - log p, and its gradient is k1 times that of log q. Replace only the value.
+    value = k1.detach()
+    return k1 - value + value * (value + log_p)

@@ -90,9 +90,17 @@ def _describe_teacher(options: Options, objective: Objective) -> str:
     return f"A sequence of teachers is mixed with {shares}, in {space}."
 
 
-def _describe_labels(objective: Objective) -> str:
-    needs = _get_divergence(objective).needs_labels
-    accepted = "class indices, which D needs" if needs else "class indices or probabilities"
+def _accepts_probabilities(objective: Objective, teacher: TopK | Sampled | None) -> bool:
+    """Return True if labels may be probabilities."""
+    return teacher is None and not _get_divergence(objective).needs_labels
+
+
+def _describe_labels(objective: Objective, teacher: TopK | Sampled | None) -> str:
+    accepted = "class indices"
+    if _accepts_probabilities(objective, teacher):
+        accepted += " or probabilities"
+    elif teacher is None:
+        accepted += ", which D needs"
     text = f"Labels are {accepted}, as in torch's cross_entropy"
     if objective.label_smoothing:
         text += f", smoothed by {objective.label_smoothing:g}"
@@ -158,8 +166,14 @@ _ESTIMATORS = {
 def _describe_sparse_teacher(teacher: TopK | Sampled) -> str:
     if isinstance(teacher, Sampled):
         text = _ESTIMATORS[teacher.estimator][1]
-        return f"One class y of each row, sampled from the student. {text}"
-    return f"The teacher lists k classes of each row. {_TAILS[teacher.tail]}"
+        return (
+            "One class y of each row, sampled from the student, and the teacher's log-probability "
+            f"of y, both at temperature T. {text}"
+        )
+    return (
+        "The teacher lists k classes of each row, with log-probabilities at temperature T. "
+        f"{_TAILS[teacher.tail]}"
+    )
 
 
 def explain(*, teacher: TopK | Sampled | None = None, show: bool = True, **options: Any) -> str:
@@ -174,6 +188,7 @@ def explain(*, teacher: TopK | Sampled | None = None, show: bool = True, **optio
         The objective as a formula and in words.
 
     Raises:
+        TypeError: if ``teacher`` is not a :class:`fastkd.TopK`, a :class:`fastkd.Sampled` or None.
         TypeError, ValueError: as :func:`fastkd.loss` does for the same options.
 
     Example:
@@ -188,6 +203,11 @@ def explain(*, teacher: TopK | Sampled | None = None, show: bool = True, **optio
     chosen = Options()._replace(**KDLoss(**options).options)
     weights = chosen.teacher_weights
     if teacher is not None:
+        if not isinstance(teacher, (TopK, Sampled)):
+            raise TypeError(
+                "teacher must be a fastkd.TopK, a fastkd.Sampled, or None for other teachers; got "
+                f"{type(teacher).__name__}"
+            )
         check_sparse_options(teacher, chosen)
     objective = resolve(
         chosen,
@@ -196,6 +216,9 @@ def explain(*, teacher: TopK | Sampled | None = None, show: bool = True, **optio
         default_temperature=2.0 if teacher is None else 1.0,
     )
     definition, p = _get_divergence(objective), _format_distribution(objective)
+    if teacher is not None:  # the log-probabilities are not softened again
+        objective = objective._replace(teacher_form="log_probs", teacher_temperature=1.0)
+        p = "exp(w)"
     softened = " " * 7 if definition.compares == "logits" else f"q    = softmax(z / T), p = {p}; "
     form_names = {"logits": "logits", "log_probs": "log-probabilities", "probs": "probabilities"}
     divergence = f"{definition.formula}   [{objective.divergence}: {definition.source}]"
@@ -215,12 +238,16 @@ def explain(*, teacher: TopK | Sampled | None = None, show: bool = True, **optio
         "teacher": _describe_teacher(chosen, objective)
         if teacher is None
         else _describe_sparse_teacher(teacher),
-        "labels": _describe_labels(objective),
+        "labels": _describe_labels(objective, teacher),
         "reduction": _describe_reduction(objective),
         "masked rows": (
             f"Rows labeled {objective.ignore_index} count nothing in either term and get a zero "
             "gradient; their logits may hold anything."
-            + ("" if definition.needs_labels else " Labels that are probabilities mask no row.")
+            + (
+                " Labels that are probabilities mask no row."
+                if _accepts_probabilities(objective, teacher)
+                else ""
+            )
         ),
     }
     if chosen.shift:

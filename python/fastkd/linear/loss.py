@@ -26,6 +26,7 @@ from fastkd.linear.call import (
     make_heads,
     make_objective,
 )
+from fastkd.validation import to_int64
 
 
 def compute(
@@ -62,12 +63,14 @@ def compute_routed(
             "class_weight must be None with a Head as student and a Routed teacher; got "
             f"{type(options.class_weight).__name__}"
         )
+    for each in teacher.teachers:  # check shapes and labels before the rows are split
+        prepare_heads(student, each, labels, options, with_terms)
     logits = student.hidden[..., :1]  # shift_labels() reads only shape and device
     if options.shift:
         _, labels, options = shift_labels(logits, None, labels, options)
     counted = torch.ones(lead, dtype=torch.bool, device=device)
-    if isinstance(labels, Tensor) and not labels.is_floating_point():
-        counted = labels != options.ignore_index
+    if labels is not None and not labels.is_floating_point():
+        counted = to_int64(labels) != options.ignore_index
     if options.reduction == "mean" and options.normalizer is None:
         options = options._replace(normalizer=counted.sum().clamp(min=1))
     results = []
