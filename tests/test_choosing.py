@@ -34,20 +34,29 @@ def test_the_sweep_writes_the_page(tmp_path):
     assert "nan" not in written and page.with_suffix(".png").exists()
 
 
+STOPPED = """
+import pathlib, sys
+from benchmarks.sweep import list_cells, run_cells
+
+results = pathlib.Path(sys.argv[1])
+cells = {cell: tried for cell, tried in list_cells(50).items() if cell.data == "cancer"}
+run_cells(cells, 2, 50, results)
+lines = results.read_text().splitlines(keepends=True)
+# The results end within a line, as if the run was killed.
+results.write_text("".join(lines[:-2]) + lines[-2][:100])
+run_cells(cells, 2, 50, results)
+again = results.read_text().splitlines(keepends=True)
+assert len(lines) == len(cells) and len(again) == len(lines)
+assert again[:-2] == lines[:-2]
+for one, other in zip(again, lines):
+    assert one.partition('"seconds"')[0] == other.partition('"seconds"')[0]
+print("continued")
+"""
+
+
 @pytest.mark.slow
 def test_a_stopped_sweep_continues(tmp_path):
     pytest.importorskip("sklearn")
-    from benchmarks.sweep import list_cells, run_cells
-
-    results = tmp_path / "results.jsonl"
-    cells = {cell: tried for cell, tried in list_cells(50).items() if cell.data == "cancer"}
-    run_cells(cells, 2, 50, results)
-    lines = results.read_text().splitlines(keepends=True)
-    # The results end within a line, as if the run was killed.
-    results.write_text("".join(lines[:-2]) + lines[-2][:100])
-    run_cells(cells, 2, 50, results)
-    again = results.read_text().splitlines(keepends=True)
-    assert again[:-2] == lines[:-2] and len(again) == len(lines)
-    assert [text.partition('"seconds"')[0] for text in again] == [
-        text.partition('"seconds"')[0] for text in lines
-    ]
+    command = [sys.executable, "-c", STOPPED, tmp_path / "results.jsonl"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.strip() == "continued", done.stderr

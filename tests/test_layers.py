@@ -51,7 +51,7 @@ IMPORTS = {
     "reference": set(),
     "_core": {"_C", "_eager", "reference", "validation"},
     "linear": {"_core", "reference", "validation"},
-    "losses": {"_core", "linear", "reference"},
+    "losses": {"_core", "linear", "reference", "validation"},
     "diagnostics": {"_core", "losses", "reference", "validation"},
     "teachers": {"_core", "batches", "extras", "reference", "validation"},
     "training": {
