@@ -194,7 +194,11 @@ def _measure(
             if measured is not None:
                 results["cases"].append(measured)
                 report.show_case(console, measured)
-        runs: dict[str, Callable[..., Any]] = {"sparse": sparse.run, "divergences": divergences.run}
+        runs: dict[str, Callable[..., Any]] = {
+            "sparse": sparse.run,
+            "sampled": sparse.run_sampled,
+            "divergences": divergences.run,
+        }
         for name, run in runs.items():
             for case in sections[name]:
                 show_status(case.title)
@@ -207,6 +211,7 @@ def _measure(
         if standard:
             try:
                 series = cases.list_scaling(device)
+                results["parsing"] = sparse.time_parsing()
                 results["close_to_the_teacher"] = suite.measure_close_to_teacher(device)
                 progress.advance(task)
                 results["scaling"] = suite.run_scaling(series, settings, show_status)
@@ -266,6 +271,7 @@ def _run(chosen: argparse.Namespace) -> None:
     wanted = chosen.rows is None and not chosen.baselines
     sections: dict[str, list[Any]] = {
         "sparse": sparse.list_cases(device) if wanted else [],
+        "sampled": sparse.list_sampled_cases(device) if wanted else [],
         "divergences": divergences.list_cases(device) if wanted else [],
     }
     if chosen.only:

@@ -187,6 +187,21 @@ def make_sparse_rows(results: Results) -> Rows:
     return ["sparse teacher", *names, "of all classes", "of PyTorch"], rows
 
 
+def make_sampled_rows(results: Results) -> Rows:
+    """Return a line for each case of a sampled token: times, and ratios to cross entropies."""
+    names = list(dict.fromkeys(name for case in results["sampled"] for name in case["lanes"]))
+    rows = [
+        [
+            case["title"],
+            *(format_duration(case["lanes"][name]["times"]["median"]) for name in names),
+            format_ratio(case["of the cross entropy"], 2),
+            format_ratio(case["of PyTorch's cross entropy"], 2),
+        ]
+        for case in results["sampled"]
+    ]
+    return ["", *names, "of labels alone", "of PyTorch"], rows
+
+
 def make_divergence_rows(results: Results) -> Rows:
     """Return a line for each divergence; ``DIVERGENCES`` describes times and ratios."""
     cases = results["divergences"]
@@ -276,6 +291,8 @@ def show(console: Console, results: Results) -> None:
         console.print(line)
     if results.get("sparse"):
         console.print(_make_table(make_sparse_rows(results)))
+    if results.get("sampled"):
+        console.print(_make_table(make_sampled_rows(results)))
     if results.get("divergences"):
         console.print(_make_table(make_divergence_rows(results), DIVERGENCES))
     if results["duels"]:
@@ -364,6 +381,8 @@ def format_markdown(results: Results) -> str:
         ]
     if results.get("sparse"):
         parts += ["## The sparse teacher\n", format_markdown_table(make_sparse_rows(results))]
+    if results.get("sampled"):
+        parts += ["## A sampled token\n", format_markdown_table(make_sampled_rows(results))]
     if results.get("divergences"):
         parts += [
             "## Divergences\n",

@@ -1,12 +1,14 @@
-"""Time the loss with a teacher's k most probable classes beside the loss with all its logits.
+"""Time losses with a teacher's k most probable classes, or with one sampled class, and a parser.
 
-``python -m benchmarks.sparse [seconds]`` times the loss of a sampled token beside cross entropies.
+The loss of k classes is timed beside the loss with all logits, the loss of a sampled class beside
+cross entropies, and the parser of :func:`fastkd.teachers.served.from_vllm` alone.
 """
 
 from __future__ import annotations
 
 import math
-import sys
+import statistics
+import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -19,6 +21,7 @@ import fastkd
 from benchmarks.cases import Case, make_case
 from benchmarks.measure import WALL_LIMIT, Inputs, Step, make_sets, time_in_turns
 from fastkd import Sampled, TopK
+from fastkd.teachers import served
 
 TOLERANCE = {"fp32": 1e-4, "bf16": 2e-2}
 """Largest relative error of a loss or gradient; larger errors fail the case."""
@@ -164,12 +167,29 @@ def run(sparse: SparseCase, device: str, seconds: float) -> dict[str, Any]:
     }
 
 
-def run_sampled(device: str, seconds: float) -> dict[str, Any]:
+@dataclass(frozen=True)
+class SampledCase:
+    """Describe a case whose teacher is known by the log-probability of one sampled class a row."""
+
+    dense: Case
+
+    @property
+    def title(self) -> str:
+        """Return the dense case as text."""
+        return f"a sampled token of {self.dense.title}"
+
+
+def list_sampled_cases(device: str) -> list[SampledCase]:
+    """Return a case with Llama 3's vocabulary, in fp32."""
+    return [SampledCase(make_case("llama-3", device, "fp32", temperature=1.0))]
+
+
+def run_sampled(case: SampledCase, device: str, seconds: float) -> dict[str, Any]:
     """Time the loss of a sampled token for each row beside cross entropies by fastkd and PyTorch.
 
-    fastkd's cross entropy is the sparse loss with ``alpha=1``.
+    fastkd's cross entropy is its loss with ``alpha=1``.
     """
-    dense = make_case("llama-3", device, "fp32", temperature=1.0)
+    dense = case.dense
     sets = []
     for each in make_sets(dense, device):
         tokens = each.student.detach().softmax(-1).multinomial(1)
@@ -189,14 +209,29 @@ def run_sampled(device: str, seconds: float) -> dict[str, Any]:
     times = time_in_turns(dict(steps), device, kind, seconds)
     ours, fused, eager = (times[name] for name in functions)
     return {
-        "title": f"a sampled token of {dense.title}",
+        "title": case.title,
         "lanes": {name: {"times": asdict(measured)} for name, measured in times.items()},
         "of the cross entropy": ours.median / fused.median,
-        "of the cross entropy, by the 20th percentiles": ours.p20 / fused.p20,
         "of PyTorch's cross entropy": ours.median / eager.median,
     }
 
 
-if __name__ == "__main__":
-    for key, value in run_sampled("cpu", float(sys.argv[1]) if sys.argv[1:] else 20.0).items():
-        print(f"{key}: {value}")
+def time_parsing(tokens: int = 4096, k: int = 20, repeats: int = 11) -> float:
+    """Return the median seconds to parse a reply of vLLM with ``k`` log-probabilities a token."""
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(32000, (tokens, k), generator=generator).sort().values
+    log_probs = torch.randn(tokens, k, generator=generator).log_softmax(-1)
+    positions = [
+        {
+            str(token): {"logprob": log_prob, "rank": rank, "decoded_token": "a"}
+            for rank, (token, log_prob) in enumerate(zip(*of_position, strict=True), 1)
+        }
+        for of_position in zip(ids.tolist(), log_probs.tolist(), strict=True)
+    ]
+    reply = {"prompt_logprobs": [None, *positions[1:]]}
+    seconds = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        served.from_vllm(reply, tokens=ids[:, 0])
+        seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds)
