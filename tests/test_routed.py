@@ -104,6 +104,36 @@ def test_one_teacher_may_have_no_row(device, labels, indices):
     assert fastkd.loss(head, teacher, labels, alpha=0.0) == 0
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+@pytest.mark.parametrize("kind", ["tensor", "Head"])
+def test_a_compiled_loss_equals_the_eager_one(kind, labels, indices, device):
+    hidden = draw(*SHAPE, 6, seed=0).to(device).requires_grad_()
+    weight = draw(CLASSES, 6, seed=1).to(device)
+    heads = tuple(fastkd.Head(hidden.detach().roll(i, -1), weight) for i in (1, 2, 3))
+
+    def compute(hidden, indices):
+        student = fastkd.Head(hidden, weight) if kind == "Head" else hidden @ weight.T
+        return fastkd.loss(student, fastkd.Routed(heads, indices), labels)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(compute, fullgraph=True, backend="aot_eager")
+    values = [function(hidden, indices) for function in (compute, compiled)]
+    torch.testing.assert_close(*values)
+    torch.testing.assert_close(*[torch.autograd.grad(value, hidden)[0] for value in values])
+    if device == "cpu":  # on CUDA, a failed assertion leaves the device unusable
+        with pytest.raises(RuntimeError, match=r"teacher.indices must be in \[0, 3\)"):
+            compiled(hidden, indices + 1)
+
+
+def test_repr_shows_no_numbers():
+    teachers = fastkd.Head(Z(2, 3), Z(4, 3)), fastkd.Head(Z(2, 5), Z(4, 5))
+    assert repr(fastkd.Routed(teachers, torch.tensor([0, 1]))) == (
+        "Routed(teachers=(Head(hidden=float32 (2, 3) on cpu, weight=float32 (4, 3) on cpu), "
+        "Head(hidden=float32 (2, 5) on cpu, weight=float32 (4, 5) on cpu)), "
+        "indices=int64 (2,) on cpu)"
+    )
+
+
 Z = torch.zeros
 BAD = {
     "out of range": ((Z(2, 4), Z(2, 4)), torch.tensor([0, 2]), ValueError, "must be in [0, 2)"),

@@ -315,7 +315,10 @@ def find_teacher_rows(routed: Routed, rows: torch.Size, device: torch.device) ->
         raise ValueError(
             f"teacher.indices must be on the student's device, {device}; got {indices.device}"
         )
-    if indices.numel() and not 0 <= int(indices.min()) <= int(indices.max()) < len(teachers):
+    if torch.compiler.is_compiling():  # a traced program cannot branch on data
+        in_range = (indices >= 0) & (indices < len(teachers))
+        torch._assert_async(in_range.all(), f"teacher.indices must be in [0, {len(teachers)})")
+    elif indices.numel() and not 0 <= int(indices.min()) <= int(indices.max()) < len(teachers):
         raise ValueError(
             f"teacher.indices must be in [0, {len(teachers)}), the positions of the teachers; got "
             f"{int(indices.min())} to {int(indices.max())}"

@@ -187,7 +187,8 @@ class Routed(NamedTuple):
     Args:
         teachers: a tuple of logits ``(..., C)`` or of :class:`fastkd.Head`, at least one.
         indices: ``(...)`` integers: the position in ``teachers`` of each row's teacher. Checking
-            the indices synchronizes CUDA.
+            the indices synchronizes CUDA. Under ``torch.compile``, an index out of range raises a
+            RuntimeError.
 
     Raises:
         TypeError, ValueError: for invalid arguments.
@@ -195,13 +196,16 @@ class Routed(NamedTuple):
     Example:
         >>> import torch, fastkd
         >>> math, code = torch.randn(4, 10), torch.randn(4, 10)
-        >>> teacher = fastkd.Routed((math, code), torch.tensor([0, 1, 1, 0]))
-        >>> fastkd.loss(torch.randn(4, 10), teacher).shape
-        torch.Size([])
+        >>> fastkd.Routed((math, code), torch.tensor([0, 1, 1, 0]))
+        Routed(teachers=(float32 (4, 10) on cpu, float32 (4, 10) on cpu), indices=int64 (4,) on cpu)
     """
 
     teachers: tuple[Tensor | Head, ...]
     indices: Tensor
+
+    def __repr__(self) -> str:
+        """Describe the tensors by dtype, shape and device."""
+        return _describe(self)
 
 
 def check_head(head: Head, name: str = "Head") -> None:
@@ -284,10 +288,12 @@ def _check_listed(name: str, log_probs: object, field: str, indices: object, sha
         )
 
 
-def _describe(value: Head | TopK | Sampled) -> str:
+def _describe(value: Head | TopK | Sampled | Routed) -> str:
     """Return the ``repr`` of a named tuple, with dtype, shape and device in place of a tensor."""
 
     def describe_field(field: object) -> str:
+        if type(field) is tuple:  # the teachers of a Routed
+            return f"({', '.join(map(describe_field, field))})"
         if not isinstance(field, Tensor):
             return repr(field)
         dtype = str(field.dtype).removeprefix("torch.")
