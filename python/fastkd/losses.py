@@ -419,6 +419,19 @@ class KDLoss(nn.Module):
         return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
 
 
+def check_has_labels(criterion: KDLoss, labels: object, remedy: str = "") -> None:
+    """Raise if a trainer's batch has no labels, unless the options ask for the soft term alone.
+
+    ``remedy``: the end of the message.
+    """
+    weights = criterion.alpha, criterion.hard_weight
+    if labels is None and not any(isinstance(x, (int, float)) and x == 0 for x in weights):
+        raise ValueError(
+            "labels must not be None: the loss has a hard term. Use KDLoss(alpha=0.0) for the soft "
+            f"term alone{remedy}"
+        )
+
+
 def _check_options(options: Options) -> None:
     resolve(options, has_labels=True, teachers=None)
     linear.chunks.check_plan(options.chunks)

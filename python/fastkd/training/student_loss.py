@@ -103,14 +103,9 @@ class StudentLoss(nn.Module):
     def get_targets(self, batch: Any) -> Tensor | None:
         """Return the labels of a batch, with class indices as int64, or None without labels."""
         targets = self._labels(batch)
+        remedy = ", or Trainer(labels=...) for labels in another place of the batch"
+        losses.check_has_labels(self.loss, targets, remedy)
         if targets is None:
-            weights = (self.loss.alpha, self.loss.hard_weight)
-            if not any(isinstance(weight, (int, float)) and weight == 0 for weight in weights):
-                raise ValueError(
-                    "labels must not be None: the loss has a hard term. Use KDLoss(alpha=0.0) for "
-                    "the soft term alone, or Trainer(labels=...) for labels in another place of "
-                    "the batch"
-                )
             return None
         if not isinstance(targets, Tensor):
             raise TypeError(
