@@ -17,7 +17,6 @@ TAILS: tuple[Tail, ...] = get_args(Tail)
 """The index of a name equals its value in the enum ``Tail`` of csrc/topk.h."""
 Estimator = Literal["k1", "k2", "k3"]
 ESTIMATORS: tuple[Estimator, ...] = get_args(Estimator)
-"""The index of a name plus 1 equals its value in the enum ``Estimator`` of csrc/topk.h."""
 
 
 class Head(NamedTuple):
