@@ -90,7 +90,7 @@ def prepare(student: Tensor, teacher: object, labels: Tensor | None, options: Op
         options,
         has_labels=labels is not None,
         teachers=len(teachers),
-        default_temperature=2.0 if sparse is None else 1.0,
+        is_sparse=sparse is not None,
     )
     checks.check_student(student, options.dim)
     if sparse is not None:

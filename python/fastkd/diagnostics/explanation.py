@@ -193,7 +193,7 @@ def explain(*, teacher: TopK | Sampled | None = None, show: bool = True, **optio
         chosen,
         has_labels=True,
         teachers=len(weights) if weights else None,
-        default_temperature=2.0 if teacher is None else 1.0,
+        is_sparse=teacher is not None,
     )
     definition, p = _get_divergence(objective), _format_distribution(objective)
     softened = " " * 7 if definition.compares == "logits" else f"q    = softmax(z / T), p = {p}; "
