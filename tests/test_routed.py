@@ -144,6 +144,7 @@ BAD = {
     "rows": ((Z(2, 4), Z(3, 4)), torch.tensor([0, 0]), ValueError, "teacher.teachers[1] must have the"),
     "classes": ((Z(2, 5),), torch.tensor([0, 0]), ValueError, "must have 4 classes; got 5"),
     "indices of other rows": ((Z(2, 4),), torch.tensor([0]), ValueError, "teacher.indices must have"),
+    "shift": ((Z(2, 4), Z(2, 4)), torch.tensor([0, 1]), ValueError, "shift must be an int of at least 0; got -1"),
     "a gradient": ((Z(2, 4, requires_grad=True),), torch.tensor([0, 0]), ValueError, "requires grad"),
 }  # fmt: skip
 
@@ -152,5 +153,8 @@ BAD = {
 def test_bad_arguments_are_refused(case):
     teachers, indices, error, message = BAD[case]
     with pytest.raises(error) as raised:
-        fastkd.loss(Z(2, 4), fastkd.Routed(teachers, indices))
+        routed = fastkd.Routed(teachers, indices)
+        if case == "shift":
+            fastkd.loss(fastkd.Head(Z(2, 3), Z(4, 3)), routed, shift=-1)
+        fastkd.loss(Z(2, 4), routed)
     assert message in str(raised.value)

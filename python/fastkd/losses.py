@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from fastkd import linear, reference
-from fastkd._core import dispatch, fast_path, native
+from fastkd._core import checks, dispatch, fast_path, native
 from fastkd._core.arguments import (
     Student,
     Teacher,
-    check_teacher_has_no_gradient,
+    compute_teacher_logits,
     gather_routed_logits,
     prepare,
     raise_for_kernel_error,
@@ -311,11 +311,11 @@ def divergences() -> tuple[str, ...]:
 class KDLoss(nn.Module):
     """Compute :func:`fastkd.loss` as a module; ``alpha`` weighs the **hard** term.
 
-    Options are those of :func:`fastkd.loss`. All except ``shift`` are checked when the module is
-    made. ``forward`` and :meth:`terms` take ``(student, teacher, labels=None)``. Options that are
-    tensors are buffers, which follow the module to another device. A ``temperature`` or a weight
-    that is an ``nn.Parameter`` becomes a parameter of the module. Options are attributes that may
-    be assigned: ``criterion.temperature = 2.0``.
+    Options are those of :func:`fastkd.loss`, and are checked when the module is made. ``forward``
+    and :meth:`terms` take ``(student, teacher, labels=None)``. Options that are tensors are
+    buffers, which follow the module to another device. A ``temperature`` or a weight that is an
+    ``nn.Parameter`` becomes a parameter of the module. Options are attributes that may be assigned:
+    ``criterion.temperature = 2.0``.
 
     Example:
         >>> import torch, fastkd
@@ -453,9 +453,8 @@ def _compute(
     if isinstance(teacher, Routed):
         teacher = gather_routed_logits(student, teacher, options.dim)
     if isinstance(teacher, Head):
-        check_teacher_has_no_gradient("teacher.hidden", teacher.hidden)
-        with torch.no_grad():
-            teacher = teacher.logits()
+        checks.check_student(student, options.dim)
+        teacher = compute_teacher_logits(teacher, "teacher", student.device)
     call = prepare(student, teacher, labels, options)
     try:
         return dispatch.compute(call, with_terms)

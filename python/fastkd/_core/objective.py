@@ -95,6 +95,7 @@ def resolve(
             "dim must be -1, for logits (..., C), or 1, for logits (N, C, d1, ...); got "
             + repr(o.dim)
         )
+    validation.check_count("shift", o.shift, 0)
     temperature = checks.check_temperature(
         "temperature", (1.0 if is_sparse else 2.0) if o.temperature is None else o.temperature
     )

@@ -11,13 +11,15 @@ from torch import Tensor
 from fastkd._core import checks
 from fastkd._core.arguments import (
     Teacher,
+    check_head_tensors,
     check_options_are_default,
     check_teacher_has_no_gradient,
+    get_autocast_dtype,
     prepare,
 )
 from fastkd._core.objective import Options
 from fastkd._core.rows import compute_mean_divisors
-from fastkd._core.values import Head, Sampled, TopK, check_head
+from fastkd._core.values import Head, Sampled, TopK
 from fastkd.linear.call import OUTPUTS_OF_ROWS, Inputs, LinearCall, promote_loss_dtype
 
 _TEACHER_HEAD = ("teacher_hidden", "teacher_weight", "teacher_bias")
@@ -31,8 +33,8 @@ def prepare_heads(
 
     The fields ``accumulate``, ``chunk`` and ``by_classes`` of the ``LinearCall`` are placeholders.
     """
+    check_head_tensors(student, "student")
     device, lead = student.hidden.device, student.hidden.shape[:-1]
-    _check_head(student, "student", device)
     check_options_are_default(options, _LOGITS_OPTIONS, "a Head as student")
     if isinstance(teacher, Head):
         _check_teacher_head(student, teacher)
@@ -121,28 +123,9 @@ def prepare_heads(
     )
 
 
-def _check_head(head: Head, owner: str, device: torch.device) -> None:
-    """Raise unless a head's tensors are on ``device`` and, without autocast, have one dtype."""
-    check_head(head, owner)
-    for name in ("hidden", "weight", "bias"):
-        value = getattr(head, name)
-        if value is None:
-            continue
-        if value.device != device:
-            raise ValueError(
-                f"{owner}.{name} must be on the device of student.hidden, {device}; got "
-                f"{value.device}"
-            )
-        if value.dtype != head.hidden.dtype and _get_autocast_dtype(device) is None:
-            raise ValueError(
-                f"{owner}.{name} must have the dtype of {owner}.hidden, {head.hidden.dtype}, "
-                f"unless autocast is on; got {value.dtype}"
-            )
-
-
 def _check_teacher_head(student: Head, teacher: Head) -> None:
     """Raise unless rows and classes are the student's, and teacher.hidden needs no gradient."""
-    _check_head(teacher, "teacher", student.hidden.device)
+    check_head_tensors(teacher, "teacher", student.hidden.device)
     for name, student_size, teacher_size in (
         ("classes", student.weight.shape[:1], teacher.weight.shape[:1]),
         ("rows", student.hidden.shape[:-1], teacher.hidden.shape[:-1]),
@@ -156,13 +139,7 @@ def _check_teacher_head(student: Head, teacher: Head) -> None:
     check_teacher_has_no_gradient("teacher.hidden", teacher.hidden)
 
 
-def _get_autocast_dtype(device: torch.device) -> torch.dtype | None:
-    """Return the dtype of autocast, or None if autocast is off; "meta" counts as CUDA."""
-    kind = "cuda" if device.type == "meta" else device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-
-
 def _get_logits_dtype(hidden: Tensor) -> torch.dtype:
     """Return the dtype of autocast if it is on and ``hidden`` is not float64, else hidden.dtype."""
-    autocast = _get_autocast_dtype(hidden.device)
+    autocast = get_autocast_dtype(hidden.device)
     return hidden.dtype if autocast is None or hidden.dtype is torch.float64 else autocast
