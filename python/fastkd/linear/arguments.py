@@ -14,6 +14,7 @@ from fastkd._core.arguments import (
     check_head_tensors,
     check_options_are_default,
     check_teacher_has_no_gradient,
+    check_values,
     get_autocast_dtype,
     prepare,
 )
@@ -50,9 +51,9 @@ def prepare_heads(
     stand_in = logits if isinstance(teacher, Head) else teacher
     checked = prepare(logits, stand_in, labels, options._replace(chunks="auto"))
     labels, objective = checked.labels, checked.objective
-    data = [x for x in (labels, objective.temperature) if isinstance(x, Tensor)]
-    if all(checks.is_readable(x) for x in data):
-        checks.check_rows(logits, labels, objective.ignore_index, objective.temperature)
+    data = [labels, objective.temperature, *(checked.listed or ())]
+    if all(checks.is_readable(x) for x in data if isinstance(x, Tensor)):
+        check_values(checked)
     tensors: dict[str, Tensor | None] = {}
     if isinstance(teacher, Head):
         teacher_dtype = _get_logits_dtype(teacher.hidden)
@@ -60,9 +61,6 @@ def prepare_heads(
     elif checked.listed is not None:
         log_probs, indices = checked.listed[:2]
         teacher_dtype = log_probs.dtype
-        if checks.is_readable(indices):
-            ignored, name = objective.ignore_index, checked.listed.name
-            checks.check_lists(logits, log_probs, indices, labels, ignored, name)
         tensors.update(topk_indices=indices, topk_log_probs=log_probs)
     else:
         assert isinstance(teacher, Tensor)
