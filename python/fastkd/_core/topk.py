@@ -71,24 +71,11 @@ def compute(call: Call, with_terms: bool) -> Tensor:
 def compute_by_operations(call: Call) -> reference.Terms:
     """Compute the loss and its terms by differentiable PyTorch operations."""
     assert call.listed is not None
-    o, (indices, log_probs) = call.objective, convert_lists(call)
-    return reference.topk.terms(
-        call.student,
-        log_probs,
-        indices,
-        call.labels,
-        tail=call.listed.tail,
-        estimator=call.listed.estimator,
-        temperature=o.temperature,
-        hard_weight=o.hard_weight,
-        soft_weight=o.soft_weight,
-        divergence=o.divergence,
-        mix=o.mix,
-        ignore_index=o.ignore_index,
-        reduction=o.reduction,
-        label_smoothing=o.label_smoothing,
-        normalizer=o.normalizer,
-    )
+    indices, log_probs = convert_lists(call)
+    names = [name for name in _NUMBERS if name in Objective._fields]
+    options: Any = {name: getattr(call.objective, name) for name in names}
+    options |= {"tail": call.listed.tail, "estimator": call.listed.estimator}
+    return reference.topk.terms(call.student, log_probs, indices, call.labels, **options)
 
 
 def _compute_op_by_operations(
