@@ -104,6 +104,8 @@ def test_docstrings_run():
 def test_only_mean_losses_of_kdloss_are_accepted(tmp_path):
     with pytest.raises(ValueError, match="reduction='mean'; got 'sum'"):
         trainer_of(model(8, 0), model(8, 1), tmp_path, kd_loss=fastkd.KDLoss(reduction="sum"))
+    with pytest.raises(ValueError, match="shift=0; got 1"):  # the mixin shifts the labels
+        trainer_of(model(8, 0), model(8, 1), tmp_path, kd_loss=fastkd.KDLoss(shift=1))
     with pytest.raises(TypeError, match=r"fastkd\.KDLoss; got function"):
         trainer_of(model(8, 0), model(8, 1), tmp_path, kd_loss=fastkd.loss)
 

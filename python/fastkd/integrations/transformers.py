@@ -56,9 +56,9 @@ class DistillationMixin:
     Args:
         teacher: a model called with the student's inputs; frozen, set to evaluation mode and moved
             to the student's device.
-        kd_loss: the loss, with ``reduction="mean"``, ``ignore_index=-100``, no ``normalizer`` and
-            no learned parameters. Default ``KDLoss()``. Batches without labels need ``alpha=0.0``
-            or ``hard_weight=0.0``.
+        kd_loss: the loss, with ``reduction="mean"``, ``ignore_index=-100``, no ``normalizer``, no
+            ``shift`` and no learned parameters. Default ``KDLoss()``. Batches without labels need
+            ``alpha=0.0`` or ``hard_weight=0.0``.
         arguments, options: the trainer's arguments; ``compute_loss_func`` must be None.
 
     Raises:
@@ -160,7 +160,8 @@ def _check_loss(kd_loss: object) -> None:
     if not isinstance(kd_loss, KDLoss):
         raise TypeError(f"kd_loss must be a fastkd.KDLoss; got {type(kd_loss).__name__}")
     # The trainer computes the normalizer: it counts the labels that are not -100.
-    for name, accepted in (("reduction", "mean"), ("normalizer", None), ("ignore_index", -100)):
+    defaults = {"reduction": "mean", "normalizer": None, "ignore_index": -100, "shift": 0}
+    for name, accepted in defaults.items():
         value = kd_loss.options.get(name, accepted)
         if value != accepted:
             raise ValueError(f"kd_loss must have {name}={accepted!r}; got {value!r}")
