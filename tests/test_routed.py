@@ -127,6 +127,10 @@ def test_a_compiled_loss_equals_the_eager_one(kind, labels, indices, device):
 
 def test_repr_shows_no_numbers():
     teachers = fastkd.Head(Z(2, 3), Z(4, 3)), fastkd.Head(Z(2, 5), Z(4, 5))
+    collated = torch.utils.data.default_collate([fastkd.Routed((Z(2, 4),), torch.tensor([0, 1]))])
+    assert repr(collated) == (
+        "Routed(teachers=(float32 (1, 2, 4) on cpu), indices=int64 (1, 2) on cpu)"
+    )
     assert repr(fastkd.Routed(teachers, torch.tensor([0, 1]))) == (
         "Routed(teachers=(Head(hidden=float32 (2, 3) on cpu, weight=float32 (4, 3) on cpu), "
         "Head(hidden=float32 (2, 5) on cpu, weight=float32 (4, 5) on cpu)), "

@@ -28,9 +28,9 @@ class Head(NamedTuple):
         logits = scale * logits                      # if scale is given (Cohere)
         logits = softcap * tanh(logits / softcap)    # if softcap is given (Gemma 2)
 
-    A ``Head`` is a named tuple, so pytrees, ``torch.compile``, data loaders and Accelerate handle
-    it. If the student is a ``Head``, the loss computes the logits in chunks. docs/linear.md
-    describes the chunks and their memory.
+    A ``Head`` is a named tuple, so pytrees, ``torch.compile`` and Accelerate handle it. If the
+    student is a ``Head``, the loss computes the logits in chunks. docs/linear.md describes the
+    chunks and their memory.
 
     Args:
         hidden: ``(..., width)`` float64, float32, bfloat16 or float16: the input of the layer.
@@ -291,7 +291,7 @@ def _describe(value: Head | TopK | Sampled | Routed) -> str:
     """Return the ``repr`` of a named tuple, with dtype, shape and device in place of a tensor."""
 
     def describe_field(field: object) -> str:
-        if type(field) is tuple:  # the teachers of a Routed
+        if isinstance(field, (tuple, list)) and not isinstance(field, Head):  # a Routed's teachers
             return f"({', '.join(map(describe_field, field))})"
         if not isinstance(field, Tensor):
             return repr(field)
