@@ -157,6 +157,10 @@ BAD = {
     "teacher": ({"teacher": None}, "teacher must be a Head, TopK, Sampled or a tensor"),
     "option": ({"divergence": "kl"}, "divergence must be one of"),
     "unknown": ({"tau": 2.0}, "plan() got an unexpected keyword argument 'tau'"),
+    "misspelled": (
+        {"max_workspce": 1},
+        "plan() got an unexpected keyword argument 'max_workspce'. Did you mean 'max_workspace'?",
+    ),
     "chunks": ({"chunks": "auto"}, "plan() got an unexpected keyword argument 'chunks'"),
 }
 

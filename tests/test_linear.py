@@ -510,7 +510,7 @@ TEACHER = {
     ),
     "device": (
         Head(*(torch.zeros(n, 3, device="meta") for n in (ROWS, CLASSES))),
-        "teacher.hidden must be on the device of student.hidden, cpu; got meta",
+        "teacher.hidden must be on the student's device, cpu; got meta",
     ),
     "grad": (
         Head(torch.zeros(ROWS, 3, requires_grad=True), torch.zeros(CLASSES, 3)),

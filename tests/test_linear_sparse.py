@@ -22,7 +22,7 @@ from torch.nn import functional as F
 
 import fastkd
 from fastkd import Head, TopK
-from fastkd._core import topk
+from fastkd._core import dispatch
 from fastkd._core.values import TAILS
 
 ROWS, CLASSES, K = 37, 203, 9
@@ -117,7 +117,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 def implementation(request, monkeypatch):
     """Run the test with the kernel, and with the formula for devices without a kernel."""
     if request.param == "formula":
-        monkeypatch.setattr(topk, "KERNEL_DEVICES", ())
+        monkeypatch.setattr(dispatch, "is_fused", lambda *_: False)
 
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
@@ -261,7 +261,7 @@ def test_max_workspace_holds_for_long_lists():
 
 def test_max_workspace_holds_without_the_kernel(monkeypatch):
     heads = make(rows=512, classes=2000, ignored=0.0)
-    monkeypatch.setattr(topk, "KERNEL_DEVICES", ())
+    monkeypatch.setattr(dispatch, "is_fused", lambda *_: False)
     assert peak_bytes(lambda: run(heads, chunks={"max_workspace": 2**23})) <= 2**23
 
 

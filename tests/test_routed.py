@@ -104,6 +104,40 @@ def test_one_teacher_may_have_no_row(device, labels, indices):
     assert fastkd.loss(head, teacher, labels, alpha=0.0) == 0
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+@pytest.mark.parametrize("kind", ["tensor", "Head"])
+def test_a_compiled_loss_equals_the_eager_one(kind, labels, indices, device):
+    hidden = draw(*SHAPE, 6, seed=0).to(device).requires_grad_()
+    weight = draw(CLASSES, 6, seed=1).to(device)
+    heads = tuple(fastkd.Head(hidden.detach().roll(i, -1), weight) for i in (1, 2, 3))
+
+    def compute(hidden, indices):
+        student = fastkd.Head(hidden, weight) if kind == "Head" else hidden @ weight.T
+        return fastkd.loss(student, fastkd.Routed(heads, indices), labels)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(compute, fullgraph=True, backend="aot_eager")
+    values = [function(hidden, indices) for function in (compute, compiled)]
+    torch.testing.assert_close(*values)
+    torch.testing.assert_close(*[torch.autograd.grad(value, hidden)[0] for value in values])
+    if device == "cpu":  # on CUDA, a failed assertion leaves the device unusable
+        with pytest.raises(RuntimeError, match=r"teacher.indices must be in \[0, 3\)"):
+            compiled(hidden, indices + 1)
+
+
+def test_repr_shows_no_numbers():
+    teachers = fastkd.Head(Z(2, 3), Z(4, 3)), fastkd.Head(Z(2, 5), Z(4, 5))
+    collated = torch.utils.data.default_collate([fastkd.Routed((Z(2, 4),), torch.tensor([0, 1]))])
+    assert repr(collated) == (
+        "Routed(teachers=(float32 (1, 2, 4) on cpu), indices=int64 (1, 2) on cpu)"
+    )
+    assert repr(fastkd.Routed(teachers, torch.tensor([0, 1]))) == (
+        "Routed(teachers=(Head(hidden=float32 (2, 3) on cpu, weight=float32 (4, 3) on cpu), "
+        "Head(hidden=float32 (2, 5) on cpu, weight=float32 (4, 5) on cpu)), "
+        "indices=int64 (2,) on cpu)"
+    )
+
+
 Z = torch.zeros
 BAD = {
     "out of range": ((Z(2, 4), Z(2, 4)), torch.tensor([0, 2]), ValueError, "must be in [0, 2)"),
@@ -115,6 +149,7 @@ BAD = {
     "rows": ((Z(2, 4), Z(3, 4)), torch.tensor([0, 0]), ValueError, "teacher.teachers[1] must have the"),
     "classes": ((Z(2, 5),), torch.tensor([0, 0]), ValueError, "must have 4 classes; got 5"),
     "indices of other rows": ((Z(2, 4),), torch.tensor([0]), ValueError, "teacher.indices must have"),
+    "shift": ((Z(2, 4), Z(2, 4)), torch.tensor([0, 1]), ValueError, "shift must be an int of at least 0; got -1"),
     "a gradient": ((Z(2, 4, requires_grad=True),), torch.tensor([0, 0]), ValueError, "requires grad"),
 }  # fmt: skip
 
@@ -123,7 +158,10 @@ BAD = {
 def test_bad_arguments_are_refused(case):
     teachers, indices, error, message = BAD[case]
     with pytest.raises(error) as raised:
-        fastkd.loss(Z(2, 4), fastkd.Routed(teachers, indices))
+        routed = fastkd.Routed(teachers, indices)
+        if case == "shift":
+            fastkd.loss(fastkd.Head(Z(2, 3), Z(4, 3)), routed, shift=-1)
+        fastkd.loss(Z(2, 4), routed)
     assert message in str(raised.value)
 
 

@@ -115,6 +115,8 @@ def test_shift_2_and_short_sequences_are_supported(student, teacher, labels):
 
 
 def test_the_module_shifts(student, teacher, labels):
+    with pytest.raises(ValueError, match="shift must be an int of at least 0; got -1"):
+        fastkd.KDLoss(shift=-1)
     criterion = fastkd.KDLoss(shift=1)
     ours = criterion(student, teacher, labels)
     torch.testing.assert_close(ours, fastkd.loss(student, teacher, labels, shift=1))

@@ -36,7 +36,7 @@ def test_another_teacher_is_refused(cache):
     changed = CountingTeacher()
     changed.layers[0].bias.data[0] += 1e-6
     with pytest.raises(ValueError, match=r"^teacher: .* other weights"):
-        TeacherCache(cache.path, teacher=changed)
+        cache.check(teacher=changed)
 
 
 def test_wrappers_do_not_change_the_fingerprint(cache):
@@ -78,7 +78,7 @@ def test_a_fingerprint_depends_on_quantized_weights(of_channels):
 
 def test_another_number_of_classes_is_refused(cache):
     with pytest.raises(ValueError, match=r"^classes: .* a teacher of 10 classes; got 11"):
-        TeacherCache(cache.path, classes=11)
+        cache.check(classes=11)
 
 
 def test_another_temperature_is_refused_by_a_top_k_cache(cache, tmp_path):

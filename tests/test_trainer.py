@@ -458,6 +458,42 @@ def test_accuracy_ignores_padding_classes(dim, soft):
     assert (evaluated.accuracy, evaluated.agreement) == (1.0, 1.0)
 
 
+def test_an_ignored_class_is_never_correct():
+    labels = torch.tensor([0, 0, 1, 2])
+    logits = F.one_hot(labels, 3).double()
+    trainer = trainer_of(
+        nn.Linear(1, 1),
+        nn.Linear(1, 1),
+        forward=lambda model, batch: batch[0],
+        loss=fastkd.KDLoss(**TRAINER_LOSS, ignore_index=0),
+    )
+    evaluated = trainer.evaluate([(logits, labels)])
+    assert (evaluated.accuracy, evaluated.rows) == (1.0, 2)
+
+
+def test_shift_moves_the_labels():
+    torch.manual_seed(0)
+    student, teacher = nn.Embedding(5, 5), nn.Embedding(5, 5)
+    tokens = torch.randint(5, (3, 4))
+    labels = tokens.clone()
+    labels[0, :2] = -100
+    logits, answers = student(tokens)[:, :-1], teacher(tokens).detach()[:, :-1]
+    expected = fastkd.terms(logits, answers, labels[:, 1:])
+    trainer = trainer_of(student, teacher, loss=fastkd.KDLoss(shift=1))
+    evaluated = trainer.evaluate([(tokens, labels)])
+    (step,) = trainer.steps([(tokens, labels)])
+    for values in (evaluated, step):
+        for name in ("loss", "hard", "soft", "agreement"):
+            value = torch.as_tensor(getattr(values, name), dtype=torch.float32)
+            torch.testing.assert_close(value, getattr(expected, name).detach(), msg=name)
+    correct = (logits.argmax(-1) == labels[:, 1:]).sum() / 8
+    assert evaluated.rows == 8 and evaluated.accuracy == pytest.approx(correct.item())
+    trainer = trainer_of(student, teacher, loss=fastkd.KDLoss(shift=1, alpha=0.0))
+    for batch in ((tokens,), (tokens, F.one_hot(tokens, 5).float())):
+        with pytest.raises(TypeError, match="labels must be class indices with shift=1; got"):
+            trainer.evaluate([batch])
+
+
 # ---- documentation and output
 
 

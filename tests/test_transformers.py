@@ -104,5 +104,18 @@ def test_docstrings_run():
 def test_only_mean_losses_of_kdloss_are_accepted(tmp_path):
     with pytest.raises(ValueError, match="reduction='mean'; got 'sum'"):
         trainer_of(model(8, 0), model(8, 1), tmp_path, kd_loss=fastkd.KDLoss(reduction="sum"))
+    with pytest.raises(ValueError, match="shift=0; got 1"):  # the mixin shifts the labels
+        trainer_of(model(8, 0), model(8, 1), tmp_path, kd_loss=fastkd.KDLoss(shift=1))
     with pytest.raises(TypeError, match=r"fastkd\.KDLoss; got function"):
         trainer_of(model(8, 0), model(8, 1), tmp_path, kd_loss=fastkd.loss)
+
+
+def test_a_batch_without_labels_is_refused_if_the_loss_has_a_hard_term(tmp_path):
+    batch = {"input_ids": torch.stack([sample["input_ids"] for sample in sentences()])}
+    for loss, refused in ((None, True), (fastkd.KDLoss(alpha=0.0), False)):
+        trainer = trainer_of(model(8, 0), model(8, 1), tmp_path, kd_loss=loss)
+        if refused:
+            with pytest.raises(ValueError, match=r"labels must not be None.*KDLoss\(alpha=0\.0\)"):
+                trainer.compute_loss(trainer.model, batch)
+        else:
+            assert trainer.compute_loss(trainer.model, batch) > 0

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from fastkd import linear, reference, validation
-from fastkd._core import dispatch, fast_path, native
+from fastkd._core import checks, dispatch, fast_path, native
 from fastkd._core.arguments import (
     Student,
     Teacher,
-    check_teacher_has_no_gradient,
+    compute_teacher_logits,
     gather_routed_logits,
     prepare,
     raise_for_kernel_error,
@@ -311,7 +311,7 @@ def divergences() -> tuple[str, ...]:
 class KDLoss(nn.Module):
     """Compute :func:`fastkd.loss` as a module; ``alpha`` weighs the **hard** term.
 
-    Options are those of :func:`fastkd.loss`. They are checked when the module is made. ``forward``
+    Options are those of :func:`fastkd.loss`, and are checked when the module is made. ``forward``
     and :meth:`terms` take ``(student, teacher, labels=None)``. Options that are tensors are
     buffers, which follow the module to another device. A ``temperature`` or a weight that is an
     ``nn.Parameter`` becomes a parameter of the module. Options are attributes that may be assigned:
@@ -419,9 +419,21 @@ class KDLoss(nn.Module):
         return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
 
 
+def check_has_labels(criterion: KDLoss, labels: object, remedy: str = "") -> None:
+    """Raise if a trainer's batch has no labels, unless the options ask for the soft term alone.
+
+    ``remedy``: the end of the message.
+    """
+    weights = criterion.alpha, criterion.hard_weight
+    if labels is None and not any(isinstance(x, (int, float)) and x == 0 for x in weights):
+        raise ValueError(
+            "labels must not be None: the loss has a hard term. Use KDLoss(alpha=0.0) for the soft "
+            f"term alone{remedy}"
+        )
+
+
 def _check_options(options: Options) -> None:
     resolve(options, has_labels=True, teachers=None)
-    validation.check_count("shift", options.shift, 0)
     linear.chunks.check_plan(options.chunks)
 
 
@@ -441,9 +453,8 @@ def _compute(
     if isinstance(teacher, Routed):
         teacher = gather_routed_logits(student, teacher, options.dim)
     if isinstance(teacher, Head):
-        check_teacher_has_no_gradient("teacher.hidden", teacher.hidden)
-        with torch.no_grad():
-            teacher = teacher.logits()
+        checks.check_student(student, options.dim)
+        teacher = compute_teacher_logits(teacher, "teacher", student.device)
     call = prepare(student, teacher, labels, options)
     try:
         return dispatch.compute(call, with_terms)

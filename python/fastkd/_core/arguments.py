@@ -15,7 +15,16 @@ from fastkd._core import checks
 from fastkd._core.autograd import is_transformed
 from fastkd._core.objective import PER_ROW_OPTIONS, Objective, Options, resolve
 from fastkd._core.shapes import accumulator
-from fastkd._core.values import Head, Routed, Sampled, TopK, check_routed, check_sampled, check_topk
+from fastkd._core.values import (
+    Head,
+    Routed,
+    Sampled,
+    TopK,
+    check_head,
+    check_routed,
+    check_sampled,
+    check_topk,
+)
 
 Student = Tensor | Head
 Teacher = Tensor | Sequence[Tensor] | Head | TopK | Sampled | Routed
@@ -74,7 +83,6 @@ def prepare(student: Tensor, teacher: object, labels: Tensor | None, options: Op
 
     The range of labels, and of a sparse teacher's classes, is not checked here.
     """
-    validation.check_count("shift", options.shift, 0)
     if options.shift:
         checks.check_student(student, options.dim)
         teacher, labels, options = shift_labels(student, teacher, labels, options)
@@ -90,7 +98,7 @@ def prepare(student: Tensor, teacher: object, labels: Tensor | None, options: Op
         options,
         has_labels=labels is not None,
         teachers=len(teachers),
-        default_temperature=2.0 if sparse is None else 1.0,
+        is_sparse=sparse is not None,
     )
     checks.check_student(student, options.dim)
     if sparse is not None:
@@ -185,6 +193,7 @@ def shift_labels(
     The last rows, which have no label, get ``ignore_index``. Labels and lists with too few
     dimensions are returned unchanged, because later checks raise an error for them.
     """
+    validation.check_count("shift", options.shift, 0)
     n, rows = options.shift, student.select(options.dim, 0).shape
     if not rows:
         raise ValueError(
@@ -270,6 +279,43 @@ def check_options_are_default(options: Options, names: Sequence[str], context: s
             raise ValueError(f"{name} must be {default!r} with {context}; got {shown}")
 
 
+# ---- heads
+
+
+def get_autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """Return the dtype of autocast, or None if autocast is off; "meta" counts as CUDA."""
+    kind = "cuda" if device.type == "meta" else device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+
+
+def check_head_tensors(head: Head, owner: str, device: torch.device | None = None) -> None:
+    """Raise unless a head is valid, its tensors are on the student's ``device`` (None: the head is
+    the student) and, without autocast, have one dtype."""
+    check_head(head, owner)
+    device = head.hidden.device if device is None else device
+    for name in ("hidden", "weight", "bias"):
+        value = getattr(head, name)
+        if value is None:
+            continue
+        if value.device != device:
+            raise ValueError(
+                f"{owner}.{name} must be on the student's device, {device}; got {value.device}"
+            )
+        if value.dtype != head.hidden.dtype and get_autocast_dtype(device) is None:
+            raise ValueError(
+                f"{owner}.{name} must have the dtype of {owner}.hidden, {head.hidden.dtype}, "
+                f"unless autocast is on; got {value.dtype}"
+            )
+
+
+def compute_teacher_logits(head: Head, name: str, device: torch.device) -> Tensor:
+    """Check the head of a teacher, and compute its logits without gradients."""
+    check_head_tensors(head, name, device)
+    check_teacher_has_no_gradient(f"{name}.hidden", head.hidden)
+    with torch.no_grad():
+        return head.logits()
+
+
 # ---- sparse teachers
 
 
@@ -319,7 +365,10 @@ def find_teacher_rows(routed: Routed, rows: torch.Size, device: torch.device) ->
         raise ValueError(
             f"teacher.indices must be on the student's device, {device}; got {indices.device}"
         )
-    if indices.numel() and not 0 <= int(indices.min()) <= int(indices.max()) < len(teachers):
+    if torch.compiler.is_compiling():  # a traced program cannot branch on data
+        in_range = (indices >= 0) & (indices < len(teachers))
+        torch._assert_async(in_range.all(), f"teacher.indices must be in [0, {len(teachers)})")
+    elif indices.numel() and not 0 <= int(indices.min()) <= int(indices.max()) < len(teachers):
         raise ValueError(
             f"teacher.indices must be in [0, {len(teachers)}), the positions of the teachers; got "
             f"{int(indices.min())} to {int(indices.max())}"
@@ -338,13 +387,13 @@ def gather_routed_logits(student: Tensor, routed: Routed, dim: int) -> Tensor:
     teacher_rows = find_teacher_rows(routed, student.shape[:-1], student.device)
     for i, (teacher, rows) in enumerate(zip(routed.teachers, teacher_rows, strict=True)):
         name = f"teacher.teachers[{i}]"
-        outputs = teacher.hidden if isinstance(teacher, Head) else teacher
-        check_teacher_has_no_gradient(name, outputs)
-        with torch.no_grad():
-            part = outputs.reshape(-1, outputs.shape[-1])[rows]
-            parts.append(
-                teacher._replace(hidden=part).logits() if isinstance(teacher, Head) else part
-            )
+        if isinstance(teacher, Head):
+            hidden = teacher.hidden.reshape(-1, teacher.hidden.shape[-1])[rows]
+            part = compute_teacher_logits(teacher._replace(hidden=hidden), name, student.device)
+        else:
+            check_teacher_has_no_gradient(name, teacher)
+            part = teacher.detach().reshape(-1, teacher.shape[-1])[rows]
+        parts.append(part)
         if parts[-1].shape[-1] != classes:
             raise ValueError(f"{name} must have {classes} classes; got {parts[-1].shape[-1]}")
     dtype = functools.reduce(torch.promote_types, [part.dtype for part in parts])

@@ -81,7 +81,7 @@ def make_arguments(call: Call, with_terms: bool) -> Arguments:
         labels=call.labels,
         row_settings=rows,
         denominator=o.normalizer if isinstance(o.normalizer, Tensor) else None,
-        **_make_settings(o, numbers, with_terms),
+        **make_settings(o, numbers, with_terms),
     )
 
 
@@ -108,9 +108,7 @@ def make_row_numbers(
     return (1.0, 1.0 if is_equal else 2.0, 1.0, 1.0)[: len(numbers)], torch.stack(each).flatten()
 
 
-def _make_settings(
-    objective: Objective, numbers: Iterable[Any], with_terms: bool
-) -> dict[str, Any]:
+def make_settings(objective: Objective, numbers: Iterable[Any], with_terms: bool) -> dict[str, Any]:
     """Return the scalar arguments of the op; ``numbers``: the values of PER_ROW_OPTIONS."""
     o = objective
     return {
@@ -131,7 +129,7 @@ def prepare_call(objective: Objective, with_terms: bool) -> Callable[..., Tensor
     No option may be a tensor, and the kernels must implement every option.
     """
     numbers = [getattr(objective, name) for name in PER_ROW_OPTIONS]
-    arguments = (None, *Arguments((), **_make_settings(objective, numbers, with_terms)))
+    arguments = (None, *Arguments((), **make_settings(objective, numbers, with_terms)))
     labels = 1 + Arguments._fields.index("labels")
     return autograd.prepare_call("loss", arguments, [0, 1, labels])
 

@@ -88,7 +88,7 @@ def compute(call: Call, with_terms: bool) -> Tensor:
 
 def _compute_sparse(call: Call, with_terms: bool) -> Tensor:
     """Compute the loss with a sparse teacher, or all its terms stacked."""
-    if not topk.is_fused(call.student, call.objective):
+    if not is_fused(call.student, call.labels, call.objective):
         if checks.is_readable(call.student):
             check_values(call)
         terms = topk.compute_by_operations(call)

@@ -88,12 +88,8 @@ def _bind(tail: str | None, with_terms: bool, has_labels: bool, options: Options
         return None
     if tail is not None:
         check_tail(tail, options)
-    objective = resolve(
-        options,
-        has_labels=has_labels,
-        teachers=1,
-        default_temperature=2.0 if tail is None else 1.0,
-    )
+    is_sparse = tail is not None
+    objective = resolve(options, has_labels=has_labels, teachers=1, is_sparse=is_sparse)
     if objective.reduction == "none" or objective.normalizer == 0:
         return None
     if tail is not None:

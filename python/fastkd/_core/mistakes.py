@@ -123,8 +123,12 @@ def hint_for_type(name: str, value: object) -> str:
         hint = "Pass the weight of the module, such as linear.weight"
     elif isinstance(value, torch.nn.Module):
         hint = f"Pass the module's output: {name}(inputs)"
+    elif callable(getattr(value, "logits", None)):  # a Head
+        hint = f"Pass {name}.logits()"
     elif type(value).__module__ == "numpy":
         hint = f"torch.from_numpy({name}) converts it"
+    elif type(value).__module__ == "fastkd._core.values":
+        pass  # a TopK or Sampled has no logits
     elif isinstance(value, (list, tuple)) and value and isinstance(value[0], Tensor):
         hint = f"If a model returned it, pass its logits, such as {name}[0]"
     return hint and f". {hint}"

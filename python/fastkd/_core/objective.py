@@ -69,11 +69,12 @@ class Objective(NamedTuple):
 
 
 def resolve(
-    options: Options, *, has_labels: bool, teachers: int | None, default_temperature: float = 2.0
+    options: Options, *, has_labels: bool, teachers: int | None, is_sparse: bool = False
 ) -> Objective:
     """Check the options without logits, and fill in defaults.
 
-    ``teachers``: the number of teachers, or None if the number is not known yet.
+    ``teachers``: the number of teachers, or None if the number is not known yet. ``is_sparse``: the
+    teacher is a TopK or Sampled, whose log-probabilities have a temperature of 1 by default.
     """
     o = options
     validation.check_one_of(
@@ -94,8 +95,9 @@ def resolve(
             "dim must be -1, for logits (..., C), or 1, for logits (N, C, d1, ...); got "
             + repr(o.dim)
         )
+    validation.check_count("shift", o.shift, 0)
     temperature = checks.check_temperature(
-        "temperature", default_temperature if o.temperature is None else o.temperature
+        "temperature", (1.0 if is_sparse else 2.0) if o.temperature is None else o.temperature
     )
     teacher_temperature = 1.0 if o.teacher_form != "logits" else temperature
     if o.teacher_temperature is not None:

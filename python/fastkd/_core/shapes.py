@@ -16,6 +16,7 @@ from fastkd import reference
 
 REDUCTIONS = reference.REDUCTIONS  # the index of a name is its number in csrc
 TERMS = len(reference.Terms._fields) - len(reference.Terms._field_defaults)
+"""Number of terms with a dense teacher; the last fields of ``Terms`` need a sparse teacher."""
 STATS = 7  # equals kStats of csrc/kernels.h
 
 

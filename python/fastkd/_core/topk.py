@@ -17,47 +17,30 @@ from fastkd import reference
 from fastkd._core import autograd, shapes
 from fastkd._core.arguments import Call
 from fastkd._core.checks import to_savable
-from fastkd._core.dense import DIVERGENCES, KERNEL_DEVICES, make_row_numbers
-from fastkd._core.objective import Objective
-from fastkd._core.values import TAILS
+from fastkd._core.dense import DIVERGENCES, make_row_numbers, make_settings
+from fastkd._core.objective import PER_ROW_OPTIONS, Objective
+from fastkd._core.values import ESTIMATORS, TAILS
 
 _topk_loss = torch.ops.fastkd.topk_loss.default
 _NUMBERS = (
     *("temperature", "hard_weight", "soft_weight", "label_smoothing", "ignore_index"),
     *("divergence", "mix", "tail", "estimator", "reduction", "normalizer", "with_terms"),
 )
-
-
-def is_fused(student: Tensor, objective: Objective) -> bool:
-    """Return True if the kernels compute the call."""
-    if student.device.type not in KERNEL_DEVICES or autograd.is_transformed():
-        return False
-    o = objective
-    options = (o.temperature, o.hard_weight, o.soft_weight)
-    needs_gradient = any(isinstance(option, Tensor) and option.requires_grad for option in options)
-    return not (needs_gradient and torch.is_grad_enabled())
+_ESTIMATORS = (None, *ESTIMATORS)
+"""The index of a name equals its value in the enum ``Estimator`` of csrc/topk.h."""
 
 
 def _encode_numbers(
     objective: Objective, tail: str, estimator: str | None, with_terms: bool
 ) -> tuple[Any, ...]:
     """Return the denominator (None if the normalizer is no tensor) and values for ``_NUMBERS``."""
-    o = objective
-    is_tensor = isinstance(o.normalizer, Tensor)
-    rows = (o.temperature, o.hard_weight, o.soft_weight)
-    return (
-        o.normalizer if is_tensor else None,
-        *(1.0 if isinstance(number, Tensor) else number for number in rows),
-        o.label_smoothing,
-        o.ignore_index,
-        DIVERGENCES.index(o.divergence),
-        0.5 if o.mix is None else o.mix,
-        TAILS.index(tail),
-        0 if estimator is None else 1 + reference.topk.ESTIMATORS.index(estimator),
-        shapes.REDUCTIONS.index(o.reduction),
-        0.0 if is_tensor else o.normalizer or 0.0,
-        with_terms,
-    )
+    rows = (getattr(objective, name) for name in PER_ROW_OPTIONS)
+    numbers = [1.0 if isinstance(number, Tensor) else number for number in rows]
+    settings = make_settings(objective, numbers, with_terms)
+    settings |= {"tail": TAILS.index(tail), "estimator": _ESTIMATORS.index(estimator)}
+    normalizer = objective.normalizer
+    denominator = normalizer if isinstance(normalizer, Tensor) else None
+    return (denominator, *(settings[name] for name in _NUMBERS))
 
 
 def convert_lists(call: Call) -> tuple[Tensor, Tensor]:
@@ -88,24 +71,11 @@ def compute(call: Call, with_terms: bool) -> Tensor:
 def compute_by_operations(call: Call) -> reference.Terms:
     """Compute the loss and its terms by differentiable PyTorch operations."""
     assert call.listed is not None
-    o, (indices, log_probs) = call.objective, convert_lists(call)
-    return reference.topk.terms(
-        call.student,
-        log_probs,
-        indices,
-        call.labels,
-        tail=call.listed.tail,
-        estimator=call.listed.estimator,
-        temperature=o.temperature,
-        hard_weight=o.hard_weight,
-        soft_weight=o.soft_weight,
-        divergence=o.divergence,
-        mix=o.mix,
-        ignore_index=o.ignore_index,
-        reduction=o.reduction,
-        label_smoothing=o.label_smoothing,
-        normalizer=o.normalizer,
-    )
+    indices, log_probs = convert_lists(call)
+    names = [name for name in _NUMBERS if name in Objective._fields]
+    options: Any = {name: getattr(call.objective, name) for name in names}
+    options |= {"tail": call.listed.tail, "estimator": call.listed.estimator}
+    return reference.topk.terms(call.student, log_probs, indices, call.labels, **options)
 
 
 def _compute_op_by_operations(
@@ -126,7 +96,7 @@ def _compute_op_by_operations(
     if reference.DIVERGENCES[options["divergence"]].mix is None:
         options["mix"] = None
     options["tail"] = TAILS[options["tail"]]
-    options["estimator"] = (None, *reference.topk.ESTIMATORS)[options["estimator"]]
+    options["estimator"] = _ESTIMATORS[options["estimator"]]
     options["reduction"] = shapes.REDUCTIONS[options["reduction"]]
     options["normalizer"] = options["normalizer"] or None if denominator is None else denominator
     return reference.topk.terms(student, log_probs, indices, labels, **options).loss

@@ -17,7 +17,6 @@ TAILS: tuple[Tail, ...] = get_args(Tail)
 """The index of a name equals its value in the enum ``Tail`` of csrc/topk.h."""
 Estimator = Literal["k1", "k2", "k3"]
 ESTIMATORS: tuple[Estimator, ...] = get_args(Estimator)
-"""The index of a name plus 1 equals its value in the enum ``Estimator`` of csrc/topk.h."""
 
 
 class Head(NamedTuple):
@@ -29,9 +28,9 @@ class Head(NamedTuple):
         logits = scale * logits                      # if scale is given (Cohere)
         logits = softcap * tanh(logits / softcap)    # if softcap is given (Gemma 2)
 
-    A ``Head`` is a named tuple, so pytrees, ``torch.compile``, data loaders and Accelerate handle
-    it. If the student is a ``Head``, the loss computes the logits in chunks. docs/linear.md
-    describes the chunks and their memory.
+    A ``Head`` is a named tuple, so pytrees, ``torch.compile`` and Accelerate handle it. If the
+    student is a ``Head``, the loss computes the logits in chunks. docs/linear.md describes the
+    chunks and their memory.
 
     Args:
         hidden: ``(..., width)`` float64, float32, bfloat16 or float16: the input of the layer.
@@ -179,8 +178,7 @@ class Routed(NamedTuple):
     """Assign one of several teachers to each row, such as a specialist for each task.
 
     The loss reads each teacher only in the rows that are assigned to that teacher. If a teacher is
-    a Head, the loss computes the logits of these rows only. The number of rows of each teacher
-    depends on data, so a ``Routed`` does not support ``torch.compile(fullgraph=True)``.
+    a Head, the loss computes the logits of these rows only.
 
     A ``Routed`` is a named tuple, so pytrees, ``torch.compile``, data loaders and Accelerate handle
     it.
@@ -188,7 +186,8 @@ class Routed(NamedTuple):
     Args:
         teachers: a tuple of logits ``(..., C)`` or of :class:`fastkd.Head`, at least one.
         indices: ``(...)`` integers: the position in ``teachers`` of each row's teacher. Checking
-            the indices synchronizes CUDA.
+            the indices synchronizes CUDA. Under ``torch.compile``, an index out of range raises a
+            RuntimeError.
 
     Raises:
         TypeError, ValueError: for invalid arguments.
@@ -196,13 +195,16 @@ class Routed(NamedTuple):
     Example:
         >>> import torch, fastkd
         >>> math, code = torch.randn(4, 10), torch.randn(4, 10)
-        >>> teacher = fastkd.Routed((math, code), torch.tensor([0, 1, 1, 0]))
-        >>> fastkd.loss(torch.randn(4, 10), teacher).shape
-        torch.Size([])
+        >>> fastkd.Routed((math, code), torch.tensor([0, 1, 1, 0]))
+        Routed(teachers=(float32 (4, 10) on cpu, float32 (4, 10) on cpu), indices=int64 (4,) on cpu)
     """
 
     teachers: tuple[Tensor | Head, ...]
     indices: Tensor
+
+    def __repr__(self) -> str:
+        """Describe the tensors by dtype, shape and device."""
+        return _describe(self)
 
 
 def check_head(head: Head, name: str = "Head") -> None:
@@ -283,10 +285,12 @@ def _check_listed(name: str, log_probs: object, field: str, indices: object, sha
         )
 
 
-def _describe(value: Head | TopK | Sampled) -> str:
+def _describe(value: Head | TopK | Sampled | Routed) -> str:
     """Return the ``repr`` of a named tuple, with dtype, shape and device in place of a tensor."""
 
     def describe_field(field: object) -> str:
+        if isinstance(field, (tuple, list)) and not isinstance(field, Head):  # a Routed's teachers
+            return f"({', '.join(map(describe_field, field))})"
         if not isinstance(field, Tensor):
             return repr(field)
         dtype = str(field.dtype).removeprefix("torch.")

@@ -41,19 +41,6 @@ class Exported:
         )
 
 
-class _Logits(nn.Module):
-    """Map the input tensors of a student, in the batch's order, to the student's logits."""
-
-    def __init__(self, student: nn.Module, inputs: Any) -> None:
-        super().__init__()
-        self.student = student
-        self._names = list(inputs) if isinstance(inputs, Mapping) else None
-
-    def forward(self, *tensors: Tensor) -> Tensor:
-        inputs = tensors if self._names is None else dict(zip(self._names, tensors, strict=True))
-        return batches.logits(self.student, inputs)
-
-
 def export(
     student: nn.Module,
     example: Any,
@@ -133,7 +120,7 @@ def export(
     temporary = path.with_name(f".{secrets.token_hex(8)}{path.suffix}")
     try:
         with batches.evaluating(student):
-            writing.write(temporary, _Logits(student, example), tensors, request)
+            writing.write(temporary, writing.Logits(student, example), tensors, request)
             figures = _compare(student, loading.load(temporary), rows, dim, quantize is not None)
         size = temporary.stat().st_size
         temporary.replace(path)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
-from fastkd import extras
+from fastkd import batches, extras
 from fastkd.deployment import loading
 
 SUFFIXES = {"onnx": ".onnx", "executorch": ".pte", "torch": ".pt2"}
@@ -20,6 +20,24 @@ _PT2E = "torchao.quantization.pt2e.quantize_pt2e"
 # Samples in the traced batch. ATen's convolution has a branch for fewer than 16 samples, and a
 # program traced through that branch would accept no larger batches.
 _TRACED_SAMPLES = 32
+
+
+class Logits(nn.Module):
+    """Map the input tensors of a student, in the batch's order, to the student's logits.
+
+    :func:`_trace` requires the signature ``forward(*tensors)``.
+    """
+
+    def __init__(self, student: nn.Module, inputs: Any) -> None:
+        """Store the student; ``inputs`` have the form of a batch's inputs."""
+        super().__init__()
+        self.student = student
+        self._names = list(inputs) if isinstance(inputs, Mapping) else None
+
+    def forward(self, *tensors: Tensor) -> Tensor:
+        """Return the logits of a batch."""
+        inputs = tensors if self._names is None else dict(zip(self._names, tensors, strict=True))
+        return batches.logits(self.student, inputs)
 
 
 class Request(NamedTuple):
@@ -143,19 +161,7 @@ def _quantize(program: ExportedProgram, inputs: tuple[Tensor, ...], request: Req
     for name in {name for name, _ in quantized.named_parameters()} - used:
         owner, _, attribute = name.rpartition(".")
         delattr(quantized.get_submodule(owner), attribute)
-    return _Positional(quantized)
-
-
-class _Positional(nn.Module):
-    """Give a module the signature ``forward(*tensors)``, which :func:`_trace` requires."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, *tensors: Tensor) -> Tensor:
-        output: Tensor = self.model(*tensors)
-        return output
+    return Logits(quantized, inputs)
 
 
 def _split(inputs: tuple[Tensor, ...], request: Request) -> Iterator[tuple[Tensor, ...]]:

@@ -213,7 +213,7 @@ def explain(*, teacher: TopK | Sampled | None = None, show: bool = True, **optio
         chosen,
         has_labels=True,
         teachers=len(weights) if weights else None,
-        default_temperature=2.0 if teacher is None else 1.0,
+        is_sparse=teacher is not None,
     )
     definition, p = _get_divergence(objective), _format_distribution(objective)
     if teacher is not None:  # the log-probabilities are not softened again

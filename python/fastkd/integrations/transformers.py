@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastkd import batches, extras
-from fastkd.losses import KDLoss, loss
+from fastkd.losses import KDLoss, check_has_labels, loss
 
 
 def causal_labels(batch: Mapping[str, Any]) -> Tensor | None:
@@ -56,15 +56,16 @@ class DistillationMixin:
     Args:
         teacher: a model called with the student's inputs; frozen, set to evaluation mode and moved
             to the student's device.
-        kd_loss: the loss, with ``reduction="mean"``, ``ignore_index=-100``, no ``normalizer`` and
-            no learned parameters. Default ``KDLoss()``.
+        kd_loss: the loss, with ``reduction="mean"``, ``ignore_index=-100``, no ``normalizer``, no
+            ``shift`` and no learned parameters. Default ``KDLoss()``. Batches without labels need
+            ``alpha=0.0`` or ``hard_weight=0.0``.
         arguments, options: the trainer's arguments; ``compute_loss_func`` must be None.
 
     Raises:
         TypeError: if ``teacher`` is not a module or ``kd_loss`` is not a :class:`fastkd.KDLoss`.
         ValueError: for unsupported options of ``kd_loss``; for a ``compute_loss_func``; or if
             ``args.label_smoothing_factor`` and ``label_smoothing`` of ``kd_loss`` are set and
-            differ.
+            differ. In training, for a batch without labels, as above.
 
     Example:
         >>> import fastkd
@@ -129,6 +130,7 @@ class DistillationMixin:
             teacher = _get_logits(batches.outputs(self.teacher, arguments), self.teacher)
         if is_shifted or self._loss_shifts_labels:
             labels = causal_labels(inputs)
+        check_has_labels(self.kd_loss, labels)
         options = self.kd_loss.options
         if labels is not None and self.args.label_smoothing_factor:
             options = {**options, "label_smoothing": self.args.label_smoothing_factor}
@@ -158,7 +160,8 @@ def _check_loss(kd_loss: object) -> None:
     if not isinstance(kd_loss, KDLoss):
         raise TypeError(f"kd_loss must be a fastkd.KDLoss; got {type(kd_loss).__name__}")
     # The trainer computes the normalizer: it counts the labels that are not -100.
-    for name, accepted in (("reduction", "mean"), ("normalizer", None), ("ignore_index", -100)):
+    defaults = {"reduction": "mean", "normalizer": None, "ignore_index": -100, "shift": 0}
+    for name, accepted in defaults.items():
         value = kd_loss.options.get(name, accepted)
         if value != accepted:
             raise ValueError(f"kd_loss must have {name}={accepted!r}; got {value!r}")

@@ -11,13 +11,16 @@ from torch import Tensor
 from fastkd._core import checks
 from fastkd._core.arguments import (
     Teacher,
+    check_head_tensors,
     check_options_are_default,
     check_teacher_has_no_gradient,
+    check_values,
+    get_autocast_dtype,
     prepare,
 )
 from fastkd._core.objective import Options
 from fastkd._core.rows import compute_mean_divisors
-from fastkd._core.values import Head, Sampled, TopK, check_head
+from fastkd._core.values import Head, Sampled, TopK
 from fastkd.linear.call import OUTPUTS_OF_ROWS, Inputs, LinearCall, promote_loss_dtype
 
 _TEACHER_HEAD = ("teacher_hidden", "teacher_weight", "teacher_bias")
@@ -31,8 +34,8 @@ def prepare_heads(
 
     The fields ``accumulate``, ``chunk`` and ``by_classes`` of the ``LinearCall`` are placeholders.
     """
+    check_head_tensors(student, "student")
     device, lead = student.hidden.device, student.hidden.shape[:-1]
-    _check_head(student, "student", device)
     check_options_are_default(options, _LOGITS_OPTIONS, "a Head as student")
     if isinstance(teacher, Head):
         _check_teacher_head(student, teacher)
@@ -48,9 +51,9 @@ def prepare_heads(
     stand_in = logits if isinstance(teacher, Head) else teacher
     checked = prepare(logits, stand_in, labels, options._replace(chunks="auto"))
     labels, objective = checked.labels, checked.objective
-    data = [x for x in (labels, objective.temperature) if isinstance(x, Tensor)]
-    if all(checks.is_readable(x) for x in data):
-        checks.check_rows(logits, labels, objective.ignore_index, objective.temperature)
+    data = [labels, objective.temperature, *(checked.listed or ())]
+    if all(checks.is_readable(x) for x in data if isinstance(x, Tensor)):
+        check_values(checked)
     tensors: dict[str, Tensor | None] = {}
     if isinstance(teacher, Head):
         teacher_dtype = _get_logits_dtype(teacher.hidden)
@@ -58,9 +61,6 @@ def prepare_heads(
     elif checked.listed is not None:
         log_probs, indices = checked.listed[:2]
         teacher_dtype = log_probs.dtype
-        if checks.is_readable(indices):
-            ignored, name = objective.ignore_index, checked.listed.name
-            checks.check_lists(logits, log_probs, indices, labels, ignored, name)
         tensors.update(topk_indices=indices, topk_log_probs=log_probs)
     else:
         assert isinstance(teacher, Tensor)
@@ -121,28 +121,9 @@ def prepare_heads(
     )
 
 
-def _check_head(head: Head, owner: str, device: torch.device) -> None:
-    """Raise unless a head's tensors are on ``device`` and, without autocast, have one dtype."""
-    check_head(head, owner)
-    for name in ("hidden", "weight", "bias"):
-        value = getattr(head, name)
-        if value is None:
-            continue
-        if value.device != device:
-            raise ValueError(
-                f"{owner}.{name} must be on the device of student.hidden, {device}; got "
-                f"{value.device}"
-            )
-        if value.dtype != head.hidden.dtype and _get_autocast_dtype(device) is None:
-            raise ValueError(
-                f"{owner}.{name} must have the dtype of {owner}.hidden, {head.hidden.dtype}, "
-                f"unless autocast is on; got {value.dtype}"
-            )
-
-
 def _check_teacher_head(student: Head, teacher: Head) -> None:
     """Raise unless rows and classes are the student's, and teacher.hidden needs no gradient."""
-    _check_head(teacher, "teacher", student.hidden.device)
+    check_head_tensors(teacher, "teacher", student.hidden.device)
     for name, student_size, teacher_size in (
         ("classes", student.weight.shape[:1], teacher.weight.shape[:1]),
         ("rows", student.hidden.shape[:-1], teacher.hidden.shape[:-1]),
@@ -156,13 +137,7 @@ def _check_teacher_head(student: Head, teacher: Head) -> None:
     check_teacher_has_no_gradient("teacher.hidden", teacher.hidden)
 
 
-def _get_autocast_dtype(device: torch.device) -> torch.dtype | None:
-    """Return the dtype of autocast, or None if autocast is off; "meta" counts as CUDA."""
-    kind = "cuda" if device.type == "meta" else device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-
-
 def _get_logits_dtype(hidden: Tensor) -> torch.dtype:
     """Return the dtype of autocast if it is on and ``hidden`` is not float64, else hidden.dtype."""
-    autocast = _get_autocast_dtype(hidden.device)
+    autocast = get_autocast_dtype(hidden.device)
     return hidden.dtype if autocast is None or hidden.dtype is torch.float64 else autocast

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fastkd import reference
+from fastkd._core import shapes
 from fastkd._core.arguments import Call, Listed
 from fastkd._core.objective import PER_ROW_OPTIONS, Objective
 from fastkd._core.values import Head
@@ -147,9 +148,7 @@ def allocate_outputs(inputs: Inputs, call: LinearCall) -> Outputs:
     """Allocate the loss and the gradients that a call needs."""
     hidden, weight = inputs.hidden, inputs.weight
     acc = promote_loss_dtype(call.dtype, call.teacher_dtype)
-    fields = len(reference.Terms._fields)
-    if inputs.topk_indices is None:
-        fields -= len(reference.Terms._field_defaults)  # fields that need a sparse teacher
+    fields = shapes.TERMS if inputs.topk_indices is None else len(reference.Terms._fields)
     shape = [fields] if call.with_terms else []
     shape += [hidden.shape[0]] if call.reduction == "none" else []
     return Outputs(

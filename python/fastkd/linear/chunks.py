@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastkd import validation
-from fastkd._core import autograd, dispatch, topk
+from fastkd._core import autograd, dispatch
 from fastkd._core.arguments import Teacher
 from fastkd._core.mistakes import raise_for_call
 from fastkd._core.objective import Options
@@ -96,7 +96,8 @@ def plan(
     """
     unknown = next((name for name in options if name not in Options._fields[:-1]), None)
     if unknown is not None:
-        raise_for_call("plan", "", 0, {unknown: None}, Options._fields[:-1])
+        own = ("max_workspace", "chunk_by", "chunk_size", "accumulate_dtype")
+        raise_for_call("plan", "", 0, {unknown: None}, (*own, *Options._fields[:-1]))
     if not isinstance(student, Head):
         raise TypeError(f"student must be a fastkd.Head; got {type(student).__name__}")
     validation.check_one_of("chunk_by", chunk_by, get_args(ChunkBy))
@@ -161,20 +162,15 @@ def make_sizes(inputs: Inputs, call: LinearCall) -> Sizes:
         heads.append((inputs.teacher_hidden, inputs.teacher_weight, call.teacher_dtype))
     ignores = labels is not None and not labels.is_floating_point()
     buffers, teacher_dtype = 2.0, call.teacher_dtype
-    if inputs.topk_indices is None:
-        is_fused = dispatch.is_fused(inputs.hidden, labels, make_objective(inputs, call))
-    else:
+    if inputs.topk_indices is not None:
         # A chunk has the student's logits, their gradient, two lists of at most 8 bytes an entry,
         # and the kernel's copies of the lists.
-        is_fused, teacher_dtype = (
-            topk.is_fused(inputs.hidden, make_objective(inputs, call)),
-            call.dtype,
-        )
+        teacher_dtype = call.dtype
         lists = 4 * 8 * inputs.topk_indices.shape[-1]
         buffers = 1 + call.has_grads + lists / (classes * call.dtype.itemsize)
     if call.student_softcap is not None and call.has_grads:
         buffers += 1
-    if not is_fused:
+    if not dispatch.is_fused(inputs.hidden, labels, make_objective(inputs, call)):
         wide = promote_loss_dtype(call.dtype, call.teacher_dtype)
         buffers += _REFERENCE_LOGITS * wide.itemsize / call.dtype.itemsize
     return Sizes(

@@ -100,7 +100,8 @@ def soften_teacher(
     return mixed, mixed
 
 
-def _compute_entropy(log_p: Tensor) -> Tensor:
+def entropy(log_p: Tensor) -> Tensor:
+    """Compute the entropy in nats of distributions with log-probabilities ``(..., classes)``."""
     return -log_ratio_sum(log_p.exp(), log_p, torch.zeros_like(log_p))
 
 
@@ -252,8 +253,8 @@ def terms(
         )
         logged = (
             soft.detach(),
-            _compute_entropy(log_q),
-            _compute_entropy(log_p),
+            entropy(log_q),
+            entropy(log_p),
             is_best.any(-1).to(acc),
         )
     loss = reduce(hard_part, valid, reduction, hard_divisor)

@@ -8,11 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastkd.reference.dense import Terms, column, cross_entropy, reduce
-from fastkd.reference.divergences import DIVERGENCES, log_ratio_sum, weighted
-
-ESTIMATORS = ("k1", "k2", "k3")
-"""Estimates of KL(student || teacher) from one sampled class (Schulman 2020)."""
+from fastkd.reference.dense import Terms, column, cross_entropy, entropy, reduce
+from fastkd.reference.divergences import DIVERGENCES, weighted
 
 MOST_MASS = 1.1
 """The largest accepted sum of a row's listed probabilities (kMostMass in csrc/topk.h). The bound is
@@ -137,11 +134,6 @@ def estimate(log_q: Tensor, indices: Tensor, log_probs: Tensor, estimator: str) 
         value = log_ratio.expm1() - log_ratio
     value = value.masked_fill(is_masked, -math.inf if estimator == "k1" else math.inf)
     return value.masked_fill(indices < 0, 0).squeeze(-1)
-
-
-def entropy(log_p: Tensor) -> Tensor:
-    """Compute the entropy in nats of distributions with log-probabilities ``(..., classes)``."""
-    return -log_ratio_sum(log_p.exp(), log_p, torch.zeros_like(log_p))
 
 
 def _describe(

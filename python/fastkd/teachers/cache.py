@@ -25,9 +25,6 @@ class TeacherCache:
 
     Args:
         path: the folder that :func:`precompute` wrote, completely or in part.
-        classes: the number of classes that the cache must have. Default None: any number.
-        teacher: the module that must have computed the cache, compared by its :func:`fingerprint`.
-            Default None: any teacher.
 
     Attributes:
         classes: number of classes of the teacher.
@@ -46,9 +43,9 @@ class TeacherCache:
 
     Raises:
         ImportError: if safetensors is missing.
-        TypeError: if ``path`` is not a path, or ``teacher`` is not a module.
+        TypeError: if ``path`` is not a path.
         FileNotFoundError: if there is no cache.
-        ValueError: if ``path`` cannot be a folder, or if ``classes`` or ``teacher`` differ.
+        ValueError: if ``path`` cannot be a folder.
         ValueError: if a file is damaged, is not a regular file, has another format, or differs
             from the first file in its options or its teacher.
 
@@ -66,13 +63,7 @@ class TeacherCache:
         True
     """
 
-    def __init__(
-        self,
-        path: str | os.PathLike[str],
-        *,
-        classes: int | None = None,
-        teacher: nn.Module | None = None,
-    ) -> None:
+    def __init__(self, path: str | os.PathLike[str]) -> None:
         """Open every shard, check its header, and read the ids."""
         self.path = validation.check_folder("path", path)
         self._files = sorted(self.path.glob(shard.PATTERN))
@@ -108,7 +99,6 @@ class TeacherCache:
             column[order] for column in table
         )
         self._unchecked = torch.ones_like(self.ids, dtype=torch.bool)
-        self.check(classes=classes, teacher=teacher)
 
     def __len__(self) -> int:
         """Return the number of samples."""
@@ -149,7 +139,7 @@ class TeacherCache:
 
         Args:
             classes: number of classes of the student.
-            teacher: module that must have computed the cache.
+            teacher: module that must have computed the cache, compared by its :func:`fingerprint`.
             temperature: the teacher's temperature in the loss. A cache of all classes fits every
                 temperature.
             ids: samples that must be in the cache.

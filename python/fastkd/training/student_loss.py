@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fastkd import batches, losses, validation
+from fastkd._core.arguments import shift_rows
 from fastkd.reference import Terms
 from fastkd.training.hints import Features, Hint, HintLoss
 from fastkd.training.teacher import Forward, TeacherOutputs
@@ -93,31 +94,36 @@ class StudentLoss(nn.Module):
         correct, rows = torch.tensor(math.nan), self.count_rows(logits)
         if targets is not None:
             rows = self.count_rows(targets)
+            counted = targets != self.loss.ignore_index
             if targets.is_floating_point():
-                targets = targets.argmax(self.loss.dim)
+                targets, counted = targets.argmax(self.loss.dim), torch.tensor(True)
             predicted = logits.movedim(self.loss.dim, -1).argmax(-1)
-            correct = (predicted == targets).sum()
+            correct = ((predicted == targets) & counted).sum()
         values = (terms.loss, terms.hard, terms.soft, terms.agreement, correct, rows)
         return torch.stack([value.to(logits.device, torch.float64) for value in values])
 
     def get_targets(self, batch: Any) -> Tensor | None:
-        """Return the labels of a batch, with class indices as int64, or None without labels."""
+        """Return the label of each row of logits, with class indices as int64, or None.
+
+        The option ``shift`` moves labels, but not the teacher's outputs, which are aligned with the
+        student's logits.
+        """
         targets = self._labels(batch)
-        if targets is None:
-            weights = (self.loss.alpha, self.loss.hard_weight)
-            if not any(isinstance(weight, (int, float)) and weight == 0 for weight in weights):
-                raise ValueError(
-                    "labels must not be None: the loss has a hard term. Use KDLoss(alpha=0.0) for "
-                    "the soft term alone, or Trainer(labels=...) for labels in another place of "
-                    "the batch"
-                )
-            return None
-        if not isinstance(targets, Tensor):
+        remedy = ", or Trainer(labels=...) for labels in another place of the batch"
+        losses.check_has_labels(self.loss, targets, remedy)
+        if targets is not None and not isinstance(targets, Tensor):
             raise TypeError(
                 f"labels must be a tensor; got {type(targets).__name__}. For batches of another "
                 "form use Trainer(forward=..., labels=...)"
             )
-        return validation.to_int64(targets)
+        shift = self.loss.shift
+        if shift and (targets is None or targets.is_floating_point()):
+            got = None if targets is None else targets.dtype
+            raise TypeError(f"labels must be class indices with shift={shift}; got {got}")
+        if targets is None:
+            return None
+        targets = validation.to_int64(targets)
+        return shift_rows(targets, shift, self.loss.ignore_index) if shift else targets
 
     def count_rows(self, values: Tensor) -> Tensor:
         """Return, as a 0-d tensor, the number of rows, or of labels that are not ignored.
@@ -135,4 +141,5 @@ class StudentLoss(nn.Module):
     ) -> Terms:
         if callable(teacher):
             teacher = teacher(logits)
-        return losses.terms(logits, teacher, targets, **{**self.loss.options, **options})
+        options = {**self.loss.options, "shift": 0, **options}
+        return losses.terms(logits, teacher, targets, **options)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from fastkd import batches, losses
 from fastkd._core import checks
 from fastkd._core.arguments import check_tail
-from fastkd._core.objective import Options
+from fastkd._core.objective import Options, resolve
 from fastkd._core.values import TopK
 from fastkd.teachers import TeacherCache
 from fastkd.training.hints import Features
@@ -84,9 +84,10 @@ class CachedTeacher:
         self._cache, self._device = cache, device
         self._dim = loss.dim
         if cache.top_k is not None:
-            check_tail("ghost", Options()._replace(**loss.options))
-            temperature = 1.0 if loss.temperature is None else loss.temperature
-            cache.check(temperature=checks.check_scalar_temperature("temperature", temperature))
+            options = Options()._replace(**loss.options)
+            check_tail("ghost", options)
+            t = resolve(options, has_labels=True, teachers=1, is_sparse=True).temperature
+            cache.check(temperature=checks.check_scalar_temperature("temperature", t))
         elif loss.teacher_form != "logits":
             raise ValueError(
                 "loss must have teacher_form='logits' with a cache: the cache stores "
