@@ -186,10 +186,11 @@ def sliced(case: Case, logits: Tensor, dim: int) -> Tensor:
 
 def is_fused(case: Case) -> bool:
     """Return True if one pass of the kernels computes the case."""
+    has_class_weight = case.class_weight or "class_weight" in case.constant
     return (
         case.divergence in DIVERGENCES
         and case.labels != "probabilities"
-        and not (case.class_weight and case.labels != "none" and case.smoothing)
+        and not (has_class_weight and case.labels != "none" and case.smoothing)
     )
 
 
