@@ -282,6 +282,17 @@ def test_programs_in_memory_have_a_dash_for_unknown_figures(student, exported):
     assert "None" not in result.html()
 
 
+def test_the_size_of_an_onnx_model_includes_weights_in_another_file(student, tmp_path):
+    path = tmp_path / "a.onnx"
+    with loading.silence():
+        traced = torch.onnx.export(student.eval(), (HELD_OUT[:4],), dynamo=True, verbose=False)
+        traced.save(path, external_data=True)
+    size = sum(file.stat().st_size for file in tmp_path.iterdir())
+    assert path.stat().st_size < size / 4
+    assert loading.load(path).bytes == size
+    assert loading.load(onnxruntime.InferenceSession(path)).bytes == size
+
+
 @pytest.mark.parametrize("count", [1, 3, 4, 9])
 def test_programs_of_a_fixed_batch_give_all_rows(student, count):
     # A program of a fixed batch size gets the rows in batches of this size; the last is padded.

@@ -52,7 +52,8 @@ class DeployedModel(nn.Module):
 
     Attributes:
         name: the name of the file, or of the runtime.
-        bytes: size of the file, or of the program in memory; None if unknown.
+        bytes: size of the file, with the files of external ONNX weights, or of the program in
+            memory; None if unknown.
         parameter_count: number of the exported module's parameters; None if unknown.
         source: the path or the object from which the program was loaded.
     """
@@ -63,12 +64,12 @@ class DeployedModel(nn.Module):
         source: Any,
         *,
         name: str,
-        bytes: int | None = None,
+        count_bytes: Callable[[], int | None],
         parameter_count: int | None = None,
         batch: int | None = None,
         is_fixed: bool = False,
     ) -> None:
-        """Store ``run``, which maps a batch's inputs to logits.
+        """Store ``run``, which maps a batch's inputs to logits, and ``count_bytes``.
 
         Each call of ``run`` gets at most ``batch`` samples, or exactly ``batch`` if ``is_fixed``.
         If ``batch`` is None, a call gets any number of samples. Metadata of ExecuTorch does not say
@@ -76,8 +77,8 @@ class DeployedModel(nn.Module):
         batch.
         """
         super().__init__()
-        self.name, self.bytes, self.parameter_count = name, bytes, parameter_count
-        self.source = source
+        self.name, self.parameter_count, self.source = name, parameter_count, source
+        self._count_bytes = count_bytes
         self._run, self._batch, self._is_fixed = run, batch, is_fixed
 
     def forward(self, *positional: Any, **keywords: Any) -> Tensor:
@@ -102,6 +103,11 @@ class DeployedModel(nn.Module):
     def __deepcopy__(self, memo: dict[int, Any]) -> nn.Module:
         """Load the program again, because the objects of a runtime cannot be copied."""
         return load(self.source)
+
+    @property
+    def bytes(self) -> int | None:
+        """Return the size of the file or of the program in memory; None if unknown."""
+        return self._count_bytes()
 
     @property
     def is_file(self) -> bool:
@@ -192,11 +198,8 @@ def _load_onnx(source: Any) -> DeployedModel:
         options = runtime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
         session = runtime.InferenceSession(str(source), options, providers=["CPUExecutionProvider"])
-        size: int | None = source.stat().st_size
     else:
-        session, path = source, getattr(source, "_model_path", None)
-        data = getattr(source, "_model_bytes", None)
-        size = os.path.getsize(path) if path else len(data) if data else None
+        session = source
     arguments, outputs = session.get_inputs(), [each.name for each in session.get_outputs()]
     names = [each.name for each in arguments]
     dtypes = [_ONNX_DTYPES.get(each.type) for each in arguments]
@@ -213,13 +216,26 @@ def _load_onnx(source: Any) -> DeployedModel:
         }
         return torch.from_numpy(session.run([output], feed)[0])
 
+    # The model is parsed only when its size is asked for, so that its peak memory stays that of the
+    # session.
+    def count_bytes() -> int | None:
+        path, data = getattr(session, "_model_path", None), getattr(session, "_model_bytes", None)
+        if path is None:
+            return len(data) if data else None
+        file = pathlib.Path(path)
+        # Weights may be in other files, which torch.onnx.export writes unless told otherwise.
+        model = extras.load("onnx", "deploy").load(file, load_external_data=False)
+        entries = (entry for tensor in model.graph.initializer for entry in tensor.external_data)
+        files = {file} | {file.parent / each.value for each in entries if each.key == "location"}
+        return sum(each.stat().st_size for each in files)
+
     first = arguments[0].shape[0] if arguments and arguments[0].shape else None
     count = session.get_modelmeta().custom_metadata_map.get(COUNT)
     return DeployedModel(
         run,
         source,
         name=source.name if isinstance(source, pathlib.Path) else "ONNX Runtime",
-        bytes=size,
+        count_bytes=count_bytes,
         parameter_count=None if count is None else int(count),
         batch=first if isinstance(first, int) else None,
         is_fixed=True,
@@ -254,7 +270,7 @@ def _load_executorch(source: Any) -> DeployedModel:
         run,
         source,
         name=source.name if isinstance(source, pathlib.Path) else "ExecuTorch",
-        bytes=source.stat().st_size if isinstance(source, pathlib.Path) else None,
+        count_bytes=lambda: source.stat().st_size if isinstance(source, pathlib.Path) else None,
         parameter_count=count,
         batch=arguments[0].sizes()[0] if arguments and arguments[0].sizes() else None,
     )
@@ -265,7 +281,8 @@ def _load_torch(source: Any) -> DeployedModel:
     with silence():
         program = torch.export.load(source, extra_files=extra) if is_file else source
     count = int(extra[COUNT] or sum(parameter.numel() for parameter in program.parameters()))
-    state = (program.state_dict, program.constants)
+    state = batches.tensors((program.state_dict, program.constants))
+    size = source.stat().st_size if is_file else sum(tensor.nbytes for tensor in state)
     module = program.module()
     takes_keywords = program.call_spec.in_spec.child(1).num_children > 0
 
@@ -284,7 +301,7 @@ def _load_torch(source: Any) -> DeployedModel:
         run,
         source,
         name=source.name if is_file else "torch.export",
-        bytes=source.stat().st_size if is_file else sum(t.nbytes for t in batches.tensors(state)),
+        count_bytes=lambda: size,
         parameter_count=count or None,  # a program may hold its weights as constants
         batch=first if type(first) is int else None,
         is_fixed=True,
