@@ -347,6 +347,14 @@ def test_unknown_models_are_refused(model, error, message):
         loading.load(model)
 
 
+@pytest.mark.parametrize("suffix", [".onnx", ".pte", ".pt2"])
+def test_a_damaged_file_is_named(suffix, tmp_path):
+    path = tmp_path / f"damaged{suffix}"
+    path.write_bytes(b"hello")
+    with pytest.raises(ValueError, match=f"^model: .*damaged{suffix} cannot be loaded, .+"):
+        loading.load(path)
+
+
 def test_programs_run_on_the_cpu(student, exported):
     with pytest.raises(ValueError, match=r"^devices must be \['cpu'\], where the program small"):
         fastkd.report(

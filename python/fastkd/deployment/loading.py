@@ -164,7 +164,9 @@ def load(model: Any) -> nn.Module:
     Raises:
         ImportError: if the runtime's package is missing; the message names the extra.
         TypeError: if ``model`` has an unsupported type.
-        ValueError: if the file does not exist, or does not end in ``.onnx``, ``.pte`` or ``.pt2``.
+        ValueError: if the file does not exist, does not end in ``.onnx``, ``.pte`` or ``.pt2``, or
+            cannot be loaded by its runtime.
+        OSError: if the file cannot be read.
     """
     if isinstance(model, nn.Module):
         return model
@@ -174,7 +176,13 @@ def load(model: Any) -> nn.Module:
         loaders = {".onnx": _load_onnx, ".pte": _load_executorch, ".pt2": _load_torch}
         if path.suffix not in loaders or not path.is_file():
             raise ValueError(f"model must be an existing .onnx, .pte or .pt2 file; got {path}")
-        return loaders[path.suffix](path)
+        try:
+            return loaders[path.suffix](path)
+        except (extras.MissingPackageError, OSError):
+            raise
+        except Exception as error:  # each runtime has errors of its own
+            reason = " ".join(str(error).split())[:300]
+            raise ValueError(f"model: {path} cannot be loaded, {reason}") from error
     return (_find_loader(model) or _load_torch)(model)
 
 
