@@ -62,6 +62,16 @@ def test_a_sweep_is_a_table_of_trainings(config_path, monkeypatch, capsys):
     assert (config_path.parent / "out" / "sweep.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_sweep_of_one_seed_has_no_standard_errors(config_path, monkeypatch):
+    options = ("--epochs=1", "--temperature=[2]", "--alpha=[0.1]", "--seeds=1")
+    run_command(monkeypatch, "sweep", "--config", config_path, *options)
+    results = read_sweep(config_path, "out")
+    alone, distilled = (100 * accuracy for accuracy in results.values())
+    table = (config_path.parent / "out" / "sweep.md").read_text()
+    row = f"| 100% | forward_kl | 2 | 0.1 | {distilled:.2f} | {distilled - alone:+.2f} |"
+    assert row in table and "nan" not in table and "±" not in table
+
+
 def test_a_sweep_continues_where_it_stopped(config_path, monkeypatch):
     options = ("--epochs=1", "--temperature=[2]", "--alpha=[0.1]")
     arguments = (monkeypatch, "sweep", "--config", config_path, *options)
@@ -86,7 +96,9 @@ def test_a_sweep_continues_where_it_stopped(config_path, monkeypatch):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ("temperature=0", "temperature.*tuple.*0"),
+        ("temperature=4", r"temperature: .*tuple.* 4\. Write a list in brackets, such as \[1,2\]"),
+        ("temperature=[]", r"temperature must have at least one value; got \[\]"),
+        ("share=[]", r"share must have at least one value; got \[\]"),
         ("temperature=[0]", "loss: temperature must be positive"),
         ("divergence=[kld]", "loss: divergence must be one of"),
         ("alpha=[2]", r"loss: alpha must be in \[0, 1\]"),

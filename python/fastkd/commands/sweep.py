@@ -71,6 +71,10 @@ def sweep(
     extras.check("report", "matplotlib")
     with raise_as_config_error():
         validation.check_count("seeds", seeds)
+        lists = {"temperature": temperature, "alpha": alpha, "divergence": divergence}
+        for name, values in {**lists, "share": share}.items():
+            if not values:
+                raise ValueError(f"{name} must have at least one value; got []")
         for each in share:
             validation.check_number("share", each, 0.0, 1.0, open_low=True)
     objectives = [_ALONE, *itertools.product(divergence, temperature, alpha)]
@@ -177,6 +181,12 @@ def _summarize(values: list[float]) -> tuple[float, float]:
     return 100 * statistics.mean(values), 100 * error
 
 
+def _format(values: list[float], sign: str = "") -> str:
+    """Return mean and standard error in percent as text; a single value has no error."""
+    mean, error = _summarize(values)
+    return f"{mean:{sign}.2f}" + (f" ± {error:.2f}" if len(values) > 1 else "")
+
+
 def _compare(rows: Accuracies) -> Iterator[tuple[Run, list[float], list[float]]]:
     """Yield each combination's first run, accuracies, and gains over training on labels alone."""
     for combination in dict.fromkeys(run[:-1] for run in rows):
@@ -189,20 +199,18 @@ def _tabulate(rows: Accuracies) -> Iterator[str]:
     """Yield the lines of the table, and a paragraph about the largest gain."""
     yield "| share | divergence | T | alpha | accuracy, % | gain over training alone, points |"
     yield "|-:|-|-:|-:|-:|-:|"
-    best = (-math.inf, math.nan, "")
+    best = (-math.inf, "", "")
     for run, accuracies, gains in _compare(rows):
         share, name = f"{run.share:.0%}", run.divergence or "alone"
         options = f"{run.temperature:g} | {run.alpha:g}" if run.divergence else " | "
-        gain, error = _summarize(gains)
-        shown = f"{gain:+.2f} ± {error:.2f}" if run.divergence else ""
-        accuracy = "{:.2f} ± {:.2f}".format(*_summarize(accuracies))
-        yield f"| {share} | {name} | {options} | {accuracy} | {shown} |"
+        gain = _format(gains, "+") if run.divergence else ""
+        yield f"| {share} | {name} | {options} | {_format(accuracies)} | {gain} |"
         if run.divergence:
-            best = max(best, (gain, error, _describe(run).rpartition(",")[0]))
+            best = max(best, (statistics.mean(gains), gain, _describe(run).rpartition(",")[0]))
     yield ""
     yield (
-        f"Mean ± standard error over {len(accuracies)} seeds; gains are of equal seeds. The "
-        f"largest gain, {best[0]:+.2f} ± {best[1]:.2f}, is that of {best[2]}. The largest of many "
+        f"Mean{' ± standard error' * (len(accuracies) > 1)} over {len(accuracies)} seed(s); gains "
+        f"are of equal seeds. The largest gain, {best[1]}, is that of {best[2]}. The largest of many "
         "gains is too high by chance: measure it again, on samples that were not used to choose."
     )
 
