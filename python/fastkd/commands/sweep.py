@@ -210,8 +210,9 @@ def _tabulate(rows: Accuracies) -> Iterator[str]:
     yield ""
     yield (
         f"Mean{' ± standard error' * (len(accuracies) > 1)} over {len(accuracies)} seed(s); gains "
-        f"are of equal seeds. The largest gain, {best[1]}, is that of {best[2]}. The largest of many "
-        "gains is too high by chance: measure it again, on samples that were not used to choose."
+        f"are of equal seeds. The largest gain, {best[1]}, is that of {best[2]}. The largest of "
+        "many gains is too high by chance: measure it again, on samples that were not used to "
+        "choose."
     )
 
 
