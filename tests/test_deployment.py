@@ -162,12 +162,25 @@ class Fixed(nn.Module):
         return x.reshape(32, 8, 8).sum(-1)
 
 
+class Answer(nn.Linear):
+    def forward(self, x):
+        return super().forward(x).argmax(-1)
+
+
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
         ({"student": 3}, TypeError, "^student must be a module; got int"),
         ({"student": Fixed()}, ValueError, "^student cannot be traced .* batches of any size: "),
         ({"student": nn.Linear(64, 9).bfloat16()}, ValueError, r"bfloat16.*student\.float\(\)"),
+        (
+            {"student": nn.Linear(64, 9).double(), "quantize": "int8"},
+            ValueError,
+            r"float64, and int8 is made from .* student\.float\(\)",
+        ),
+        ({"student": Answer(64, 9)}, ValueError, r"^student must return .*int64 of shape \(32,\)"),
+        ({"dim": 2}, ValueError, r"^student must return .* dim=2; got .* of shape \(32, 10\)"),
+        ({"dim": 0}, ValueError, "^student must return .* dim=0; got "),
         ({"format": "tflite"}, ValueError, "^format must be one of 'onnx', 'exec.*; got 'tflite'"),
         ({"quantize": "int4"}, ValueError, "^quantize must be one of 'int8'; got 'int4'"),
         ({"max_batch": 1}, ValueError, "^max_batch must be an int of at least 2; got 1"),
