@@ -162,6 +162,25 @@ class Fixed(nn.Module):
         return x.reshape(32, 8, 8).sum(-1)
 
 
+class Shifted(nn.Module):
+    """Compute indices, which XNNPACKQuantizer makes floating-point numbers."""
+
+    def __init__(self):
+        super().__init__()
+        self.table = nn.Parameter(torch.randn(9, 4))
+
+    def forward(self, words):
+        return self.table[words + 1].mean(1)
+
+
+def test_a_student_that_pt2e_cannot_quantize_is_refused(tmp_path):
+    words = torch.randint(8, (32, 5))
+    assert fastkd.export(Shifted(), words, tmp_path / "a.pt2", "torch").agreement == 1
+    with pytest.raises(ValueError, match=r"^student cannot be quantized by PT2E .*used as indices"):
+        fastkd.export(Shifted(), words, tmp_path / "b.pt2", "torch", "int8")
+    assert [path.name for path in tmp_path.iterdir()] == ["a.pt2"]
+
+
 class Answer(nn.Linear):
     def forward(self, x):
         return super().forward(x).argmax(-1)

@@ -101,7 +101,7 @@ def export(
         TypeError: for arguments of a wrong type, such as an ``example`` without tensors.
         ValueError: for invalid arguments, such as a ``path`` that does not fit the format, or a
             student that returns no logits; if the student cannot be traced with batches of any
-            size; or if the program's logits are wrong.
+            size, or cannot be quantized; or if the program's logits are wrong.
             A logit is wrong if it is not finite. Without ``quantize``, a logit is also wrong if it
             differs from the student's by more than sqrt(eps) times the largest absolute logit,
             where eps is the dtype's machine epsilon. In these cases ``path`` is not written.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import pathlib
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -58,7 +59,9 @@ def write(
             _write_onnx(path, program, inputs, request)
             return
         if request.is_quantized:
-            program = _trace(_quantize(program, inputs, request), inputs, request)
+            with _raise_value_error("student cannot be quantized by PT2E with XNNPACKQuantizer"):
+                quantized = _quantize(program, inputs, request)
+            program = _trace(quantized, inputs, request)
         for node in program.graph.nodes:  # a stack trace names files of the exporting machine
             node.meta.pop("stack_trace", None)
         if request.format == "torch":
@@ -80,13 +83,18 @@ def _trace(model: nn.Module, inputs: tuple[Tensor, ...], request: Request) -> Ex
     limit = request.max_batch if request.format == "executorch" else None
     batch = torch.export.Dim("batch", min=1, max=limit)
     shapes = {0: batch}
-    try:
+    with _raise_value_error("student cannot be traced by torch.export with batches of any size"):
         return torch.export.export(model, example, dynamic_shapes=((shapes,) * len(inputs),))
-    except Exception as error:  # torch.export raises exceptions of many types, some private
+
+
+@contextlib.contextmanager
+def _raise_value_error(text: str) -> Iterator[None]:
+    """Re-raise exceptions, which may have private types of torch, as ValueError after ``text``."""
+    try:
+        yield
+    except Exception as error:
         reason = " ".join(str(error).partition("Suggested fixes")[0].split())[:500]
-        raise ValueError(
-            f"student cannot be traced by torch.export with batches of any size: {reason}"
-        ) from error
+        raise ValueError(f"{text}: {reason}") from error
 
 
 def _write_onnx(
