@@ -144,6 +144,19 @@ def test_classes_in_another_dimension_and_one_sample_are_exported(tmp_path):
     assert logits_of(loading.load(result.path), torch.randn(9, 3, 4, 4)).shape == (9, 5, 4, 4)
 
 
+def test_executorch_programs_are_right_for_models_in_channels_last(tmp_path):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten(), nn.Linear(8 * 36, 5))
+    images = torch.rand(32, 3, 8, 8)
+    turned = images.to(memory_format=torch.channels_last)
+    model.to(memory_format=torch.channels_last)
+    result = fastkd.export(model, turned, tmp_path / "a.pte", "executorch", rows=images)
+    assert result.agreement == 1
+    assert torch.allclose(
+        logits_of(loading.load(result.path), turned), logits_of(model, images), atol=1e-4
+    )
+
+
 def test_the_student_stays_unchanged(tmp_path):
     model = nn.Sequential(nn.Linear(64, 8), nn.BatchNorm1d(8), nn.Dropout(), nn.Linear(8, 10))
     before = {name: value.clone() for name, value in model.state_dict().items()}
@@ -179,6 +192,16 @@ def test_a_student_that_pt2e_cannot_quantize_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"^student cannot be quantized by PT2E .*used as indices"):
         fastkd.export(Shifted(), words, tmp_path / "b.pt2", "torch", "int8")
     assert [path.name for path in tmp_path.iterdir()] == ["a.pt2"]
+
+
+def test_a_student_that_executorch_cannot_run_is_refused(tmp_path):
+    class Decomposed(nn.Module):
+        def forward(self, x):
+            return torch.linalg.svdvals(x.view(-1, 8, 8))
+
+    with pytest.raises(ValueError, match=r"^student cannot be lowered to ExecuTorch .*linalg_svd"):
+        fastkd.export(Decomposed(), TRAIN[:32], tmp_path / "a.pte", "executorch")
+    assert not list(tmp_path.iterdir())
 
 
 class Answer(nn.Linear):

@@ -101,7 +101,7 @@ def export(
         TypeError: for arguments of a wrong type, such as an ``example`` without tensors.
         ValueError: for invalid arguments, such as a ``path`` that does not fit the format, or a
             student that returns no logits; if the student cannot be traced with batches of any
-            size, or cannot be quantized; or if the program's logits are wrong.
+            size, quantized by PT2E, or lowered to ExecuTorch; or if the program's logits are wrong.
             A logit is wrong if it is not finite. Without ``quantize``, a logit is also wrong if it
             differs from the student's by more than sqrt(eps) times the largest absolute logit,
             where eps is the dtype's machine epsilon. In these cases ``path`` is not written.
@@ -118,7 +118,9 @@ def export(
     """
     path = _check_arguments(student, path, format, quantize, max_batch)
     writing.check_packages(format, quantize is not None)
+    # ExecuTorch computes wrong logits, or none, for weights and inputs in channels_last.
     student = copy.deepcopy(student).cpu()
+    student.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
     example = _check_inputs("example", example, student)
     rows = example if rows is None else _check_inputs("rows", rows, student)
     tensors = tuple(batches.tensors(example))
@@ -194,7 +196,7 @@ def check_path(path: str | os.PathLike[str], format: str) -> pathlib.Path:
 
 
 def _check_inputs(name: str, inputs: Any, student: nn.Module) -> Any:
-    """Check ``inputs``, and return them on the CPU in the student's dtype."""
+    """Check ``inputs``, and return contiguous copies on the CPU in the student's dtype."""
     values: Any = inputs.values() if isinstance(inputs, Mapping) else inputs
     values = [inputs] if isinstance(inputs, Tensor) else values
     values = list(values) if isinstance(values, (tuple, list, type({}.values()))) else []
@@ -208,7 +210,8 @@ def _check_inputs(name: str, inputs: Any, student: nn.Module) -> Any:
             f"{name} must have at least one sample, and tensors with as many samples as one "
             f"another; got the shapes {[tuple(value.shape) for value in values]}"
         )
-    return batches.to(inputs, torch.device("cpu"), batches.dtype_of(student))
+    moved = batches.to(inputs, torch.device("cpu"), batches.dtype_of(student))
+    return batches.map_tensors(Tensor.contiguous, moved)
 
 
 def _check_logits(student: nn.Module, inputs: Any, dim: int) -> None:

@@ -69,11 +69,13 @@ def write(
             torch.export.save(program, path, extra_files={loading.COUNT: str(request.parameters)})
             return
         partitioner = extras.load(_PARTITIONER, "deploy").XnnpackPartitioner()
-        edge = extras.load("executorch.exir", "deploy").to_edge_transform_and_lower(
-            program, partitioner=[partitioner], constant_methods={loading.COUNT: request.parameters}
-        )
+        lower = extras.load("executorch.exir", "deploy").to_edge_transform_and_lower
+        counts = {loading.COUNT: request.parameters}
+        with _raise_value_error("student cannot be lowered to ExecuTorch with XNNPACK"):
+            edge = lower(program, partitioner=[partitioner], constant_methods=counts)
+            executable = edge.to_executorch()
         with path.open("wb") as file:
-            edge.to_executorch().write_to_file(file)
+            executable.write_to_file(file)
 
 
 def _trace(model: nn.Module, inputs: tuple[Tensor, ...], request: Request) -> ExportedProgram:
