@@ -68,7 +68,7 @@ def sweep(
     if training.teacher_top_k:
         raise ConfigError("teacher_top_k: a cache of a few classes has one temperature; leave it 0")
     extras.check("train", "safetensors.torch", "numpy", "accelerate", "tqdm")
-    extras.check("report", "matplotlib")
+    extras.check("report", "matplotlib.figure")
     with raise_as_config_error():
         validation.check_count("seeds", seeds)
         lists = {"temperature": temperature, "alpha": alpha, "divergence": divergence}
@@ -125,7 +125,7 @@ def sweep(
     rows = {run: done[run] for run in runs}
     table = "\n".join(_tabulate(rows))
     (folder / "sweep.md").write_text(table + "\n", encoding="utf-8")
-    _plot(rows, folder / "sweep.png")
+    _draw(rows).savefig(folder / "sweep.png", dpi=120)
     print(f"{table}\n\nwrote {folder / 'sweep.md'} and sweep.png")
 
 
@@ -216,19 +216,17 @@ def _tabulate(rows: Accuracies) -> Iterator[str]:
     )
 
 
-def _plot(rows: Accuracies, file: pathlib.Path) -> None:
-    """Plot the gains over the temperature: a row for each divergence, a column for each share."""
-    extras.load("matplotlib", "report").use("Agg")
-    plt = extras.load("matplotlib.pyplot", "report")
+def _draw(rows: Accuracies) -> Any:
+    """Draw the gains over the temperature: a row for each divergence, a column for each share."""
     summaries = [(run, *_summarize(gains)) for run, _, gains in _compare(rows) if run.divergence]
     names, shares, alphas = (
         list(dict.fromkeys(getattr(run, name) for run, *_ in summaries))
         for name in ("divergence", "share", "alpha")
     )
-    size = (4 * len(shares), 3 * len(names))
-    figure, grid = plt.subplots(
-        len(names), len(shares), sharex=True, sharey="col", squeeze=False, figsize=size
+    figure = extras.load("matplotlib.figure", "report").Figure(
+        (4 * len(shares), 3 * len(names)), layout="constrained"
     )
+    grid = figure.subplots(len(names), len(shares), sharex=True, sharey="col", squeeze=False)
     for (i, name), (j, share) in itertools.product(enumerate(names), enumerate(shares)):
         axes = grid[i][j]
         axes.axhline(0, color="gray")
@@ -237,9 +235,10 @@ def _plot(rows: Accuracies, file: pathlib.Path) -> None:
             line = [each for each in summaries if (each[0].share, *each[0][1:4:2]) == key]
             x, y = [run.temperature for run, *_ in line], [gain for _, gain, _ in line]
             axes.errorbar(x, y, [2 * e for *_, e in line], capsize=3, label=f"alpha {alpha:g}")
-        axes.set_xscale("log", base=2)
+        axes.set_xscale("log")
+        axes.set_xticks(x, [f"{temperature:g}" for temperature in x])
+        axes.minorticks_off()
         axes.set(title=f"{name}, {share:.0%} of the samples", xlabel="temperature")
     grid[0][0].set_ylabel("gain over training alone,\npoints ± 2 standard errors")
     grid[0][0].legend()
-    figure.savefig(file, dpi=120, bbox_inches="tight")
-    plt.close(figure)
+    return figure
