@@ -136,6 +136,26 @@ def test_models_with_several_inputs_are_exported(form, tmp_path):
             loading.load(tmp_path / "a.onnx")(word=words, features=features)
 
 
+@pytest.mark.parametrize(
+    ("file", "kind"), [("a.onnx", "onnx"), ("a.pt2", "torch"), ("a.pte", "executorch")]
+)
+def test_inputs_are_found_by_name(file, kind, tmp_path):
+    class Difference(nn.Module):
+        def forward(self, a, b):
+            return a - b
+
+    inputs = {"b": torch.randn(32, 4), "a": torch.randn(32, 4)}
+    path = fastkd.export(Difference(), inputs, tmp_path / file, kind).path
+    program = loading.load(path)
+    for names in ("ab", "ba"):
+        logits = program(**{name: inputs[name] for name in names})
+        assert torch.equal(logits, inputs["a"] - inputs["b"])
+    with pytest.raises(
+        TypeError, match=r"^the program has the inputs \['b', 'a'\]; got \['a', 'c'\]"
+    ):
+        program(a=inputs["a"], c=inputs["b"])
+
+
 def test_classes_in_another_dimension_and_one_sample_are_exported(tmp_path):
     torch.manual_seed(0)
     model = nn.Conv2d(3, 5, 1)

@@ -20,6 +20,7 @@ ACCEPTED = (
     "program or method, or the path of an .onnx, .pte or .pt2 file"
 )
 COUNT = "fastkd_parameters"  # the key of the number of parameters in a file
+NAMES = "fastkd_names"  # the key of the inputs' names, with spaces between them
 _ONNX_DTYPES = {
     "tensor(float)": torch.float32,
     "tensor(float16)": torch.float16,
@@ -200,6 +201,18 @@ def _find_loader(model: Any) -> Callable[[Any], DeployedModel] | None:
     return None
 
 
+def _order(inputs: Any, names: list[str]) -> Any:
+    """Return the inputs of a mapping in the order of ``names``, and other inputs unchanged.
+
+    Without names, a mapping is returned unchanged.
+    """
+    if not isinstance(inputs, Mapping) or not names:
+        return inputs
+    if set(inputs) != set(names):
+        raise TypeError(f"the program has the inputs {names}; got {list(inputs)}")
+    return [inputs[name] for name in names]
+
+
 def _load_onnx(source: Any) -> DeployedModel:
     runtime = extras.load("onnxruntime", "deploy")
     if isinstance(source, pathlib.Path):
@@ -214,13 +227,10 @@ def _load_onnx(source: Any) -> DeployedModel:
     output = "logits" if "logits" in outputs else outputs[0]
 
     def run(inputs: Any) -> Tensor:
-        if isinstance(inputs, Mapping):
-            if set(inputs) != set(names):
-                raise TypeError(f"the ONNX model has the inputs {names}; got {list(inputs)}")
-            inputs = [inputs[name] for name in names]
+        tensors = batches.tensors(_order(inputs, names))
         feed = {
             name: tensor.to("cpu", dtype).numpy()
-            for name, dtype, tensor in zip(names, dtypes, batches.tensors(inputs), strict=True)
+            for name, dtype, tensor in zip(names, dtypes, tensors, strict=True)
         }
         return torch.from_numpy(session.run([output], feed)[0])
 
@@ -259,10 +269,12 @@ def _load_executorch(source: Any) -> DeployedModel:
         if bindings._threadpool_get_thread_count() != threads:
             bindings._unsafe_reset_threadpool(threads)  # unsafe only while a program runs
         program = runtime.Runtime.get().load_program(source)
-    count, method = None, program
+    count, names, method = None, "", program
     if isinstance(program, runtime.Program):
         if COUNT in program.method_names:
             count = int(program.load_method(COUNT).execute([])[0])
+        if NAMES in program.method_names:
+            names = program.load_method(NAMES).execute([])[0]
         method = program.load_method("forward")
     arguments = [
         method.metadata.input_tensor_meta(index) for index in range(method.metadata.num_inputs())
@@ -270,7 +282,7 @@ def _load_executorch(source: Any) -> DeployedModel:
     dtypes = [_EXECUTORCH_DTYPES.get(each.dtype()) for each in arguments]
 
     def run(inputs: Any) -> Tensor:
-        tensors = zip(batches.tensors(inputs), dtypes, strict=True)
+        tensors = zip(batches.tensors(_order(inputs, names.split())), dtypes, strict=True)
         logits: Tensor = method.execute([t.to("cpu", d).contiguous() for t, d in tensors])[0]
         return logits
 
@@ -285,7 +297,7 @@ def _load_executorch(source: Any) -> DeployedModel:
 
 
 def _load_torch(source: Any) -> DeployedModel:
-    is_file, extra = isinstance(source, pathlib.Path), {COUNT: ""}
+    is_file, extra = isinstance(source, pathlib.Path), {COUNT: "", NAMES: ""}
     with silence():
         program = torch.export.load(source, extra_files=extra) if is_file else source
     count = int(extra[COUNT] or sum(parameter.numel() for parameter in program.parameters()))
@@ -294,7 +306,10 @@ def _load_torch(source: Any) -> DeployedModel:
     module = program.module()
     takes_keywords = program.call_spec.in_spec.child(1).num_children > 0
 
+    names = str(extra[NAMES] or "").split()
+
     def run(inputs: Any) -> Tensor:
+        inputs = _order(inputs, names)
         if isinstance(inputs, Mapping) and not takes_keywords:
             inputs = tuple(batches.tensors(inputs))
         return batches.logits(module, inputs)

@@ -31,7 +31,7 @@ class Request(NamedTuple):
     max_batch: int
     """Largest batch of an ExecuTorch program, and of calibration."""
     names: list[str]
-    """Names of the inputs in an ONNX model."""
+    """Names of the inputs: the keys of a mapping, or ``input_0`` and so on."""
     parameters: int
     """Number of the model's parameters, which :func:`fastkd.deployment.load` reads."""
 
@@ -64,15 +64,17 @@ def write(
             program = _trace(quantized, inputs, request)
         for node in program.graph.nodes:  # a stack trace names files of the exporting machine
             node.meta.pop("stack_trace", None)
+        names = " ".join(request.names)
         if request.format == "torch":
             program.example_inputs = None  # do not write the caller's data
-            torch.export.save(program, path, extra_files={loading.COUNT: str(request.parameters)})
+            extra = {loading.COUNT: str(request.parameters), loading.NAMES: names}
+            torch.export.save(program, path, extra_files=extra)
             return
         partitioner = extras.load(_PARTITIONER, "deploy").XnnpackPartitioner()
         lower = extras.load("executorch.exir", "deploy").to_edge_transform_and_lower
-        counts = {loading.COUNT: request.parameters}
+        constants = {loading.COUNT: request.parameters, loading.NAMES: names}
         with _raise_value_error("student cannot be lowered to ExecuTorch with XNNPACK"):
-            edge = lower(program, partitioner=[partitioner], constant_methods=counts)
+            edge = lower(program, partitioner=[partitioner], constant_methods=constants)
             executable = edge.to_executorch()
         with path.open("wb") as file:
             executable.write_to_file(file)
