@@ -1,5 +1,6 @@
 """Test the command ``fastkd sweep``."""
 
+import itertools
 import json
 import pathlib
 import re
@@ -10,6 +11,7 @@ from stacks import module_of, run_command, run_refused_command
 from torch.utils.data import DataLoader, TensorDataset
 
 import fastkd
+from fastkd.commands import sweep
 
 pytest.importorskip("accelerate")
 pytest.importorskip("jsonargparse")
@@ -62,6 +64,36 @@ def test_a_sweep_is_a_table_of_trainings(config_path, monkeypatch, capsys):
     assert (config_path.parent / "out" / "sweep.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_sweep_of_one_seed_has_no_standard_errors(config_path, monkeypatch):
+    options = ("--epochs=1", "--temperature=[2]", "--alpha=[0.1]", "--seeds=1")
+    run_command(monkeypatch, "sweep", "--config", config_path, *options)
+    results = read_sweep(config_path, "out")
+    alone, distilled = (100 * accuracy for accuracy in results.values())
+    table = (config_path.parent / "out" / "sweep.md").read_text()
+    row = f"| 100% | forward_kl | 2 | 0.1 | {distilled:.2f} | {distilled - alone:+.2f} |"
+    assert row in table and "nan" not in table and "±" not in table
+
+
+def test_labels_of_the_plot_never_overlap():
+    backend = pytest.importorskip("matplotlib.backends.backend_agg")
+    rows = {
+        sweep.Run(share, divergence, temperature, alpha, seed): 0.8 + 0.01 * seed
+        for share, seed in itertools.product((0.5, 1.0), range(3))
+        for divergence, temperature, alpha in (
+            *itertools.product(("forward_kl", "jsd"), (1.0, 4.0, 8.0), (0.1, 0.5)),
+            ("", 1.0, 1.0),
+        )
+    }
+    figure = sweep._draw(rows)
+    backend.FigureCanvasAgg(figure).draw()
+    texts = [label for axes in figure.axes for label in (axes.title, axes.xaxis.label)]
+    texts += [label for axes in figure.axes[2:] for label in axes.get_xticklabels()]
+    assert [label.get_text() for label in texts].count("temperature") == 4
+    assert [label.get_text() for label in texts[-3:]] == ["1", "4", "8"]
+    for first, second in itertools.combinations(texts, 2):
+        assert not first.get_window_extent().overlaps(second.get_window_extent())
+
+
 def test_a_sweep_continues_where_it_stopped(config_path, monkeypatch):
     options = ("--epochs=1", "--temperature=[2]", "--alpha=[0.1]")
     arguments = (monkeypatch, "sweep", "--config", config_path, *options)
@@ -86,7 +118,9 @@ def test_a_sweep_continues_where_it_stopped(config_path, monkeypatch):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ("temperature=0", "temperature.*tuple.*0"),
+        ("temperature=4", r"temperature: .*tuple.* 4\. Write a list in brackets, such as \[1,2\]"),
+        ("temperature=[]", r"temperature must have at least one value; got \[\]"),
+        ("share=[]", r"share must have at least one value; got \[\]"),
         ("temperature=[0]", "loss: temperature must be positive"),
         ("divergence=[kld]", "loss: divergence must be one of"),
         ("alpha=[2]", r"loss: alpha must be in \[0, 1\]"),

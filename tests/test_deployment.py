@@ -136,12 +136,45 @@ def test_models_with_several_inputs_are_exported(form, tmp_path):
             loading.load(tmp_path / "a.onnx")(word=words, features=features)
 
 
+@pytest.mark.parametrize(
+    ("file", "kind"), [("a.onnx", "onnx"), ("a.pt2", "torch"), ("a.pte", "executorch")]
+)
+def test_inputs_are_found_by_name(file, kind, tmp_path):
+    class Difference(nn.Module):
+        def forward(self, a, b):
+            return a - b
+
+    inputs = {"b": torch.randn(32, 4), "a": torch.randn(32, 4)}
+    path = fastkd.export(Difference(), inputs, tmp_path / file, kind).path
+    program = loading.load(path)
+    for names in ("ab", "ba"):
+        logits = program(**{name: inputs[name] for name in names})
+        assert torch.equal(logits, inputs["a"] - inputs["b"])
+    with pytest.raises(
+        TypeError, match=r"^the program has the inputs \['b', 'a'\]; got \['a', 'c'\]"
+    ):
+        program(a=inputs["a"], c=inputs["b"])
+
+
 def test_classes_in_another_dimension_and_one_sample_are_exported(tmp_path):
     torch.manual_seed(0)
     model = nn.Conv2d(3, 5, 1)
     result = fastkd.export(model, torch.randn(1, 3, 4, 4), tmp_path / "a.pt2", "torch", dim=1)
     assert result.rows == 16
     assert logits_of(loading.load(result.path), torch.randn(9, 3, 4, 4)).shape == (9, 5, 4, 4)
+
+
+def test_executorch_programs_are_right_for_models_in_channels_last(tmp_path):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten(), nn.Linear(8 * 36, 5))
+    images = torch.rand(32, 3, 8, 8)
+    turned = images.to(memory_format=torch.channels_last)
+    model.to(memory_format=torch.channels_last)
+    result = fastkd.export(model, turned, tmp_path / "a.pte", "executorch", rows=images)
+    assert result.agreement == 1
+    assert torch.allclose(
+        logits_of(loading.load(result.path), turned), logits_of(model, images), atol=1e-4
+    )
 
 
 def test_the_student_stays_unchanged(tmp_path):
@@ -162,12 +195,54 @@ class Fixed(nn.Module):
         return x.reshape(32, 8, 8).sum(-1)
 
 
+class Shifted(nn.Module):
+    """Compute indices, which XNNPACKQuantizer makes floating-point numbers."""
+
+    def __init__(self):
+        super().__init__()
+        self.table = nn.Parameter(torch.randn(9, 4))
+
+    def forward(self, words):
+        return self.table[words + 1].mean(1)
+
+
+def test_a_student_that_pt2e_cannot_quantize_is_refused(tmp_path):
+    words = torch.randint(8, (32, 5))
+    assert fastkd.export(Shifted(), words, tmp_path / "a.pt2", "torch").agreement == 1
+    with pytest.raises(ValueError, match=r"^student cannot be quantized by PT2E .*used as indices"):
+        fastkd.export(Shifted(), words, tmp_path / "b.pt2", "torch", "int8")
+    assert [path.name for path in tmp_path.iterdir()] == ["a.pt2"]
+
+
+def test_a_student_that_executorch_cannot_run_is_refused(tmp_path):
+    class Decomposed(nn.Module):
+        def forward(self, x):
+            return torch.linalg.svdvals(x.view(-1, 8, 8))
+
+    with pytest.raises(ValueError, match=r"^student cannot be lowered to ExecuTorch .*linalg_svd"):
+        fastkd.export(Decomposed(), TRAIN[:32], tmp_path / "a.pte", "executorch")
+    assert not list(tmp_path.iterdir())
+
+
+class Answer(nn.Linear):
+    def forward(self, x):
+        return super().forward(x).argmax(-1)
+
+
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
         ({"student": 3}, TypeError, "^student must be a module; got int"),
         ({"student": Fixed()}, ValueError, "^student cannot be traced .* batches of any size: "),
         ({"student": nn.Linear(64, 9).bfloat16()}, ValueError, r"bfloat16.*student\.float\(\)"),
+        (
+            {"student": nn.Linear(64, 9).double(), "quantize": "int8"},
+            ValueError,
+            r"float64, and int8 is made from .* student\.float\(\)",
+        ),
+        ({"student": Answer(64, 9)}, ValueError, r"^student must return .*int64 of shape \(32,\)"),
+        ({"dim": 2}, ValueError, r"^student must return .* dim=2; got .* of shape \(32, 10\)"),
+        ({"dim": 0}, ValueError, "^student must return .* dim=0; got "),
         ({"format": "tflite"}, ValueError, "^format must be one of 'onnx', 'exec.*; got 'tflite'"),
         ({"quantize": "int4"}, ValueError, "^quantize must be one of 'int8'; got 'int4'"),
         ({"max_batch": 1}, ValueError, "^max_batch must be an int of at least 2; got 1"),
@@ -282,6 +357,17 @@ def test_programs_in_memory_have_a_dash_for_unknown_figures(student, exported):
     assert "None" not in result.html()
 
 
+def test_the_size_of_an_onnx_model_includes_weights_in_another_file(student, tmp_path):
+    path = tmp_path / "a.onnx"
+    with loading.silence():
+        traced = torch.onnx.export(student.eval(), (HELD_OUT[:4],), dynamo=True, verbose=False)
+        traced.save(path, external_data=True)
+    size = sum(file.stat().st_size for file in tmp_path.iterdir())
+    assert path.stat().st_size < size / 4
+    assert loading.load(path).bytes == size
+    assert loading.load(onnxruntime.InferenceSession(path)).bytes == size
+
+
 @pytest.mark.parametrize("count", [1, 3, 4, 9])
 def test_programs_of_a_fixed_batch_give_all_rows(student, count):
     # A program of a fixed batch size gets the rows in batches of this size; the last is padded.
@@ -334,6 +420,14 @@ def test_onnx_models_may_have_a_fixed_batch_or_dynamic_int8(student, exported, t
 def test_unknown_models_are_refused(model, error, message):
     with pytest.raises(error, match=message):
         loading.load(model)
+
+
+@pytest.mark.parametrize("suffix", [".onnx", ".pte", ".pt2"])
+def test_a_damaged_file_is_named(suffix, tmp_path):
+    path = tmp_path / f"damaged{suffix}"
+    path.write_bytes(b"hello")
+    with pytest.raises(ValueError, match=f"^model: .*damaged{suffix} cannot be loaded, .+"):
+        loading.load(path)
 
 
 def test_programs_run_on_the_cpu(student, exported):

@@ -80,6 +80,8 @@ def test_the_trainer_names_its_package(hide):
     [
         ("distill", "safetensors"),
         ("distill", "numpy"),
+        ("sweep", "safetensors"),
+        ("sweep", "matplotlib"),
         ("report", "rich"),
         ("report", "matplotlib"),
         ("report", "safetensors"),

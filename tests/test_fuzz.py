@@ -151,7 +151,8 @@ def build(case: Case, device: torch.device) -> Problem:
         options["normalizer"] = case.normalizer
     kind = reference.DIVERGENCES[case.divergence]
     if case.mix is not None and kind.mix is not None:
-        options["mix"] = min(max(case.mix, 1e-7), 1 - 1e-7) if kind.mix_open else case.mix
+        # In float32, mix is rounded to a multiple of 2^-24 (docs/maths.md, section 10).
+        options["mix"] = min(max(case.mix, 2**-23), 1 - 2**-23) if kind.mix_open else case.mix
     rows = math.prod(case.leading)
     growing = torch.linspace(1, 2, max(rows, 1), dtype=FP64)[:rows].view(case.leading).to(device)
     for name in case.per_row & options.keys():

@@ -67,6 +67,11 @@ def test_the_verdict_compares_student_and_teacher():
     better = alone.answers._replace(accuracy=0.97, accuracy_low=0.96)
     worse = result._replace(models=(teacher, alone._replace(answers=better), distilled))
     assert worse.models[1].name == "alone" and "; 2.0 points below" in tables.summarize(worse)
+    # The best student trained alone is compared, and is never shown as a distilled student.
+    copies = result._replace(
+        models=(teacher, alone, alone._replace(name="alone int8", answers=better), distilled)
+    )
+    assert tables.summarize(copies) == tables.summarize(worse)
     only = tables.summarize(result._replace(models=(teacher, alone)))
     assert only.startswith("alone keeps 91.8 %") and "training alone" not in only
 

@@ -169,11 +169,35 @@ def test_size_counts_quantized_weights():
     )
     result = fastkd.report(full_precision, quantised, LOADER[:1], seconds=0, show=False)
     assert result.models[1].answers.agreement > 0.5
+    # The parameters in packed weights are unknown, and not 0.
+    assert result.models[1].size.parameters is None
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_size_counts_weights_of_torchao():
+    quantization = pytest.importorskip("torchao.quantization")
+    made = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10))
+    quantization.quantize_(made, quantization.Int8WeightOnlyConfig())
+    weights, rows = 64 * 32 + 32 * 10, 32 + 10
+    size = measure.measure_size(made)
+    assert size.parameters == weights + rows
+    # A row has a bias and a scale of float32, and may have a zero point.
+    assert weights + 8 * rows <= size.bytes <= weights + 12 * rows
+    made.append(made[2])
+    assert measure.measure_size(made) == size
 
 
 class Summing(nn.Module):
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         return images[:, :60].view(-1, 10, 6).sum(-1)
+
+
+@pytest.mark.filterwarnings("ignore:.*deprecated")
+def test_a_frozen_script_module_is_measured_as_it_is():
+    # A frozen module has no attribute ``training``.
+    student = torch.jit.freeze(torch.jit.trace(nn.Linear(64, 10).eval(), IMAGES[:2]))
+    result = fastkd.report(nn.Linear(64, 10), student, LOADER[:1], seconds=0, show=False)
+    assert result.models[1].answers.rows == len(LOADER[0][1]) and not hasattr(student, "training")
 
 
 def test_models_need_no_parameters():

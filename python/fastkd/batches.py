@@ -294,7 +294,8 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
     Modules of exported programs, whose mode cannot be set, are left unchanged.
     """
-    modes = [(module, module.training) for module in model.modules()]
+    # Frozen modules of torch.jit have no mode.
+    modes = [(each, each.training) for each in model.modules() if hasattr(each, "training")]
     try:
         for module, _ in modes:
             with contextlib.suppress(NotImplementedError):

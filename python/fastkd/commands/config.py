@@ -152,6 +152,8 @@ def run(command: Callable[..., None], arguments: Sequence[str]) -> None:
         misspelled = re.search(r"(?:arguments: --|Option ')(\w+)", message)
         names = ["config", "module", *options, *(field.name for field in fields)]
         hint = validation.suggest(misspelled[1], names, OPTION_HINTS) if misspelled else ""
+        if "Expected a tuple" in message:
+            hint = ". Write a list in brackets, such as [1,2]"
         raise ConfigError(f"{source}{message}{hint}") from None
     factories = Factories(pathlib.Path(path or "config.yaml").parent, namespace.module)
     command(training, factories, **{name: namespace[name] for name in options})

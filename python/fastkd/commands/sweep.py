@@ -68,9 +68,13 @@ def sweep(
     if training.teacher_top_k:
         raise ConfigError("teacher_top_k: a cache of a few classes has one temperature; leave it 0")
     extras.check("train", "safetensors.torch", "numpy", "accelerate", "tqdm")
-    extras.check("report", "matplotlib")
+    extras.check("report", "matplotlib.figure")
     with raise_as_config_error():
         validation.check_count("seeds", seeds)
+        lists = {"temperature": temperature, "alpha": alpha, "divergence": divergence}
+        for name, values in {**lists, "share": share}.items():
+            if not values:
+                raise ValueError(f"{name} must have at least one value; got []")
         for each in share:
             validation.check_number("share", each, 0.0, 1.0, open_low=True)
     objectives = [_ALONE, *itertools.product(divergence, temperature, alpha)]
@@ -121,7 +125,7 @@ def sweep(
     rows = {run: done[run] for run in runs}
     table = "\n".join(_tabulate(rows))
     (folder / "sweep.md").write_text(table + "\n", encoding="utf-8")
-    _plot(rows, folder / "sweep.png")
+    _draw(rows).savefig(folder / "sweep.png", dpi=120)
     print(f"{table}\n\nwrote {folder / 'sweep.md'} and sweep.png")
 
 
@@ -177,6 +181,12 @@ def _summarize(values: list[float]) -> tuple[float, float]:
     return 100 * statistics.mean(values), 100 * error
 
 
+def _format(values: list[float], sign: str = "") -> str:
+    """Return mean and standard error in percent as text; a single value has no error."""
+    mean, error = _summarize(values)
+    return f"{mean:{sign}.2f}" + (f" ± {error:.2f}" if len(values) > 1 else "")
+
+
 def _compare(rows: Accuracies) -> Iterator[tuple[Run, list[float], list[float]]]:
     """Yield each combination's first run, accuracies, and gains over training on labels alone."""
     for combination in dict.fromkeys(run[:-1] for run in rows):
@@ -189,37 +199,34 @@ def _tabulate(rows: Accuracies) -> Iterator[str]:
     """Yield the lines of the table, and a paragraph about the largest gain."""
     yield "| share | divergence | T | alpha | accuracy, % | gain over training alone, points |"
     yield "|-:|-|-:|-:|-:|-:|"
-    best = (-math.inf, math.nan, "")
+    best = (-math.inf, "", "")
     for run, accuracies, gains in _compare(rows):
         share, name = f"{run.share:.0%}", run.divergence or "alone"
         options = f"{run.temperature:g} | {run.alpha:g}" if run.divergence else " | "
-        gain, error = _summarize(gains)
-        shown = f"{gain:+.2f} ± {error:.2f}" if run.divergence else ""
-        accuracy = "{:.2f} ± {:.2f}".format(*_summarize(accuracies))
-        yield f"| {share} | {name} | {options} | {accuracy} | {shown} |"
+        gain = _format(gains, "+") if run.divergence else ""
+        yield f"| {share} | {name} | {options} | {_format(accuracies)} | {gain} |"
         if run.divergence:
-            best = max(best, (gain, error, _describe(run).rpartition(",")[0]))
+            best = max(best, (statistics.mean(gains), gain, _describe(run).rpartition(",")[0]))
     yield ""
     yield (
-        f"Mean ± standard error over {len(accuracies)} seeds; gains are of equal seeds. The "
-        f"largest gain, {best[0]:+.2f} ± {best[1]:.2f}, is that of {best[2]}. The largest of many "
-        "gains is too high by chance: measure it again, on samples that were not used to choose."
+        f"Mean{' ± standard error' * (len(accuracies) > 1)} over {len(accuracies)} seed(s); gains "
+        f"are of equal seeds. The largest gain, {best[1]}, is that of {best[2]}. The largest of "
+        "many gains is too high by chance: measure it again, on samples that were not used to "
+        "choose."
     )
 
 
-def _plot(rows: Accuracies, file: pathlib.Path) -> None:
-    """Plot the gains over the temperature: a row for each divergence, a column for each share."""
-    extras.load("matplotlib", "report").use("Agg")
-    plt = extras.load("matplotlib.pyplot", "report")
+def _draw(rows: Accuracies) -> Any:
+    """Draw the gains over the temperature: a row for each divergence, a column for each share."""
     summaries = [(run, *_summarize(gains)) for run, _, gains in _compare(rows) if run.divergence]
     names, shares, alphas = (
         list(dict.fromkeys(getattr(run, name) for run, *_ in summaries))
         for name in ("divergence", "share", "alpha")
     )
-    size = (4 * len(shares), 3 * len(names))
-    figure, grid = plt.subplots(
-        len(names), len(shares), sharex=True, sharey="col", squeeze=False, figsize=size
+    figure = extras.load("matplotlib.figure", "report").Figure(
+        (4 * len(shares), 3 * len(names)), layout="constrained"
     )
+    grid = figure.subplots(len(names), len(shares), sharex=True, sharey="col", squeeze=False)
     for (i, name), (j, share) in itertools.product(enumerate(names), enumerate(shares)):
         axes = grid[i][j]
         axes.axhline(0, color="gray")
@@ -228,9 +235,10 @@ def _plot(rows: Accuracies, file: pathlib.Path) -> None:
             line = [each for each in summaries if (each[0].share, *each[0][1:4:2]) == key]
             x, y = [run.temperature for run, *_ in line], [gain for _, gain, _ in line]
             axes.errorbar(x, y, [2 * e for *_, e in line], capsize=3, label=f"alpha {alpha:g}")
-        axes.set_xscale("log", base=2)
+        axes.set_xscale("log")
+        axes.set_xticks(x, [f"{temperature:g}" for temperature in x])
+        axes.minorticks_off()
         axes.set(title=f"{name}, {share:.0%} of the samples", xlabel="temperature")
     grid[0][0].set_ylabel("gain over training alone,\npoints ± 2 standard errors")
     grid[0][0].legend()
-    figure.savefig(file, dpi=120, bbox_inches="tight")
-    plt.close(figure)
+    return figure

@@ -86,8 +86,9 @@ def export(
         ImportError: before the student is traced, if a package is missing; the message names the
             extra, ``fastkd[deploy]``.
         TypeError: for arguments of a wrong type, such as an ``example`` without tensors.
-        ValueError: for invalid arguments, such as a ``path`` that does not fit the format; if the
-            student cannot be traced with batches of any size; or if the program's logits are wrong.
+        ValueError: for invalid arguments, such as a ``path`` that does not fit the format, or a
+            student that returns no logits; if the student cannot be traced with batches of any
+            size, quantized by PT2E, or lowered to ExecuTorch; or if the program's logits are wrong.
             A logit is wrong if it is not finite. Without ``quantize``, a logit is also wrong if it
             differs from the student's by more than sqrt(eps) times the largest absolute logit,
             where eps is the dtype's machine epsilon. In these cases ``path`` is not written.
@@ -104,7 +105,9 @@ def export(
     """
     path = _check_arguments(student, path, format, quantize, max_batch)
     writing.check_packages(format, quantize is not None)
+    # ExecuTorch computes wrong logits, or none, for weights and inputs in channels_last.
     student = copy.deepcopy(student).cpu()
+    student.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
     example = _check_inputs("example", example, student)
     rows = example if rows is None else _check_inputs("rows", rows, student)
     tensors = tuple(batches.tensors(example))
@@ -120,6 +123,8 @@ def export(
     temporary = path.with_name(f".{secrets.token_hex(8)}{path.suffix}")
     try:
         with batches.evaluating(student):
+            for inputs in (example, rows):
+                _check_logits(student, inputs, dim)
             writing.write(temporary, writing.Logits(student, example), tensors, request)
             figures = _compare(student, loading.load(temporary), rows, dim, quantize is not None)
         size = temporary.stat().st_size
@@ -145,13 +150,19 @@ def _check_arguments(
         validation.check_one_of("quantize", quantize, ("int8",), hints)
     validation.check_count("max_batch", max_batch, 2)
     path = check_path(path, format)
+    dtype = batches.dtype_of(student)
+    if quantize is not None and dtype in (torch.bfloat16, torch.float64):
+        raise ValueError(
+            f"student has the dtype {dtype}, and int8 is made from float32 or float16; give "
+            "student.float()"
+        )
     if format == "onnx":
         size = sum(tensor.nbytes for tensor in batches.tensors(student.state_dict()))
         if size > _ONNX_BYTES:
             raise ValueError(
                 f"student has {size:,} bytes of weights, and one .onnx file holds at most 2 GB"
             )
-        if batches.dtype_of(student) is torch.bfloat16:
+        if dtype is torch.bfloat16:
             raise ValueError(
                 "student has the dtype torch.bfloat16, in which ONNX Runtime does not compute on "
                 "CPUs; give student.float()"
@@ -172,7 +183,7 @@ def check_path(path: str | os.PathLike[str], format: str) -> pathlib.Path:
 
 
 def _check_inputs(name: str, inputs: Any, student: nn.Module) -> Any:
-    """Check ``inputs``, and return them on the CPU in the student's dtype."""
+    """Check ``inputs``, and return contiguous copies on the CPU in the student's dtype."""
     values: Any = inputs.values() if isinstance(inputs, Mapping) else inputs
     values = [inputs] if isinstance(inputs, Tensor) else values
     values = list(values) if isinstance(values, (tuple, list, type({}.values()))) else []
@@ -186,7 +197,20 @@ def _check_inputs(name: str, inputs: Any, student: nn.Module) -> Any:
             f"{name} must have at least one sample, and tensors with as many samples as one "
             f"another; got the shapes {[tuple(value.shape) for value in values]}"
         )
-    return batches.to(inputs, torch.device("cpu"), batches.dtype_of(student))
+    moved = batches.to(inputs, torch.device("cpu"), batches.dtype_of(student))
+    return batches.map_tensors(Tensor.contiguous, moved)
+
+
+def _check_logits(student: nn.Module, inputs: Any, dim: int) -> None:
+    """Call the student on the first samples, and raise unless the student returns logits."""
+    first = torch.arange(min(_COMPARED, batches.size(inputs, None)))
+    logits = batches.logits(student, loading.take_samples(inputs, first))
+    accepted = (*range(1, logits.dim()), *range(1 - logits.dim(), 0))
+    if not logits.is_floating_point() or dim not in accepted:
+        raise ValueError(
+            "student must return floating-point logits (B, ..., C) with classes in "
+            f"dim={dim}; got {logits.dtype} of shape {tuple(logits.shape)}"
+        )
 
 
 def _compare(

@@ -20,6 +20,7 @@ ACCEPTED = (
     "program or method, or the path of an .onnx, .pte or .pt2 file"
 )
 COUNT = "fastkd_parameters"  # the key of the number of parameters in a file
+NAMES = "fastkd_names"  # the key of the inputs' names, with spaces between them
 _ONNX_DTYPES = {
     "tensor(float)": torch.float32,
     "tensor(float16)": torch.float16,
@@ -52,7 +53,8 @@ class DeployedModel(nn.Module):
 
     Attributes:
         name: the name of the file, or of the runtime.
-        bytes: size of the file, or of the program in memory; None if unknown.
+        bytes: size of the file, with the files of external ONNX weights, or of the program in
+            memory; None if unknown.
         parameter_count: number of the exported module's parameters; None if unknown.
         source: the path or the object from which the program was loaded.
     """
@@ -63,12 +65,12 @@ class DeployedModel(nn.Module):
         source: Any,
         *,
         name: str,
-        bytes: int | None = None,
+        count_bytes: Callable[[], int | None],
         parameter_count: int | None = None,
         batch: int | None = None,
         is_fixed: bool = False,
     ) -> None:
-        """Store ``run``, which maps a batch's inputs to logits.
+        """Store ``run``, which maps a batch's inputs to logits, and ``count_bytes``.
 
         Each call of ``run`` gets at most ``batch`` samples, or exactly ``batch`` if ``is_fixed``.
         If ``batch`` is None, a call gets any number of samples. Metadata of ExecuTorch does not say
@@ -76,8 +78,8 @@ class DeployedModel(nn.Module):
         batch.
         """
         super().__init__()
-        self.name, self.bytes, self.parameter_count = name, bytes, parameter_count
-        self.source = source
+        self.name, self.parameter_count, self.source = name, parameter_count, source
+        self._count_bytes = count_bytes
         self._run, self._batch, self._is_fixed = run, batch, is_fixed
 
     def forward(self, *positional: Any, **keywords: Any) -> Tensor:
@@ -102,6 +104,11 @@ class DeployedModel(nn.Module):
     def __deepcopy__(self, memo: dict[int, Any]) -> nn.Module:
         """Load the program again, because the objects of a runtime cannot be copied."""
         return load(self.source)
+
+    @property
+    def bytes(self) -> int | None:
+        """Return the size of the file or of the program in memory; None if unknown."""
+        return self._count_bytes()
 
     @property
     def is_file(self) -> bool:
@@ -158,7 +165,9 @@ def load(model: Any) -> nn.Module:
     Raises:
         ImportError: if the runtime's package is missing; the message names the extra.
         TypeError: if ``model`` has an unsupported type.
-        ValueError: if the file does not exist, or does not end in ``.onnx``, ``.pte`` or ``.pt2``.
+        ValueError: if the file does not exist, does not end in ``.onnx``, ``.pte`` or ``.pt2``, or
+            cannot be loaded by its runtime.
+        OSError: if the file cannot be read.
     """
     if isinstance(model, nn.Module):
         return model
@@ -168,7 +177,13 @@ def load(model: Any) -> nn.Module:
         loaders = {".onnx": _load_onnx, ".pte": _load_executorch, ".pt2": _load_torch}
         if path.suffix not in loaders or not path.is_file():
             raise ValueError(f"model must be an existing .onnx, .pte or .pt2 file; got {path}")
-        return loaders[path.suffix](path)
+        try:
+            return loaders[path.suffix](path)
+        except (extras.MissingPackageError, OSError):
+            raise
+        except Exception as error:  # each runtime has errors of its own
+            reason = " ".join(str(error).split())[:300]
+            raise ValueError(f"model: {path} cannot be loaded, {reason}") from error
     return (_find_loader(model) or _load_torch)(model)
 
 
@@ -186,32 +201,51 @@ def _find_loader(model: Any) -> Callable[[Any], DeployedModel] | None:
     return None
 
 
+def _order(inputs: Any, names: list[str]) -> Any:
+    """Return the inputs of a mapping in the order of ``names``, and other inputs unchanged.
+
+    Without names, a mapping is returned unchanged.
+    """
+    if not isinstance(inputs, Mapping) or not names:
+        return inputs
+    if set(inputs) != set(names):
+        raise TypeError(f"the program has the inputs {names}; got {list(inputs)}")
+    return [inputs[name] for name in names]
+
+
 def _load_onnx(source: Any) -> DeployedModel:
     runtime = extras.load("onnxruntime", "deploy")
     if isinstance(source, pathlib.Path):
         options = runtime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
         session = runtime.InferenceSession(str(source), options, providers=["CPUExecutionProvider"])
-        size: int | None = source.stat().st_size
     else:
-        session, path = source, getattr(source, "_model_path", None)
-        data = getattr(source, "_model_bytes", None)
-        size = os.path.getsize(path) if path else len(data) if data else None
+        session = source
     arguments, outputs = session.get_inputs(), [each.name for each in session.get_outputs()]
     names = [each.name for each in arguments]
     dtypes = [_ONNX_DTYPES.get(each.type) for each in arguments]
     output = "logits" if "logits" in outputs else outputs[0]
 
     def run(inputs: Any) -> Tensor:
-        if isinstance(inputs, Mapping):
-            if set(inputs) != set(names):
-                raise TypeError(f"the ONNX model has the inputs {names}; got {list(inputs)}")
-            inputs = [inputs[name] for name in names]
+        tensors = batches.tensors(_order(inputs, names))
         feed = {
             name: tensor.to("cpu", dtype).numpy()
-            for name, dtype, tensor in zip(names, dtypes, batches.tensors(inputs), strict=True)
+            for name, dtype, tensor in zip(names, dtypes, tensors, strict=True)
         }
         return torch.from_numpy(session.run([output], feed)[0])
+
+    # The model is parsed only when its size is asked for, so that its peak memory stays that of the
+    # session.
+    def count_bytes() -> int | None:
+        path, data = getattr(session, "_model_path", None), getattr(session, "_model_bytes", None)
+        if path is None:
+            return len(data) if data else None
+        file = pathlib.Path(path)
+        # Weights may be in other files, which torch.onnx.export writes unless told otherwise.
+        model = extras.load("onnx", "deploy").load(file, load_external_data=False)
+        entries = (entry for tensor in model.graph.initializer for entry in tensor.external_data)
+        files = {file} | {file.parent / each.value for each in entries if each.key == "location"}
+        return sum(each.stat().st_size for each in files)
 
     first = arguments[0].shape[0] if arguments and arguments[0].shape else None
     count = session.get_modelmeta().custom_metadata_map.get(COUNT)
@@ -219,7 +253,7 @@ def _load_onnx(source: Any) -> DeployedModel:
         run,
         source,
         name=source.name if isinstance(source, pathlib.Path) else "ONNX Runtime",
-        bytes=size,
+        count_bytes=count_bytes,
         parameter_count=None if count is None else int(count),
         batch=first if isinstance(first, int) else None,
         is_fixed=True,
@@ -235,10 +269,12 @@ def _load_executorch(source: Any) -> DeployedModel:
         if bindings._threadpool_get_thread_count() != threads:
             bindings._unsafe_reset_threadpool(threads)  # unsafe only while a program runs
         program = runtime.Runtime.get().load_program(source)
-    count, method = None, program
+    count, names, method = None, "", program
     if isinstance(program, runtime.Program):
         if COUNT in program.method_names:
             count = int(program.load_method(COUNT).execute([])[0])
+        if NAMES in program.method_names:
+            names = program.load_method(NAMES).execute([])[0]
         method = program.load_method("forward")
     arguments = [
         method.metadata.input_tensor_meta(index) for index in range(method.metadata.num_inputs())
@@ -246,7 +282,7 @@ def _load_executorch(source: Any) -> DeployedModel:
     dtypes = [_EXECUTORCH_DTYPES.get(each.dtype()) for each in arguments]
 
     def run(inputs: Any) -> Tensor:
-        tensors = zip(batches.tensors(inputs), dtypes, strict=True)
+        tensors = zip(batches.tensors(_order(inputs, names.split())), dtypes, strict=True)
         logits: Tensor = method.execute([t.to("cpu", d).contiguous() for t, d in tensors])[0]
         return logits
 
@@ -254,22 +290,26 @@ def _load_executorch(source: Any) -> DeployedModel:
         run,
         source,
         name=source.name if isinstance(source, pathlib.Path) else "ExecuTorch",
-        bytes=source.stat().st_size if isinstance(source, pathlib.Path) else None,
+        count_bytes=lambda: source.stat().st_size if isinstance(source, pathlib.Path) else None,
         parameter_count=count,
         batch=arguments[0].sizes()[0] if arguments and arguments[0].sizes() else None,
     )
 
 
 def _load_torch(source: Any) -> DeployedModel:
-    is_file, extra = isinstance(source, pathlib.Path), {COUNT: ""}
+    is_file, extra = isinstance(source, pathlib.Path), {COUNT: "", NAMES: ""}
     with silence():
         program = torch.export.load(source, extra_files=extra) if is_file else source
     count = int(extra[COUNT] or sum(parameter.numel() for parameter in program.parameters()))
-    state = (program.state_dict, program.constants)
+    state = batches.tensors((program.state_dict, program.constants))
+    size = source.stat().st_size if is_file else sum(tensor.nbytes for tensor in state)
     module = program.module()
     takes_keywords = program.call_spec.in_spec.child(1).num_children > 0
 
+    names = str(extra[NAMES] or "").split()
+
     def run(inputs: Any) -> Tensor:
+        inputs = _order(inputs, names)
         if isinstance(inputs, Mapping) and not takes_keywords:
             inputs = tuple(batches.tensors(inputs))
         return batches.logits(module, inputs)
@@ -284,7 +324,7 @@ def _load_torch(source: Any) -> DeployedModel:
         run,
         source,
         name=source.name if is_file else "torch.export",
-        bytes=source.stat().st_size if is_file else sum(t.nbytes for t in batches.tensors(state)),
+        count_bytes=lambda: size,
         parameter_count=count or None,  # a program may hold its weights as constants
         batch=first if type(first) is int else None,
         is_fixed=True,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import pathlib
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
@@ -48,7 +49,7 @@ class Request(NamedTuple):
     max_batch: int
     """Largest batch of an ExecuTorch program, and of calibration."""
     names: list[str]
-    """Names of the inputs in an ONNX model."""
+    """Names of the inputs: the keys of a mapping, or ``input_0`` and so on."""
     parameters: int
     """Number of the model's parameters, which :func:`fastkd.deployment.load` reads."""
 
@@ -76,19 +77,25 @@ def write(
             _write_onnx(path, program, inputs, request)
             return
         if request.is_quantized:
-            program = _trace(_quantize(program, inputs, request), inputs, request)
+            with _raise_value_error("student cannot be quantized by PT2E with XNNPACKQuantizer"):
+                quantized = _quantize(program, inputs, request)
+            program = _trace(quantized, inputs, request)
         for node in program.graph.nodes:  # a stack trace names files of the exporting machine
             node.meta.pop("stack_trace", None)
+        names = " ".join(request.names)
         if request.format == "torch":
             program.example_inputs = None  # do not write the caller's data
-            torch.export.save(program, path, extra_files={loading.COUNT: str(request.parameters)})
+            extra = {loading.COUNT: str(request.parameters), loading.NAMES: names}
+            torch.export.save(program, path, extra_files=extra)
             return
         partitioner = extras.load(_PARTITIONER, "deploy").XnnpackPartitioner()
-        edge = extras.load("executorch.exir", "deploy").to_edge_transform_and_lower(
-            program, partitioner=[partitioner], constant_methods={loading.COUNT: request.parameters}
-        )
+        lower = extras.load("executorch.exir", "deploy").to_edge_transform_and_lower
+        constants = {loading.COUNT: request.parameters, loading.NAMES: names}
+        with _raise_value_error("student cannot be lowered to ExecuTorch with XNNPACK"):
+            edge = lower(program, partitioner=[partitioner], constant_methods=constants)
+            executable = edge.to_executorch()
         with path.open("wb") as file:
-            edge.to_executorch().write_to_file(file)
+            executable.write_to_file(file)
 
 
 def _trace(model: nn.Module, inputs: tuple[Tensor, ...], request: Request) -> ExportedProgram:
@@ -98,13 +105,18 @@ def _trace(model: nn.Module, inputs: tuple[Tensor, ...], request: Request) -> Ex
     limit = request.max_batch if request.format == "executorch" else None
     batch = torch.export.Dim("batch", min=1, max=limit)
     shapes = {0: batch}
-    try:
+    with _raise_value_error("student cannot be traced by torch.export with batches of any size"):
         return torch.export.export(model, example, dynamic_shapes=((shapes,) * len(inputs),))
-    except Exception as error:  # torch.export raises exceptions of many types, some private
+
+
+@contextlib.contextmanager
+def _raise_value_error(text: str) -> Iterator[None]:
+    """Re-raise exceptions, which may have private types of torch, as ValueError after ``text``."""
+    try:
+        yield
+    except Exception as error:
         reason = " ".join(str(error).partition("Suggested fixes")[0].split())[:500]
-        raise ValueError(
-            f"student cannot be traced by torch.export with batches of any size: {reason}"
-        ) from error
+        raise ValueError(f"{text}: {reason}") from error
 
 
 def _write_onnx(

@@ -212,6 +212,7 @@ def report(
     torch.set_num_threads(threads or previous)
     try:
         models = {name: deployment.load(model) for name, model in named.items()}
+        sizes = {name: measure.measure_size(model) for name, model in models.items()}
         resolved = _choose_devices(models, devices)
         environment = _describe_environment(resolved)
         answers, inputs = measure.measure_answers(models, loader, ignore_index, dim)
@@ -223,8 +224,7 @@ def report(
     finally:
         torch.set_num_threads(previous)
     rows = (
-        Model(name, measure.measure_size(model), answers[name], latencies[name], peaks[name])
-        for name, model in models.items()
+        Model(name, sizes[name], answers[name], latencies[name], peaks[name]) for name in models
     )
     result = Report(title, tuple(rows), environment, tuple(warnings))
     if show:

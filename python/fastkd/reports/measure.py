@@ -7,7 +7,7 @@ import copy
 import math
 import pathlib
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -90,9 +90,24 @@ def measure_size(model: nn.Module) -> Size:
     if isinstance(model, deployment.DeployedModel):
         return Size(model.parameter_count, model.bytes)
     # Quantized layers keep tensors in tuples of the state dict.
-    tensors = list(batches.tensors(model.state_dict()))
-    sizes = {(t.device, t.data_ptr() or id(t), t.nbytes): t.nbytes for t in tensors}
-    return Size(sum(parameter.numel() for parameter in model.parameters()), sum(sizes.values()))
+    state = [part for tensor in batches.tensors(model.state_dict()) for part in _unwrap(tensor)]
+    sizes = {(t.device, t.data_ptr() or id(t), t.nbytes): t.nbytes for t in state}
+    # Layers of torch.ao.quantization have packed weights in place of parameters.
+    is_packed = any(tensor.is_quantized for tensor in state)
+    count = None if is_packed else sum(parameter.numel() for parameter in model.parameters())
+    return Size(count, sum(sizes.values()))
+
+
+def _unwrap(tensor: Any) -> Iterator[Tensor]:
+    """Yield the tensors that a tensor subclass holds, such as torchao's 8-bit weights and scales.
+
+    ``nbytes`` of such a subclass is that of the float32 weights.
+    """
+    if not hasattr(tensor, "__tensor_flatten__"):
+        yield tensor
+        return
+    for name in tensor.__tensor_flatten__()[0]:
+        yield from _unwrap(getattr(tensor, name))
 
 
 class _Tally:

@@ -110,9 +110,10 @@ def make_rows(report: Report) -> list[Row]:
 def summarize(report: Report) -> str:
     """Return a sentence about the best distilled student, or about the only student."""
     teacher, *students = report.models
-    is_alone = [re.search("(?<![a-z])alone(?![a-z])", model.name.lower()) for model in students]
-    alone = next(itertools.compress(students, is_alone), None)
-    best = max([m for m in students if m is not alone] or students, key=lambda m: m.answers.quality)
+    trained_alone = [m for m in students if re.search("(?<![a-z])alone(?![a-z])", m.name.lower())]
+    others = [model for model in students if model not in trained_alone]
+    best = max(others or students, key=lambda model: model.answers.quality)
+    alone = max(trained_alone, key=lambda model: model.answers.quality, default=None)
     answers: Any = best.answers
     if answers.accuracy is None or not teacher.answers.accuracy:
         text = f"agrees with the teacher on {_format_percent(answers.agreement)} of the rows"
