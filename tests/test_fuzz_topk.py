@@ -250,7 +250,10 @@ def check(case: Case, device: torch.device) -> None:
     check_close(
         value.flatten(), want.flatten(), relative, 64 * eps * size * max(1, len(rows)), "loss"
     )
-    term_size = (1 + largest / min(t, 1.0)) / (case.normalizer or 1.0)
+    term_size = 1 + largest / min(t, 1.0)
+    if acc is FP64:  # PyTorch, and so the reference, sums classes sequentially in eight SIMD lanes
+        term_size += case.classes / 8 / 64
+    term_size /= case.normalizer or 1.0
     if isinstance(terms, fastkd.Terms) and term_size <= 1e30:
         for name, ours, theirs in zip(terms._fields[1:], terms[1:], exact_terms[1:], strict=True):
             bound = 64 * eps * term_size * max(1, len(rows))
@@ -288,6 +291,8 @@ REGRESSIONS = [
         tail="renormalize",
         divergence="reverse_kl",
     ),
+    # The reference's entropy of many equal probabilities has the error of a sequential sum.
+    Case((), 32768, 1, (FP32, FP64), 0.0, special=((0, 0, 0, 6e-8),), with_terms=True),
     # With logits as log_probs, exponentials overflowed, and their sum was a small float64 number.
     Case(special=((1, 0, 0, 1e38),)),
     Case(special=((1, 1, 2, 3e4),), dtypes=(FP64, FP64), tail="ignore"),
