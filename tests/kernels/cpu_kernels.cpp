@@ -2,7 +2,7 @@
 // double (cpu_truth.h). The reference is written from the definitions, and shares no code with the
 // kernels.
 //
-//  cpu_kernels [ISA | memory]     the tests of one instruction set, or of memory use in all sets
+//  cpu_kernels [ISA | memory]     the tests of one instruction set, or those that valgrind needs
 #include "cpu_problem.h"
 
 namespace {
