@@ -172,34 +172,33 @@ def make_duel_rows(results: Results) -> Rows:
     return ["fastkd against itself", "time for each logit", "times"], rows
 
 
-def make_sparse_rows(results: Results) -> Rows:
-    """Return a line for each sparse case: times, and ratios to the dense loss and to PyTorch."""
-    names = list(dict.fromkeys(name for case in results["sparse"] for name in case["lanes"]))
+def _make_ratio_rows(cases: list[Results], heading: str, ratios: dict[str, str]) -> Rows:
+    """Return a line for each case: times, then ``ratios``, which maps fields to column titles."""
+    names = list(dict.fromkeys(name for case in cases for name in case["lanes"]))
     rows = [
         [
             case["title"],
             *(format_duration(case["lanes"][name]["times"]["median"]) for name in names),
-            format_ratio(case["of the dense loss"], 2),
-            format_ratio(case["of PyTorch"], 2),
+            *(format_ratio(case[field], 2) for field in ratios),
         ]
-        for case in results["sparse"]
+        for case in cases
     ]
-    return ["sparse teacher", *names, "of all classes", "of PyTorch"], rows
+    return [heading, *names, *ratios.values()], rows
+
+
+def make_sparse_rows(results: Results) -> Rows:
+    """Return a line for each sparse case: times, and ratios to the dense loss and to PyTorch."""
+    ratios = {"of the dense loss": "of all classes", "of PyTorch": "of PyTorch"}
+    return _make_ratio_rows(results["sparse"], "sparse teacher", ratios)
 
 
 def make_sampled_rows(results: Results) -> Rows:
     """Return a line for each case of a sampled token: times, and ratios to cross entropies."""
-    names = list(dict.fromkeys(name for case in results["sampled"] for name in case["lanes"]))
-    rows = [
-        [
-            case["title"],
-            *(format_duration(case["lanes"][name]["times"]["median"]) for name in names),
-            format_ratio(case["of the cross entropy"], 2),
-            format_ratio(case["of PyTorch's cross entropy"], 2),
-        ]
-        for case in results["sampled"]
-    ]
-    return ["", *names, "of labels alone", "of PyTorch"], rows
+    ratios = {
+        "of the cross entropy": "of labels alone",
+        "of PyTorch's cross entropy": "of PyTorch",
+    }
+    return _make_ratio_rows(results["sampled"], "", ratios)
 
 
 def make_divergence_rows(results: Results) -> Rows:
