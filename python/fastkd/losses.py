@@ -13,12 +13,12 @@ from fastkd._core import checks, dispatch, fast_path, native
 from fastkd._core.arguments import (
     Student,
     Teacher,
-    compute_teacher_logits,
     gather_routed_logits,
     prepare,
     raise_for_kernel_error,
     shift_rows,
 )
+from fastkd._core.heads import compute_teacher_logits
 from fastkd._core.mistakes import hide_catch_all, raise_for_call
 from fastkd._core.objective import Options, resolve
 from fastkd._core.values import Head, Routed, Sampled, TopK

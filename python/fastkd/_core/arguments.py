@@ -13,6 +13,7 @@ from torch import Tensor
 from fastkd import reference, validation
 from fastkd._core import checks
 from fastkd._core.autograd import is_transformed
+from fastkd._core.heads import compute_teacher_logits
 from fastkd._core.objective import PER_ROW_OPTIONS, Objective, Options, resolve
 from fastkd._core.shapes import accumulator
 from fastkd._core.values import (
@@ -20,7 +21,6 @@ from fastkd._core.values import (
     Routed,
     Sampled,
     TopK,
-    check_head,
     check_routed,
     check_sampled,
     check_topk,
@@ -105,7 +105,7 @@ def prepare(student: Tensor, teacher: object, labels: Tensor | None, options: Op
         teachers = (sparse.log_probs,)
         check_sparse(sparse)
         check_fits_rows(sparse, student)
-        check_teacher_has_no_gradient("teacher.log_probs", sparse.log_probs)
+        checks.check_teacher_has_no_gradient("teacher.log_probs", sparse.log_probs)
     elif not teachers:
         raise ValueError("teacher must have at least one tensor; got an empty sequence")
     else:
@@ -116,7 +116,7 @@ def prepare(student: Tensor, teacher: object, labels: Tensor | None, options: Op
             checks.check_floats(name, value)
         for name, value in zip(names, teachers, strict=True):
             checks.check_teacher(student, name, value, options.dim)
-            check_teacher_has_no_gradient(name, value)
+            checks.check_teacher_has_no_gradient(name, value)
     inplace = options.inplace and not is_transformed()
     if inplace:
         _check_inplace(student, teachers, objective.reduction)
@@ -230,15 +230,6 @@ def shift_labels(
     return teacher, labels, options._replace(shift=0, **shifted)
 
 
-def check_teacher_has_no_gradient(name: str, value: Tensor) -> None:
-    """Raise if ``value``, an output of the teacher, requires grad or has a forward-mode tangent."""
-    if checks.is_differentiated(value):
-        raise ValueError(
-            f"{name} requires grad, but the loss gives the teacher none: compute it under "
-            "torch.no_grad(), or .detach() it. The student is the first argument"
-        )
-
-
 def check_sparse_options(teacher: TopK | Sampled, options: Options) -> None:
     """Raise if an option is set that a sparse teacher does not support."""
     if isinstance(teacher, TopK):
@@ -277,43 +268,6 @@ def check_options_are_default(options: Options, names: Sequence[str], context: s
             if isinstance(value, Tensor):
                 shown = f"a tensor of shape {tuple(value.shape)}"
             raise ValueError(f"{name} must be {default!r} with {context}; got {shown}")
-
-
-# ---- heads
-
-
-def get_autocast_dtype(device: torch.device) -> torch.dtype | None:
-    """Return the dtype of autocast, or None if autocast is off; "meta" counts as CUDA."""
-    kind = "cuda" if device.type == "meta" else device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-
-
-def check_head_tensors(head: Head, owner: str, device: torch.device | None = None) -> None:
-    """Raise unless a head is valid, its tensors are on the student's ``device`` (None: the head is
-    the student) and, without autocast, have one dtype."""
-    check_head(head, owner)
-    device = head.hidden.device if device is None else device
-    for name in ("hidden", "weight", "bias"):
-        value = getattr(head, name)
-        if value is None:
-            continue
-        if value.device != device:
-            raise ValueError(
-                f"{owner}.{name} must be on the student's device, {device}; got {value.device}"
-            )
-        if value.dtype != head.hidden.dtype and get_autocast_dtype(device) is None:
-            raise ValueError(
-                f"{owner}.{name} must have the dtype of {owner}.hidden, {head.hidden.dtype}, "
-                f"unless autocast is on; got {value.dtype}"
-            )
-
-
-def compute_teacher_logits(head: Head, name: str, device: torch.device) -> Tensor:
-    """Check the head of a teacher, and compute its logits without gradients."""
-    check_head_tensors(head, name, device)
-    check_teacher_has_no_gradient(f"{name}.hidden", head.hidden)
-    with torch.no_grad():
-        return head.logits()
 
 
 # ---- sparse teachers
@@ -391,7 +345,7 @@ def gather_routed_logits(student: Tensor, routed: Routed, dim: int) -> Tensor:
             hidden = teacher.hidden.reshape(-1, teacher.hidden.shape[-1])[rows]
             part = compute_teacher_logits(teacher._replace(hidden=hidden), name, student.device)
         else:
-            check_teacher_has_no_gradient(name, teacher)
+            checks.check_teacher_has_no_gradient(name, teacher)
             part = teacher.detach().reshape(-1, teacher.shape[-1])[rows]
         parts.append(part)
         if parts[-1].shape[-1] != classes:

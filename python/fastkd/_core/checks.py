@@ -217,6 +217,15 @@ def check_no_gradient(name: str, value: Tensor) -> None:
         raise ValueError(f"{name} gets no gradient; got a tensor that requires grad (.detach() it)")
 
 
+def check_teacher_has_no_gradient(name: str, value: Tensor) -> None:
+    """Raise if ``value``, an output of the teacher, requires grad or has a forward-mode tangent."""
+    if is_differentiated(value):
+        raise ValueError(
+            f"{name} requires grad, but the loss gives the teacher none: compute it under "
+            "torch.no_grad(), or .detach() it. The student is the first argument"
+        )
+
+
 def is_differentiated(value: Tensor) -> bool:
     """Return True if ``value`` requires grad, or has a tangent of forward-mode AD."""
     forward = torch.autograd.forward_ad

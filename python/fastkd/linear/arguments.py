@@ -11,13 +11,11 @@ from torch import Tensor
 from fastkd._core import checks
 from fastkd._core.arguments import (
     Teacher,
-    check_head_tensors,
     check_options_are_default,
-    check_teacher_has_no_gradient,
     check_values,
-    get_autocast_dtype,
     prepare,
 )
+from fastkd._core.heads import check_head_tensors, get_autocast_dtype
 from fastkd._core.objective import Options
 from fastkd._core.rows import compute_mean_divisors
 from fastkd._core.values import Head, Sampled, TopK
@@ -134,7 +132,7 @@ def _check_teacher_head(student: Head, teacher: Head) -> None:
                 f"teacher.{tensor} and student.{tensor} must have the same {name}; got "
                 f"{tuple(teacher_size)} and {tuple(student_size)}"
             )
-    check_teacher_has_no_gradient("teacher.hidden", teacher.hidden)
+    checks.check_teacher_has_no_gradient("teacher.hidden", teacher.hidden)
 
 
 def _get_logits_dtype(hidden: Tensor) -> torch.dtype:

@@ -96,8 +96,8 @@ def plan(
     """
     unknown = next((name for name in options if name not in Options._fields[:-1]), None)
     if unknown is not None:
-        own = ("max_workspace", "chunk_by", "chunk_size", "accumulate_dtype")
-        raise_for_call("plan", "", 0, {unknown: None}, (*own, *Options._fields[:-1]))
+        of_plan = ("max_workspace", "chunk_by", "chunk_size", "accumulate_dtype")
+        raise_for_call("plan", "", 0, {unknown: None}, (*of_plan, *Options._fields[:-1]))
     if not isinstance(student, Head):
         raise TypeError(f"student must be a fastkd.Head; got {type(student).__name__}")
     validation.check_one_of("chunk_by", chunk_by, get_args(ChunkBy))
